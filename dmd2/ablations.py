@@ -1,0 +1,278 @@
+"""Ablations as data: bases, tables and their rows become validated runs before any DAG exists."""
+
+import difflib
+import re
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from dmd2.config import RunConfig, Section
+from dmd2.errors import UserError
+from dmd2.yaml_file import YamlFile, read_yaml
+
+BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
+NAME = r"^[a-z0-9][a-z0-9-]*$"
+_CONDITION = re.compile(r"^([a-z_]+(?:\.[a-z_0-9]+)+)\s*(==|!=|>=|<=|>|<)\s*(\S+)$")
+
+
+class Row(Section):
+    """One run of a table: its name, the change against the base, and what the paper reports for it."""
+
+    run: Annotated[str, Field(pattern=NAME)]
+    change: dict[str, Any] = {}
+    paper: dict[str, float | None] = {}
+
+
+class Table(Section):
+    """One table or figure.
+
+    `rows` lists rows or names another table whose rows (with the paper's numbers) are taken; `change` applies to all
+    of them before their own change, `row_change` to single ones after it.
+    """
+
+    title: str
+    base: str
+    rows: list[Row] | str
+    metrics: Annotated[list[str], Field(min_length=1)] = ["fd"]
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    select: Annotated[str, Field(pattern="^(last|best)$")] = "last"
+    columns: dict[str, str] = {}
+    change: dict[str, Any] = {}
+    row_change: dict[str, dict[str, Any]] = {}
+    teachers: dict[str, dict[str, float | None]] = {}
+    claims: list[str] = []
+    reference_row: str | None = None
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything the tables ask for: tables by name, rows of each, and one config per (base, run)."""
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    runs: dict[tuple[str, str], RunConfig] = field(default_factory=dict)
+    bases: dict[str, RunConfig] = field(default_factory=dict)
+
+    def ticks(self, table: str, run: str) -> dict[str, bool]:
+        """Column name to tick, computed from the run's config."""
+        spec = self.tables[table]
+        return {name: holds(cond, self.runs[spec.base, run]) for name, cond in spec.columns.items()}
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested dicts.
+
+    Raises:
+        KeyError: with the sentence "no key ..., did you mean ...?".
+    """
+    parent: Any = values
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        if not isinstance(parent, dict) or not isinstance(parent.get(part), dict):
+            raise KeyError(_unknown(values, ".".join([*parents[: i + 1], *parents[i + 1 :], last])))
+        parent = parent[part]
+    if last not in parent:
+        raise KeyError(_unknown(values, key))
+    parent[last] = value
+
+
+def _unknown(values: dict[str, Any], key: str) -> str:
+    near = difflib.get_close_matches(key, dotted_keys(values), n=1, cutoff=0.5)
+    return f"no key {key}" + (f", did you mean {near[0]}?" if near else "")
+
+
+def dotted_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """All leaf and section keys of nested dicts, dotted."""
+    keys: list[str] = []
+    for name, value in values.items():
+        keys.append(prefix + name)
+        if isinstance(value, dict):
+            keys += dotted_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def validate(values: dict[str, Any], source: YamlFile, *prefix: str | int) -> RunConfig:
+    """Validate a run; the first problem becomes one sentence with file, line and key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, values, source, prefix)) from None
+
+
+def _sentence(error: ValidationError, values: Any, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
+    first = error.errors()[0]
+    keys = tuple(k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function")))
+    dotted = ".".join(str(k) for k in keys)
+    place = source.where(*prefix, dotted) if (*prefix, dotted) in source.lines else source.where(*prefix, *keys)
+    if first["type"] == "extra_forbidden":
+        siblings = [k for k in _known_keys(RunConfig) if k.count(".") == dotted.count(".")]
+        near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
+        return f"{place}: no key {dotted}" + (f", did you mean {near[0]}?" if near else "")
+    if first["type"] == "missing":
+        return f"{place}: key {dotted} is missing"
+    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {dotted + ': ' if dotted else ''}{message}{got}"
+
+
+def _known_keys(model: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            keys += _known_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def holds(condition: str, cfg: RunConfig) -> bool:
+    """Evaluate a column condition such as ``critic.ratio > 1`` on a run."""
+    key, operator, text = split_condition(condition)
+    value: Any = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, str) or value is None:
+        equal = str(value) == text
+        return equal if operator == "==" else not equal
+    number = float(text)
+    return {
+        "==": value == number, "!=": value != number, ">": value > number,
+        "<": value < number, ">=": value >= number, "<=": value <= number,
+    }[operator]  # fmt: skip
+
+
+def split_condition(condition: str) -> tuple[str, str, str]:
+    """``"critic.ratio > 1"`` as (key, operator, value); ValueError if it has another form or an unknown key."""
+    match = _CONDITION.match(condition)
+    if not match:
+        raise ValueError(f"{condition!r} is not of the form 'section.key > value'")
+    known = _known_keys(RunConfig)
+    if match[1] not in known:
+        near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)
+        raise ValueError(f"no key {match[1]}" + (f", did you mean {near[0]}?" if near else ""))
+    return match[1], match[2], match[3]
+
+
+def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
+    """A base as plain values and validated."""
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        near = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.yaml")], n=1)
+        raise UserError(f"there is no base {path}" + (f", did you mean {near[0]}?" if near else ""))
+    source = read_yaml(path)
+    return source.value, validate(source.value, source)
+
+
+def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of `base` with dotted keys replaced; KeyError with a sentence for unknown ones."""
+    values = deepcopy(base)
+    for change in changes:
+        for key, value in change.items():
+            set_dotted(values, key, value)
+    return values
+
+
+def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
+    """Read every table, merge each row over its base and validate it.
+
+    Raises:
+        UserError: one sentence with file, line and key for the first problem found.
+    """
+    experiment = Experiment()
+    sources: dict[str, YamlFile] = {}
+    for path in sorted(tables.glob("*.yaml")):
+        sources[path.stem] = read_yaml(path)
+        experiment.tables[path.stem] = _table(sources[path.stem])
+    for name, table in experiment.tables.items():
+        owner = _owner(name, experiment.tables, sources)
+        rows = experiment.tables[owner].rows
+        assert not isinstance(rows, str)
+        experiment.rows[name] = rows
+        _add_runs(experiment, name, table, owner, sources, bases)
+        _check_references(experiment, name, sources[name])
+    for (base, run), cfg in experiment.runs.items():
+        if cfg.train.init_from is not None and (base, cfg.train.init_from) not in experiment.runs:
+            raise UserError(f"{base}/{run}: train.init_from names {cfg.train.init_from}, which no table has as a row")
+    return experiment
+
+
+def _table(source: YamlFile) -> Table:
+    try:
+        return Table.model_validate(source.value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        loc = tuple(k for k in first["loc"] if k in source.value or isinstance(k, int) or len(first["loc"]) == 1)
+        keys = ".".join(str(k) for k in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = Row.model_fields if "rows" in first["loc"] else Table.model_fields
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"{source.where(*loc)}: no key {first['loc'][-1]}{hint}") from None
+        raise UserError(f"{source.where(*loc)}: {keys}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _owner(name: str, tables: dict[str, Table], sources: dict[str, YamlFile]) -> str:
+    """The table whose file writes the rows down: `name` itself, or the end of its chain of `rows: other`."""
+    seen = [name]
+    while isinstance(rows := tables[seen[-1]].rows, str):
+        if rows not in tables or rows in seen:
+            near = difflib.get_close_matches(rows, list(tables), n=1)
+            hint = f", did you mean {near[0]}?" if near and near[0] not in seen else ""
+            raise UserError(f"{sources[seen[-1]].where('rows')}: rows names {rows}, which is no other table{hint}")
+        seen.append(rows)
+    return seen[-1]
+
+
+def _add_runs(
+    experiment: Experiment, name: str, table: Table, owner: str, sources: dict[str, YamlFile], bases: Path
+) -> None:
+    values, experiment.bases[table.base] = load_base(table.base, bases)
+    seen: set[str] = set()
+    for i, row in enumerate(experiment.rows[name]):
+        source, place = sources[owner], sources[owner].where("rows", i)
+        if row.run in seen:
+            raise UserError(f"{place}: row {row.run} appears twice in the table")
+        seen.add(row.run)
+        try:
+            changed = apply_change(values, table.change, row.change, table.row_change.get(row.run, {}))
+        except KeyError as error:
+            key = error.args[0].removeprefix("no key ").split(",")[0]
+            where = source.where("rows", i, "change", key) if key in row.change else sources[name].where("change", key)
+            raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
+        cfg = validate(changed, source, "rows", i, "change")
+        earlier = experiment.runs.setdefault((table.base, row.run), cfg)
+        if earlier != cfg:
+            same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]
+            other = next(t for t in same_base if row.run in [r.run for r in experiment.rows[t]])
+            keys = _differences(earlier, cfg)
+            raise UserError(f"{place}: row {row.run} contradicts the row of that name in table {other} ({keys})")
+
+
+def _differences(a: RunConfig, b: RunConfig) -> str:
+    def leaves(cfg: RunConfig) -> dict[str, Any]:
+        values = cfg.model_dump(mode="json")
+        return {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()}
+
+    left, right = leaves(a), leaves(b)
+    return "; ".join(f"{key}: {left[key]} there, {right[key]} here" for key in left if left[key] != right[key])
+
+
+def _check_references(experiment: Experiment, name: str, source: YamlFile) -> None:
+    table, runs = experiment.tables[name], {row.run for row in experiment.rows[name]}
+    for column, condition in table.columns.items():
+        try:
+            split_condition(condition)
+        except ValueError as error:
+            raise UserError(f"{source.where('columns', column)}: {error}") from None
+    if table.reference_row is not None and table.reference_row not in runs:
+        raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
+    samplers = experiment.bases[table.base].teacher.samplers
+    for teacher in table.teachers:
+        if teacher not in samplers:
+            raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")
+    for run in table.row_change:
+        if run not in runs:
+            raise UserError(f"{source.where('row_change', run)}: row_change names {run}, which is no row of the table")

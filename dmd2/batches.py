@@ -1,0 +1,76 @@
+"""What one iteration consumes: conditions, real images and pairs, all addressed by (seed, iteration, name)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmd2.condition import Condition
+from dmd2.config import RunConfig
+from dmd2.data import TensorSet
+from dmd2.rng import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A slice of one iteration's global batch.
+
+    cond: what the student generates for. real, real_cond: real images of the GAN. source: real images that
+    ``noised_real`` starts from (their condition is `cond`). pairs: (noise, image, condition) of the regression.
+    share: this slice's part of the global batch, so that shares of all slices sum to 1.
+    """
+
+    draws: Draws
+    share: float
+    cond: Condition
+    real: tuple[Tensor, Condition] | None = None
+    source: Tensor | None = None
+    pairs: tuple[Tensor, Tensor, Condition] | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes the batches of an iteration, in micro-batches of at most `micro_batch` samples."""
+
+    cfg: RunConfig
+    seed: int
+    device: torch.device
+    micro_batch: int
+    real: TensorSet | None = None
+    pairs: TensorSet | None = None
+
+    def at(self, iteration: int) -> Iterator[Batch]:
+        """Micro-batches that together are the global batch of `iteration`."""
+        total = self.cfg.optim.batch
+        for start in range(0, total, self.micro_batch):
+            yield self._slice(
+                Draws(self.seed, iteration, total, start, min(start + self.micro_batch, total), self.device)
+            )
+
+    def _slice(self, draws: Draws) -> Batch:
+        cfg, source, cond = self.cfg, None, None
+        if cfg.generator.input != "noise" or cfg.data.classes == 0:
+            # Multi-step runs, and text-conditioned ones, take their conditions from the real set.
+            source, cond = self._real(draws, "source")
+        else:
+            cond = Condition(labels=draws.integers("student/labels", 0, cfg.data.classes - 1))
+        return Batch(
+            draws,
+            share=(draws.stop - draws.start) / draws.total,
+            cond=cond,
+            real=self._real(draws, "gan/real") if cfg.gan.on else None,
+            source=source,
+            pairs=self._pairs(draws) if cfg.needs_pairs else None,
+        )
+
+    def _real(self, draws: Draws, name: str) -> tuple[Tensor, Condition]:
+        assert self.real is not None
+        indices = draws.shuffled(name, len(self.real))
+        return self.real.images(indices, self.device), self.real.condition(indices, self.device)
+
+    def _pairs(self, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
+        assert self.pairs is not None
+        indices = draws.shuffled("regression/pairs", len(self.pairs))
+        noise = self.pairs.tensor("noise", indices, self.device).float()
+        return noise, self.pairs.images(indices, self.device), self.pairs.condition(indices, self.device)

@@ -1,0 +1,267 @@
+"""One run's configuration: frozen pydantic models, one complete base per dataset, no defaults hidden in code.
+
+Hardware is not here (see workflow/cluster): the same config gives the same weights on one GPU or eight.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Index = Annotated[int, Field(ge=0, le=999)]
+IndexRange = Annotated[tuple[Index, Index], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """Where real data comes from: a kind of source and, unless a package ships it, its path."""
+
+    kind: Literal["sklearn-digits", "idx", "lmdb", "image-folder", "latents"]
+    path: str | None = None
+
+
+class Data(Section):
+    """Real images: value range [-1, 1], `channels` x `resolution` x `resolution`; classes 0 means text-conditioned."""
+
+    name: str
+    source: Source
+    resolution: Positive
+    channels: Positive
+    classes: Annotated[int, Field(ge=0)]
+
+
+class Sampler(Section):
+    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM."""
+
+    solver: Literal["heun", "ddim", "pndm", "euler"]
+    steps: Positive
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    churn: Weight = 0.0
+    s_min: Weight = 0.0
+    s_max: Annotated[float, Field(gt=0)] = 1e9
+    s_noise: Annotated[float, Field(gt=0)] = 1.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.churn > 0 and self.solver != "heun":
+            raise ValueError(f"churn belongs to heun, not {self.solver}")
+        if self.eta > 0 and self.solver != "ddim":
+            raise ValueError(f"eta belongs to ddim, not {self.solver}")
+        return self
+
+
+class TeacherTraining(Section):
+    """How a small teacher is trained from scratch (EDM loss with log-normal sigma; uniform t for eps)."""
+
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    ema: Annotated[float, Field(ge=0, lt=1)]
+    p_mean: float = -1.2
+    p_std: Annotated[float, Field(gt=0)] = 1.2
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+
+
+class Teacher(Section):
+    """The frozen denoiser R. Made here from `network` by `train`, or a diffusers UNet folder of the user."""
+
+    name: str
+    parameterisation: Literal["edm", "eps"]
+    guidance: Annotated[float, Field(ge=1)]
+    samplers: dict[str, Sampler]
+    network: dict[str, Any] | None = None
+    train: TeacherTraining | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.network is None) != (self.train is None):
+            raise ValueError("network and train go together: give both to train a teacher here, neither to load one")
+        for name, sampler in self.samplers.items():
+            if (sampler.solver == "heun") != (self.parameterisation == "edm"):
+                raise ValueError(f"sampler {name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")
+        return self
+
+
+class Generator(Section):
+    """What the student is fed: its input, number of steps and first time (a sigma for edm, a step for eps)."""
+
+    input: Literal["noise", "noised_real", "backward_simulation"]
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    time: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.input == "noise" and self.steps > 1:
+            raise ValueError("input noise is for one step: use backward_simulation or noised_real for several")
+        return self
+
+
+class DistributionMatching(Section):
+    """L_DM: inclusive index range of its noise level, optional floor of the normaliser and alpha_t factor."""
+
+    weight: Weight
+    index_range: IndexRange
+    normaliser_eps: Weight = 0.0
+    alpha_factor: bool = False
+
+
+class Critic(Section):
+    """K: `ratio` critic updates per student update (TTUR). shares_iteration False makes the two exclusive (FastGen)."""
+
+    ratio: Positive
+    denoise_weight: Weight
+    weighting: Literal["edm", "eps", "x0"]
+    lr_multiplier: Annotated[float, Field(gt=0)]
+    shares_iteration: bool = True
+
+
+class Gan(Section):
+    """Head on a denoiser's bottleneck; noise_range null classifies clean images."""
+
+    lambda_g: Weight
+    lambda_d: Weight
+    features_from: Literal["critic", "teacher"]
+    noise_range: IndexRange | None
+    r1_weight: Weight = 0.0
+    r1_alpha: Weight = 0.1
+
+    @property
+    def on(self) -> bool:
+        """Whether any GAN term is active."""
+        return self.lambda_g > 0 or self.lambda_d > 0
+
+
+class Pairs(Section):
+    """Teacher noise-image pairs."""
+
+    count: Positive
+    sampler: Sampler
+    shards: Positive
+
+
+class Regression(Section):
+    """Regression of the student on teacher pairs; weight 0 is off and makes no pairs."""
+
+    weight: Weight
+    distance: Literal["lpips", "l2"]
+    pairs: Pairs
+
+
+class Optim(Section):
+    """AdamW for student and critic. warmup counts scheduler ticks, of which an iteration makes ticks_per_iteration."""
+
+    lr: Annotated[float, Field(gt=0)]
+    batch: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    ticks_per_iteration: Positive
+    clip: Annotated[float, Field(gt=0)]
+    weight_decay: Weight
+    betas: Annotated[tuple[float, float], Field(strict=False)]
+    ema: Annotated[float, Field(gt=0, lt=1)] | None
+
+
+class Train(Section):
+    """Length in critic updates (as in the paper), precision, and another run's name to start weights from."""
+
+    steps: Positive
+    precision: Literal["fp32", "bf16"]
+    init_from: str | None
+    snapshot_every: Positive
+    checkpoint_every: Positive
+    log_every: Positive
+
+
+class Eval(Section):
+    """What is measured, on how many images, by which detector, against which reference, with which protocol."""
+
+    metrics: Annotated[list[str], Field(min_length=1)]
+    detector: str
+    reference: str
+    images: Annotated[int, Field(ge=2)]
+    draws: Positive
+    batch: Positive
+    labels: Literal["cyclic", "random"]
+    rounding: Literal["round", "trunc"]
+    covariance_init: Literal["zeros", "ones"] = "zeros"
+
+
+# What may change without making other weights: how long and how often, and everything that only looks at the result.
+NOT_IDENTITY: dict[str, Any] = {"eval": True, "train": {"steps", "snapshot_every", "checkpoint_every", "log_every"}}
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    data: Data
+    teacher: Teacher
+    generator: Generator
+    dm: DistributionMatching
+    critic: Critic
+    gan: Gan
+    regression: Regression
+    optim: Optim
+    train: Train
+    eval: Eval
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        if self.dm.weight == self.gan.lambda_g == self.regression.weight == 0:
+            raise ValueError("dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student")
+        if self.gan.lambda_g > 0 and self.gan.lambda_d == 0:
+            raise ValueError("gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained")
+        return self
+
+    def json_text(self, without: tuple[str, ...] = ()) -> str:
+        """Canonical JSON (sorted keys), optionally without some sections."""
+        return json.dumps(self.model_dump(mode="json", exclude=set(without)), sort_keys=True)
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether training reads real images."""
+        return self.gan.on or self.generator.input != "noise"
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether training reads teacher pairs."""
+        return self.regression.weight > 0
+
+    @property
+    def pair_set(self) -> str:
+        """Name of the pair set this run would use: shared by all runs with the same teacher, solver and count."""
+        key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.model_dump(mode="json")})
+        pairs = self.regression.pairs
+        return f"{self.teacher.name}-{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
+
+    def teacher_identity(self) -> dict[str, Any]:
+        """What determines the teacher's weights."""
+        teacher = self.teacher.model_dump(mode="json", include={"name", "parameterisation", "network", "train"})
+        return {"data": self.data.model_dump(mode="json"), **teacher}
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the student's weights, for `digest_of`."""
+        value = self.model_dump(mode="json", exclude=NOT_IDENTITY)
+        del value["teacher"]["samplers"]  # used to measure the teacher, not to train
+        if not self.needs_pairs:
+            del value["regression"]
+        return value
+
+
+def digest_of(value: Any) -> str:
+    """Eight hex digits of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def digest(cfg: RunConfig) -> str:
+    """Identity of a run's training: equal for configs that train the same weights."""
+    return digest_of(cfg.identity())

@@ -1,0 +1,103 @@
+"""Atomic writes and checksummed artefacts.
+
+A DAG node is a small JSON manifest; the heavy files lie beside it and are listed in it with size and sha256, so a
+truncated or foreign file is named instead of used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmd2.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` only once the block ended and its bytes reached the disk.
+
+    Raises:
+        UserError: the disk is full or the place is not writable; `path` is then as it was before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+    except RuntimeError as error:  # torch's zip writer reports a full disk as RuntimeError
+        if "write" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(_cannot_write(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    reason = "the disk is full" if full else str(error).splitlines()[0]
+    return f"cannot write {path}: {reason}; earlier files are untouched, free some space and run the same command again"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the Snakemake target that makes it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run Snakemake again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing(paths: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Manifest entries (path relative to `folder`, bytes, sha256) of heavy files."""
+    return [
+        {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    ]
+
+
+def verified(folder: Path, entry: dict[str, Any]) -> Path:
+    """Path of a manifest entry after comparing its size and checksum.
+
+    Raises:
+        UserError: missing, truncated or different from what the manifest lists.
+    """
+    path = folder / entry["path"]
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing although its manifest lists it: delete the manifest and run Snakemake again"
+        )
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise UserError(f"{path} has {size} bytes instead of {entry['bytes']}: it is truncated; delete it, run again")
+    if sha256(path) != entry["sha256"]:
+        raise UserError(f"{path} does not match the checksum in its manifest: it was changed; delete it and run again")
+    return path

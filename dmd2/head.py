@@ -1,0 +1,29 @@
+"""The GAN classifier head on the critic's bottleneck features (paper Sec. 4.3; widths and counts of its code)."""
+
+import math
+
+from torch import Tensor, nn
+
+
+def _groups(width: int) -> int:
+    """32 groups at the paper's widths (768, 1280); fewer on narrow networks, so a group keeps at least 16 values."""
+    return max(g for g in range(1, max(1, min(32, width // 16)) + 1) if width % g == 0)
+
+
+class Head(nn.Sequential):
+    """Features ``(B, width, r, r)`` to logits ``(B, 1)``.
+
+    4x4 stride-2 convolutions down to 4x4, one that takes the rest to 1x1, each with GroupNorm and SiLU, then 1x1.
+    """
+
+    def __init__(self, width: int, resolution: int) -> None:
+        layers: list[nn.Module] = []
+        kernels = [(4, 2, 1)] * max(0, round(math.log2(resolution / 4)))
+        last = min(4, resolution)
+        for size, stride, padding in [*kernels, (last, last, 0)]:
+            layers += [nn.Conv2d(width, width, size, stride, padding), nn.GroupNorm(_groups(width), width), nn.SiLU()]
+        super().__init__(*layers, nn.Conv2d(width, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logit per sample, positive for "real"."""
+        return super().forward(features.float()).flatten(1)

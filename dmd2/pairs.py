@@ -1,0 +1,86 @@
+"""Noise-image pairs of the teacher for the regression loss, in shards addressed by seed (DMD Sec. 4.2)."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from dmd2.condition import Condition
+from dmd2.config import RunConfig
+from dmd2.data import save_shard
+from dmd2.errors import UserError, readable_errors
+from dmd2.files import listing, read_json, verified, write_json
+from dmd2.progress import Progress
+from dmd2.rng import sample_labels, sample_noise
+from dmd2.samplers import teacher_sample
+from dmd2.step import image_shape
+from dmd2.teachers import load_teacher, null_condition
+
+FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
+BATCH = 250
+
+
+def shard_seeds(count: int, shards: int, index: int) -> range:
+    """Seeds of one shard: contiguous, every seed in exactly one shard, sizes differing by at most one."""
+    return range(FIRST_SEED + count * index // shards, FIRST_SEED + count * (index + 1) // shards)
+
+
+def make_shard(cfg: RunConfig, teacher_manifest: Path, index: int, out: Path) -> None:
+    """Write shard `index` (noise, images, labels) and its manifest `out`; a good one that is there already is kept."""
+    seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
+    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation)
+    spec, shape = cfg.regression.pairs.sampler, image_shape(cfg)
+    null = null_condition(cfg.data, cfg.teacher) if spec.guidance > 1 else None
+    noise, images, labels = [], [], []
+    progress = Progress(f"pairs {out.parent.name} shard {index}", len(seeds))
+    for start in range(0, len(seeds), BATCH):
+        chunk = seeds[start : start + BATCH]
+        z = sample_noise(chunk, shape, "noise")
+        cond = Condition(labels=sample_labels(chunk, cfg.data.classes, "random"))
+        images.append(teacher_sample(teacher, z, cond, null and null.expand(len(chunk)), spec, _no_noise))
+        noise.append(z)
+        labels.append(cond.labels)
+        progress.update(start + len(chunk), {})
+    path = out.with_suffix(".safetensors")
+    save_shard(path, {"noise": torch.cat(noise), "images": torch.cat(images), "labels": torch.cat(labels)})  # type: ignore[arg-type]
+    write_json(out, {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "files": listing([path], out.parent)})
+
+
+def _no_noise(step: int) -> torch.Tensor:
+    raise UserError("regression.pairs.sampler is stochastic: pairs need a deterministic one (churn and eta 0)")
+
+
+def join_shards(shards: list[Path], out: Path) -> None:
+    """One manifest over all shards, after verifying each file."""
+    entries = [entry for shard in shards for entry in read_json(shard)["files"]]
+    for entry in entries:
+        verified(out.parent, entry)
+    seeds = [read_json(shard)["seeds"] for shard in shards]
+    count = sum(last - first + 1 for first, last in seeds)
+    write_json(out, {"kind": "pairs", "count": count, "seeds": [seeds[0][0], seeds[-1][1]], "files": entries})
+
+
+app = typer.Typer(help=__doc__)
+
+
+@app.command()
+def shard(
+    config: Annotated[str, typer.Option(help="JSON of the run")], teacher: Path, index: int, out: Path, threads: int = 1
+) -> None:
+    """Make one shard."""
+    torch.set_num_threads(threads)
+    with readable_errors():
+        make_shard(RunConfig.model_validate(json.loads(config)), teacher, index, out)
+
+
+@app.command()
+def join(out: Path, shards: list[Path]) -> None:
+    """Write the manifest OUT of finished SHARDS."""
+    with readable_errors():
+        join_shards(shards, out)
+
+
+if __name__ == "__main__":
+    app()

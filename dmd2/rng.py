@@ -1,0 +1,76 @@
+"""Addressed randomness: every draw is a function of what it is for, never of what was drawn before.
+
+So resuming needs no generator state, ablation arms share the noise of the terms they share, and numbers do not depend
+on the number of processes, the micro-batch or the evaluation batch.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def stream(address: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Generator seeded by a hash of `address`, for example ``"0/1200/critic/noise"`` (seed / iteration / name)."""
+    key = hashlib.blake2b(address.encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of one iteration for rows `start:stop` of a global batch of `total` samples.
+
+    Every draw is made for the whole global batch and sliced, so a sample's numbers are the same whichever rank or
+    micro-batch it lands in.
+    """
+
+    seed: int
+    iteration: int
+    total: int
+    start: int
+    stop: int
+    device: torch.device | str = "cpu"
+
+    def _stream(self, name: str) -> torch.Generator:
+        return stream(f"{self.seed}/{self.iteration}/{name}", self.device)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal, float32, shape ``(stop - start, *shape)``."""
+        draw = torch.randn((self.total, *shape), generator=self._stream(name), device=self.device)
+        return draw[self.start : self.stop]
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """Uniform integers in ``low..high``, both inclusive, int64, shape ``(stop - start,)``."""
+        draw = torch.randint(low, high + 1, (self.total,), generator=self._stream(name), device=self.device)
+        return draw[self.start : self.stop]
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        """One integer in ``low..high`` (inclusive) for the whole global batch."""
+        return int(torch.randint(low, high + 1, (1,), generator=self._stream(name), device=self.device))
+
+    def shuffled(self, name: str, size: int) -> Tensor:
+        """Indices into a set of `size` items, without replacement within an epoch, shape ``(stop - start,)``."""
+        first = self.iteration * self.total
+        positions = torch.arange(first + self.start, first + self.stop)
+        indices = torch.empty_like(positions)
+        for epoch in torch.unique(positions // size).tolist():
+            order = torch.randperm(size, generator=stream(f"{self.seed}/epoch{epoch}/{name}"))
+            inside = positions // size == epoch
+            indices[inside] = order[positions[inside] % size]
+        return indices
+
+
+def sample_noise(seeds: list[int], shape: tuple[int, ...], name: str, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise that belongs to each sample's seed, float32, shape ``(len(seeds), *shape)``.
+
+    Drawn on the CPU, so an image is the same on one GPU or eight, in a batch of 7 or 256.
+    """
+    return torch.stack([torch.randn(shape, generator=stream(f"sample/{seed}/{name}")) for seed in seeds]).to(device)
+
+
+def sample_labels(seeds: list[int], classes: int, rule: str) -> Tensor:
+    """Class of each sample seed: ``cyclic`` (seed mod classes) or ``random`` (uniform, addressed by the seed)."""
+    if rule == "cyclic":
+        return torch.tensor([seed % classes for seed in seeds])
+    return torch.cat([torch.randint(classes, (1,), generator=stream(f"sample/{seed}/label")) for seed in seeds])

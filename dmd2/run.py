@@ -1,0 +1,45 @@
+"""What a run is called, where it lives, and the facts recorded about it."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmd2.errors import UserError
+
+RUNS = Path("results/runs")
+
+
+@dataclass(frozen=True)
+class RunId:
+    """``base/name/seed``; the folder is a function of it, never of the clock."""
+
+    base: str
+    name: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.base}/{self.name}/seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the run lies."""
+        return RUNS / str(self)
+
+    @staticmethod
+    def parse(text: str) -> "RunId":
+        """Read ``base/name/seedN``."""
+        match = re.fullmatch(r"([\w-]+)/([\w-]+)/seed(\d+)", text)
+        if not match:
+            raise UserError(f"{text!r} is no run: write base/name/seedN, for example digits/dmd2/seed0")
+        return RunId(match[1], match[2], int(match[3]))
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with ``+`` when tracked files differ from it; "unknown" outside git."""
+    try:
+        short = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return short.stdout.strip() + ("+" if changed.returncode else "")

@@ -1,0 +1,48 @@
+"""Images from seeds: a student's or the teacher's, as float tensors or as the uint8 that metrics see."""
+
+import torch
+from torch import Tensor
+
+from dmd2.condition import Condition
+from dmd2.config import RunConfig, Sampler
+from dmd2.denoisers import Denoiser
+from dmd2.rng import sample_labels, sample_noise
+from dmd2.samplers import few_step, teacher_sample
+from dmd2.step import image_shape
+from dmd2.teachers import null_condition
+
+
+def seed_condition(cfg: RunConfig, seeds: list[int], device: torch.device) -> Condition:
+    """Conditions of evaluation seeds by the protocol's label rule."""
+    return Condition(labels=sample_labels(seeds, cfg.data.classes, cfg.eval.labels).to(device))
+
+
+@torch.no_grad()
+def student_sample(student: Denoiser, cfg: RunConfig, seeds: list[int], device: torch.device) -> Tensor:
+    """Student images of `seeds` in its configured number of steps, float32 ``(len(seeds), C, H, W)``."""
+    shape, schedule = image_shape(cfg), student.schedule
+    times = schedule.step_times(cfg.generator.steps, cfg.generator.time)
+    z = sample_noise(seeds, shape, "noise", device)
+    z = schedule.pure_noise(z, torch.full((len(seeds),), times[0], device=device))
+    cond = seed_condition(cfg, seeds, device)
+    return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
+
+
+def sample_teacher(teacher: Denoiser, cfg: RunConfig, spec: Sampler, seeds: list[int], device: torch.device) -> Tensor:
+    """Teacher images of the same seeds, hence the same starting noise and labels as the students'."""
+    shape = image_shape(cfg)
+    null = null_condition(cfg.data, cfg.teacher) if spec.guidance > 1 else None
+    return teacher_sample(
+        teacher,
+        sample_noise(seeds, shape, "noise", device),
+        seed_condition(cfg, seeds, device),
+        None if null is None else null.expand(len(seeds)).to(device),
+        spec,
+        lambda i: sample_noise(seeds, shape, f"step{i}", device),
+    )
+
+
+def quantise(x: Tensor, rounding: str) -> Tensor:
+    """Images in [-1, 1] to uint8: ``round`` is floor(127.5 x + 128) (EDM), ``trunc`` floor(127.5 (x + 1)) (DMD2)."""
+    scaled = x.float() * 127.5 + (128 if rounding == "round" else 127.5)
+    return scaled.clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,120 @@
+"""Noise schedules: the index grid of 1000 levels that training draws from, and what each level means.
+
+A *time* is what the network is told: a sigma for Karras, an integer step for VP. Index 0 is the least noise.
+"""
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+LEVELS = 1000
+SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # Karras et al. 2022, Table 1
+BETA_START, BETA_END = 0.00085, 0.012  # SD 1.5 and SDXL, "scaled linear"
+
+Weighting = Literal["edm", "eps", "x0"]
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape per-sample values ``(B,)`` so that they broadcast over ``like`` ``(B, ...)``."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Schedule(Protocol):
+    """Forward process ``x_t = alpha_t x + sigma_t n`` on a grid of `LEVELS` indices."""
+
+    def time(self, index: Tensor) -> Tensor:
+        """Network time of grid indices, shape kept."""
+        ...
+
+    def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Signal and noise scale at times ``t`` ``(B,)``."""
+        ...
+
+    def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        """The student's starting input made of unit noise alone (algorithm: generator input, one step)."""
+        ...
+
+    def step_times(self, steps: int, first: float) -> list[float]:
+        """Times of an n-step student, noisiest first."""
+        ...
+
+
+def add_noise(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Forward process ``alpha_t x + sigma_t n`` in the dtype of ``x``; ``t`` is ``(B,)``."""
+    alpha, sigma = schedule.alpha_sigma(t, x.dtype)
+    return spread(alpha, x) * x + spread(sigma, x) * noise
+
+
+def loss_weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
+    """Weight of a squared x0 error at times ``t`` ``(B,)``, float64 ``(B,)``.
+
+    ``edm`` is 1/sigma^2 + 1/sigma_data^2; ``eps`` is (alpha/sigma)^2, so that it is the noise error; ``x0`` is 1.
+    """
+    alpha, sigma = schedule.alpha_sigma(t, torch.float64)
+    if kind == "edm":
+        return 1 / sigma**2 + 1 / SIGMA_DATA**2
+    if kind == "eps":
+        return (alpha / sigma) ** 2
+    return torch.ones_like(sigma)
+
+
+def step_indices(steps: int) -> list[int]:
+    """Grid indices of an n-step student: 999 downwards in strides of ``1000 // n`` (n = 4: 999, 749, 499, 249)."""
+    return [LEVELS - 1 - k * (LEVELS // steps) for k in range(steps)]
+
+
+def karras_sigmas(count: int) -> Tensor:
+    """``count`` sigmas from `SIGMA_MIN` to `SIGMA_MAX`, float64 (Karras et al. 2022, Eq. 5, ascending)."""
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+    return (low + ramp * (high - low)) ** RHO
+
+
+class KarrasSchedule:
+    """``x_t = x + sigma n``; the time is sigma. Uniform indices on this grid are DMD2's training distribution."""
+
+    def __init__(self) -> None:
+        self.sigmas = karras_sigmas(LEVELS).float()
+
+    def time(self, index: Tensor) -> Tensor:
+        """Sigma of each index, float32."""
+        return self.sigmas.to(index.device)[index]
+
+    def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(1, sigma)``."""
+        return torch.ones_like(t, dtype=dtype), t.to(dtype)
+
+    def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        """``sigma * z``, the one-step input ``80 z``."""
+        return spread(t, noise) * noise
+
+    def step_times(self, steps: int, first: float) -> list[float]:
+        """``first`` (the literal 80.0, not the table's float32 79.999985), then the grid's sigmas."""
+        return [first, *(float(self.sigmas[i]) for i in step_indices(steps)[1:])]
+
+
+class VPSchedule:
+    """``x_t = sqrt(abar) x + sqrt(1 - abar) n`` with Stable Diffusion's betas; the time is the integer step."""
+
+    def __init__(self) -> None:
+        betas = torch.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), LEVELS, dtype=torch.float64) ** 2
+        self.abar = torch.cumprod(1 - betas, 0)
+
+    def time(self, index: Tensor) -> Tensor:
+        """The index itself."""
+        return index
+
+    def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(sqrt(abar_t), sqrt(1 - abar_t))``."""
+        abar = self.abar.to(t.device)[t.long()]
+        return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+
+    def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Unit noise as it is: neither the small alpha term nor sigma is applied (DMD2's convention)."""
+        return noise
+
+    def step_times(self, steps: int, first: float) -> list[float]:
+        """``first`` (999; 399 for one-step SDXL), then 999 - k * (1000 // n)."""
+        return [first, *map(float, step_indices(steps)[1:])]

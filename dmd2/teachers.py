@@ -1,0 +1,157 @@
+"""The teacher: trained here at small scale, or a diffusers UNet folder that the user puts in place."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from dmd2.checkpoint import Checkpoints
+from dmd2.condition import Condition
+from dmd2.config import Data, Optim, Teacher, TeacherTraining, digest_of
+from dmd2.data import TensorSet, load_set
+from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
+from dmd2.errors import UserError, readable_errors
+from dmd2.files import listing, read_json, verified, write_json
+from dmd2.losses import denoising_loss
+from dmd2.optimiser import Optimiser
+from dmd2.progress import Progress
+from dmd2.rng import Draws, stream
+from dmd2.schedules import LEVELS, add_noise, loss_weight
+
+NETWORKS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+CHECKPOINT_EVERY = 500
+
+
+def wrap(network: Network, parameterisation: str, precision: Any = "fp32") -> Denoiser:
+    """The denoiser of a network: ``edm`` or ``eps``."""
+    return (EdmDenoiser if parameterisation == "edm" else EpsDenoiser)(network, precision)
+
+
+def build_network(spec: dict[str, Any], seed: int) -> Network:
+    """A freshly initialised diffusers UNet; the draw of its weights depends on `seed` only."""
+    kind = spec.get("_class_name", "UNet2DModel")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(f"{seed}/network").initial_seed())
+        return NETWORKS[kind].from_config({k: v for k, v in spec.items() if k != "_class_name"})
+
+
+def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32") -> Denoiser:
+    """The teacher a manifest lists, verified, frozen, in eval mode.
+
+    Raises:
+        UserError: a file is missing or does not match its checksum, or the network class is unknown.
+    """
+    entry = read_json(manifest)
+    for file in entry["files"]:
+        verified(manifest.parent, file)
+    network = NETWORKS[entry["class"]].from_pretrained(manifest.parent / entry["folder"], use_safetensors=True)
+    return wrap(network, parameterisation, precision).eval().requires_grad_(False)
+
+
+def null_condition(data: Data, teacher: Teacher) -> Condition | None:
+    """Unconditional condition of one sample for a guided class-conditional teacher: the index after the last class."""
+    if teacher.guidance <= 1 and all(s.guidance <= 1 for s in teacher.samplers.values()):
+        return None
+    if data.classes == 0:
+        raise UserError(f"teacher {teacher.name}: text guidance needs the prompt pipeline, which this version lacks")
+    return Condition(labels=torch.tensor([data.classes]))
+
+
+def train_teacher(data: Data, teacher: Teacher, real: TensorSet, folder: Path) -> Path:
+    """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
+
+    EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
+    """
+    spec = teacher.train
+    assert spec is not None and teacher.network is not None
+    denoiser = wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).train()
+    ema = wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).requires_grad_(False)
+    optim = Optim(
+        lr=spec.lr, batch=spec.batch, warmup=spec.warmup, ticks_per_iteration=1, clip=1.0, weight_decay=0.0,
+        betas=(0.9, 0.999), ema=None,
+    )  # fmt: skip
+    optimiser = Optimiser([denoiser], optim, spec.lr)
+    identity = digest_of([teacher.model_dump(mode="json", include={"parameterisation", "network", "train"})])
+    checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
+    done = 0
+    if state := checkpoints.load_latest():
+        denoiser.load_state_dict(state["denoiser"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        done = state["step"]
+    progress, started = Progress(f"teacher {teacher.name}", spec.steps, done), time.monotonic()
+    for it in range(done, spec.steps):
+        loss = _denoising_step(denoiser, real, Draws(spec.seed, it, spec.batch, 0, spec.batch), data, spec)
+        loss.backward()
+        optimiser.step(it)
+        decay = min(spec.ema, (1 + it) / (10 + it))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in denoiser.parameters()], 1 - decay)
+        progress.update(it + 1, {"loss": loss.detach()})
+        if (it + 1) % CHECKPOINT_EVERY == 0:
+            if not torch.isfinite(loss):
+                raise UserError(f"teacher {teacher.name}: the loss is {loss.item()} at step {it + 1}; lower train.lr")
+            state = {"denoiser": denoiser.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
+            checkpoints.save(it + 1, {**state, "step": it + 1})
+    ema.network.save_pretrained(folder / "unet", safe_serialization=True)
+    return _manifest(folder, "unet", {"seconds": round(time.monotonic() - started, 1), "steps": spec.steps})
+
+
+def _denoising_step(
+    denoiser: Denoiser, real: TensorSet, draws: Draws, data: Data, spec: TeacherTraining
+) -> torch.Tensor:
+    indices = draws.shuffled("teacher/real", len(real))
+    x, cond = real.images(indices), real.condition(indices)
+    if spec.label_dropout > 0 and cond.labels is not None:
+        dropped = draws.integers("teacher/dropout", 0, 9999) < spec.label_dropout * 10000
+        cond = Condition(labels=torch.where(dropped, data.classes, cond.labels))
+    if isinstance(denoiser, EdmDenoiser):
+        t, kind = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).exp(), "edm"
+    else:
+        t, kind = draws.integers("teacher/level", 0, LEVELS - 1), "eps"
+    x_t = add_noise(denoiser.schedule, x, draws.normal("teacher/noise", tuple(x.shape[1:])), t)
+    return denoising_loss(denoiser(x_t, t, cond), x, loss_weight(denoiser.schedule, t, kind))  # type: ignore[arg-type]
+
+
+def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
+    """Write the manifest of a diffusers UNet folder the user placed at ``folder/unet``.
+
+    Raises:
+        UserError: it is not there.
+    """
+    unet = folder / "unet"
+    if not (unet / "config.json").exists():
+        raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json and safetensors) at {unet}")
+    return _manifest(folder, "unet", {})
+
+
+def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:
+    files = [p for p in sorted((folder / name).iterdir()) if p.suffix in (".json", ".safetensors")]
+    kind = json.loads((folder / name / "config.json").read_text())["_class_name"]
+    value = {"kind": "teacher", "folder": name, "class": kind, **extra, "files": listing(files, folder)}
+    write_json(folder / "manifest.json", value)
+    return folder / "manifest.json"
+
+
+def main(
+    data: Annotated[str, typer.Option(help="JSON of the data section")],
+    teacher: Annotated[str, typer.Option(help="JSON of the teacher section")],
+    real: Annotated[Path, typer.Option(help="manifest of the real data")],
+    out: Path,
+    threads: int = 1,
+) -> None:
+    """Train or adopt a teacher: write OUT (a manifest.json) and the network beside it."""
+    torch.set_num_threads(threads)
+    with readable_errors():
+        spec = Teacher.model_validate(json.loads(teacher))
+        if spec.train is None:
+            adopt_teacher(spec, out.parent)
+        else:
+            train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Evaluation: detectors, statistics, distances, tables, claims and the report."""

@@ -1,0 +1,171 @@
+"""The paper's falsifiable claims and the rules, fixed beforehand, that turn our numbers into verdicts.
+
+Default rule: at least three seeds; *supported* if the sign is the paper's in every seed and the mean gap exceeds twice
+the pooled standard deviation over seeds, *refuted* if the reverse holds under the same test, else *undecided*.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Verdict = Literal["supported", "refuted", "undecided"]
+MIN_SEEDS = 3
+MARGIN = 0.05  # equivalence margin of C3 and C10, as a share of the FD compared with
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict with the numbers and the rule it rests on."""
+
+    verdict: Verdict
+    evidence: str
+    rule: str
+
+
+class Measurements:
+    """Values per run, metric and seed, as the claims ask for them."""
+
+    def __init__(self, values: dict[tuple[str, str], dict[int, float]]) -> None:
+        self.values = values
+
+    def pair(self, metric: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values of two runs at their common seeds; a teacher, which has one value, is repeated.
+
+        Raises:
+            KeyError: a run or metric was not measured.
+        """
+        left, right = self.values[a, metric], self.values[b, metric]
+        if b.startswith("teacher-"):
+            right = dict.fromkeys(left, next(iter(right.values())))
+        seeds = sorted(left.keys() & right.keys())
+        return np.array([left[s] for s in seeds]), np.array([right[s] for s in seeds])
+
+
+def lower(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a is lower than b" under the default rule."""
+    x, y = m.pair(metric, a, b)
+    rule = (
+        f"{metric} of {a} below {b} in each of {MIN_SEEDS} or more seeds, mean gap above twice the pooled seed SD"
+    )
+    gaps = y - x
+    evidence = f"{a} {_show(x)}, {b} {_show(y)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
+    if len(gaps) < MIN_SEEDS:
+        return Finding("undecided", f"{evidence}; {len(gaps)} seed(s), {MIN_SEEDS} needed", rule)
+    spread = sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    clear = abs(gaps.mean()) > 2 * spread
+    evidence += f"; mean gap {gaps.mean():.3g}, pooled SD {spread:.2g}"
+    if clear and (gaps > 0).all():
+        return Finding("supported", evidence, rule)
+    if clear and (gaps < 0).all():
+        return Finding("refuted", evidence, rule)
+    return Finding("undecided", evidence, rule)
+
+
+def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
+    x, y = m.pair(metric, a, b)
+    margin = MARGIN * float(y.mean())
+    rule = f"90 % paired t-interval of the {metric} difference inside +-{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
+    gaps = x - y
+    evidence = f"{a} {_show(x)}, {b} {_show(y)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
+    if len(gaps) < MIN_SEEDS:
+        return Finding("undecided", f"{evidence}; {len(gaps)} seed(s), {MIN_SEEDS} needed", rule)
+    half = float(stats.t.ppf(0.95, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
+    low, high = gaps.mean() - half, gaps.mean() + half
+    evidence += f", interval {low:+.3g} to {high:+.3g}"
+    if -margin < low and high < margin:
+        return Finding("supported", evidence, rule)
+    return Finding("refuted" if low > margin or high < -margin else "undecided", evidence, rule)
+
+
+def both(first: Finding, second: Finding) -> Finding:
+    """A claim of two parts: supported if both are, refuted if either is."""
+    verdicts = {first.verdict, second.verdict}
+    verdict: Verdict = "refuted" if "refuted" in verdicts else "undecided" if "undecided" in verdicts else "supported"
+    evidence = f"(1) {first.verdict}: {first.evidence}. (2) {second.verdict}: {second.evidence}"
+    return Finding(verdict, evidence, f"(1) {first.rule}. (2) {second.rule}")
+
+
+def _no_rescue(m: Measurements) -> Finding:
+    """C10: refuted only if TTUR brings GAN-only to the level of DMD2."""
+    apart, close = lower(m, "fd", "dmd2", "gan-only-ttur"), equivalent(m, "fd", "gan-only-ttur", "dmd2")
+    rescued = apart.verdict == "refuted" or close.verdict == "supported"
+    verdict: Verdict = "refuted" if rescued else apart.verdict
+    rule = f"supported if {apart.rule}; refuted if gan-only-ttur is lower, or equal: {close.rule}"
+    return Finding(verdict, apart.evidence, rule)
+
+
+def _show(values: np.ndarray) -> str:
+    if len(values) < 2 or (values == values[0]).all():
+        return f"{values[0]:.3g}"
+    return f"{values.mean():.3g} +- {values.std(ddof=1):.2g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper: its text, the paper's numbers, and the test on ours."""
+
+    text: str
+    paper: str
+    test: Callable[[Measurements], Finding]
+
+
+CLAIMS: dict[str, Claim] = {
+    "C1": Claim(
+        "Dropping the regression at ratio 1 hurts quality",
+        "Table 3: 2.62 to 3.48",
+        lambda m: lower(m, "fd", "dmd", "no-regression"),
+    ),
+    "C2": Claim(
+        "Without regression, ratio 1 is unstable and a higher ratio cures it",
+        "Figure 8: SD of brightness 0.051 at ratio 1, 0.006 at ratio 5",
+        lambda m: lower(m, "brightness_std", "ttur", "no-regression"),
+    ),
+    "C3": Claim(
+        "Ratio 5 without regression equals DMD with regression",
+        "Table 3: 2.61 against 2.62",
+        lambda m: equivalent(m, "fd", "ttur", "dmd"),
+    ),
+    "C7": Claim(
+        "Adding the GAN loss gives a large gain",
+        "Table 3: 2.61 to 1.51",
+        lambda m: lower(m, "fd", "dmd2", "ttur"),
+    ),
+    "C8": Claim(
+        "With real data the student beats its teacher's ODE sampler; without, it does not",
+        "Tables 1 and 3: 1.51 and 2.61 against 2.32",
+        lambda m: both(lower(m, "fd", "dmd2", "teacher-ode"), _worse_than_teacher(m)),
+    ),
+    "C9": Claim(
+        "The GAN loss alone is clearly worse than DMD2",
+        "Table 3: 2.56 against 1.51",
+        lambda m: lower(m, "fd", "dmd2", "gan-only"),
+    ),
+    "C10": Claim("TTUR does not rescue the GAN-only baseline", "Table 3: 2.56 to 2.52", _no_rescue),
+}
+
+
+def _worse_than_teacher(m: Measurements) -> Finding:
+    reverse = lower(m, "fd", "ttur", "teacher-ode")
+    flipped: dict[Verdict, Verdict] = {"supported": "refuted", "refuted": "supported", "undecided": "undecided"}
+    rule = reverse.rule.replace("below", "above")
+    return Finding(flipped[reverse.verdict], reverse.evidence, rule)
+
+
+def judge(claims: list[str], measurements: Measurements) -> list[dict[str, str]]:
+    """Verdicts of the named claims, in order; one whose rows were not measured says so."""
+    results = []
+    for name in claims:
+        claim = CLAIMS[name]
+        try:
+            finding = claim.test(measurements)
+        except KeyError as missing:
+            run, metric = missing.args[0]
+            finding = Finding("undecided", f"not measured: {metric} of {run}", "")
+        entry = {"id": name, "claim": claim.text, "paper": claim.paper}
+        results.append({**entry, "verdict": finding.verdict, "evidence": finding.evidence, "rule": finding.rule})
+    return results
