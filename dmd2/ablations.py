@@ -1,12 +1,14 @@
 """Ablations as data: bases, tables and their rows become validated runs before any DAG exists."""
 
 import difflib
+import operator as op
 import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import Field, ValidationError
 
 from dmd2.config import RunConfig, Section
@@ -104,7 +106,8 @@ def validate(values: dict[str, Any], source: YamlFile, *prefix: str | int) -> Ru
 
 
 def _sentence(error: ValidationError, values: Any, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
-    first = error.errors()[0]
+    errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = tuple(k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function")))
     dotted = ".".join(str(k) for k in keys)
     place = source.where(*prefix, dotted) if (*prefix, dotted) in source.lines else source.where(*prefix, *keys)
@@ -128,20 +131,23 @@ def _known_keys(model: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+_COMPARE = {"==": op.eq, "!=": op.ne, ">": op.gt, "<": op.lt, ">=": op.ge, "<=": op.le}
+
+
 def holds(condition: str, cfg: RunConfig) -> bool:
-    """Evaluate a column condition such as ``critic.ratio > 1`` on a run."""
+    """Evaluate a column condition such as ``critic.ratio > 1`` on a run.
+
+    Raises:
+        ValueError: it has another form, an unknown key, or orders something that is no number.
+    """
     key, operator, text = split_condition(condition)
     value: Any = cfg
     for part in key.split("."):
         value = getattr(value, part)
-    if isinstance(value, str) or value is None:
-        equal = str(value) == text
-        return equal if operator == "==" else not equal
-    number = float(text)
-    return {
-        "==": value == number, "!=": value != number, ">": value > number,
-        "<": value < number, ">=": value >= number, "<=": value <= number,
-    }[operator]  # fmt: skip
+    wanted = yaml.safe_load(text) if not re.fullmatch(r"[-+.\deE]+", text) else float(text)
+    if operator not in ("==", "!=") and not all(isinstance(v, int | float) for v in (value, wanted)):
+        raise ValueError(f"{condition!r} orders {value!r} and {wanted!r}, which are not both numbers")
+    return bool(_COMPARE[operator](value, wanted))
 
 
 def split_condition(condition: str) -> tuple[str, str, str]:
@@ -157,13 +163,14 @@ def split_condition(condition: str) -> tuple[str, str, str]:
 
 
 def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
-    """A base as plain values and validated."""
+    """A base as plain values, defaults included, and validated."""
     path = folder / f"{name}.yaml"
     if not path.exists():
         near = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.yaml")], n=1)
         raise UserError(f"there is no base {path}" + (f", did you mean {near[0]}?" if near else ""))
     source = read_yaml(path)
-    return source.value, validate(source.value, source)
+    cfg = validate(source.value, source)
+    return cfg.model_dump(mode="json"), cfg
 
 
 def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +247,12 @@ def _add_runs(
             changed = apply_change(values, table.change, row.change, table.row_change.get(row.run, {}))
         except KeyError as error:
             key = error.args[0].removeprefix("no key ").split(",")[0]
-            where = source.where("rows", i, "change", key) if key in row.change else sources[name].where("change", key)
+            places = [
+                (table.row_change.get(row.run, {}), sources[name], ("row_change", row.run, key)),
+                (table.change, sources[name], ("change", key)),
+                (row.change, source, ("rows", i, "change", key)),
+            ]
+            where = next(file.where(*keys) for change, file, keys in places if key in change)
             raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
         cfg = validate(changed, source, "rows", i, "change")
         earlier = experiment.runs.setdefault((table.base, row.run), cfg)
@@ -264,12 +276,12 @@ def _check_references(experiment: Experiment, name: str, source: YamlFile) -> No
     table, runs = experiment.tables[name], {row.run for row in experiment.rows[name]}
     for column, condition in table.columns.items():
         try:
-            split_condition(condition)
+            holds(condition, experiment.bases[table.base])
         except ValueError as error:
             raise UserError(f"{source.where('columns', column)}: {error}") from None
     if table.reference_row is not None and table.reference_row not in runs:
         raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
-    samplers = experiment.bases[table.base].teacher.samplers
+    samplers = experiment.bases[table.base].eval.teacher_samplers
     for teacher in table.teachers:
         if teacher not in samplers:
             raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")

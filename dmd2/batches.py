@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmd2.condition import Condition
-from dmd2.config import RunConfig
+from dmd2.config import TrainConfig
 from dmd2.data import TensorSet
 from dmd2.rng import Draws
 
@@ -33,7 +33,7 @@ class Batch:
 class Batches:
     """Makes the batches of an iteration, in micro-batches of at most `micro_batch` samples."""
 
-    cfg: RunConfig
+    cfg: TrainConfig
     seed: int
     device: torch.device
     micro_batch: int

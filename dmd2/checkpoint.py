@@ -26,16 +26,25 @@ class Checkpoints:
         with atomic(path) as temporary:
             torch.save(state, temporary)
         write_json(path.with_suffix(".json"), {"step": step, "files": listing([path], self.folder)})
-        for old in sorted(self.folder.glob("*.json"))[: -self.keep]:
+        for old in self._up_to(step)[: -self.keep]:
             old.with_suffix(".pt").unlink(missing_ok=True)
             old.unlink()
 
-    def load_latest(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest state whose checksum holds, or None; each one passed over is named on stderr."""
-        for manifest in sorted(self.folder.glob("*.json"), reverse=True):
+    def load_latest(self, device: torch.device | str = "cpu", at_most: int | None = None) -> dict[str, Any] | None:
+        """The newest state of at most so many steps whose checksum holds, or None; those passed over are named."""
+        for manifest in reversed(self._up_to(at_most)):
             try:
                 path = verified(self.folder, read_json(manifest)["files"][0])
                 return torch.load(path, map_location=device, weights_only=True)
             except UserError as error:
                 print(f"checkpoint passed over: {error}", file=sys.stderr)
         return None
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 if there is none."""
+        return max((int(path.stem) for path in self._up_to(None)), default=0)
+
+    def _up_to(self, step: int | None) -> list[Path]:
+        """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
+        found = sorted(self.folder.glob("*.json"))
+        return found if step is None else [path for path in found if int(path.stem) <= step]

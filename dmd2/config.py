@@ -7,12 +7,20 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 Index = Annotated[int, Field(ge=0, le=999)]
-IndexRange = Annotated[tuple[Index, Index], Field(strict=False)]
+
+
+def _ascending(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] > value[1]:
+        raise ValueError(f"the range [{value[0]}, {value[1]}] is empty: write the smaller index first")
+    return value
+
+
+IndexRange = Annotated[tuple[Index, Index], Field(strict=False), AfterValidator(_ascending)]
 
 
 class Section(BaseModel):
@@ -52,6 +60,8 @@ class Sampler(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.solver == "heun" and self.steps < 2:
+            raise ValueError("heun needs at least 2 steps: its grid runs from sigma_max to sigma_min")
         if self.churn > 0 and self.solver != "heun":
             raise ValueError(f"churn belongs to heun, not {self.solver}")
         if self.eta > 0 and self.solver != "ddim":
@@ -79,7 +89,6 @@ class Teacher(Section):
     name: str
     parameterisation: Literal["edm", "eps"]
     guidance: Annotated[float, Field(ge=1)]
-    samplers: dict[str, Sampler]
     network: dict[str, Any] | None = None
     train: TeacherTraining | None = None
 
@@ -87,10 +96,12 @@ class Teacher(Section):
     def _consistent(self) -> Self:
         if (self.network is None) != (self.train is None):
             raise ValueError("network and train go together: give both to train a teacher here, neither to load one")
-        for name, sampler in self.samplers.items():
-            if (sampler.solver == "heun") != (self.parameterisation == "edm"):
-                raise ValueError(f"sampler {name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")
         return self
+
+    def check(self, name: str, sampler: Sampler) -> None:
+        """ValueError if `sampler` cannot sample this parameterisation."""
+        if (sampler.solver == "heun") != (self.parameterisation == "edm"):
+            raise ValueError(f"{name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")
 
 
 class Generator(Section):
@@ -124,6 +135,12 @@ class Critic(Section):
     weighting: Literal["edm", "eps", "x0"]
     lr_multiplier: Annotated[float, Field(gt=0)]
     shares_iteration: bool = True
+
+    @model_validator(mode="after")
+    def _gets_turns(self) -> Self:
+        if self.ratio == 1 and not self.shares_iteration:
+            raise ValueError("ratio 1 with shares_iteration false gives the critic no turn: use a ratio of 2 or more")
+        return self
 
 
 class Gan(Section):
@@ -191,6 +208,7 @@ class Eval(Section):
     images: Annotated[int, Field(ge=2)]
     draws: Positive
     batch: Positive
+    teacher_samplers: dict[str, Sampler]
     labels: Literal["cyclic", "random"]
     rounding: Literal["round", "trunc"]
     covariance_init: Literal["zeros", "ones"] = "zeros"
@@ -200,8 +218,8 @@ class Eval(Section):
 NOT_IDENTITY: dict[str, Any] = {"eval": True, "train": {"steps", "snapshot_every", "checkpoint_every", "log_every"}}
 
 
-class RunConfig(Section):
-    """A complete run."""
+class TrainConfig(Section):
+    """All of a run that its training reads."""
 
     data: Data
     teacher: Teacher
@@ -212,7 +230,6 @@ class RunConfig(Section):
     regression: Regression
     optim: Optim
     train: Train
-    eval: Eval
 
     @model_validator(mode="after")
     def _trains_something(self) -> Self:
@@ -220,16 +237,17 @@ class RunConfig(Section):
             raise ValueError("dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student")
         if self.gan.lambda_g > 0 and self.gan.lambda_d == 0:
             raise ValueError("gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained")
+        if self.critic.denoise_weight == 0 and self.gan.lambda_d == 0:
+            raise ValueError("critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic")
+        if self.teacher.parameterisation == "eps" and (self.generator.time > 999 or self.generator.time % 1):
+            raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
+        self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self
-
-    def json_text(self, without: tuple[str, ...] = ()) -> str:
-        """Canonical JSON (sorted keys), optionally without some sections."""
-        return json.dumps(self.model_dump(mode="json", exclude=set(without)), sort_keys=True)
 
     @property
     def needs_real(self) -> bool:
-        """Whether training reads real images."""
-        return self.gan.on or self.generator.input != "noise"
+        """Whether training reads the real set: for the GAN, for multi-step inputs, or for its captions."""
+        return self.gan.on or self.generator.input != "noise" or self.data.classes == 0
 
     @property
     def needs_pairs(self) -> bool:
@@ -251,10 +269,25 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Everything that can change the student's weights, for `digest_of`."""
         value = self.model_dump(mode="json", exclude=NOT_IDENTITY)
-        del value["teacher"]["samplers"]  # used to measure the teacher, not to train
         if not self.needs_pairs:
             del value["regression"]
         return value
+
+
+class RunConfig(TrainConfig):
+    """A complete run: its training and how it is measured."""
+
+    eval: Eval
+
+    @model_validator(mode="after")
+    def _teacher_samplers(self) -> Self:
+        for name, sampler in self.eval.teacher_samplers.items():
+            self.teacher.check(f"eval.teacher_samplers.{name}", sampler)
+        return self
+
+    def training(self) -> TrainConfig:
+        """The part that training reads."""
+        return TrainConfig.model_validate(self.model_dump(exclude={"eval"}))
 
 
 def digest_of(value: Any) -> str:
@@ -262,6 +295,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def digest(cfg: RunConfig) -> str:
+def digest(cfg: TrainConfig) -> str:
     """Identity of a run's training: equal for configs that train the same weights."""
     return digest_of(cfg.identity())

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,6 +127,8 @@ def _idx(data: Data) -> tuple[Tensor, Tensor]:
     if len(images) != len(labels):
         raise UserError(f"data {data.name}: {len(images)} images but {len(labels)} labels in {folder}")
     margin = (data.resolution - images.shape[-1]) // 2
+    if margin < 0:
+        raise UserError(f"data {data.name}: images are {images.shape[1:]}, larger than resolution {data.resolution}")
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))[:, None]
     return torch.from_numpy(padded), torch.from_numpy(labels.astype(np.int64))
 
@@ -140,7 +143,7 @@ def read_idx(path: Path, name: str) -> np.ndarray:
         raise UserError(f"data {name}: {path} is missing (Debian: apt-get install dataset-fashion-mnist)")
     try:
         raw = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"data {name}: {path} is truncated or not gzip ({error}); fetch it again") from None
     dims = raw[3] if len(raw) > 3 else 0
     shape = tuple(np.frombuffer(raw, ">i4", dims, 4).tolist()) if len(raw) >= 4 + 4 * dims and dims else ()

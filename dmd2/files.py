@@ -8,10 +8,13 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dmd2.errors import UserError
 
@@ -29,21 +32,25 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors creates its files readable by the owner only
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-    except RuntimeError as error:  # torch's zip writer reports a full disk as RuntimeError
-        if "write" not in str(error) and "PytorchStreamWriter" not in str(error):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's zip writer and safetensors report a refused write by exceptions of their own.
+        full = getattr(error, "errno", None) == errno.ENOSPC or _no_space(path)
+        torch_writer = any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter"))
+        if isinstance(error, RuntimeError) and not torch_writer and not full:
             raise
-        raise UserError(_cannot_write(path, error)) from error
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path}: {reason}; earlier files are kept, free some space and run the same command again"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC
-    reason = "the disk is full" if full else str(error).splitlines()[0]
-    return f"cannot write {path}: {reason}; earlier files are untouched, free some space and run the same command again"
+def _no_space(path: Path) -> bool:
+    return path.parent.exists() and shutil.disk_usage(path.parent).free < 1 << 16
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,6 +76,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing: run the Snakemake target that makes it") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run Snakemake again") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def sha256(path: Path) -> str:

@@ -6,25 +6,27 @@ from typing import Annotated
 
 import torch
 import typer
+from pydantic import BaseModel
 
-from dmd2.ablations import load_experiment
-from dmd2.config import RunConfig
+from dmd2.ablations import Table, load_experiment
+from dmd2.config import RunConfig, TrainConfig
 from dmd2.errors import UserError, readable_errors
+from dmd2.files import write_json
 from dmd2.run import RunId
 from dmd2.trainer import Hardware, Inputs, Training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
-def run_config(run: RunId, config: str | None) -> RunConfig:
+def run_config(run: RunId, config: str | None) -> TrainConfig:
     """The config given as JSON, or the one the tables name."""
     if config is not None:
-        return RunConfig.model_validate(json.loads(config))
+        return TrainConfig.model_validate(json.loads(config))
     runs = load_experiment().runs
     if (run.base, run.name) not in runs:
         known = ", ".join(sorted(name for base, name in runs if base == run.base))
         raise UserError(f"no table has the run {run.base}/{run.name}; runs of {run.base}: {known or 'none'}")
-    return runs[run.base, run.name]
+    return runs[run.base, run.name].training()
 
 
 @app.command()
@@ -47,9 +49,11 @@ def train(
 
 
 @app.command()
-def schema(out: Annotated[Path, typer.Argument(help="where to write it")] = Path("workflow/run.schema.json")) -> None:
-    """Write the JSON Schema of a base, for editors."""
-    out.write_text(json.dumps(RunConfig.model_json_schema(), indent=1) + "\n", encoding="utf-8")
+def schema(folder: Annotated[Path, typer.Argument(help="where to write them")] = Path("workflow/schemas")) -> None:
+    """Write the JSON Schemas of a base and of a table, for editors."""
+    models: dict[str, type[BaseModel]] = {"base": RunConfig, "table": Table}
+    for name, model in models.items():
+        write_json(folder / f"{name}.schema.json", model.model_json_schema())
 
 
 if __name__ == "__main__":

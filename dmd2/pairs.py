@@ -8,7 +8,7 @@ import torch
 import typer
 
 from dmd2.condition import Condition
-from dmd2.config import RunConfig
+from dmd2.config import TrainConfig
 from dmd2.data import save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
@@ -27,12 +27,12 @@ def shard_seeds(count: int, shards: int, index: int) -> range:
     return range(FIRST_SEED + count * index // shards, FIRST_SEED + count * (index + 1) // shards)
 
 
-def make_shard(cfg: RunConfig, teacher_manifest: Path, index: int, out: Path) -> None:
+def make_shard(cfg: TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:
     """Write shard `index` (noise, images, labels) and its manifest `out`; a good one that is there already is kept."""
     seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
     teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation)
     spec, shape = cfg.regression.pairs.sampler, image_shape(cfg)
-    null = null_condition(cfg.data, cfg.teacher) if spec.guidance > 1 else None
+    null = null_condition(cfg.data, spec.guidance)
     noise, images, labels = [], [], []
     progress = Progress(f"pairs {out.parent.name} shard {index}", len(seeds))
     for start in range(0, len(seeds), BATCH):
@@ -72,7 +72,7 @@ def shard(
     """Make one shard."""
     torch.set_num_threads(threads)
     with readable_errors():
-        make_shard(RunConfig.model_validate(json.loads(config)), teacher, index, out)
+        make_shard(TrainConfig.model_validate(json.loads(config)), teacher, index, out)
 
 
 @app.command()

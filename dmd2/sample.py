@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dmd2.condition import Condition
-from dmd2.config import RunConfig, Sampler
+from dmd2.config import RunConfig, Sampler, TrainConfig
 from dmd2.denoisers import Denoiser
 from dmd2.rng import sample_labels, sample_noise
 from dmd2.samplers import few_step, teacher_sample
@@ -12,30 +12,32 @@ from dmd2.step import image_shape
 from dmd2.teachers import null_condition
 
 
-def seed_condition(cfg: RunConfig, seeds: list[int], device: torch.device) -> Condition:
-    """Conditions of evaluation seeds by the protocol's label rule."""
-    return Condition(labels=sample_labels(seeds, cfg.data.classes, cfg.eval.labels).to(device))
+def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
+    """Conditions of sample seeds; `labels` is ``cyclic`` or ``random``."""
+    return Condition(labels=sample_labels(seeds, cfg.data.classes, labels).to(device))
 
 
 @torch.no_grad()
-def student_sample(student: Denoiser, cfg: RunConfig, seeds: list[int], device: torch.device) -> Tensor:
+def student_sample(
+    student: Denoiser, cfg: TrainConfig, seeds: list[int], device: torch.device, labels: str = "cyclic"
+) -> Tensor:
     """Student images of `seeds` in its configured number of steps, float32 ``(len(seeds), C, H, W)``."""
     shape, schedule = image_shape(cfg), student.schedule
     times = schedule.step_times(cfg.generator.steps, cfg.generator.time)
     z = sample_noise(seeds, shape, "noise", device)
     z = schedule.pure_noise(z, torch.full((len(seeds),), times[0], device=device))
-    cond = seed_condition(cfg, seeds, device)
+    cond = seed_condition(cfg, seeds, labels, device)
     return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
 
 
 def sample_teacher(teacher: Denoiser, cfg: RunConfig, spec: Sampler, seeds: list[int], device: torch.device) -> Tensor:
     """Teacher images of the same seeds, hence the same starting noise and labels as the students'."""
     shape = image_shape(cfg)
-    null = null_condition(cfg.data, cfg.teacher) if spec.guidance > 1 else None
+    null = null_condition(cfg.data, spec.guidance)
     return teacher_sample(
         teacher,
         sample_noise(seeds, shape, "noise", device),
-        seed_condition(cfg, seeds, device),
+        seed_condition(cfg, seeds, cfg.eval.labels, device),
         None if null is None else null.expand(len(seeds)).to(device),
         spec,
         lambda i: sample_noise(seeds, shape, f"step{i}", device),

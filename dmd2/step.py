@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmd2.batches import Batch
 from dmd2.condition import Condition
-from dmd2.config import Gan, RunConfig
+from dmd2.config import Gan, TrainConfig
 from dmd2.denoisers import Denoiser, guide
 from dmd2.head import Head
 from dmd2.losses import (
@@ -41,7 +41,7 @@ class Models:
     distance: Callable[[Tensor, Tensor], Tensor] | None = None  # of the regression
 
 
-def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: RunConfig) -> Logs:
+def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainConfig) -> Logs:
     """Iteration `it`: the student is updated when ``it % ratio == 0``, the critic always, on the same images."""
     logs: Logs = {}
     update_student = it % cfg.critic.ratio == 0
@@ -62,7 +62,7 @@ def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: RunConfi
     return logs
 
 
-def student_loss(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, logs: Logs) -> Tensor:
+def student_loss(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
     """``w_DM L_DM + lambda_G L_G + lambda_reg L_reg`` of student images ``x``; a term of weight 0 is not computed."""
     with frozen(m.critic, m.head):
         terms: dict[str, Callable[[], Tensor]] = {
@@ -75,7 +75,7 @@ def student_loss(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, logs: Logs)
         return weighted_sum(terms, weights, "student", batch.share, logs)
 
 
-def critic_loss(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, logs: Logs) -> Tensor:
+def critic_loss(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
     """``L_K + lambda_D L_D`` on detached student images ``x``: one loss, one optimiser for critic and head."""
     terms: dict[str, Callable[[], Tensor]] = {
         "denoise": lambda: _critic_denoising(m, x, batch, cfg),
@@ -94,7 +94,7 @@ def weighted_sum(
     return torch.stack([weights[name] * value for name, value in values.items()]).sum()
 
 
-def _distribution_matching(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, logs: Logs) -> Tensor:
+def _distribution_matching(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
     with torch.no_grad():
         x_t, t = _noised(m.teacher, x, batch, "dm", cfg.dm.index_range)
         null = None if m.null is None else m.null.expand(len(x))
@@ -109,7 +109,7 @@ def _distribution_matching(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, l
     return distribution_matching_loss(x, g)
 
 
-def _regression(m: Models, batch: Batch, cfg: RunConfig) -> Tensor:
+def _regression(m: Models, batch: Batch, cfg: TrainConfig) -> Tensor:
     """Distance of G(z) to the teacher's image of the same z; the pair batch is independent of the DM batch (DMD)."""
     assert batch.pairs is not None and m.distance is not None
     noise, image, cond = batch.pairs
@@ -117,12 +117,12 @@ def _regression(m: Models, batch: Batch, cfg: RunConfig) -> Tensor:
     return m.distance(m.student(m.student.schedule.pure_noise(noise, t), t, cond).float(), image)
 
 
-def _critic_denoising(m: Models, x: Tensor, batch: Batch, cfg: RunConfig) -> Tensor:
+def _critic_denoising(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig) -> Tensor:
     x_t, t = _noised(m.critic, x, batch, "critic", (0, LEVELS - 1))
     return denoising_loss(m.critic(x_t, t, batch.cond), x, loss_weight(m.critic.schedule, t, cfg.critic.weighting))
 
 
-def _discriminator(m: Models, x: Tensor, batch: Batch, cfg: RunConfig, logs: Logs) -> Tensor:
+def _discriminator(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
     assert batch.real is not None
     real, real_cond = batch.real
     fake_logits = _logits(m, x, batch.cond, batch, "gan/fake", cfg.gan)
@@ -188,7 +188,7 @@ def regression_distance(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     return Lpips()
 
 
-def image_shape(cfg: RunConfig) -> tuple[int, int, int]:
+def image_shape(cfg: TrainConfig) -> tuple[int, int, int]:
     """Shape of one diffused tensor."""
     return cfg.data.channels, cfg.data.resolution, cfg.data.resolution
 

@@ -52,12 +52,12 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
     return wrap(network, parameterisation, precision).eval().requires_grad_(False)
 
 
-def null_condition(data: Data, teacher: Teacher) -> Condition | None:
-    """Unconditional condition of one sample for a guided class-conditional teacher: the index after the last class."""
-    if teacher.guidance <= 1 and all(s.guidance <= 1 for s in teacher.samplers.values()):
+def null_condition(data: Data, guidance: float) -> Condition | None:
+    """Unconditional condition of one sample for class guidance (the index after the last class); None if unguided."""
+    if guidance <= 1:
         return None
     if data.classes == 0:
-        raise UserError(f"teacher {teacher.name}: text guidance needs the prompt pipeline, which this version lacks")
+        raise UserError(f"data {data.name}: text guidance needs the prompt pipeline, which this version lacks")
     return Condition(labels=torch.tensor([data.classes]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmd2.batches import Batches
 from dmd2.checkpoint import Checkpoints
-from dmd2.config import RunConfig, digest, digest_of
+from dmd2.config import TrainConfig, digest, digest_of
 from dmd2.data import REAL, content_of, load_set, load_shard, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError
@@ -53,7 +53,7 @@ class Inputs:
     init: Path | None
 
     @staticmethod
-    def of(run: RunId, cfg: RunConfig) -> "Inputs":
+    def of(run: RunId, cfg: TrainConfig) -> "Inputs":
         """The conventional places for `cfg`."""
         init = cfg.train.init_from and RunId(run.base, cfg.train.init_from, run.seed).folder / "train.json"
         return Inputs(
@@ -72,7 +72,7 @@ class Inputs:
 class Training:
     """One run in memory. Build it, then call `run`; the same call after a kill continues from the newest checkpoint."""
 
-    def __init__(self, run: RunId, cfg: RunConfig, hardware: Hardware, inputs: Inputs) -> None:
+    def __init__(self, run: RunId, cfg: TrainConfig, hardware: Hardware, inputs: Inputs) -> None:
         self.run_id, self.cfg, self.hardware, self.folder = run, cfg, hardware, run.folder
         self.device = torch.device(hardware.device)
         self.key = digest_of({"config": digest(cfg), "inputs": inputs.identity(), "seed": run.seed})
@@ -137,10 +137,10 @@ class Training:
         for it, logs in self.recent:
             bad = [name for name, value in logs.items() if not bool(torch.isfinite(value))]
             if bad:
-                kept = max((int(p.stem) for p in self.checkpoints.folder.glob("*.json")), default=0)
+                kept = f"the checkpoint of step {self.checkpoints.newest_step()} is kept"
                 raise UserError(
-                    f"{self.run_id}: {bad[0]} is {float(logs[bad[0]])} at step {it}; the checkpoint of step {kept} is "
-                    "kept: lower optim.lr or raise critic.ratio, or look at log.jsonl"
+                    f"{self.run_id}: {bad[0]} is {float(logs[bad[0]])} at step {it}; {kept}: lower optim.lr or raise "
+                    f"critic.ratio (log: {self.log_path})"
                 )
 
     def probe(self) -> Tensor:
@@ -171,11 +171,11 @@ class Training:
         state = {name: module.state_dict() for name, module in modules.items() if module is not None}
         optimisers = {"student_optimiser": m.student_optimiser, "critic_optimiser": m.critic_optimiser}
         state |= {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
-        return {**state, "step": self.step, "seconds": self.seconds}
+        return {**state, "step": self.step, "seconds": self.seconds, "log": self.log}
 
     def resume(self) -> None:
-        """Load the newest good checkpoint of exactly this run and cut the log back to it."""
-        m, state = self.models, self.checkpoints.load_latest(self.device)
+        """Load the newest good checkpoint of exactly this run and set the log back to it."""
+        m, state = self.models, self.checkpoints.load_latest(self.device, self.cfg.train.steps)
         if state is not None:
             modules = {"student": m.student, "critic": m.critic, "head": m.head, "ema": self.ema}
             for name, module in modules.items():
@@ -183,14 +183,12 @@ class Training:
                     module.load_state_dict(state[name])
             m.student_optimiser.load_state_dict(state["student_optimiser"])
             m.critic_optimiser.load_state_dict(state["critic_optimiser"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.log = [line for line in read_log(self.log_path) if line["step"] <= self.step]
+            self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
         write_text(self.log_path, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def finish(self) -> Path:
         """Write train.json, the node of the DAG that says this run is complete."""
-        steps = sorted({*range(self.cfg.train.snapshot_every, self.step, self.cfg.train.snapshot_every), self.step})
-        files = [self.snapshots / f"{step:07d}.safetensors" for step in steps]
+        files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
         record = {
             "kind": "run", "run": str(self.run_id), "key": self.key, "steps": self.step,
             "student_updates": -(-self.step // self.cfg.critic.ratio), "seconds": round(self.seconds, 1),
@@ -203,7 +201,7 @@ class Training:
         return self.folder / "train.json"
 
 
-def build_models(cfg: RunConfig, seed: int, inputs: Inputs, device: torch.device) -> Models:
+def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device) -> Models:
     """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``)."""
     precision = cfg.train.precision
     teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision).to(device)
@@ -216,7 +214,7 @@ def build_models(cfg: RunConfig, seed: int, inputs: Inputs, device: torch.device
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
         head = build_head(probe, cfg, seed, device)
-    null = null_condition(cfg.data, cfg.teacher) if cfg.teacher.guidance > 1 else None
+    null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
         student, teacher, critic, head,
         student_optimiser=Optimiser([student], cfg.optim, cfg.optim.lr),
@@ -226,7 +224,7 @@ def build_models(cfg: RunConfig, seed: int, inputs: Inputs, device: torch.device
     )  # fmt: skip
 
 
-def build_head(denoiser: Denoiser, cfg: RunConfig, seed: int, device: torch.device) -> Head:
+def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
     """A head fitting the denoiser's bottleneck, its initial weights a function of the seed."""
     config = denoiser.network.config
     width = config["block_out_channels"][-1]
@@ -244,18 +242,6 @@ def _load_weights(train_json: Path, student: Denoiser, critic: Denoiser) -> None
     if state is None:
         raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")
     critic.load_state_dict(state["critic"])
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Lines of a log.jsonl; a last line cut by a kill is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    parsed = []
-    for line in lines:
-        try:
-            parsed.append(json.loads(line))
-        except ValueError:
-            break
-    return parsed
 
 
 def _shown(logs: Logs) -> Logs:

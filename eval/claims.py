@@ -14,6 +14,7 @@ from scipy import stats
 
 Verdict = Literal["supported", "refuted", "undecided"]
 MIN_SEEDS = 3
+SETTLED = 0.2  # brightness stability ignores this first share of training, while the student leaves its initial state
 MARGIN = 0.05  # equivalence margin of C3 and C10, as a share of the FD compared with
 
 
@@ -48,13 +49,11 @@ class Measurements:
 def lower(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a is lower than b" under the default rule."""
     x, y = m.pair(metric, a, b)
-    rule = (
-        f"{metric} of {a} below {b} in each of {MIN_SEEDS} or more seeds, mean gap above twice the pooled seed SD"
-    )
+    rule = f"{metric} of {a} below {b} in each of {MIN_SEEDS} or more seeds, mean gap above twice the pooled seed SD"
     gaps = y - x
     evidence = f"{a} {_show(x)}, {b} {_show(y)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
     if len(gaps) < MIN_SEEDS:
-        return Finding("undecided", f"{evidence}; {len(gaps)} seed(s), {MIN_SEEDS} needed", rule)
+        return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
     spread = sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
     clear = abs(gaps.mean()) > 2 * spread
     evidence += f"; mean gap {gaps.mean():.3g}, pooled SD {spread:.2g}"
@@ -69,11 +68,11 @@ def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
     x, y = m.pair(metric, a, b)
     margin = MARGIN * float(y.mean())
-    rule = f"90 % paired t-interval of the {metric} difference inside +-{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
+    rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
     gaps = x - y
     evidence = f"{a} {_show(x)}, {b} {_show(y)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
     if len(gaps) < MIN_SEEDS:
-        return Finding("undecided", f"{evidence}; {len(gaps)} seed(s), {MIN_SEEDS} needed", rule)
+        return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
     half = float(stats.t.ppf(0.95, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
     low, high = gaps.mean() - half, gaps.mean() + half
     evidence += f", interval {low:+.3g} to {high:+.3g}"
@@ -90,9 +89,9 @@ def both(first: Finding, second: Finding) -> Finding:
     return Finding(verdict, evidence, f"(1) {first.rule}. (2) {second.rule}")
 
 
-def _no_rescue(m: Measurements) -> Finding:
+def _no_rescue(m: Measurements, metric: str) -> Finding:
     """C10: refuted only if TTUR brings GAN-only to the level of DMD2."""
-    apart, close = lower(m, "fd", "dmd2", "gan-only-ttur"), equivalent(m, "fd", "gan-only-ttur", "dmd2")
+    apart, close = lower(m, metric, "dmd2", "gan-only-ttur"), equivalent(m, metric, "gan-only-ttur", "dmd2")
     rescued = apart.verdict == "refuted" or close.verdict == "supported"
     verdict: Verdict = "refuted" if rescued else apart.verdict
     rule = f"supported if {apart.rule}; refuted if gan-only-ttur is lower, or equal: {close.rule}"
@@ -102,7 +101,7 @@ def _no_rescue(m: Measurements) -> Finding:
 def _show(values: np.ndarray) -> str:
     if len(values) < 2 or (values == values[0]).all():
         return f"{values[0]:.3g}"
-    return f"{values.mean():.3g} +- {values.std(ddof=1):.2g}"
+    return f"{values.mean():.3g} ± {values.std(ddof=1):.2g}"
 
 
 @dataclass(frozen=True)
@@ -111,58 +110,58 @@ class Claim:
 
     text: str
     paper: str
-    test: Callable[[Measurements], Finding]
+    test: Callable[[Measurements, str], Finding]
 
 
 CLAIMS: dict[str, Claim] = {
     "C1": Claim(
         "Dropping the regression at ratio 1 hurts quality",
         "Table 3: 2.62 to 3.48",
-        lambda m: lower(m, "fd", "dmd", "no-regression"),
+        lambda m, metric: lower(m, metric, "dmd", "no-regression"),
     ),
     "C2": Claim(
         "Without regression, ratio 1 is unstable and a higher ratio cures it",
         "Figure 8: SD of brightness 0.051 at ratio 1, 0.006 at ratio 5",
-        lambda m: lower(m, "brightness_std", "ttur", "no-regression"),
+        lambda m, metric: lower(m, "brightness_std", "ttur", "no-regression"),
     ),
     "C3": Claim(
         "Ratio 5 without regression equals DMD with regression",
         "Table 3: 2.61 against 2.62",
-        lambda m: equivalent(m, "fd", "ttur", "dmd"),
+        lambda m, metric: equivalent(m, metric, "ttur", "dmd"),
     ),
     "C7": Claim(
         "Adding the GAN loss gives a large gain",
         "Table 3: 2.61 to 1.51",
-        lambda m: lower(m, "fd", "dmd2", "ttur"),
+        lambda m, metric: lower(m, metric, "dmd2", "ttur"),
     ),
     "C8": Claim(
         "With real data the student beats its teacher's ODE sampler; without, it does not",
         "Tables 1 and 3: 1.51 and 2.61 against 2.32",
-        lambda m: both(lower(m, "fd", "dmd2", "teacher-ode"), _worse_than_teacher(m)),
+        lambda m, metric: both(lower(m, metric, "dmd2", "teacher-ode"), _worse_than_teacher(m, metric)),
     ),
     "C9": Claim(
         "The GAN loss alone is clearly worse than DMD2",
         "Table 3: 2.56 against 1.51",
-        lambda m: lower(m, "fd", "dmd2", "gan-only"),
+        lambda m, metric: lower(m, metric, "dmd2", "gan-only"),
     ),
     "C10": Claim("TTUR does not rescue the GAN-only baseline", "Table 3: 2.56 to 2.52", _no_rescue),
 }
 
 
-def _worse_than_teacher(m: Measurements) -> Finding:
-    reverse = lower(m, "fd", "ttur", "teacher-ode")
+def _worse_than_teacher(m: Measurements, metric: str) -> Finding:
+    reverse = lower(m, metric, "ttur", "teacher-ode")
     flipped: dict[Verdict, Verdict] = {"supported": "refuted", "refuted": "supported", "undecided": "undecided"}
     rule = reverse.rule.replace("below", "above")
     return Finding(flipped[reverse.verdict], reverse.evidence, rule)
 
 
-def judge(claims: list[str], measurements: Measurements) -> list[dict[str, str]]:
-    """Verdicts of the named claims, in order; one whose rows were not measured says so."""
+def judge(claims: list[str], measurements: Measurements, metric: str) -> list[dict[str, str]]:
+    """Verdicts of the named claims on the table's distance `metric`, in order; rows not measured are said so."""
     results = []
     for name in claims:
         claim = CLAIMS[name]
         try:
-            finding = claim.test(measurements)
+            finding = claim.test(measurements, metric)
         except KeyError as missing:
             run, metric = missing.args[0]
             finding = Finding("undecided", f"not measured: {metric} of {run}", "")

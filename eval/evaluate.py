@@ -17,20 +17,19 @@ from dmd2.config import RunConfig, Sampler
 from dmd2.data import load_shard
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError, readable_errors
-from dmd2.files import atomic, read_json, verified, write_json
+from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.progress import Progress
 from dmd2.rng import sample_labels
 from dmd2.run import RunId, commit
 from dmd2.sample import quantise, sample_teacher, student_sample
 from dmd2.teachers import load_teacher
-from dmd2.trainer import read_log
+from eval.claims import SETTLED
 from eval.detectors import Detector, load_detector
 from eval.stats import FeatureStats, describe, frechet_distance, load_stats, ones_initialised
 
 REFS = Path("data/refs")
 KNOWN_METRICS = ("fd", "accuracy", "brightness")
 GRID_ROWS = 6  # fixed-noise samples shown per class
-SETTLED = 0.2  # brightness stability ignores this first share of training, while the student leaves its initial state
 
 Sample = Callable[[list[int]], Tensor]
 
@@ -102,7 +101,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
     student = teacher.to(device)  # same network; its weights are replaced below
 
     def sample(seeds: list[int]) -> Tensor:
-        return student_sample(student, cfg, seeds, device)
+        return student_sample(student, cfg, seeds, device, cfg.eval.labels)
 
     snapshots: list[dict[str, Any]] = []
     progress = Progress(f"evaluate {run}", len(record["files"]))
@@ -114,12 +113,12 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         snapshots.append({"step": step, "student_updates": -(-step // cfg.critic.ratio), **values})
         progress.update(len(snapshots), {name: torch.tensor(value) for name, value in values.items()})
     _save_grid(student, cfg, sample, out.with_name("grid.png"))
-    log = [line for line in read_log(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
+    log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
     write_json(out, {
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": protocol.names,
         "brightness_std": float(np.std([line["probe/brightness"] for line in log])), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
-        "train_commit": record["commit"], "eval_commit": commit(), "config": record["config"],
+        "train_commit": record["commit"], "eval_commit": commit(), "config": cfg.model_dump(mode="json"),
         "eval_seconds": round(time.monotonic() - started, 1),
     })  # fmt: skip
 
@@ -174,7 +173,7 @@ def teacher(sampler: str, out: Path, config: Config, threads: int = 1) -> None:
     torch.set_num_threads(threads)
     with readable_errors():
         cfg = RunConfig.model_validate(json.loads(config))
-        evaluate_teacher(cfg, sampler, cfg.teacher.samplers[sampler], torch.device(_device()), out)
+        evaluate_teacher(cfg, sampler, cfg.eval.teacher_samplers[sampler], torch.device(_device()), out)
 
 
 def _device() -> str:

@@ -11,7 +11,7 @@ import typer
 from dmd2.ablations import Experiment, Table, dotted_keys, load_experiment
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
-from dmd2.files import read_json, write_json, write_text
+from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.run import RunId
 from eval.claims import Measurements, judge
 
@@ -25,11 +25,6 @@ LABELS = {
 Row = dict[str, Any]
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The run's training log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, float | None]) -> Row:
     """Everything the table and report say about one row, over its seeds."""
     table = experiment.tables[name]
@@ -38,7 +33,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
     values = {metric: {s: chosen[s][metric] for s in metrics} for metric in table.metrics}
     values["brightness_std"] = {s: m["brightness_std"] for s, m in metrics.items()}
     first = next(iter(metrics.values()))
-    logs = {s: read_log(RunId(table.base, run, s).folder / "log.jsonl") for s in metrics}
+    logs = {s: read_json_lines(RunId(table.base, run, s).folder / "log.jsonl") for s in metrics}
     return {
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
         "step": {s: chosen[s]["step"] for s in metrics}, "student_updates": first["student_updates"],
@@ -88,10 +83,9 @@ def build(name: str) -> dict[str, Any]:
     rows = [student_row(experiment, name, row.run, row.paper) for row in experiment.rows[name]]
     rows += [teacher_row(table, sampler, paper) for sampler, paper in table.teachers.items()]
     measured = {(row["run"], metric): values for row in rows for metric, values in row["values"].items()}
-    return {
-        "name": name, **table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"}),
-        "rows": rows, "claims": judge(table.claims, Measurements(measured)), "warnings": _warnings(rows),
-    }  # fmt: skip
+    claims = judge(table.claims, Measurements(measured), table.metrics[0])
+    about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
+    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": _warnings(rows)}
 
 
 def _warnings(rows: list[Row]) -> list[str]:
@@ -162,7 +156,7 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         others = [summary(row["values"][m]) if m in row["values"] else "–" for m in rest]
         seconds = float(np.mean(list(row["seconds"].values())))
         updates = str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
-        shown = "–" if paper is None else f"{paper:g}"
+        shown = "–" if paper is None else f"{paper:.2f}"
         lines.append([f"`{row['run']}`", *ticks, summary(row["values"][first]), shown, gap(bundle, row), *others,
                       updates, f"{seconds:.0f} s" if row["kind"] == "student" else "–"])  # fmt: skip
     return header, lines

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment from the pinned, hashed requirements.lock.
+PYTHON ?= python3
+UV := 0.13.9
+READY := .venv/.ready
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test lint lock clean
+demo: $(READY)
+	snakemake --profile local demo
+	@echo "open results/report.html; the table is results/tables/demo.md"
+
+test: $(READY)
+	@sh tests/install_browser.sh
+	pytest
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q uv==$(UV)
+	.venv/bin/uv pip install -q --require-hashes -r requirements.lock
+	touch $@
+
+lock:
+	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+		--extra dev --extra data --extra dvc pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv .snakemake .pytest_cache .mypy_cache .ruff_cache

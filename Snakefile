@@ -1,0 +1,51 @@
+# The DAG of every table: data -> teacher -> pairs -> one training per row and seed -> metrics -> table -> report.
+# Rows come from workflow/tables/*.yaml, complete configs from workflow/base/*.yaml; both are validated before the DAG exists.
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+from dmd2.ablations import load_experiment
+from dmd2.errors import UserError
+
+min_version("9.20")
+
+
+configfile: f"workflow/cluster/{config.get('cluster', 'local')}.yaml"
+
+
+try:
+    EXPERIMENT = load_experiment()
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+TABLES, RUNS = EXPERIMENT.tables, EXPERIMENT.runs
+DIGITS = [name for name in TABLES if name.startswith("digits-")]
+
+
+# The first rule is what a bare `snakemake` makes.
+rule demo:
+    input:
+        "results/tables/demo.md",
+        "results/report.html",
+
+
+rule digits:
+    input:
+        expand("results/tables/{table}.md", table=DIGITS),
+        "results/report.html",
+
+
+for table in TABLES:
+    if table != "demo":
+
+        rule:
+            name:
+                table
+            input:
+                f"results/tables/{table}.md",
+                "results/report.html",
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/eval.smk"
+include: "workflow/rules/report.smk"

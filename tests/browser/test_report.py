@@ -1,0 +1,197 @@
+"""The report page: reproducible and safe as text, and complete, quiet and offline in a real browser."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dmd2.errors import UserError
+from eval import report
+from eval.figures import ARMS
+from tests.browser import fake_results
+
+TITLE = "One seed <script>alert(1)</script>"
+ROWS = {"digits-table3": 8, "demo": 8}  # six students and two teacher samplers in each
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --disable-quic"
+)
+
+
+@pytest.fixture(scope="module")
+def place(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with invented results of two tables and the page over them."""
+    folder = tmp_path_factory.mktemp("report")
+    fake_results.workplace(folder, root)
+    with chdir(folder):
+        paths = [
+            fake_results.bundle("digits-table3"),
+            fake_results.bundle("demo", {"title": TITLE, "warnings": ["old"]}),
+        ]
+        Path("results/report.html").write_text(report.render(paths), encoding="utf-8")
+        yield folder
+
+
+def text(place: Path) -> str:
+    return (place / "results/report.html").read_text(encoding="utf-8")
+
+
+def test_rendering_again_gives_the_same_bytes(place: Path):
+    assert report.render([Path("results/tables/digits-table3.json"), Path("results/tables/demo.json")]) == text(place)
+
+
+def test_page_is_small(place: Path):
+    assert len(text(place)) < 1_000_000
+
+
+def test_text_from_tables_is_escaped(place: Path):
+    assert "<script" not in text(place)
+    assert "One seed &lt;script&gt;" in text(place)
+
+
+def test_says_the_verdicts_the_best_value_and_the_warning(place: Path):
+    three, one = text(place).split('<section id="demo"')
+    assert three.count('class="chip supported"') > 1  # also in the reading guide
+    assert one.count('class="chip undecided"') == 7
+    assert "<b>Warning:</b> old." in one
+    row = re.search(r'<tr class="reference">.*?</tr>', three, re.DOTALL)
+    assert row and row[0].count("<strong>") >= 1 and "<code>dmd2</code>" in row[0]
+
+
+def test_missing_grid_is_named(place: Path, tmp_path: Path):
+    bundle = json.loads(Path("results/tables/demo.json").read_text())
+    bundle["rows"][0]["grid"] = {"0": "results/runs/digits/gone/seed0/grid.png"}
+    changed = tmp_path / "demo.json"
+    changed.write_text(json.dumps(bundle))
+    with pytest.raises(UserError, match=r"results/runs/digits/gone/seed0/grid.png is missing.*Snakemake"):
+        report.render([changed])
+
+
+def test_missing_or_foreign_bundle_is_named(place: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"nowhere.json is missing: make it with snakemake .*nowhere.md"):
+        report.render([Path("results/tables/nowhere.json")])
+    foreign = tmp_path / "metrics.json"
+    foreign.write_text('{"kind": "metrics"}')
+    with pytest.raises(UserError, match=r"metrics.json is no table bundle, it has no name: .*eval.tables"):
+        report.render([foreign])
+
+
+def test_diverged_run_is_shown_and_not_called_best(place: Path, tmp_path: Path):
+    bundle = json.loads(Path("results/tables/demo.json").read_text())
+    run = bundle["rows"][3]
+    run["values"]["fd"] = {"0": math.nan}
+    for snapshot in run["curves"]["0"]:
+        snapshot["fd"] = math.nan
+    changed = tmp_path / "demo.json"
+    changed.write_text(json.dumps(bundle))
+    row = re.search(r'<tr class="reference">.*?</tr>', report.render([changed]), re.DOTALL)
+    assert row and "<td>nan</td>" in row[0]
+
+
+def test_large_grid_is_scaled_down(tmp_path: Path):
+    Image.effect_noise((1280, 768), 50).convert("RGB").save(tmp_path / "grid.png")
+    grid = report.sample_grid(tmp_path / "grid.png", 128)
+    assert (grid.width, grid.height, grid.small) == (640, 384, False)
+    assert len(grid.url) < 300_000
+
+
+@pytest.mark.parametrize("light, dark", ARMS)
+def test_lines_stand_out_from_the_page(place: Path, light: str, dark: str):
+    pages = re.findall(r"--page: (#\w{6})", text(place))
+    assert contrast(light, pages[0]) > 3 and contrast(dark, pages[1]) > 3  # WCAG 2.1, 1.4.11
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.fixture(scope="module")
+def browser(place: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Headless Chromium with the page open and its folded parts unfolded."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install -e .[dev])")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        window.get((place / "results/report.html").as_uri())
+        window.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+        yield window
+    finally:
+        window.quit()
+
+
+def test_nothing_is_fetched_and_nothing_complained_of(browser):
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    page = browser.current_url  # the browser's own first tab asks for chrome:// files
+    asked = [request["request"]["url"] for request in requests if request["documentURL"] == page]
+    assert page in asked
+    assert [url for url in asked if url != page and not url.startswith("data:")] == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_table_shows_all_its_rows(browser, name: str):
+    rows = browser.find_elements("css selector", f"#{name} table.main tbody tr")
+    assert len(rows) == ROWS[name]
+    assert all(row.is_displayed() and row.size["height"] > 10 for row in rows)
+    assert all(table.is_displayed() for table in browser.find_elements("css selector", f"#{name} table"))
+
+
+def test_every_picture_is_drawn(browser):
+    widths = browser.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
+    assert len(widths) == sum(ROWS.values()) and all(widths)
+    figures = browser.find_elements("css selector", "svg[role=img]")
+    assert len(figures) == 2 * (2 + 6)  # in each table: two panels of curves, brightness of six runs
+    assert all(figure.size["width"] > 150 and figure.size["height"] > 80 for figure in figures)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_fits_the_window(browser, width: int, scheme: str):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    ink, page = browser.execute_script(
+        "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor].map(c => c.match(/\\d+/g))"
+    )
+    assert (int(ink[0]) < int(page[0])) == (scheme == "light")
+
+
+def test_page_is_accessible(browser):
+    faults = browser.execute_script("""
+        const bad = (what, selector, wrong) => [...document.querySelectorAll(selector)].filter(wrong)
+            .map(element => what + ": " + element.outerHTML.slice(0, 80));
+        const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
+        const levels = [...document.querySelectorAll("h1, h2, h3, h4")].map(heading => +heading.tagName[1]);
+        return [
+            ...bad("no alternative text", "img", image => !image.alt),
+            ...bad("no label", "svg[role=img]", image => !image.getAttribute("aria-label")),
+            ...bad("no caption", "table", table => !table.caption),
+            ...bad("no scope", "th", head => !head.scope),
+            ...bad("dead link", "a[href^='#'], use", link => !document.querySelector(
+                link.getAttribute("href") || link.getAttribute("xlink:href"))),
+            ...ids.filter((id, i) => ids.indexOf(id) !== i).map(id => "id used twice: " + id),
+            ...levels.filter((level, i) => level > (levels[i - 1] || 0) + 1).map(level => "skipped to h" + level),
+        ];""")
+    assert faults == []

@@ -1,0 +1,142 @@
+"""Tables and bases as the user writes them: what they mean, and one sentence for each mistake."""
+
+import re
+
+import pytest
+import yaml
+
+from dmd2.ablations import apply_change, holds, load_base, load_experiment
+from dmd2.errors import UserError
+from tests import tiny
+from tests.conftest import ROOT
+
+BASES = sorted((ROOT / "workflow/base").glob("*.yaml"))
+TABLE = {"title": "t", "base": "tiny", "rows": [{"run": "a"}, {"run": "b", "change": {"critic.ratio": 1}}]}
+
+
+class Folder:
+    """A folder of bases and tables that a test fills and then loads."""
+
+    def __init__(self, path):
+        self.bases, self.tables = path / "base", path / "tables"
+        self.bases.mkdir()
+        self.tables.mkdir()
+        self.base("tiny", tiny.values("edm"))
+
+    def base(self, name, values):
+        (self.bases / f"{name}.yaml").write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+
+    def table(self, name="one", text=None, **changes):
+        (self.tables / f"{name}.yaml").write_text(text or yaml.safe_dump({**TABLE, **changes}, sort_keys=False))
+
+    def load(self):
+        return load_experiment(self.tables, self.bases)
+
+    def error(self):
+        with pytest.raises(UserError) as caught:
+            self.load()
+        return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def base_text(pattern, replacement):
+    text = yaml.safe_dump(tiny.values("edm"), sort_keys=False)
+    changed = re.sub(pattern, replacement, text, count=1)
+    assert changed != text
+    return changed
+
+
+def line_of(path, needle):
+    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if needle in line)
+
+
+# What tables mean.
+def test_a_row_is_its_base_with_the_change(folder):
+    folder.table()
+    runs = folder.load().runs
+    assert (runs["tiny", "a"].critic.ratio, runs["tiny", "b"].critic.ratio) == (5, 1)
+
+
+def test_a_table_can_take_the_rows_of_another_and_change_base_and_rows(folder):
+    folder.base("large", {**tiny.values("edm"), "critic": {**tiny.values("edm")["critic"], "ratio": 10}})
+    folder.table("one")
+    folder.table("two", rows="one", base="large", change={"optim.lr": 0.5}, row_change={"a": {"optim.batch": 9}})
+    runs = folder.load().runs
+    assert (runs["large", "a"].critic.ratio, runs["large", "b"].critic.ratio) == (10, 1)
+    assert (runs["large", "a"].optim.lr, runs["large", "a"].optim.batch) == (0.5, 9)
+    assert (runs["large", "b"].optim.lr, runs["large", "b"].optim.batch) == (0.5, 4)
+
+
+def test_order_of_changes_is_table_then_row_then_row_change(folder):
+    rows = [{"run": "a", "change": {"optim.batch": 2, "optim.lr": 0.2}}]
+    folder.table(rows=rows, change={"optim.batch": 1, "optim.clip": 1.0}, row_change={"a": {"optim.lr": 0.3}})
+    optim = folder.load().runs["tiny", "a"].optim
+    assert (optim.batch, optim.clip, optim.lr) == (2, 1.0, 0.3)
+
+
+def test_equal_rows_of_two_tables_are_one_run(folder):
+    folder.table("one")
+    folder.table("two")
+    assert len(folder.load().runs) == 2
+
+
+@pytest.mark.parametrize("key", ["dm.normaliser_eps", "dm.alpha_factor", "critic.shares_iteration", "gan.r1_weight",
+                                 "gan.r1_alpha", "regression.pairs.sampler.churn"])  # fmt: skip
+def test_a_switch_that_the_base_leaves_at_its_default_can_be_changed_by_a_row(folder, key):
+    values = tiny.values("edm")
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section[parent]
+    section.pop(last, None)
+    folder.base("tiny", values)
+    folder.table(rows=[{"run": "a", "change": {key: True if last in ("alpha_factor", "shares_iteration") else 0.5}}])
+    folder.load()
+
+
+def test_ticks_are_computed_from_what_runs(folder):
+    folder.table(columns={"TTUR": "critic.ratio > 1", "GAN": "gan.lambda_g > 0"})
+    experiment = folder.load()
+    assert experiment.ticks("one", "a") == {"TTUR": True, "GAN": True}
+    assert experiment.ticks("one", "b") == {"TTUR": False, "GAN": True}
+
+
+@pytest.mark.parametrize(("condition", "expected"), [
+    ("critic.ratio > 4", True), ("critic.ratio > 5", False), ("critic.ratio >= 5", True), ("critic.ratio < 5", False),
+    ("critic.ratio <= 5", True), ("critic.ratio == 5", True), ("critic.ratio != 5", False), ("gan.lambda_g == 3e-3", True),
+    ("generator.input == noise", True), ("generator.input != noise", False), ("train.init_from == null", True),
+    ("dm.alpha_factor == false", True), ("critic.shares_iteration == true", True), ("gan.noise_range == null", False),
+])  # fmt: skip
+def test_condition(condition, expected):
+    assert holds(condition, tiny.config("edm")) is expected
+
+
+# The shipped files.
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
+def test_shipped_base_is_complete_and_valid(path):
+    values, _ = load_base(path.stem, path.parent)
+    assert set(values) == {"data", "teacher", "generator", "dm", "critic", "gan", "regression", "optim", "train", "eval"}
+
+
+def test_shipped_tables_are_valid():
+    experiment = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base")
+    assert {"dmd2-table3", "dmd2-table4", "dmd2-fig9", "digits-table3"} <= set(experiment.tables)
+
+
+def test_ticks_of_table_3_are_those_of_the_paper():
+    experiment = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base")
+    names = ("DMD", "No regress.", "TTUR", "GAN")
+    ticks = {row.run: "".join("x" if experiment.ticks("dmd2-table3", row.run)[n] else "." for n in names)
+             for row in experiment.rows["dmd2-table3"]}  # fmt: skip
+    assert ticks == {"dmd": "x...", "no-regression": "xx..", "ttur": "xxx.", "dmd2": "xxxx", "gan-only": ".x.x",
+                     "gan-only-ttur": ".xxx"}  # fmt: skip
+
+
+def test_apply_change_leaves_the_base_as_it_was():
+    base = {"critic": {"ratio": 5}}
+    assert apply_change(base, {"critic.ratio": 1}) == {"critic": {"ratio": 1}}
+    assert base == {"critic": {"ratio": 5}}

@@ -1,0 +1,148 @@
+"""One sentence, with file and line, for each mistake in a table or base."""
+
+import pytest
+
+from tests import tiny
+from tests.unit.test_ablations import Folder, base_text, folder, line_of  # noqa: F401
+
+WRONG_TABLES = {
+    "misspelled key in a row's change": (
+        {"rows": [{"run": "a"}, {"run": "b", "change": {"critic.ration": 1}}]}, "critic.ration", "did you mean critic.ratio?"),
+    "misspelled section in a row's change": (
+        {"rows": [{"run": "a", "change": {"critik.ratio": 1}}]}, "critik.ratio", "did you mean critic.ratio?"),
+    "misspelled key in a table's change": ({"change": {"gan.lamda_g": 0}}, "gan.lamda_g", "did you mean gan.lambda_g?"),
+    "misspelled key in row_change": (
+        {"row_change": {"a": {"optim.learning_rate": 0}}}, "optim.learning_rate", "no key optim.learning_rate"),
+    "misspelled key of the table": ({"column": {}}, "column:", "did you mean columns?"),
+    "misspelled key of a row": ({"rows": [{"run": "a", "chnge": {}}]}, "run: a", "did you mean change?"),
+    "wrong type in a row": ({"rows": [{"run": "a", "change": {"critic.ratio": "five"}}]}, "critic.ratio", "critic.ratio"),
+    "negative weight in a row": ({"rows": [{"run": "a", "change": {"dm.weight": -1}}]}, "dm.weight", "dm.weight"),
+    "section replaced by a number": ({"rows": [{"run": "a", "change": {"critic": 1}}]}, "critic:", "critic"),
+    "row that trains nothing": (
+        {"rows": [{"run": "a", "change": {"dm.weight": 0.0, "gan.lambda_g": 0.0}}]}, "change:", "nothing would train"),
+    "column with an unknown key": ({"columns": {"X": "critic.ration > 1"}}, "X:", "did you mean critic.ratio?"),
+    "column that is no comparison": ({"columns": {"X": "critic.ratio"}}, "X:", "is not of the form"),
+    "column that compares a number with a word": ({"columns": {"X": "critic.ratio > many"}}, "X:", "many"),
+    "rows of an unknown table": ({"rows": "two"}, "rows:", "is no other table"),
+    "rows of the table itself": ({"rows": "one"}, "rows:", "is no other table"),
+    "row given twice": ({"rows": [{"run": "a"}, {"run": "a"}]}, "run: a", "twice"),
+    "unknown reference row": ({"reference_row": "z"}, "reference_row", "is no row"),
+    "unknown row in row_change": ({"row_change": {"z": {}}}, "z:", "is no row"),
+    "unknown teacher sampler": ({"teachers": {"sd": {}}}, "sd:", "no sampler sd"),
+    "run name with a space": ({"rows": [{"run": "a b"}]}, "a b", "a b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_table_mistake_is_named_with_file_and_line(folder, name):  # noqa: F811
+    changes, needle, sentence = WRONG_TABLES[name]
+    folder.table(**changes)
+    error = folder.error()
+    path = folder.tables / "one.yaml"
+    lines = [i for i, line in enumerate(path.read_text().splitlines(), start=1) if needle in line]
+    assert sentence in error
+    assert any(f"{path}:{line}:" in error for line in lines), error
+    assert "\n" not in error
+
+
+WRONG_BASES = {
+    "misspelled required key": ("  ratio: 5", "  ration: 5", "critic.ration", "did you mean critic.ratio?"),
+    "misspelled optional key": ("  alpha_factor: false", "  alpha_facto: false", "dm.alpha_facto", "dm.alpha_factor?"),
+    "misspelled section": ("critic:", "kritic:", "kritic", "did you mean critic?"),
+    "wrong type": ("ratio: 5", "ratio: five", "critic.ratio", "'five'"),
+    "quoted number": (r"  lr: 0.001", "  lr: '2e-6'", "optim.lr", "'2e-6'"),
+    "missing key": ("  ratio: 5\n", "", "critic.ratio", "missing"),
+    "out of range": ("- 980", "- 1980", "dm.index_range", "1980"),
+    "infinite number": ("lr: 0.001", "lr: .inf", "optim.lr", "inf"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BASES)
+def test_base_mistake_is_named_with_file_and_line(folder, name):  # noqa: F811
+    pattern, replacement, key, sentence = WRONG_BASES[name]
+    folder.base("tiny", base_text(pattern, replacement))
+    folder.table()
+    error, path = folder.error(), folder.bases / "tiny.yaml"
+    expected = "critic:" if name == "missing key" else replacement.strip().split("\n")[0]
+    assert key in error
+    assert sentence in error
+    assert f"{path}:{line_of(path, expected)}:" in error
+    assert "\n" not in error
+
+
+def test_2e_6_is_a_number(folder):  # noqa: F811
+    folder.base("tiny", base_text("lr: 0.001", "lr: 2e-6"))
+    folder.table(rows=[{"run": "a"}, {"run": "b"}])
+    assert folder.load().runs["tiny", "a"].optim.lr == 2e-6
+
+
+def test_2e_6_is_a_number_in_a_row_too(folder):  # noqa: F811
+    folder.table(text="{title: t, base: tiny, rows: [{run: a, change: {optim.lr: 5E-7}}]}")
+    assert folder.load().runs["tiny", "a"].optim.lr == 5e-7
+
+
+@pytest.mark.parametrize("where", ["base", "table"])
+def test_a_key_given_twice_is_named_with_its_line(folder, where):  # noqa: F811
+    if where == "base":
+        folder.base("tiny", base_text("  ratio: 5\n", "  ratio: 5\n  ratio: 1\n"))
+        folder.table()
+        path, line = folder.bases / "tiny.yaml", line_of(folder.bases / "tiny.yaml", "ratio: 1")
+    else:
+        folder.table(text="title: t\nbase: tiny\nrows: [{run: a}]\ntitle: u\n")
+        path, line = folder.tables / "one.yaml", 4
+    error = folder.error()
+    assert f"{path}:{line}:" in error
+    assert "twice" in error
+
+
+def test_contradicting_rows_of_the_same_name_name_both_tables_and_the_difference(folder):  # noqa: F811
+    folder.table("one")
+    folder.table("two", rows=[{"run": "b", "change": {"critic.ratio": 3}}])
+    error = folder.error()
+    assert "two.yaml" in error
+    assert "row b contradicts" in error
+    assert "table one" in error
+    assert "critic.ratio: 1 there, 3 here" in error
+
+
+def test_rows_of_the_same_name_may_differ_between_bases(folder):  # noqa: F811
+    folder.base("other", tiny.values("edm"))
+    folder.table("one")
+    folder.table("two", base="other", rows=[{"run": "b", "change": {"critic.ratio": 3}}])
+    assert folder.load().runs["other", "b"].critic.ratio == 3
+
+
+def test_an_unknown_base_is_named_with_the_nearest(folder):  # noqa: F811
+    folder.table(base="tinny")
+    error = folder.error()
+    assert "tinny" in error
+    assert "did you mean tiny?" in error
+
+
+def test_init_from_must_name_a_row_of_some_table(folder):  # noqa: F811
+    folder.table(rows=[{"run": "a", "change": {"train.init_from": "nowhere"}}])
+    assert "train.init_from names nowhere" in folder.error()
+
+
+def test_init_from_may_name_a_row_of_another_table(folder):  # noqa: F811
+    folder.table("one")
+    folder.table("two", rows=[{"run": "c", "change": {"train.init_from": "a"}}])
+    folder.load()
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "rows: [\n", "\x00", "? [a]\n: b\n"])
+def test_a_file_that_is_no_mapping_is_named(folder, text):  # noqa: F811
+    folder.table()
+    (folder.tables / "one.yaml").write_text(text)
+    assert "one.yaml" in folder.error()
+
+
+def test_a_file_that_is_not_utf8_is_named(folder):  # noqa: F811
+    (folder.tables / "one.yaml").write_bytes(b"title: \xff\xfe\n")
+    assert "one.yaml" in folder.error()
+
+
+def test_two_mistakes_are_still_one_sentence(folder):  # noqa: F811
+    folder.base("tiny", base_text("ratio: 5", "ratio: five").replace("lr: 0.001", "lr: fast"))
+    folder.table()
+    assert "\n" not in folder.error()

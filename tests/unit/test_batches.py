@@ -1,0 +1,94 @@
+"""What one iteration consumes."""
+
+import pytest
+import torch
+
+from dmd2.batches import Batches
+from tests import tiny
+
+
+def labels(kind, cfg, iterations, micro_batch=1 << 30):
+    b = tiny.batches(kind, cfg, micro_batch)
+    return torch.cat([part.cond.labels for it in range(iterations) for part in b.at(it)])
+
+
+@pytest.mark.parametrize("micro_batch", [64, 16, 24, 7, 1])
+def test_shares_of_micro_batches_sum_to_one_and_follow_their_size(micro_batch):
+    cfg = tiny.config(optim__batch=64)
+    parts = list(tiny.batches("edm", cfg, micro_batch).at(3))
+    sizes = [len(part.cond.labels) for part in parts]
+    assert sum(sizes) == 64
+    assert max(sizes) <= micro_batch
+    assert [part.share for part in parts] == pytest.approx([size / 64 for size in sizes])
+
+
+@pytest.mark.parametrize("micro_batch", [16, 24])
+def test_micro_batches_are_slices_of_the_global_batch(micro_batch):
+    cfg = tiny.config(optim__batch=64, regression__weight=1.0)
+    (whole,) = tiny.batches("edm", cfg).at(2)
+    parts = list(tiny.batches("edm", cfg, micro_batch).at(2))
+    assert torch.equal(whole.cond.labels, torch.cat([part.cond.labels for part in parts]))
+    assert torch.equal(whole.real[0], torch.cat([part.real[0] for part in parts]))
+    assert torch.equal(whole.pairs[0], torch.cat([part.pairs[0] for part in parts]))
+
+
+def test_student_labels_are_uniform_and_independent_of_the_real_batch():
+    cfg = tiny.config(optim__batch=64)
+    drawn = labels("edm", cfg, 30)
+    counts = torch.bincount(drawn, minlength=tiny.CLASSES)
+    assert len(counts) == tiny.CLASSES
+    assert (counts > 1920 / tiny.CLASSES * 0.85).all()
+    assert not torch.equal(drawn[:64], tiny.one_batch("edm", cfg).real[1].labels)
+
+
+def test_real_images_come_with_their_own_labels():
+    cfg = tiny.config(optim__batch=16)
+    real = tiny.tensors("edm", 32, seed=9)
+    images, cond = tiny.one_batch("edm", cfg).real
+    for image, label in zip(images, cond.labels, strict=True):
+        row = next(i for i in range(32) if torch.equal(real["images"][i], image))
+        assert real["labels"][row] == label
+
+
+def test_multi_step_runs_are_conditioned_as_the_images_they_start_from():
+    cfg = tiny.config("eps-text", optim__batch=16, generator={"input": "noised_real", "steps": 4, "time": 999.0})
+    real, batch = tiny.tensors("eps-text", 32, seed=9), tiny.one_batch("eps-text", cfg)
+    for image, text in zip(batch.source, batch.cond.text, strict=True):
+        row = next(i for i in range(32) if torch.equal(real["images"][i], image))
+        assert torch.equal(real["text"][row], text)
+
+
+def test_gan_images_are_drawn_apart_from_the_images_the_student_starts_from():
+    cfg = tiny.config("eps-text", optim__batch=16, generator={"input": "noised_real", "steps": 4, "time": 999.0})
+    batch = tiny.one_batch("eps-text", cfg)
+    assert not torch.equal(batch.real[0], batch.source)
+
+
+def test_pairs_keep_noise_image_and_label_together():
+    cfg = tiny.config(optim__batch=8, regression__weight=1.0)
+    pairs = tiny.tensors("edm", 32, seed=9)
+    noise, images, cond = tiny.one_batch("edm", cfg).pairs
+    for i in range(8):
+        row = next(j for j in range(32) if torch.equal(pairs["noise"][j], noise[i]))
+        assert torch.equal(pairs["images"][row], images[i])
+        assert pairs["labels"][row] == cond.labels[i]
+
+
+def test_what_a_run_does_not_use_is_not_read():
+    cfg = tiny.config(gan__lambda_g=0.0, gan__lambda_d=0.0)
+    (batch,) = Batches(cfg, 0, torch.device("cpu"), 64, real=None, pairs=None).at(0)
+    assert (batch.real, batch.source, batch.pairs) == (None, None, None)
+
+
+def test_a_text_conditioned_run_without_gan_still_says_that_it_needs_real_data():
+    cfg = tiny.config("eps-text", gan__lambda_g=0.0, gan__lambda_d=0.0)
+    assert cfg.needs_real  # its prompts come from the real set
+
+
+def test_iterations_and_seeds_give_different_batches():
+    cfg = tiny.config(optim__batch=64)
+    first, later, other = (
+        next(tiny.batches("edm", cfg, seed=seed).at(it)).cond.labels for seed, it in ((0, 0), (0, 1), (1, 0))
+    )
+    assert not torch.equal(first, later)
+    assert not torch.equal(first, other)

@@ -1,0 +1,179 @@
+"""Validation of a run's settings, and the digest that names its checkpoints."""
+
+import pytest
+from pydantic import ValidationError
+
+from dmd2.config import RunConfig, Sampler, digest
+from tests import tiny
+
+OUTSIDE = {"train.steps", "train.snapshot_every", "train.checkpoint_every", "train.log_every"}
+
+
+def leaves(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def changed(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "-other"
+    return [*value, 7] if isinstance(value, list | tuple) else "something"
+
+
+def with_leaf(cfg, dotted):
+    """The config with one leaf changed, not validated: what matters is whether the digest sees it."""
+    *parents, last = dotted.split(".")
+    sections = [cfg]
+    for parent in parents:
+        section = sections[-1]
+        sections.append(section[parent] if isinstance(section, dict) else getattr(section, parent))
+    made = replaced(sections.pop(), last)
+    for parent in reversed(parents):
+        made = update(sections.pop(), parent, made)
+    return made
+
+
+def replaced(section, key):
+    value = section[key] if isinstance(section, dict) else getattr(section, key)
+    return update(section, key, changed(value))
+
+
+def update(section, key, value):
+    return {**section, key: value} if isinstance(section, dict) else section.model_copy(update={key: value})
+
+
+FULL = tiny.config("edm", regression__weight=0.25)
+ALL = list(leaves(FULL.model_dump()))
+IDENTITY = [key for key in ALL if key not in OUTSIDE and not key.startswith("eval.")]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", IDENTITY)
+def test_digest_changes_with(key):
+    assert digest(with_leaf(FULL, key)) != digest(FULL)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", sorted(set(ALL) - set(IDENTITY)))
+def test_digest_does_not_change_with(key):
+    assert digest(with_leaf(FULL, key)) == digest(FULL)
+
+
+def test_digest_ignores_pairs_that_are_not_used():
+    few, many = (tiny.config("edm", regression__pairs__count=n) for n in (16, 32))
+    assert digest(few) == digest(many)
+    few, many = (tiny.config("edm", regression__weight=1.0, regression__pairs__count=n) for n in (16, 32))
+    assert digest(few) != digest(many)
+
+
+def test_digest_does_not_change_with_the_list_of_teacher_samplers():
+    more = {"ode": {"solver": "heun", "steps": 4}, "sde": {"solver": "heun", "steps": 9, "churn": 2.0}}
+    assert digest(tiny.config("edm", eval__teacher_samplers=more)) == digest(tiny.config("edm"))
+
+
+def test_digest_is_a_function_of_values_and_not_of_their_order():
+    values = tiny.values("edm")
+    backwards = {key: dict(reversed(section.items())) for key, section in reversed(values.items())}
+    assert digest(RunConfig.model_validate(backwards)) == digest(RunConfig.model_validate(values))
+
+
+def test_digest_is_eight_hex_digits():
+    assert len(digest(FULL)) == 8
+    int(digest(FULL), 16)
+
+
+# Pair sets.
+def test_runs_with_the_same_teacher_solver_and_count_share_their_pairs():
+    a = tiny.config("edm", regression__weight=0.25)
+    b = tiny.config("edm", regression__weight=5.0, critic__ratio=1, optim__lr=1.0, regression__distance="lpips")
+    assert a.pair_set == b.pair_set
+
+
+@pytest.mark.parametrize("change", [
+    {"regression__pairs__count": 32}, {"regression__pairs__sampler": {"solver": "heun", "steps": 9}},
+    {"teacher__name": "other"}, {"data__name": "other"},
+])  # fmt: skip
+def test_another_teacher_solver_or_count_makes_another_pair_set(change):
+    assert tiny.config("edm", **change).pair_set != tiny.config("edm").pair_set
+
+
+# What is refused.
+WRONG = {
+    "unknown key": {"critic__ration": 5},
+    "text for a number": {"critic__ratio": "five"},
+    "number in quotes": {"optim__lr": "2e-6"},
+    "fraction for a count": {"optim__batch": 4.5},
+    "number for a bool": {"dm__alpha_factor": 1},
+    "ratio 0": {"critic__ratio": 0},
+    "negative weight": {"dm__weight": -1.0},
+    "index beyond the grid": {"dm__index_range": [20, 1000]},
+    "index range of three": {"dm__index_range": [20, 500, 980]},
+    "infinite rate": {"optim__lr": float("inf")},
+    "NaN weight": {"dm__weight": float("nan")},
+    "unknown input": {"generator__input": "latents"},
+    "noise for several steps": {"generator__steps": 4},
+    "nothing trains the student": {"dm__weight": 0.0, "gan__lambda_g": 0.0},
+    "generator GAN without discriminator": {"gan__lambda_d": 0.0},
+    "guidance below 1": {"teacher__guidance": 0.5},
+    "network without train": {"teacher__network": {"sample_size": 8}},
+    "no metric": {"eval__metrics": []},
+    "unknown weighting": {"critic__weighting": "snr"},
+    "VP solver for an edm teacher": {"regression__pairs__sampler": {"solver": "ddim", "steps": 4}},
+    "reversed index range": {"dm__index_range": [980, 20]},
+    "reversed GAN noise range": {"gan__noise_range": [999, 0]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refuses(name):
+    with pytest.raises(ValidationError):
+        tiny.config("edm", **WRONG[name])
+
+
+@pytest.mark.parametrize("section", sorted(tiny.values("edm")))
+def test_refuses_a_missing_section(section):
+    values = tiny.values("edm")
+    del values[section]
+    with pytest.raises(ValidationError, match=section):
+        RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("options", [
+    {"solver": "ddim", "churn": 1.0}, {"solver": "heun", "eta": 0.5}, {"solver": "dpm"}, {"solver": "heun", "steps": 0},
+])  # fmt: skip
+def test_sampler_refuses(options):
+    with pytest.raises(ValidationError):
+        Sampler(**{"steps": 5, **options})
+
+
+def test_time_beyond_the_grid_is_refused_for_eps():
+    with pytest.raises(ValidationError):
+        tiny.config("eps-text", generator__time=1000.0)
+
+
+def test_a_config_cannot_be_changed_after_validation():
+    with pytest.raises(ValidationError):
+        FULL.critic.ratio = 1
+
+
+def test_json_round_trip_keeps_the_config():
+    assert RunConfig.model_validate_json(FULL.model_dump_json()) == FULL
+
+
+@pytest.mark.parametrize(("changes", "real", "pairs"), [
+    ({}, True, False),
+    ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0}, False, False),
+    ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "generator__input": "noised_real"}, True, False),
+    ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "regression__weight": 1.0}, False, True),
+])  # fmt: skip
+def test_a_run_needs_only_the_data_its_terms_read(changes, real, pairs):
+    cfg = tiny.config("edm", **changes)
+    assert (cfg.needs_real, cfg.needs_pairs) == (real, pairs)

@@ -1,0 +1,104 @@
+"""The student's own sampler, and images from seeds."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from dmd2.condition import Condition
+from dmd2.rng import sample_noise
+from dmd2.sample import quantise, student_sample
+from dmd2.samplers import few_step
+from tests import reference, tiny
+from tests.stubs import NO_CONDITION, MixtureEdm, MixtureEps, arrays, tensor
+
+SHAPE, TIMES = (2, 1, 4, 4), [999, 749, 499, 249]
+Z = arrays(0, *SHAPE)
+NOISE = [arrays(10 + i, *SHAPE) for i in range(3)]
+SDXL_SCHEDULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}  # fmt: skip
+
+
+def ours(times, student=None):
+    student = student or MixtureEps()
+    return few_step(student, tensor(Z), times, NO_CONDITION, lambda i: tensor(NOISE[i])).double().numpy()
+
+
+def lcm(times, monkeypatch):
+    """Diffusers' scheduler, fed with the same noise."""
+    scheduler, noise = LCMScheduler(**SDXL_SCHEDULER), iter(NOISE)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: tensor(next(noise)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler.set_timesteps(timesteps=times)
+    assert scheduler.init_noise_sigma == 1
+    x = tensor(Z)
+    for t in scheduler.timesteps:
+        eps = torch.from_numpy(reference.mixture_eps(x.double().numpy(), int(t))).float()
+        x, denoised = scheduler.step(eps, t, x, return_dict=False)
+    return denoised.double().numpy()
+
+
+@pytest.mark.parametrize("times", [TIMES, [999, 499], [999], [399]])
+def test_few_step_equals_the_reference(times):
+    np.testing.assert_allclose(ours(times), reference.few_step(reference.mixture_eps, Z, times, NOISE), atol=2e-5)
+
+
+@pytest.mark.parametrize("times", [TIMES, [999, 499], [399]])
+def test_few_step_equals_the_lcm_scheduler_with_shared_noise(times, monkeypatch):
+    np.testing.assert_allclose(ours(times), lcm(times, monkeypatch), atol=1e-5)
+
+
+def test_few_step_calls_the_student_once_at_each_time():
+    student = MixtureEps()
+    ours(TIMES, student)
+    assert student.times == TIMES
+
+
+def test_few_step_draws_no_noise_after_the_last_step():
+    drawn = []
+    few_step(MixtureEps(), tensor(Z), TIMES, NO_CONDITION, lambda i: drawn.append(i) or tensor(NOISE[i]))
+    assert drawn == [0, 1, 2]
+
+
+def test_few_step_on_karras_adds_sigma_times_noise():
+    student, inputs = MixtureEdm(), []
+    student.register_forward_pre_hook(lambda module, args: inputs.append(args[0].double().numpy()))
+    few_step(student, tensor(80 * Z), [80.0, 5.0], NO_CONDITION, lambda i: tensor(NOISE[i]))
+    first = reference.mixture_mean(inputs[0], np.ones(1), 80.0)
+    np.testing.assert_allclose(inputs[1], first + 5 * NOISE[0], atol=1e-5)
+
+
+# One-step inference (6.1) and samples by seed.
+def test_one_step_edm_sample_is_the_student_at_80_z():
+    cfg, student, seeds = tiny.config("edm"), tiny.denoiser("edm"), [3, 6]
+    z = sample_noise(seeds, (1, 8, 8), "noise")
+    expected = student(80 * z, torch.full((2,), 80.0), Condition(labels=torch.tensor([3, 2]))).detach()
+    torch.testing.assert_close(student_sample(student, cfg, seeds, torch.device("cpu")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_eps_sample_is_x0_of_unit_noise_at_the_configured_time():
+    cfg, student = tiny.config("eps-labels", generator__time=399.0), tiny.denoiser("eps-labels")
+    z = sample_noise([0, 1], (4, 8, 8), "noise")
+    expected = student(z, torch.full((2,), 399), Condition(labels=torch.tensor([0, 1]))).detach().float()
+    got = student_sample(student, cfg, [0, 1], torch.device("cpu"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_belongs_to_its_seed_whatever_the_batch():
+    cfg = tiny.config("edm", generator__input="backward_simulation", generator__steps=4)
+    student, device = tiny.denoiser("edm"), torch.device("cpu")
+    together = student_sample(student, cfg, [0, 1, 2, 3, 4], device)
+    apart = torch.cat([student_sample(student, cfg, seeds, device) for seeds in ([0, 1], [2], [3, 4])])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_quantise_truncates_like_dmd2_or_rounds_like_edm():
+    x = torch.tensor([-1.2, -1.0, 0.0, 0.00393, 0.999, 1.0, 1.5])
+    assert quantise(x, "trunc").tolist() == [0, 0, 127, 128, 254, 255, 255]
+    assert quantise(x, "round").tolist() == [0, 0, 128, 128, 255, 255, 255]

@@ -1,0 +1,78 @@
+"""The real DAG on shrunk digits: what runs, and what an edit makes run again."""
+
+import json
+
+import pandas as pd
+
+from tests.workflow.conftest import ROWS, Workspace
+
+
+def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
+    table = pd.read_csv(finished.path / "results/tables/demo.csv")
+    assert {"run", "seed", "metric", "value", "paper", "student_updates", "seconds"} <= set(table.columns)
+    fd = table[table.metric == "fd"].set_index("run")
+    assert set(fd.index) == {*ROWS, "teacher-ode", "teacher-sde"}
+    assert fd.loc["dmd2", "paper"] == 1.51 and fd.loc["dmd2", "student_updates"] == 4
+    assert fd.loc["dmd", "student_updates"] == 20
+    markdown = (finished.path / "results/tables/demo.md").read_text()
+    assert "undecided" in markdown and "| `dmd2` | ✓ | ✓ | ✓ | ✓ |" in markdown
+    assert (finished.path / "results/report.html").stat().st_size > 10_000
+
+
+def test_pairs_come_in_shards_that_cover_every_seed_once(finished: Workspace) -> None:
+    manifest = next((finished.path / "data/pairs").glob("*/manifest.json"))
+    shards = [json.loads(path.read_text()) for path in sorted(manifest.parent.glob("shard-*.json"))]
+    assert json.loads(manifest.read_text())["count"] == 40
+    assert shards[0]["seeds"][1] + 1 == shards[1]["seeds"][0]
+
+
+def test_second_run_has_nothing_to_do(finished: Workspace) -> None:
+    assert finished.planned("demo") == {}
+
+
+def test_comment_and_code_edits_retrain_nothing(edited: Workspace) -> None:
+    edited.edit("workflow/tables/demo.yaml", "# a comment", "# another comment")
+    edited.edit("dmd2/step.py", '"""One iteration', '"""An iteration')
+    edited.edit("workflow/base/digits.yaml", "data:", "# why\ndata:")
+    assert edited.planned("demo") == {}
+
+
+def test_edited_paper_number_remakes_the_table_and_the_report_only(edited: Workspace) -> None:
+    edited.edit("workflow/tables/demo.yaml", "fid: 1.51", "fid: 1.52")
+    assert edited.planned("demo") == {"demo": 1, "report": 1, "table": 1}
+
+
+def test_added_row_schedules_its_training_evaluation_table_and_report(edited: Workspace) -> None:
+    edited.edit("workflow/tables/demo.yaml", "rows:\n", "rows:\n- run: ratio-20\n  change: {critic.ratio: 20}\n")
+    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+
+
+def test_changed_row_retrains_that_row_only(edited: Workspace) -> None:
+    edited.edit("workflow/tables/demo.yaml", "regression.weight: 5.0", "regression.weight: 4.0")
+    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+
+
+def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
+    edited.edit("workflow/base/digits.yaml", "images: 60", "images: 61")
+    planned = edited.planned("demo")
+    assert "train" not in planned and planned["evaluate"] == len(ROWS)
+
+
+def test_longer_training_continues_from_the_old_checkpoint(edited: Workspace) -> None:
+    edited.edit("workflow/base/digits.yaml", "steps: 20", "steps: 25")
+    result = edited.snakemake("results/runs/digits/dmd2/seed0/train.json")
+    assert result.returncode == 0, result.stderr
+    lines = (edited.path / "results/runs/digits/dmd2/seed0/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20, 25]
+    old = json.loads(lines[3])
+    before = (edited.path / "results/runs/digits/dmd2/seed0/train.json").read_text()
+    assert old["seconds"] < json.loads(before)["seconds"] + 1
+
+
+def test_bad_table_stops_before_any_job_with_one_sentence(edited: Workspace) -> None:
+    edited.edit("workflow/tables/demo.yaml", "regression.weight: 5.0", "regression.wieght: 5.0")
+    result = edited.snakemake("-n", "demo")
+    output = result.stderr + result.stdout
+    assert result.returncode != 0
+    assert "demo.yaml:" in output and "did you mean regression.weight?" in output
+    assert "Traceback" not in output

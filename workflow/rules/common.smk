@@ -1,0 +1,39 @@
+# Which configs a wildcard stands for. Wildcards accept only what the tables name.
+import json
+
+CONFIGS = list(RUNS.values())
+DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
+TEACHERS = {cfg.teacher.name: cfg for cfg in CONFIGS}
+PAIR_SETS = {cfg.pair_set: cfg for cfg in CONFIGS if cfg.needs_pairs}
+CLASSIFIERS = [f"{name}-classifier" for name in DATA]
+
+
+wildcard_constraints:
+    data="|".join(DATA),
+    teacher="|".join(TEACHERS),
+    pairs="|".join(PAIR_SETS) or "none",
+    classifier="|".join(CLASSIFIERS),
+    base="|".join(EXPERIMENT.bases),
+    run="|".join({run for _, run in RUNS}),
+    table="|".join(TABLES),
+    sampler=r"\w+",
+    seed=r"\d+",
+    shard=r"\d{5}",
+
+
+def hardware(job):
+    """Resources of a kind of job that a scheduler understands."""
+    return {key: value for key, value in config[job].items() if key not in ("threads", "device", "micro_batch")}
+
+
+def as_json(section):
+    """A config section as canonical JSON: what Snakemake tracks is what runs."""
+    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
+
+
+def real_manifest(cfg):
+    return f"data/real/{cfg.data.name}/manifest.json"
+
+
+def teacher_manifest(cfg):
+    return f"data/teachers/{cfg.teacher.name}/manifest.json"

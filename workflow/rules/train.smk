@@ -1,0 +1,27 @@
+# One training per row and seed. Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
+def train_inputs(w):
+    cfg = RUNS[w.base, w.run]
+    inputs = [teacher_manifest(cfg)]
+    inputs += [real_manifest(cfg)] if cfg.needs_real else []
+    inputs += [f"data/pairs/{cfg.pair_set}/manifest.json"] if cfg.needs_pairs else []
+    inputs += [f"results/runs/{w.base}/{cfg.train.init_from}/seed{w.seed}/train.json"] if cfg.train.init_from else []
+    return inputs
+
+
+rule train:
+    input:
+        train_inputs,
+    output:
+        "results/runs/{base}/{run}/seed{seed}/train.json",
+    params:
+        config=lambda w: as_json(RUNS[w.base, w.run].training()),
+        device=config["train"]["device"],
+        micro_batch=config["train"]["micro_batch"],
+    threads: config["train"]["threads"]
+    resources:
+        **hardware("train"),
+    message:
+        "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
+    shell:
+        "exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
+        " --config {params.config:q} --threads {threads} --device {params.device} --micro-batch {params.micro_batch}"
