@@ -1,0 +1,66 @@
+"""Verdicts follow the rules of claims fixed beforehand."""
+
+import pytest
+
+from eval.claims import CLAIMS, Measurements, equivalent, judge, lower
+
+
+def measured(**runs: list[float]) -> Measurements:
+    return Measurements({(name.replace("_", "-"), "fd"): dict(enumerate(v)) for name, v in runs.items()})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "supported"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "refuted"),
+        ([1.0, 1.1, 2.5], [2.0, 2.1, 1.9], "undecided"),  # one seed disagrees
+        ([1.0, 1.5, 0.5], [1.3, 1.8, 0.8], "undecided"),  # every seed agrees, but the gap is within the spread
+        ([1.0, 1.1], [2.0, 2.1], "undecided"),  # two seeds
+        ([1.0], [99.0], "undecided"),
+    ],
+)
+def test_lower_needs_every_seed_and_a_gap_of_two_pooled_deviations(a, b, verdict) -> None:
+    assert lower(measured(a=a, b=b), "fd", "a", "b").verdict == verdict
+
+
+def test_a_single_seed_says_how_many_it_needs() -> None:
+    assert "measured with 1, needs 3 seeds" in lower(measured(a=[1.0], b=[2.0]), "fd", "a", "b").evidence
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ([0.01, -0.01, 0.0], "supported"),  # whole interval inside 5 % of 10
+        ([2.0, 2.1, 1.9], "refuted"),  # whole interval outside
+        ([0.9, -0.9, 0.1], "undecided"),  # not significantly different is no confirmation
+        ([0.4, 0.6, 0.5], "undecided"),  # significantly different, yet not outside the margin
+    ],
+)
+def test_equivalence_needs_the_whole_interval_inside_the_margin(gaps, verdict) -> None:
+    m = measured(a=[10 + g for g in gaps], b=[10.0, 10.0, 10.0])
+    assert equivalent(m, "fd", "a", "b").verdict == verdict
+
+
+def test_a_teacher_is_one_value_for_every_seed() -> None:
+    m = measured(dmd2=[1.0, 1.1, 0.9], ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0])
+    assert CLAIMS["C8"].test(m, "fd").verdict == "supported"
+    both_better = measured(dmd2=[1.0, 1.1, 0.9], ttur=[1.2, 1.3, 1.1], teacher_ode=[2.0])
+    assert CLAIMS["C8"].test(both_better, "fd").verdict == "refuted"
+
+
+def test_ttur_rescuing_gan_only_refutes_c10() -> None:
+    worse = measured(dmd2=[1.0, 1.1, 0.9], gan_only_ttur=[2.0, 2.1, 1.9])
+    assert CLAIMS["C10"].test(worse, "fd").verdict == "supported"
+    equal = measured(dmd2=[1.0, 1.1, 0.9], gan_only_ttur=[1.01, 1.11, 0.91])
+    assert CLAIMS["C10"].test(equal, "fd").verdict == "refuted"
+
+
+def test_a_claim_whose_rows_are_missing_says_which() -> None:
+    verdict = judge(["C7"], measured(dmd2=[1.0]), "fd")[0]
+    assert verdict["verdict"] == "undecided" and verdict["evidence"] == "not measured: fd of ttur"
+
+
+def test_claims_use_the_metric_of_their_table() -> None:
+    m = Measurements({("dmd2", "fid"): {0: 1.0}, ("ttur", "fid"): {0: 2.0}})
+    assert "dmd2 1, ttur 2" in judge(["C7"], m, "fid")[0]["evidence"]
