@@ -1,23 +1,19 @@
 """Ablations as data: bases, tables and their rows become validated runs before any DAG exists."""
 
 import difflib
-import operator as op
-import re
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
+from dmd2.changes import apply_change, holds, validate
 from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
 from dmd2.yaml_file import YamlFile, read_yaml
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 NAME = r"^[a-z0-9][a-z0-9-]*$"
-_CONDITION = re.compile(r"^([a-z_]+(?:\.[a-z_0-9]+)+)\s*(==|!=|>=|<=|>|<)\s*(\S+)$")
 
 
 class Row(Section):
@@ -45,7 +41,7 @@ class Table(Section):
     change: dict[str, Any] = {}
     row_change: dict[str, dict[str, Any]] = {}
     teachers: dict[str, dict[str, float | None]] = {}
-    claims: list[str] = []
+    claims: list[Literal["C1", "C2", "C3", "C7", "C8", "C9", "C10"]] = []  # tests in eval/claims.py
     reference_row: str | None = None
     notes: str = ""
 
@@ -65,103 +61,6 @@ class Experiment:
         return {name: holds(cond, self.runs[spec.base, run]) for name, cond in spec.columns.items()}
 
 
-def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested dicts.
-
-    Raises:
-        KeyError: with the sentence "no key ..., did you mean ...?".
-    """
-    parent: Any = values
-    *parents, last = key.split(".")
-    for i, part in enumerate(parents):
-        if not isinstance(parent, dict) or not isinstance(parent.get(part), dict):
-            raise KeyError(_unknown(values, ".".join([*parents[: i + 1], *parents[i + 1 :], last])))
-        parent = parent[part]
-    if last not in parent:
-        raise KeyError(_unknown(values, key))
-    parent[last] = value
-
-
-def _unknown(values: dict[str, Any], key: str) -> str:
-    near = difflib.get_close_matches(key, dotted_keys(values), n=1, cutoff=0.5)
-    return f"no key {key}" + (f", did you mean {near[0]}?" if near else "")
-
-
-def dotted_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """All leaf and section keys of nested dicts, dotted."""
-    keys: list[str] = []
-    for name, value in values.items():
-        keys.append(prefix + name)
-        if isinstance(value, dict):
-            keys += dotted_keys(value, f"{prefix}{name}.")
-    return keys
-
-
-def validate(values: dict[str, Any], source: YamlFile, *prefix: str | int) -> RunConfig:
-    """Validate a run; the first problem becomes one sentence with file, line and key."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_sentence(error, values, source, prefix)) from None
-
-
-def _sentence(error: ValidationError, values: Any, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
-    errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    keys = tuple(k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function")))
-    dotted = ".".join(str(k) for k in keys)
-    place = source.where(*prefix, dotted) if (*prefix, dotted) in source.lines else source.where(*prefix, *keys)
-    if first["type"] == "extra_forbidden":
-        siblings = [k for k in _known_keys(RunConfig) if k.count(".") == dotted.count(".")]
-        near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
-        return f"{place}: no key {dotted}" + (f", did you mean {near[0]}?" if near else "")
-    if first["type"] == "missing":
-        return f"{place}: key {dotted} is missing"
-    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {dotted + ': ' if dotted else ''}{message}{got}"
-
-
-def _known_keys(model: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, info in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            keys += _known_keys(info.annotation, f"{prefix}{name}.")
-    return keys
-
-
-_COMPARE = {"==": op.eq, "!=": op.ne, ">": op.gt, "<": op.lt, ">=": op.ge, "<=": op.le}
-
-
-def holds(condition: str, cfg: RunConfig) -> bool:
-    """Evaluate a column condition such as ``critic.ratio > 1`` on a run.
-
-    Raises:
-        ValueError: it has another form, an unknown key, or orders something that is no number.
-    """
-    key, operator, text = split_condition(condition)
-    value: Any = cfg
-    for part in key.split("."):
-        value = getattr(value, part)
-    wanted = yaml.safe_load(text) if not re.fullmatch(r"[-+.\deE]+", text) else float(text)
-    if operator not in ("==", "!=") and not all(isinstance(v, int | float) for v in (value, wanted)):
-        raise ValueError(f"{condition!r} orders {value!r} and {wanted!r}, which are not both numbers")
-    return bool(_COMPARE[operator](value, wanted))
-
-
-def split_condition(condition: str) -> tuple[str, str, str]:
-    """``"critic.ratio > 1"`` as (key, operator, value); ValueError if it has another form or an unknown key."""
-    match = _CONDITION.match(condition)
-    if not match:
-        raise ValueError(f"{condition!r} is not of the form 'section.key > value'")
-    known = _known_keys(RunConfig)
-    if match[1] not in known:
-        near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)
-        raise ValueError(f"no key {match[1]}" + (f", did you mean {near[0]}?" if near else ""))
-    return match[1], match[2], match[3]
-
-
 def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
     """A base as plain values, defaults included, and validated."""
     path = folder / f"{name}.yaml"
@@ -171,15 +70,6 @@ def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfi
     source = read_yaml(path)
     cfg = validate(source.value, source)
     return cfg.model_dump(mode="json"), cfg
-
-
-def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of `base` with dotted keys replaced; KeyError with a sentence for unknown ones."""
-    values = deepcopy(base)
-    for change in changes:
-        for key, value in change.items():
-            set_dotted(values, key, value)
-    return values
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
@@ -281,9 +171,13 @@ def _check_references(experiment: Experiment, name: str, source: YamlFile) -> No
             raise UserError(f"{source.where('columns', column)}: {error}") from None
     if table.reference_row is not None and table.reference_row not in runs:
         raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
-    samplers = experiment.bases[table.base].eval.teacher_samplers
+    measured = experiment.bases[table.base].eval
+    for i, metric in enumerate(table.metrics):
+        if metric not in measured.metrics:
+            where = source.where("metrics", i)
+            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(measured.metrics)}")
     for teacher in table.teachers:
-        if teacher not in samplers:
+        if teacher not in measured.teacher_samplers:
             raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")
     for run in table.row_change:
         if run not in runs:

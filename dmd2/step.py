@@ -21,7 +21,7 @@ from dmd2.losses import (
     generator_gan_loss,
 )
 from dmd2.optimiser import Optimiser
-from dmd2.schedules import LEVELS, add_noise, loss_weight
+from dmd2.schedules import LEVELS, add_noise, loss_weight, spread
 from dmd2.student_input import student_input
 
 Logs = dict[str, Tensor]
@@ -100,8 +100,7 @@ def _distribution_matching(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig,
         null = None if m.null is None else m.null.expand(len(x))
         real = guide(m.teacher, x_t, t, batch.cond, null, cfg.teacher.guidance)
         fake = m.critic(x_t, t, batch.cond)
-        alpha = m.teacher.schedule.alpha_sigma(t, real.dtype)[0].reshape(-1, 1, 1, 1)
-        factor = alpha if cfg.dm.alpha_factor else None
+        factor = spread(m.teacher.schedule.alpha_sigma(t, real.dtype)[0], x) if cfg.dm.alpha_factor else None
         g = distribution_matching_gradient(x, real, fake, cfg.dm.normaliser_eps, factor)
     signals = {"g_abs": g.abs().mean(), "g_mean": g.mean(), "g_std": g.std(), "real_mean": real.mean(),
                "real_std": real.std(), "fake_mean": fake.mean(), "fake_std": fake.std()}  # fmt: skip

@@ -4,7 +4,7 @@ Default rule: at least three seeds; *supported* if the sign is the paper's in ev
 the pooled standard deviation over seeds, *refuted* if the reverse holds under the same test, else *undecided*.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -51,7 +51,7 @@ def lower(m: Measurements, metric: str, a: str, b: str) -> Finding:
     x, y = m.pair(metric, a, b)
     rule = f"{metric} of {a} below {b} in each of {MIN_SEEDS} or more seeds, mean gap above twice the pooled seed SD"
     gaps = y - x
-    evidence = f"{a} {_show(x)}, {b} {_show(y)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
+    evidence = f"{a} {show(x)}, {b} {show(y)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
     if len(gaps) < MIN_SEEDS:
         return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
     spread = sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
@@ -70,7 +70,7 @@ def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
     margin = MARGIN * float(y.mean())
     rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
     gaps = x - y
-    evidence = f"{a} {_show(x)}, {b} {_show(y)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
+    evidence = f"{a} {show(x)}, {b} {show(y)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
     if len(gaps) < MIN_SEEDS:
         return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
     half = float(stats.t.ppf(0.95, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
@@ -98,10 +98,15 @@ def _no_rescue(m: Measurements, metric: str) -> Finding:
     return Finding(verdict, apart.evidence, rule)
 
 
-def _show(values: np.ndarray) -> str:
+def show(values: np.ndarray) -> str:
+    """``mean ± SD`` of a value per seed, or the one value; large numbers without exponent."""
     if len(values) < 2 or (values == values[0]).all():
-        return f"{values[0]:.3g}"
-    return f"{values.mean():.3g} ± {values.std(ddof=1):.2g}"
+        return _number(float(values[0]), 3)
+    return f"{_number(values.mean(), 3)} ± {_number(values.std(ddof=1), 2)}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def _worse_than_teacher(m: Measurements, metric: str) -> Finding:
     return Finding(flipped[reverse.verdict], reverse.evidence, rule)
 
 
-def judge(claims: list[str], measurements: Measurements, metric: str) -> list[dict[str, str]]:
+def judge(claims: Sequence[str], measurements: Measurements, metric: str) -> list[dict[str, str]]:
     """Verdicts of the named claims on the table's distance `metric`, in order; rows not measured are said so."""
     results = []
     for name in claims:

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import typer
 
-from dmd2.ablations import Experiment, Table, dotted_keys, load_experiment
+from dmd2.ablations import Experiment, Table, load_experiment
+from dmd2.changes import dotted_keys
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
 from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.run import RunId
-from eval.claims import Measurements, judge
+from eval.claims import Measurements, judge, show
 
 TEACHER_METRICS = Path("results/teachers")
 PAPER_NAME = {"fd": "fid"}  # the paper's metric that ours stands in for
@@ -119,12 +120,9 @@ def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def summary(values: dict[Any, float], digits: int = 3) -> str:
+def summary(values: dict[Any, float]) -> str:
     """``mean ± SD`` over seeds, or the single value."""
-    numbers = np.array(list(values.values()))
-    if len(numbers) == 1:
-        return f"{numbers[0]:.{digits}g}"
-    return f"{numbers.mean():.{digits}g} ± {numbers.std(ddof=1):.2g}"
+    return show(np.array(list(values.values())))
 
 
 def gap(bundle: dict[str, Any], row: Row) -> str:

@@ -150,7 +150,9 @@ def abar_before(t: int, steps: int) -> float:
 
 
 # Song et al. 2021, Eq. 12 and 16.
-def ddim(eps: Callable[[Array, int], Array], z: Array, steps: int, eta: float = 0.0, noise: Sequence[Array] = ()) -> Array:
+def ddim(
+    eps: Callable[[Array, int], Array], z: Array, steps: int, eta: float = 0.0, noise: Sequence[Array] = ()
+) -> Array:
     x = z
     for i, t in enumerate(leading_times(steps)):
         a, b, e = ABAR[t], abar_before(t, steps), eps(x, t)

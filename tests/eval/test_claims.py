@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmd2.ablations import Table
 from eval.claims import CLAIMS, Measurements, equivalent, judge, lower
 
 
@@ -59,6 +60,11 @@ def test_ttur_rescuing_gan_only_refutes_c10() -> None:
 def test_a_claim_whose_rows_are_missing_says_which() -> None:
     verdict = judge(["C7"], measured(dmd2=[1.0]), "fd")[0]
     assert verdict["verdict"] == "undecided" and verdict["evidence"] == "not measured: fd of ttur"
+
+
+def test_tables_may_name_exactly_the_claims_that_have_a_test() -> None:
+    allowed = Table.model_json_schema()["properties"]["claims"]["items"]["enum"]
+    assert allowed == list(CLAIMS)
 
 
 def test_claims_use_the_metric_of_their_table() -> None:

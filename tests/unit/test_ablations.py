@@ -84,9 +84,11 @@ def test_equal_rows_of_two_tables_are_one_run(folder):
     assert len(folder.load().runs) == 2
 
 
-@pytest.mark.parametrize("key", ["dm.normaliser_eps", "dm.alpha_factor", "critic.shares_iteration", "gan.r1_weight",
-                                 "gan.r1_alpha", "regression.pairs.sampler.churn"])  # fmt: skip
-def test_a_switch_that_the_base_leaves_at_its_default_can_be_changed_by_a_row(folder, key):
+@pytest.mark.parametrize(("key", "value"), [
+    ("dm.normaliser_eps", 0.5), ("dm.alpha_factor", True), ("critic.shares_iteration", False), ("gan.r1_weight", 0.5),
+    ("gan.r1_alpha", 0.5), ("regression.pairs.sampler.guidance", 2.0),
+])  # fmt: skip
+def test_a_switch_that_the_base_leaves_at_its_default_can_be_changed_by_a_row(folder, key, value):
     values = tiny.values("edm")
     *parents, last = key.split(".")
     section = values
@@ -94,8 +96,11 @@ def test_a_switch_that_the_base_leaves_at_its_default_can_be_changed_by_a_row(fo
         section = section[parent]
     section.pop(last, None)
     folder.base("tiny", values)
-    folder.table(rows=[{"run": "a", "change": {key: True if last in ("alpha_factor", "shares_iteration") else 0.5}}])
-    folder.load()
+    folder.table(rows=[{"run": "a", "change": {key: value}}])
+    got = folder.load().runs["tiny", "a"].model_dump()
+    for part in key.split("."):
+        got = got[part]
+    assert got == value
 
 
 def test_ticks_are_computed_from_what_runs(folder):
@@ -119,7 +124,18 @@ def test_condition(condition, expected):
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
 def test_shipped_base_is_complete_and_valid(path):
     values, _ = load_base(path.stem, path.parent)
-    assert set(values) == {"data", "teacher", "generator", "dm", "critic", "gan", "regression", "optim", "train", "eval"}
+    assert set(values) == {
+        "data",
+        "teacher",
+        "generator",
+        "dm",
+        "critic",
+        "gan",
+        "regression",
+        "optim",
+        "train",
+        "eval",
+    }
 
 
 def test_shipped_tables_are_valid():

@@ -54,7 +54,9 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "missing"]
+)
 def test_a_damaged_newest_falls_back_to_the_older_and_says_so(tmp_path, capsys, damage):
     checkpoints = saved(tmp_path, 10, 20)
     damage(checkpoints.folder / "00000020.pt")

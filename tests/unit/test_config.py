@@ -127,6 +127,7 @@ WRONG = {
     "no metric": {"eval__metrics": []},
     "unknown weighting": {"critic__weighting": "snr"},
     "VP solver for an edm teacher": {"regression__pairs__sampler": {"solver": "ddim", "steps": 4}},
+    "more shards than pairs": {"regression__pairs__shards": 17},
     "reversed index range": {"dm__index_range": [980, 20]},
     "reversed GAN noise range": {"gan__noise_range": [999, 0]},
 }

@@ -45,7 +45,18 @@ def test_digits_are_1797_images_of_8_by_8(tmp_path):
     images = real.images(torch.arange(1797))
     assert (len(real), images.shape) == (1797, (1797, 1, 8, 8))
     assert (images.min(), images.max()) == (-1, 1)
-    assert torch.bincount(real.condition(torch.arange(1797)).labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert torch.bincount(real.condition(torch.arange(1797)).labels).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
 
 
 def test_idx_images_are_padded_to_the_resolution(manifest):

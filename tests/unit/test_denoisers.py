@@ -149,7 +149,7 @@ def autocast_enabled(monkeypatch, cls, precision, grad, cuda=True):
     denoiser = cls(torch.nn.Identity(), precision)
     with torch.set_grad_enabled(grad):
         denoiser.autocast(SimpleNamespace(device=torch.device("cuda" if cuda else "cpu"), is_cuda=cuda))
-    ((_, dtype), options), = made
+    (((_, dtype), options),) = made
     assert dtype is torch.bfloat16
     return options["enabled"]
 

@@ -16,7 +16,9 @@ def hooked(denoiser, kind, arguments):
     seen = []
     network = denoiser.network
     block = network.down_blocks[-1] if kind.startswith("edm") else network.mid_block
-    handle = block.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    handle = block.register_forward_hook(
+        lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     denoiser(*arguments)
     handle.remove()
     return seen[0].detach()

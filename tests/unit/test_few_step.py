@@ -8,6 +8,7 @@ import torch
 from diffusers import LCMScheduler
 
 from dmd2.condition import Condition
+from dmd2.errors import UserError
 from dmd2.rng import sample_noise
 from dmd2.sample import quantise, student_sample
 from dmd2.samplers import few_step
@@ -96,6 +97,11 @@ def test_an_image_belongs_to_its_seed_whatever_the_batch():
     together = student_sample(student, cfg, [0, 1, 2, 3, 4], device)
     apart = torch.cat([student_sample(student, cfg, seeds, device) for seeds in ([0, 1], [2], [3, 4])])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_a_text_run_by_seed_is_refused_in_one_sentence():
+    with pytest.raises(UserError, match="prompt"):
+        student_sample(tiny.denoiser("eps-text"), tiny.config("eps-text"), [0, 1], torch.device("cpu"))
 
 
 def test_quantise_truncates_like_dmd2_or_rounds_like_edm():

@@ -167,7 +167,9 @@ def test_a_missing_file_is_named(shard):
 def test_a_truncated_file_is_named_with_both_sizes(shard):
     path, entry = shard
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=rf"shard\.safetensors has {entry['bytes'] - 5} bytes instead of {entry['bytes']}"):
+    with pytest.raises(
+        UserError, match=rf"shard\.safetensors has {entry['bytes'] - 5} bytes instead of {entry['bytes']}"
+    ):
         verified(path.parent, entry)
 
 

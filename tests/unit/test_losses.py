@@ -40,7 +40,10 @@ def test_dm_loss_equals_reference(dtype):
 def test_dm_normaliser_is_per_sample_and_not_per_batch():
     scaled = REAL + np.array([0, 5, 50]).reshape(3, 1, 1, 1)
     g = distribution_matching_gradient(*tensors(torch.float64, X, scaled, FAKE))
-    alone = [distribution_matching_gradient(*tensors(torch.float64, X[i:i+1], scaled[i:i+1], FAKE[i:i+1])) for i in range(3)]
+    alone = [
+        distribution_matching_gradient(*tensors(torch.float64, X[i : i + 1], scaled[i : i + 1], FAKE[i : i + 1]))
+        for i in range(3)
+    ]
     np.testing.assert_allclose(g.numpy(), torch.cat(alone).numpy())
 
 

@@ -146,7 +146,13 @@ def noised_real(total=200):
     source = tensor(arrays(5, total, *SHAPE))
     student = Trace()
     x_t, t = student_input(student, batch(total, source=source), generator("noised_real"), SHAPE)
-    return x_t.double().numpy(), t.long().numpy(), source.double().numpy(), batch_noise(batch(total)).double().numpy(), student
+    return (
+        x_t.double().numpy(),
+        t.long().numpy(),
+        source.double().numpy(),
+        batch_noise(batch(total)).double().numpy(),
+        student,
+    )
 
 
 def test_noised_real_draws_a_step_per_sample():

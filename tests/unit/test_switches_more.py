@@ -19,7 +19,9 @@ def dm_gradient(kind, **changes):
     cfg = tiny.config(kind, gan__lambda_g=0.0, gan__lambda_d=0.0, **changes)
     m, batch, out, x = tiny.models(kind, cfg), keeping(tiny.one_batch(kind, cfg)), {}, image(kind).requires_grad_()
     for name in ("teacher", "critic"):
-        getattr(m, name).register_forward_hook(lambda module, args, y, name=name: out.update({name: y.double().numpy()}))
+        getattr(m, name).register_forward_hook(
+            lambda module, args, y, name=name: out.update({name: y.double().numpy()})
+        )
     student_loss(m, x, batch, cfg, {}).backward()
     t = batch.draws.levels["dm/level"][2].numpy()
     return x.grad.numpy() * x.numel(), x.detach().double().numpy(), out["teacher"], out["critic"], t
@@ -110,7 +112,9 @@ def test_r1_alpha_scales_the_perturbation():
 
 
 # Critic.
-@pytest.mark.parametrize(("kind", "weighting"), [("edm", "edm"), ("edm", "x0"), ("eps-text", "eps"), ("eps-text", "x0")])
+@pytest.mark.parametrize(
+    ("kind", "weighting"), [("edm", "edm"), ("edm", "x0"), ("eps-text", "eps"), ("eps-text", "x0")]
+)
 def test_critic_weighting(kind, weighting):
     cfg = tiny.config(kind, critic__weighting=weighting, gan__lambda_g=0.0, gan__lambda_d=0.0)
     m, logs, batch, seen, x = tiny.models(kind, cfg), {}, keeping(tiny.one_batch(kind, cfg)), [], image(kind)
@@ -145,4 +149,9 @@ def test_switches_are_off_as_in_the_official_preset_unless_named():
                          ("gan", "r1_weight"), ("gan", "r1_alpha")):  # fmt: skip
         del values[section][key]
     cfg = RunConfig.model_validate(values)
-    assert (cfg.dm.normaliser_eps, cfg.dm.alpha_factor, cfg.critic.shares_iteration, cfg.gan.r1_weight) == (0, False, True, 0)
+    assert (cfg.dm.normaliser_eps, cfg.dm.alpha_factor, cfg.critic.shares_iteration, cfg.gan.r1_weight) == (
+        0,
+        False,
+        True,
+        0,
+    )

@@ -78,12 +78,18 @@ def test_row_has_the_published_settings_of_its_base(table, run):
 def test_dmd_row_has_the_regression_of_the_dmd_paper():
     regression = row_config("dmd2-table3", "dmd").regression
     assert (regression.weight, regression.distance, regression.pairs.count) == (0.25, "lpips", 25000)
-    assert (regression.pairs.sampler.solver, regression.pairs.sampler.steps, regression.pairs.sampler.churn) == ("heun", 256, 0)
+    assert (regression.pairs.sampler.solver, regression.pairs.sampler.steps, regression.pairs.sampler.churn) == (
+        "heun",
+        256,
+        0,
+    )
 
 
 def test_sdxl_rows_differ_in_the_student_input_alone_where_the_paper_says_so():
     inputs = {run: row_config("dmd2-table4", run).generator for _, run in ROWS if run.startswith("4step")}
-    assert {run: g.input for run, g in inputs.items() if g.input != "backward_simulation"} == {"4step-no-backsim": "noised_real"}
+    assert {run: g.input for run, g in inputs.items() if g.input != "backward_simulation"} == {
+        "4step-no-backsim": "noised_real"
+    }
     assert {(g.steps, g.time) for g in inputs.values()} == {(4, 999)}
 
 

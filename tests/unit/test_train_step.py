@@ -71,9 +71,11 @@ def test_dm_noises_the_image_by_the_forward_process():
 @pytest.mark.parametrize("kind", ["eps-text", "eps-sdxl"])
 def test_vp_predictions_are_compared_in_float64(kind, monkeypatch):
     dtypes, original = [], dmd2.step.distribution_matching_gradient
+
     def spy(x, real, fake, *rest):
         dtypes.extend((real.dtype, fake.dtype))
         return original(x, real, fake, *rest)
+
     monkeypatch.setattr(dmd2.step, "distribution_matching_gradient", spy)
     dm_pass(kind)
     assert set(dtypes) == {torch.float64}
@@ -198,9 +200,11 @@ def images_seen(kind, cfg, it, monkeypatch):
     m, made, given = tiny.models(kind, cfg), [], []
     m.student.register_forward_hook(lambda module, args, out: made.append(out.detach().float()))
     original = dmd2.step.critic_loss
+
     def spy(m, x, batch, cfg, logs):
         given.append(x)
         return original(m, x, batch, cfg, logs)
+
     monkeypatch.setattr(dmd2.step, "critic_loss", spy)
     train_step(m, tiny.batches(kind, cfg, 2).at(it), it, cfg)
     return made, given

@@ -1,0 +1,165 @@
+"""The loop around the iteration: resuming, snapshots, second stages, and stopping when a loss is not finite."""
+
+import json
+
+import pytest
+import torch
+
+import dmd2.trainer
+from dmd2.config import Teacher
+from dmd2.data import load_shard, save_shard
+from dmd2.errors import UserError
+from dmd2.files import listing, write_json
+from dmd2.run import RunId
+from dmd2.teachers import adopt_teacher
+from dmd2.trainer import Hardware, Inputs, Training, single_writer
+from tests import tiny
+
+RUN = RunId("tiny", "full", 0)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
+    teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
+    save_shard(folder / "real.safetensors", tiny.tensors("edm", 32))
+    write_json(folder / "real.json", {"files": listing([folder / "real.safetensors"], folder)})
+    return Inputs(teacher, folder / "real.json", None, None)
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(steps, **changes):
+    every = {"train__snapshot_every": 2, "train__checkpoint_every": 2, "train__log_every": 2}
+    return tiny.config("edm", train__steps=steps, critic__ratio=2, **{**every, **changes})
+
+
+def train(inputs, steps, run=RUN, hardware=Hardware(), **changes):  # noqa: B008
+    record = Training(run, config(steps, **changes), hardware, inputs).run()
+    return json.loads(record.read_text()), record.parent
+
+
+def last_snapshot(inputs, steps, **options):
+    record, folder = train(inputs, steps, **options)
+    return load_shard(folder / record["files"][-1]["path"])
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_continued_run_ends_with_the_weights_of_an_undisturbed_one(inputs, ema):
+    whole = last_snapshot(inputs, 6, run=RunId("tiny", "whole", 0), optim__ema=ema)
+    train(inputs, 4, optim__ema=ema)
+    assert equal(last_snapshot(inputs, 6, optim__ema=ema), whole)
+
+
+def test_a_longer_run_continues_and_does_not_repeat(inputs, monkeypatch):
+    train(inputs, 4)
+    done, original = [], dmd2.trainer.train_step
+    monkeypatch.setattr(dmd2.trainer, "train_step", lambda m, b, it, cfg: done.append(it) or original(m, b, it, cfg))
+    record, _ = train(inputs, 6)
+    assert done == [4, 5]
+    assert [int(file["path"][-19:-12]) for file in record["files"]] == [2, 4, 6]
+
+
+def test_a_changed_row_does_not_resume_the_old_weights(inputs):
+    train(inputs, 4)
+    changed, fresh = (
+        last_snapshot(inputs, 4, run=run, optim__lr=5e-4) for run in (RUN, RunId("tiny", "other", 0))
+    )  # fmt: skip
+    assert equal(changed, fresh)
+
+
+def test_micro_batches_are_hardware_and_resume_the_same_run(inputs):
+    record, _ = train(inputs, 2)
+    cut, _ = train(inputs, 4, hardware=Hardware(micro_batch=3))
+    assert record["key"] == cut["key"]
+
+
+def test_a_snapshot_is_the_students_network_alone(inputs):
+    snapshot = last_snapshot(inputs, 2)
+    assert snapshot.keys() == tiny.network("edm", 0).state_dict().keys()
+    assert not equal(snapshot, tiny.weights(tiny.network("edm", 5)))
+
+
+def test_ema_snapshots_are_averages_and_not_the_raw_weights(inputs):
+    raw = last_snapshot(inputs, 4, run=RunId("tiny", "raw", 0))
+    averaged = last_snapshot(inputs, 4, optim__ema=0.5)
+    start = tiny.weights(tiny.network("edm", 5))
+    name = "conv_in.weight"
+    assert (averaged[name] - start[name]).norm() < (raw[name] - start[name]).norm()
+
+
+def test_the_record_counts_student_updates(inputs):
+    record, _ = train(inputs, 5)
+    assert (record["steps"], record["student_updates"]) == (5, 3)
+
+
+def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs, monkeypatch):
+    _, folder = train(inputs, 4, run=RunId("tiny", "first", 0))
+    second = Inputs(inputs.teacher, inputs.real, None, folder / "train.json")
+    first = Training(RunId("tiny", "first", 0), config(4), Hardware(), inputs)
+    first.resume()
+    stage = Training(RUN, config(4, train__init_from="first"), Hardware(), second)
+    assert equal(dict(stage.models.student.state_dict()), dict(first.models.student.state_dict()))
+    assert equal(dict(stage.models.critic.state_dict()), dict(first.models.critic.state_dict()))
+    assert not equal(dict(stage.models.head.state_dict()), dict(first.models.head.state_dict()))
+    assert not stage.models.student_optimiser.adamw.state
+    assert stage.step == 0
+    teacher = tiny.weights(tiny.network("edm", 5))
+    assert equal(dict(stage.models.teacher.network.state_dict()), teacher)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_loss_and_step(inputs, monkeypatch):
+    train(inputs, 2)
+    original = dmd2.trainer.train_step
+
+    def diverge(m, b, it, cfg):
+        logs = original(m, b, it, cfg)
+        return logs | ({"critic/denoise": torch.tensor(float("nan"))} if it == 3 else {})
+
+    monkeypatch.setattr(dmd2.trainer, "train_step", diverge)
+    with pytest.raises(UserError, match=r"critic/denoise is nan at step 3.*step 2 is kept"):
+        train(inputs, 6)
+
+
+def test_the_log_has_one_line_per_interval_and_the_stability_signals(inputs):
+    _, folder = train(inputs, 4)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    wanted = {"student/brightness", "student/std", "student/dm", "student/gan", "student/grad_norm", "critic/denoise",
+              "critic/gan", "critic/grad_norm", "dm/g_abs", "dm/g_std", "dm/real_mean", "dm/real_std", "dm/fake_mean",
+              "dm/fake_std", "gan/p_real", "gan/p_fake", "probe/brightness"}  # fmt: skip
+    assert wanted <= set(lines[0])
+
+
+def test_a_second_writer_is_told(inputs):
+    with single_writer(RUN.folder), pytest.raises(UserError, match="another process"):
+        train(inputs, 2)
+
+
+def test_a_changed_input_starts_another_run(inputs, tmp_path):
+    save_shard(tmp_path / "real.safetensors", tiny.tensors("edm", 32, seed=1))
+    write_json(tmp_path / "real.json", {"files": listing([tmp_path / "real.safetensors"], tmp_path)})
+    one, two = (
+        Training(RUN, config(2), Hardware(), Inputs(inputs.teacher, real, None, None)).key
+        for real in (inputs.real, tmp_path / "real.json")
+    )
+    assert one != two
+
+
+@pytest.mark.parametrize("text", ["digits/dmd2", "digits/dmd2/0", "a/b/c/seed0", "digits/dmd2/seedx", ""])
+def test_a_run_that_is_none_is_told(text):
+    with pytest.raises(UserError, match="write base/name/seedN"):
+        RunId.parse(text)
+
+
+def test_a_runs_folder_is_a_function_of_its_name():
+    assert str(RunId.parse("digits/dmd2/seed3").folder) == "results/runs/digits/dmd2/seed3"
