@@ -139,15 +139,15 @@ def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:
 def main(
     data: Annotated[str, typer.Option(help="JSON of the data section")],
     teacher: Annotated[str, typer.Option(help="JSON of the teacher section")],
-    real: Annotated[Path, typer.Option(help="manifest of the real data")],
     out: Path,
+    real: Annotated[Path | None, typer.Option(help="manifest of the real data, to train a teacher")] = None,
     threads: int = 1,
 ) -> None:
     """Train or adopt a teacher: write OUT (a manifest.json) and the network beside it."""
     torch.set_num_threads(threads)
     with readable_errors():
         spec = Teacher.model_validate(json.loads(teacher))
-        if spec.train is None:
+        if spec.train is None or real is None:
             adopt_teacher(spec, out.parent)
         else:
             train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent)

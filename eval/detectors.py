@@ -110,18 +110,22 @@ app = typer.Typer(help=__doc__)
 
 
 @app.command()
-def train(name: str, real: Path, out: Path, threads: int = 1) -> None:
-    """Train the classifier NAME on the manifest REAL; write the manifest OUT and its weights."""
+def prepare(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
+    """Train the classifier NAME on the manifest --real; write the manifest OUT and its weights."""
     torch.set_num_threads(threads)
     with readable_errors():
+        if real is None:
+            raise UserError(f"detector {name}: this version can only train per-dataset classifiers, not load {name}")
         train_classifier(name, load_set(real), out)
 
 
 @app.command()
-def reference(name: str, real: Path, out: Path, threads: int = 1) -> None:
-    """Write the feature moments of the real set REAL under detector NAME to OUT."""
+def reference(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
+    """Write the feature moments of the real set --real under detector NAME to OUT."""
     torch.set_num_threads(threads)
     with readable_errors(), torch.no_grad():
+        if real is None:
+            raise UserError(f"{out.parent.name}: this version computes references from data sets and imports none")
         stats = reference_stats(load_detector(name), load_set(real))
         save_stats(stats, out, {"detector": name, "data": real.parent.name})
 

@@ -209,3 +209,44 @@ def test_features_from_teacher_trains_the_head_and_moves_the_image():
     assert not list(tiny.gradients(m.critic, m.teacher))
     student_loss(m, x, batch, cfg, {}).backward()
     assert x.grad.abs().max() > 0
+
+
+# The discriminator's two sides.
+def clean_discriminator(**changes):
+    """Discriminator loss on clean images, with the logit of each image by what the image is."""
+    cfg = tiny.config("edm", gan__noise_range=None, critic__denoise_weight=0.0, **changes)
+    m, batch, fake, logits, logs = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm"), {}, {}
+    original = m.critic.features
+
+    def spy(x_t, t, cond):
+        features = original(x_t, t, cond)
+        side = next(name for name, x in (("fake", fake), ("real", batch.real[0])) if torch.equal(x, x_t))
+        labels = {"fake": batch.cond.labels, "real": batch.real[1].labels}[side]
+        assert torch.equal(cond.labels, labels)
+        logits[side] = m.head(features).detach().double().numpy()
+        return features
+
+    m.critic.features = spy
+    critic_loss(m, fake, batch, cfg, logs)
+    return logits, logs
+
+
+def test_discriminator_wants_high_logits_of_real_and_low_ones_of_student_images():
+    logits, logs = clean_discriminator()
+    expected = reference.discriminator_loss(logits["fake"], logits["real"])
+    assert logs["critic/gan"].item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(reference.discriminator_loss(logits["real"], logits["fake"]), rel=1e-3)
+
+
+def test_logged_probabilities_are_those_of_real_and_student_images():
+    logits, logs = clean_discriminator()
+    for side in ("real", "fake"):
+        assert logs[f"gan/p_{side}"].item() == pytest.approx((1 / (1 + np.exp(-logits[side]))).mean(), rel=1e-5)
+
+
+def test_training_the_discriminator_alone_tells_real_from_student_images():
+    cfg = tiny.config("edm", critic__ratio=1000, gan__lambda_d=1.0, gan__noise_range=[0, 400], optim__batch=16)
+    m, b = tiny.models("edm", cfg), tiny.batches("edm", cfg)
+    for it in range(1, 40):
+        logs = train_step(m, b.at(it), it, cfg)
+    assert logs["gan/p_real"] > 0.6 > 0.4 > logs["gan/p_fake"]

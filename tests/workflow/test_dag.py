@@ -3,6 +3,7 @@
 import json
 
 import pandas as pd
+import pytest
 
 from tests.workflow.conftest import ROWS, Workspace
 
@@ -76,3 +77,23 @@ def test_bad_table_stops_before_any_job_with_one_sentence(edited: Workspace) -> 
     assert result.returncode != 0
     assert "demo.yaml:" in output and "did you mean regression.weight?" in output
     assert "Traceback" not in output
+
+
+def test_paper_tables_plan_completely(finished: Workspace) -> None:
+    planned = finished.planned("dmd2-table3")
+    assert planned["train"] == planned["evaluate"] == 18 and planned["pairs_shard"] == 25
+    assert finished.planned("dmd2-table4")["train"] == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("data/teachers/edm-imagenet64/manifest.json", "put a diffusers UNet"),
+        ("data/real/imagenet64/manifest.json", "put safetensors shards"),
+        ("data/weights/inception-2015-12-05/manifest.json", "can only train per-dataset classifiers"),
+    ],
+)
+def test_what_the_user_must_bring_is_said_in_a_sentence(finished: Workspace, target: str, sentence: str) -> None:
+    result = finished.snakemake(target)
+    assert result.returncode != 0
+    assert sentence in result.stderr + result.stdout and "Traceback" not in result.stderr

@@ -5,14 +5,16 @@ CONFIGS = list(RUNS.values())
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
 TEACHERS = {cfg.teacher.name: cfg for cfg in CONFIGS}
 PAIR_SETS = {cfg.pair_set: cfg for cfg in CONFIGS if cfg.needs_pairs}
-CLASSIFIERS = [f"{name}-classifier" for name in DATA]
+DETECTORS = {cfg.eval.detector for cfg in CONFIGS}
+REFERENCES = {cfg.eval.reference for cfg in CONFIGS}
 
 
 wildcard_constraints:
     data="|".join(DATA),
     teacher="|".join(TEACHERS),
     pairs="|".join(PAIR_SETS) or "none",
-    classifier="|".join(CLASSIFIERS),
+    detector="|".join(DETECTORS),
+    reference="|".join(REFERENCES),
     base="|".join(EXPERIMENT.bases),
     run="|".join({run for _, run in RUNS}),
     table="|".join(TABLES),

@@ -13,33 +13,48 @@ rule real_data:
         "python -m dmd2.data --config {params.config:q} {output}"
 
 
-rule classifier:
+def detector_inputs(w):
+    """A per-dataset classifier is trained on its data; any other detector is a file of the user's."""
+    data = w.detector.removesuffix("-classifier")
+    return {"real": f"data/real/{data}/manifest.json"} if data in DATA else {}
+
+
+rule detector:
     input:
-        lambda w: f"data/real/{w.classifier.removesuffix('-classifier')}/manifest.json",
+        unpack(detector_inputs),
     output:
-        "data/weights/{classifier}/manifest.json",
-    threads: config["classifier"]["threads"]
+        "data/weights/{detector}/manifest.json",
+    params:
+        real=lambda w, input: f"--real {input.real}" if input else "",
+    threads: config["detector"]["threads"]
     resources:
-        **hardware("classifier"),
+        **hardware("detector"),
     message:
-        "detector {wildcards.classifier}"
+        "detector {wildcards.detector}"
     shell:
-        "python -m eval.detectors train {wildcards.classifier} {input} {output} --threads {threads}"
+        "python -m eval.detectors prepare {wildcards.detector} {output} {params.real} --threads {threads}"
+
+
+def reference_inputs(w):
+    """Statistics of a data set are computed; any other reference is a file of the user's."""
+    real = {"real": f"data/real/{w.reference}/manifest.json"} if w.reference in DATA else {}
+    return real | {"detector": f"data/weights/{w.detector}/manifest.json"}
 
 
 rule reference:
     input:
-        real="data/real/{data}/manifest.json",
-        detector="data/weights/{classifier}/manifest.json",
+        unpack(reference_inputs),
     output:
-        "data/refs/{data}-{classifier}/manifest.json",
+        "data/refs/{reference}-{detector}/manifest.json",
+    params:
+        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: config["reference"]["threads"]
     resources:
         **hardware("reference"),
     message:
-        "reference statistics of {wildcards.data} under {wildcards.classifier}"
+        "reference statistics {wildcards.reference} under {wildcards.detector}"
     shell:
-        "python -m eval.detectors reference {wildcards.classifier} {input.real} {output} --threads {threads}"
+        "python -m eval.detectors reference {wildcards.detector} {output} {params.real} --threads {threads}"
 
 
 rule teacher:
@@ -50,6 +65,7 @@ rule teacher:
     params:
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
+        real=lambda w, input: f"--real {input}" if input else "",
     threads: config["teacher"]["threads"]
     resources:
         **hardware("teacher"),
@@ -57,7 +73,7 @@ rule teacher:
         "teacher {wildcards.teacher}"
     shell:
         "python -m dmd2.teachers --data {params.data:q} --teacher {params.teacher:q}"
-        " --real {input:q} --threads {threads} {output}"
+        " {params.real} --threads {threads} {output}"
 
 
 rule pairs_shard:
