@@ -176,7 +176,10 @@ class Regression(Section):
 
 
 class Optim(Section):
-    """AdamW for student and critic. warmup counts scheduler ticks, of which an iteration makes ticks_per_iteration."""
+    """AdamW for student and critic; `ema` is the decay per student update of the weights that are evaluated.
+
+    warmup counts scheduler ticks, of which an iteration makes ticks_per_iteration.
+    """
 
     lr: Annotated[float, Field(gt=0)]
     batch: Positive

@@ -110,9 +110,10 @@ class Training:
 
     def iterate(self) -> None:
         """One iteration with its logging."""
-        self.recent.append((self.step, train_step(self.models, self.batches.at(self.step), self.step, self.cfg)))
+        it = self.step
+        self.recent.append((it, train_step(self.models, self.batches.at(it), it, self.cfg)))
         self.step += 1
-        if self.ema is not None and self.cfg.optim.ema:
+        if self.ema is not None and self.cfg.optim.ema and it % self.cfg.critic.ratio == 0:
             targets = [p.detach() for p in self.models.student.parameters()]
             torch._foreach_lerp_(list(self.ema.parameters()), targets, 1 - self.cfg.optim.ema)
         if self.step % self.cfg.train.log_every == 0 or self.step == self.cfg.train.steps:
