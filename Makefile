@@ -4,7 +4,7 @@ UV := 0.13.9
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint lock clean reference
 demo: $(READY)
 	snakemake --profile local demo
 	@echo "open results/report.html; the table is results/tables/demo.md"
@@ -32,3 +32,7 @@ lock:
 
 clean:
 	rm -rf .venv .snakemake .pytest_cache .mypy_cache .ruff_cache
+
+reference: # publish the tables of the last `snakemake digits` in git
+	mkdir -p results/reference
+	cp results/tables/digits-*.md results/tables/digits-*.csv results/reference/
