@@ -176,10 +176,7 @@ class Regression(Section):
 
 
 class Optim(Section):
-    """AdamW for student and critic; `ema` is the decay per student update of the weights that are evaluated.
-
-    warmup counts scheduler ticks, of which an iteration makes ticks_per_iteration.
-    """
+    """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update."""
 
     lr: Annotated[float, Field(gt=0)]
     batch: Positive
