@@ -3,11 +3,11 @@
 Hardware is not here (see workflow/cluster): the same config gives the same weights on one GPU or eight.
 """
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from dmd2.files import digest_of
 
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -166,6 +166,12 @@ class Pairs(Section):
     sampler: Sampler
     shards: Positive
 
+    @model_validator(mode="after")
+    def _filled(self) -> Self:
+        if self.shards > self.count:
+            raise ValueError(f"{self.shards} shards for {self.count} pairs would leave some empty: use fewer")
+        return self
+
 
 class Regression(Section):
     """Regression of the student on teacher pairs; weight 0 is off and makes no pairs."""
@@ -268,10 +274,8 @@ class TrainConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the student's weights, for `digest_of`."""
-        value = self.model_dump(mode="json", exclude=NOT_IDENTITY)
-        if not self.needs_pairs:
-            del value["regression"]
-        return value
+        unused = {} if self.needs_pairs else {"regression": True}
+        return self.model_dump(mode="json", exclude=NOT_IDENTITY | unused)
 
 
 class RunConfig(TrainConfig):
@@ -288,11 +292,6 @@ class RunConfig(TrainConfig):
     def training(self) -> TrainConfig:
         """The part that training reads."""
         return TrainConfig.model_validate(self.model_dump(exclude={"eval"}))
-
-
-def digest_of(value: Any) -> str:
-    """Eight hex digits of the canonical JSON of `value`."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def digest(cfg: TrainConfig) -> str:

@@ -145,8 +145,11 @@ class Training:
                 )
 
     def probe(self) -> Tensor:
-        """Images of the student from fixed noise."""
-        return student_sample(self.student, self.cfg, PROBE_SEEDS, self.device)
+        """Images of the student from fixed noise; a text run takes the first captions of its real set."""
+        cond, real = None, self.batches.real
+        if self.cfg.data.classes == 0 and real is not None:
+            cond = real.condition(torch.arange(len(PROBE_SEEDS)) % len(real), self.device)
+        return student_sample(self.student, self.cfg, PROBE_SEEDS, self.device, cond=cond)
 
     @property
     def student(self) -> Denoiser:
