@@ -89,10 +89,3 @@ def edited(finished: Workspace, tmp_path: Path) -> Workspace:
     """A private copy of the finished workspace, modification times kept, to edit and plan in."""
     shutil.copytree(finished.path, tmp_path / "copy", symlinks=True)
     return Workspace(tmp_path / "copy")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep these tests in one worker, so that the shrunk DAG runs once."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("workflow"))
