@@ -42,6 +42,8 @@ def train(
         torch.set_num_threads(threads)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # TF32, as in the paper's runs
         run_id = RunId.parse(run)
         cfg = run_config(run_id, config)
         hardware = Hardware(device, threads, micro_batch or cfg.optim.batch)

@@ -8,18 +8,31 @@ import torch
 import typer
 
 from dmd2.condition import Condition
-from dmd2.config import TrainConfig
+from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.data import save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.progress import Progress
 from dmd2.rng import sample_labels, sample_noise
 from dmd2.samplers import teacher_sample
-from dmd2.step import image_shape
 from dmd2.teachers import load_teacher, null_condition
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
+
+
+class PairSource(Section):
+    """The part of a regression section that makes pairs."""
+
+    pairs: Pairs
+
+
+class PairsConfig(Section):
+    """All that pairs depend on: a row's loss weights or length neither change nor remake them."""
+
+    data: Data
+    teacher: Teacher
+    regression: PairSource
 
 
 def shard_seeds(count: int, shards: int, index: int) -> range:
@@ -27,11 +40,12 @@ def shard_seeds(count: int, shards: int, index: int) -> range:
     return range(FIRST_SEED + count * index // shards, FIRST_SEED + count * (index + 1) // shards)
 
 
-def make_shard(cfg: TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:
-    """Write shard `index` (noise, images, labels) and its manifest `out`; a good one that is there already is kept."""
+def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:
+    """Write shard `index` (noise, images, labels) and its manifest `out`."""
     seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
     teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation)
-    spec, shape = cfg.regression.pairs.sampler, image_shape(cfg)
+    spec, data = cfg.regression.pairs.sampler, cfg.data
+    shape = (data.channels, data.resolution, data.resolution)
     null = null_condition(cfg.data, spec.guidance)
     noise, images, labels = [], [], []
     progress = Progress(f"pairs {out.parent.name} shard {index}", len(seeds))
@@ -67,12 +81,16 @@ app = typer.Typer(help=__doc__)
 
 @app.command()
 def shard(
-    config: Annotated[str, typer.Option(help="JSON of the run")], teacher: Path, index: int, out: Path, threads: int = 1
+    config: Annotated[str, typer.Option(help="JSON of data, teacher and regression.pairs")],
+    teacher: Path,
+    index: int,
+    out: Path,
+    threads: int = 1,
 ) -> None:
     """Make one shard."""
     torch.set_num_threads(threads)
     with readable_errors():
-        make_shard(TrainConfig.model_validate(json.loads(config)), teacher, index, out)
+        make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out)
 
 
 @app.command()

@@ -91,7 +91,7 @@ class KarrasSchedule:
         return spread(t, noise) * noise
 
     def step_times(self, steps: int, first: float) -> list[float]:
-        """``first`` (the literal 80.0, not the table's float32 79.999985), then the grid's sigmas."""
+        """``first`` (the literal 80.0 of the published runs), then the grid's sigmas."""
         return [first, *(float(self.sigmas[i]) for i in step_indices(steps)[1:])]
 
 

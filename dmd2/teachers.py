@@ -1,5 +1,6 @@
 """The teacher: trained here at small scale, or a diffusers UNet folder that the user puts in place."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -49,6 +50,9 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
     for file in entry["files"]:
         verified(manifest.parent, file)
     network = NETWORKS[entry["class"]].from_pretrained(manifest.parent / entry["folder"], use_safetensors=True)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the paper trains without dropout, whatever its teacher was trained with
     return wrap(network, parameterisation, precision).eval().requires_grad_(False)
 
 
@@ -75,7 +79,8 @@ def train_teacher(data: Data, teacher: Teacher, real: TensorSet, folder: Path) -
         betas=(0.9, 0.999), ema=None,
     )  # fmt: skip
     optimiser = Optimiser([denoiser], optim, spec.lr)
-    identity = digest_of([teacher.model_dump(mode="json", include={"parameterisation", "network", "train"})])
+    images = hashlib.sha256(real.tensors["images"].numpy().tobytes()).hexdigest()
+    identity = digest_of([teacher.model_dump(mode="json", include={"parameterisation", "network", "train"}), images])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
     if state := checkpoints.load_latest():

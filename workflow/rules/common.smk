@@ -33,6 +33,12 @@ def as_json(section):
     return json.dumps(section.model_dump(mode="json"), sort_keys=True)
 
 
+def pairs_config(cfg):
+    """What pairs depend on, and nothing else of the rows that use them."""
+    sections = cfg.model_dump(mode="json", include={"data": True, "teacher": True, "regression": {"pairs"}})
+    return json.dumps(sections, sort_keys=True)
+
+
 def real_manifest(cfg):
     return f"data/real/{cfg.data.name}/manifest.json"
 

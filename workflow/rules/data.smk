@@ -82,7 +82,7 @@ rule pairs_shard:
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
     params:
-        config=lambda w: as_json(PAIR_SETS[w.pairs].training()),
+        config=lambda w: pairs_config(PAIR_SETS[w.pairs]),
     threads: config["pairs"]["threads"]
     resources:
         **hardware("pairs"),
