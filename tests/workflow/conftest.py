@@ -27,7 +27,7 @@ class Workspace:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def run(self, *command: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: int = 800) -> subprocess.CompletedProcess[str]:
         """Run a command in the copy with one thread per process."""
         bin_dir = str(Path(sys.executable).parent)
         env = os.environ | {"PATH": bin_dir + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
