@@ -14,8 +14,6 @@ from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.progress import Progress
 from dmd2.rng import sample_labels, sample_noise
-from dmd2.samplers import teacher_sample
-from dmd2.teachers import load_teacher, null_condition
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
@@ -42,6 +40,9 @@ def shard_seeds(count: int, shards: int, index: int) -> range:
 
 def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:
     """Write shard `index` (noise, images, labels) and its manifest `out`."""
+    from dmd2.samplers import teacher_sample  # diffusers takes seconds to import, which joining shards need not pay
+    from dmd2.teachers import load_teacher, null_condition
+
     seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
     teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation)
     spec, data = cfg.regression.pairs.sampler, cfg.data

@@ -60,6 +60,11 @@ def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
     assert "train" not in planned and planned["evaluate"] == len(ROWS)
 
 
+def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
+    edited.edit("workflow/cluster/local.yaml", "device: auto, micro_batch: 0", "device: cpu, micro_batch: 8")
+    assert edited.planned("demo") == {}
+
+
 def test_longer_training_continues_from_the_old_checkpoint(edited: Workspace) -> None:
     edited.edit("workflow/base/digits.yaml", "steps: 20", "steps: 25")
     result = edited.snakemake("results/runs/digits/dmd2/seed0/train.json")

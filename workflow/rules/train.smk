@@ -1,4 +1,5 @@
-# One training per row and seed. Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
+# One training per row and seed. Hardware is no param: another micro-batch or device must not restart a finished run.
+# Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
 def train_inputs(w):
     cfg = RUNS[w.base, w.run]
     inputs = [teacher_manifest(cfg)]
@@ -15,8 +16,6 @@ rule train:
         "results/runs/{base}/{run}/seed{seed}/train.json",
     params:
         config=lambda w: as_json(RUNS[w.base, w.run].training()),
-        device=config["train"]["device"],
-        micro_batch=config["train"]["micro_batch"],
     threads: config["train"]["threads"]
     resources:
         **hardware("train"),
@@ -24,4 +23,4 @@ rule train:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
         "exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
-        " --config {params.config:q} --threads {threads} --device {params.device} --micro-batch {params.micro_batch}"
+        " --config {params.config:q} --threads {threads} --device {config[train][device]} --micro-batch {config[train][micro_batch]}"
