@@ -4,20 +4,28 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from dmd2.ablations import load_experiment
+from dmd2.cluster import load_cluster
 from dmd2.errors import UserError
+from dmd2.slurm_queue import slurm
 
 min_version("9.20")
 
-
-configfile: f"workflow/cluster/{config.get('cluster', 'local')}.yaml"
-
-
+CLUSTER_NAME = config.get("cluster", "local")
 try:
     EXPERIMENT = load_experiment()
+    CLUSTER = load_cluster(CLUSTER_NAME)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 TABLES, RUNS = EXPERIMENT.tables, EXPERIMENT.runs
 DIGITS = [name for name in TABLES if name.startswith("digits-")]
+
+
+onstart: # not at a dry run, which needs no Slurm
+    if CLUSTER.launcher == "slurm" and workflow.is_main_process:
+        try:
+            slurm("sinfo", "--noheader")
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
 
 
 # The first rule is what a bare `snakemake` makes.

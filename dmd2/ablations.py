@@ -68,7 +68,7 @@ def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfi
         near = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.yaml")], n=1)
         raise UserError(f"there is no base {path}" + (f", did you mean {near[0]}?" if near else ""))
     source = read_yaml(path)
-    cfg = validate(source.value, source)
+    cfg = validate(RunConfig, source.value, source)
     return cfg.model_dump(mode="json"), cfg
 
 
@@ -144,7 +144,7 @@ def _add_runs(
             ]
             where = next(file.where(*keys) for change, file, keys in places if key in change)
             raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
-        cfg = validate(changed, source, "rows", i, "change")
+        cfg = validate(RunConfig, changed, source, "rows", i, "change")
         earlier = experiment.runs.setdefault((table.base, row.run), cfg)
         if earlier != cfg:
             same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]

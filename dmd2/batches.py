@@ -9,6 +9,7 @@ from torch import Tensor
 from dmd2.condition import Condition
 from dmd2.config import TrainConfig
 from dmd2.data import TensorSet
+from dmd2.distributed import rows
 from dmd2.rng import Draws
 
 
@@ -41,12 +42,12 @@ class Batches:
     pairs: TensorSet | None = None
 
     def at(self, iteration: int) -> Iterator[Batch]:
-        """Micro-batches that together are the global batch of `iteration`."""
+        """Micro-batches that together, over all processes, are the global batch of `iteration`."""
         total = self.cfg.optim.batch
-        for start in range(0, total, self.micro_batch):
-            yield self._slice(
-                Draws(self.seed, iteration, total, start, min(start + self.micro_batch, total), self.device)
-            )
+        mine = rows(total)
+        for start in range(mine.start, mine.stop, self.micro_batch):
+            stop = min(start + self.micro_batch, mine.stop)
+            yield self._slice(Draws(self.seed, iteration, total, start, stop, self.device))
 
     def _slice(self, draws: Draws) -> Batch:
         cfg, source, cond = self.cfg, None, None

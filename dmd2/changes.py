@@ -4,7 +4,7 @@ import difflib
 import operator as op
 import re
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
 from dmd2.yaml_file import YamlFile
 
+Model = TypeVar("Model", bound=Section)
 _CONDITION = re.compile(r"^([a-z_]+(?:\.[a-z_0-9]+)+)\s*(==|!=|>=|<=|>|<)\s*(\S+)$")
 _COMPARE = {"==": op.eq, "!=": op.ne, ">": op.gt, "<": op.lt, ">=": op.ge, "<=": op.le}
 
@@ -58,22 +59,22 @@ def dotted_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def validate(values: dict[str, Any], source: YamlFile, *prefix: str | int) -> RunConfig:
-    """Validate a run; the first problem becomes one sentence with file, line and key."""
+def validate(model: type[Model], values: dict[str, Any], source: YamlFile, *prefix: str | int) -> Model:
+    """Validate values; the first problem becomes one sentence with file, line and key."""
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error, values, source, prefix)) from None
+        raise UserError(_sentence(model, error, source, prefix)) from None
 
 
-def _sentence(error: ValidationError, values: Any, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
+def _sentence(model: type[Section], error: ValidationError, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
     errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = tuple(k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function")))
     dotted = ".".join(str(k) for k in keys)
     place = source.where(*prefix, dotted) if (*prefix, dotted) in source.lines else source.where(*prefix, *keys)
     if first["type"] == "extra_forbidden":
-        siblings = [k for k in _known_keys(RunConfig) if k.count(".") == dotted.count(".")]
+        siblings = [k for k in _known_keys(model) if k.count(".") == dotted.count(".")]
         near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
         return f"{place}: no key {dotted}" + (f", did you mean {near[0]}?" if near else "")
     if first["type"] == "missing":

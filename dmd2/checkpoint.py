@@ -30,15 +30,24 @@ class Checkpoints:
             old.with_suffix(".pt").unlink(missing_ok=True)
             old.unlink()
 
-    def load_latest(self, device: torch.device | str = "cpu", at_most: int | None = None) -> dict[str, Any] | None:
-        """The newest state of at most so many steps whose checksum holds, or None; those passed over are named."""
+    def newest_good(self, at_most: int | None = None) -> int | None:
+        """Step of the newest checkpoint of at most so many steps whose checksum holds; those passed over are named."""
         for manifest in reversed(self._up_to(at_most)):
             try:
-                path = verified(self.folder, read_json(manifest)["files"][0])
-                return torch.load(path, map_location=device, weights_only=True)
+                verified(self.folder, read_json(manifest)["files"][0])
+                return int(manifest.stem)
             except UserError as error:
                 print(f"checkpoint passed over: {error}", file=sys.stderr)
         return None
+
+    def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The state of one step, as it was saved."""
+        return torch.load(self.folder / f"{step:08d}.pt", map_location=device, weights_only=True)
+
+    def load_latest(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """The newest good state, if there is one."""
+        step = self.newest_good()
+        return None if step is None else self.load(step, device)
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, 0 if there is none."""

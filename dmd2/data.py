@@ -1,12 +1,11 @@
 """Tensor sets on disk: real images and teacher pairs, as safetensors shards behind a checksummed manifest."""
 
 import gzip
-import hashlib
 import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from dmd2.config import Data
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import atomic, listing, read_json, verified, write_json
 
-REAL = Path("data/real")
 CONDITIONS = ("labels", "text", "pooled", "time_ids")
 
 
@@ -72,16 +70,6 @@ def load_set(manifest: Path) -> TensorSet:
     """Load every shard a manifest lists, each verified against its checksum."""
     shards = [load_shard(verified(manifest.parent, entry)) for entry in read_json(manifest)["files"]]
     return TensorSet({name: torch.cat([shard[name] for shard in shards]) for name in shards[0]})
-
-
-def content_of(manifest: Path) -> str:
-    """Identity of what a manifest lists: a hash of its files' checksums, independent of when it was made."""
-    return content_digest(read_json(manifest)["files"])
-
-
-def content_digest(files: list[dict[str, Any]]) -> str:
-    """Twelve hex digits over the checksums of manifest entries."""
-    return hashlib.sha256("".join(entry["sha256"] for entry in files).encode()).hexdigest()[:12]
 
 
 def prepare(data: Data, folder: Path) -> Path:

@@ -94,6 +94,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_of(manifest: Path) -> str:
+    """Identity of what a manifest lists: a hash of its files' checksums, independent of when it was made."""
+    return content_digest(read_json(manifest)["files"])
+
+
+def content_digest(files: list[dict[str, Any]]) -> str:
+    """Twelve hex digits over the checksums of manifest entries."""
+    return hashlib.sha256("".join(entry["sha256"] for entry in files).encode()).hexdigest()[:12]
+
+
 def listing(paths: list[Path], folder: Path) -> list[dict[str, Any]]:
     """Manifest entries (path relative to `folder`, bytes, sha256) of heavy files."""
     return [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.config import Optim
+from dmd2.distributed import sum_gradients
 
 
 class Optimiser:
@@ -30,7 +31,8 @@ class Optimiser:
         return self.lr * min(1.0, it * self.cfg.ticks_per_iteration / self.cfg.warmup) if self.cfg.warmup else self.lr
 
     def step(self, it: int) -> Tensor:
-        """Clip the joint gradient norm, update, clear gradients; returns the norm before clipping."""
+        """Sum gradients over processes, clip their joint norm, update, clear; returns the norm before clipping."""
+        sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr_at(it)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dmd2.config import Data
-from dmd2.data import TensorSet, content_of, load_set, prepare, read_idx, save_shard
+from dmd2.data import TensorSet, load_set, prepare, read_idx, save_shard
 from dmd2.errors import UserError
-from dmd2.files import listing, write_json
+from dmd2.files import content_of, listing, write_json
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 PIXELS = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)

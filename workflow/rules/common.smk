@@ -23,9 +23,17 @@ wildcard_constraints:
     shard=r"\d{5}",
 
 
-def hardware(job):
-    """Resources of a kind of job that a scheduler understands."""
-    return {key: value for key, value in config[job].items() if key not in ("threads", "device", "micro_batch")}
+# What a stateless job's shell command starts with: the cluster file's setup commands and container, then Python.
+PYTHON = CLUSTER.command()
+
+
+def hardware(kind):
+    """What a kind of job asks a scheduler for."""
+    return getattr(CLUSTER.jobs, kind).snakemake()
+
+
+def threads_of(kind):
+    return getattr(CLUSTER.jobs, kind).threads
 
 
 def as_json(section):

@@ -4,13 +4,13 @@ rule real_data:
         "data/real/{data}/manifest.json",
     params:
         config=lambda w: as_json(DATA[w.data]),
-    threads: config["real_data"]["threads"]
+    threads: threads_of("real_data")
     resources:
         **hardware("real_data"),
     message:
         "real data {wildcards.data}"
     shell:
-        "python -m dmd2.data --config {params.config:q} {output}"
+        "{PYTHON} -m dmd2.data --config {params.config:q} {output}"
 
 
 def detector_inputs(w):
@@ -26,13 +26,13 @@ rule detector:
         "data/weights/{detector}/manifest.json",
     params:
         real=lambda w, input: f"--real {input.real}" if input else "",
-    threads: config["detector"]["threads"]
+    threads: threads_of("detector")
     resources:
         **hardware("detector"),
     message:
         "detector {wildcards.detector}"
     shell:
-        "python -m eval.detectors prepare {wildcards.detector} {output} {params.real} --threads {threads}"
+        "{PYTHON} -m eval.detectors prepare {wildcards.detector} {output} {params.real} --threads {threads}"
 
 
 def reference_inputs(w):
@@ -48,13 +48,13 @@ rule reference:
         "data/refs/{reference}-{detector}/manifest.json",
     params:
         real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
-    threads: config["reference"]["threads"]
+    threads: threads_of("reference")
     resources:
         **hardware("reference"),
     message:
         "reference statistics {wildcards.reference} under {wildcards.detector}"
     shell:
-        "python -m eval.detectors reference {wildcards.detector} {output} {params.real} --threads {threads}"
+        "{PYTHON} -m eval.detectors reference {wildcards.detector} {output} {params.real} --threads {threads}"
 
 
 rule teacher:
@@ -66,13 +66,13 @@ rule teacher:
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
         real=lambda w, input: f"--real {input}" if input else "",
-    threads: config["teacher"]["threads"]
+    threads: threads_of("teacher")
     resources:
         **hardware("teacher"),
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "python -m dmd2.teachers --data {params.data:q} --teacher {params.teacher:q}"
+        "{PYTHON} -m dmd2.teachers --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} {output}"
 
 
@@ -83,13 +83,13 @@ rule pairs_shard:
         "data/pairs/{pairs}/shard-{shard}.json",
     params:
         config=lambda w: pairs_config(PAIR_SETS[w.pairs]),
-    threads: config["pairs"]["threads"]
+    threads: threads_of("pairs")
     resources:
         **hardware("pairs"),
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "python -m dmd2.pairs shard {input} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.pairs shard {input} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
 
 
 rule pairs:
@@ -105,4 +105,4 @@ rule pairs:
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "python -m dmd2.pairs join {output} {input}"
+        "{PYTHON} -m dmd2.pairs join {output} {input}"

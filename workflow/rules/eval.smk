@@ -16,13 +16,13 @@ rule evaluate:
         grid="results/runs/{base}/{run}/seed{seed}/grid.png",
     params:
         config=lambda w: as_json(RUNS[w.base, w.run]),
-    threads: config["evaluate"]["threads"]
+    threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "python -m eval.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
+        "{PYTHON} -m eval.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
         " --config {params.config:q} --threads {threads}"
 
 
@@ -34,11 +34,11 @@ rule evaluate_teacher:
         grid="results/teachers/{base}/{sampler}/grid.png",
     params:
         config=lambda w: as_json(EXPERIMENT.bases[w.base]),
-    threads: config["evaluate"]["threads"]
+    threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
-        "python -m eval.evaluate teacher {wildcards.sampler} {output.metrics}"
+        "{PYTHON} -m eval.evaluate teacher {wildcards.sampler} {output.metrics}"
         " --config {params.config:q} --threads {threads}"

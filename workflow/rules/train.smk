@@ -16,11 +16,14 @@ rule train:
         "results/runs/{base}/{run}/seed{seed}/train.json",
     params:
         config=lambda w: as_json(RUNS[w.base, w.run].training()),
-    threads: config["train"]["threads"]
+    threads: threads_of("train")
     resources:
         **hardware("train"),
+    # On Slurm this rule only waits for the job that it submits or finds; a retry would undo a `scancel`.
+    localrule: True
+    retries: 0
     message:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
         "exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
-        " --config {params.config:q} --threads {threads} --device {config[train][device]} --micro-batch {config[train][micro_batch]}"
+        " --config {params.config:q} --cluster {CLUSTER_NAME}"

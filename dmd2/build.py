@@ -1,0 +1,62 @@
+"""The networks of a run: student and critic as copies of the teacher, the head, and their optimisers."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from dmd2.checkpoint import Checkpoints
+from dmd2.config import TrainConfig
+from dmd2.data import load_shard
+from dmd2.denoisers import Denoiser
+from dmd2.errors import UserError
+from dmd2.files import read_json, verified
+from dmd2.head import Head
+from dmd2.inputs import Inputs
+from dmd2.optimiser import Optimiser
+from dmd2.rng import stream
+from dmd2.step import Models, regression_distance
+from dmd2.teachers import load_teacher, null_condition
+
+
+def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device) -> Models:
+    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``)."""
+    precision = cfg.train.precision
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision).to(device)
+    student, critic = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
+    if inputs.init is not None:
+        _load_weights(inputs.init, student, critic)
+    if precision == "bf16" and cfg.teacher.parameterisation == "eps":
+        teacher.network.to(torch.bfloat16)
+    head = None
+    if cfg.gan.on:
+        probe = teacher if cfg.gan.features_from == "teacher" else critic
+        head = build_head(probe, cfg, seed, device)
+    null = null_condition(cfg.data, cfg.teacher.guidance)
+    return Models(
+        student, teacher, critic, head,
+        student_optimiser=Optimiser([student], cfg.optim, cfg.optim.lr),
+        critic_optimiser=Optimiser([critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier),
+        null=None if null is None else null.to(device),
+        distance=regression_distance(cfg.regression.distance) if cfg.needs_pairs else None,
+    )  # fmt: skip
+
+
+def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
+    """A head fitting the denoiser's bottleneck, its initial weights a function of the seed."""
+    config = denoiser.network.config
+    width = config["block_out_channels"][-1]
+    resolution = cfg.data.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(f"{seed}/head").initial_seed())
+        return Head(width, resolution).to(device)
+
+
+def _load_weights(train_json: Path, student: Denoiser, critic: Denoiser) -> None:
+    """Weights only, as the paper's second stage: the student's last snapshot and the critic of its checkpoint."""
+    record = read_json(train_json)
+    student.network.load_state_dict(load_shard(verified(train_json.parent, record["files"][-1])))
+    state = Checkpoints(train_json.parent / f"checkpoints-{record['key']}").load_latest()
+    if state is None:
+        raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")
+    critic.load_state_dict(state["critic"])

@@ -1,0 +1,102 @@
+"""Data-parallel training in plain torch.distributed: every process computes its rows of the global batch.
+
+Gradients are summed, not averaged, because each process weights its losses by its share of the global batch; so the
+update is that of one process up to the order of the sum. Without a process group everything here is the identity.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmd2.errors import UserError
+
+BUCKET = 1 << 24  # elements summed in one message
+
+
+def rank() -> int:
+    """Number of this process; 0 writes all files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that the environment names (torchrun's variables); nothing to join when there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rows(total: int) -> range:
+    """Rows of a global batch of `total` that this process computes: contiguous, sizes differing by at most one."""
+    me, size = rank(), world_size()
+    return range(me * total // size, (me + 1) * total // size)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over the processes."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum scalars over the processes, in one message; every process must name the same ones."""
+    if world_size() == 1 or not values:
+        return values
+    names = sorted(values)
+    total = torch.stack([values[name].float() for name in names])
+    dist.all_reduce(total)
+    return dict(zip(names, total, strict=True))
+
+
+def agreed(value: int, device: torch.device) -> int:
+    """Process 0's value, on every process."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    dist.broadcast(tensor, 0)
+    return int(tensor)
+
+
+def local_device(kind: str) -> torch.device:
+    """Device of this process for ``cpu``, ``cuda`` or ``auto``; each process of a node takes its own GPU."""
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device is cuda, but this process sees no GPU: check gpu or gres in the cluster file")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device(kind)
