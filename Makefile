@@ -23,7 +23,7 @@ $(READY): requirements.lock
 		{ echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q uv==$(UV)
-	.venv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r requirements.lock
+	.venv/bin/uv pip install -q --python .venv/bin/python --require-hashes --compile-bytecode -r requirements.lock
 	touch $@
 
 lock:

@@ -9,9 +9,10 @@ import time
 import torch
 
 from dmd2.ablations import load_experiment
+from dmd2.inputs import Inputs
 from dmd2.run import RunId
 from dmd2.step import train_step
-from dmd2.trainer import Hardware, Inputs, Training
+from dmd2.trainer import Hardware, Training
 
 ROUNDS, BLOCK = 8, 10  # a block of 10 iterations holds 2 student updates at ratio 5
 
@@ -23,7 +24,7 @@ def main() -> None:
     for row in experiment.rows["digits-table3"]:
         cfg = experiment.runs["digits", row.run].training()
         run = RunId("digits", row.run, 999)
-        trainings[row.run] = Training(run, cfg, Hardware("cpu", 1, cfg.optim.batch), Inputs.of(run, cfg))
+        trainings[row.run] = Training(run, cfg, Hardware("cpu", 1), Inputs.of(run, cfg))
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for block in range(ROUNDS + 1):
         for name, t in trainings.items():

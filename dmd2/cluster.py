@@ -1,12 +1,13 @@
 """What jobs may use on a machine or cluster, and how trainings are started there: workflow/cluster/*.yaml."""
 
 import difflib
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dmd2.changes import validate
 from dmd2.config import Positive, Section
@@ -31,6 +32,13 @@ class Resources(Section):
     qos: str | None = None
     constraint: str | None = None
     slurm_extra: Annotated[str, Field(description="further options of sbatch, handed over as they are")] | None = None
+
+    @field_validator("gpu")
+    @classmethod
+    def _counted(cls, value: int | str | None) -> int | str | None:
+        if value is not None and not re.fullmatch(r"([\w.-]+:)?\d+", str(value)):
+            raise ValueError(f"{value!r} is no number of GPUs: write 4 or, with a type, h100:4")
+        return value
 
     def snakemake(self) -> dict[str, Any]:
         """As Snakemake resources (threads are a directive of their own)."""
@@ -104,8 +112,8 @@ class Cluster(Section):
     @property
     def processes(self) -> int:
         """Processes of a training on each node."""
-        gpus = self.jobs.train.gpu
-        return self.training.processes or (int(str(gpus).split(":")[-1]) if gpus else 1)
+        gpus = int(str(self.jobs.train.gpu or 0).split(":")[-1])
+        return self.training.processes or gpus or 1
 
 
 def load_cluster(name: str, folder: Path = CLUSTERS) -> Cluster:

@@ -31,6 +31,11 @@ SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer w
 GRACE = {"NODE_FAIL": 60.0, "PREEMPTED": 60.0, "BOOT_FAIL": 60.0}  # Slurm may restart it
 GRACE["COMPLETED"] = 60.0  # its last file may need that long to appear over a network file system
 RELEASES = 3  # of a job held after a failed launch
+OWN = {
+    "time": "is the key runtime", "nodes": "is training.nodes", "ntasks-per-node": "is training.processes",
+    "cpus-per-task": "is the key threads", "signal": "is training.signal_seconds",
+    **{name: "is needed to find the job again" for name in ("job-name", "output", "error", "open-mode")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,14 @@ class SlurmTraining:
         if shutil.which("sbatch") is None:
             raise UserError(NO_SLURM)
         resources, training = self.cluster.jobs.train, self.cluster.training
+        cpus = None if resources.cpus_per_gpu else resources.threads  # Slurm refuses both
+        # srun does not take over sbatch's CPUs per task since Slurm 22.05: without the repetition a task gets one CPU.
+        srun_args = ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
         executor = SlurmExecutor(self.folder, max_num_timeout=REQUEUES, python=self.cluster.python)
         executor.update_parameters(
             job_name=self.name, time=resources.runtime, nodes=training.nodes, ntasks_per_node=self.cluster.processes,
-            cpus_per_task=resources.threads, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
-            srun_args=["--kill-on-bad-exit=1"], additional_parameters=self.options(),
+            cpus_per_task=cpus, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
+            srun_args=srun_args, additional_parameters=self.options(),
         )  # fmt: skip
         return executor
 
@@ -97,7 +105,7 @@ class SlurmTraining:
                         f"`python -m dmd2.launch cancel {self.run}`, and run again"
                     )
                 if live not in known["jobs"]:  # killed between sbatch and the record
-                    write_json(record, {**known, "jobs": [*known["jobs"], live]})
+                    write_json(record, {**known, "name": self.name, "jobs": [*known["jobs"], live]})
                 say(self.run, f"attached to Slurm job {live}")
                 return live
             if finished(self.run, self.cfg, Inputs.of(self.run, self.cfg).key(self.cfg, self.run.seed)):
@@ -171,6 +179,7 @@ class Watch:
         self.shown = ""
         self.ended_at: float | None = None  # when it was first seen to be over, by the clock of the snapshots
         self.releases = 0
+        self.released_at = 0.0  # time of the snapshot that showed it held; each is looked at several times
         self.started = time.time()
 
     def over(self, entry: Entry | None, seen_at: float) -> bool:
@@ -178,8 +187,9 @@ class Watch:
         if seen_at < self.started:
             return False  # a snapshot from before the job was submitted
         self.show(entry)
-        if entry is not None and entry.held_after_failed_launch:
+        if entry is not None and entry.held_after_failed_launch and seen_at > self.released_at:
             self.release()
+            self.released_at = seen_at
         if entry is not None and not entry.ended:
             self.ended_at = None
             return False
@@ -225,16 +235,18 @@ def extra_options(text: str | None) -> dict[str, Any]:
     """``--nice=5 --exclusive`` as submitit's dictionary of options.
 
     Raises:
-        UserError: an option is not written in its long form.
+        UserError: an option is not written in its long form, or has a key of its own.
     """
     options: dict[str, Any] = {}
     words = shlex.split(text or "")
     for i, word in enumerate(words):
         if word.startswith("--"):
             name, sign, value = word[2:].partition("=")
+            if name in OWN:
+                raise UserError(f"slurm_extra: --{name} {OWN[name]}")
             following = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("-") else True
             options[name] = value if sign else following
-        elif i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
+        elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
             raise UserError(f"slurm_extra: write options in their long form, as --name=value, not {word!r}")
     return options
 

@@ -81,7 +81,7 @@ class Queue:
         self.interval, self.path = interval, folder / ".queue.json"
 
     def look(self) -> Snapshot | None:
-        """The newest snapshot; None while the controller does not answer."""
+        """The newest snapshot, before the first an empty one of time 0; None while the controller does not answer."""
         known = self._read()
         if known and 0 <= time.time() - known.time < self.interval:
             return known
@@ -90,7 +90,7 @@ class Queue:
             try:
                 flock(lock, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                return known  # another launcher is asking
+                return known or Snapshot(0.0, {})  # another launcher is asking
             asked = time.time()
             try:
                 jobs = squeue()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from contextlib import nullcontext
 from copy import deepcopy
@@ -77,7 +78,7 @@ class Training:
             KeyboardInterrupt: on SIGINT or SIGTERM, unless `actions` says otherwise.
         """
         writer = single_writer(self.folder, patience) if self.leads else nullcontext()
-        with writer, collected(actions if self.leads else {}) as received:
+        with writer, collected(actions) as received:
             self.resume()
             progress = Progress(str(self.run_id), self.cfg.train.steps, self.step, self.folder if self.leads else None)
             while self.step < self.cfg.train.steps:
@@ -87,8 +88,9 @@ class Training:
                 if self.leads:
                     progress.update(self.step, self.last_logged())
                     self.save(force=bool(received))
-                while received:
-                    actions[received.pop(0)]()
+                for number in [received.pop(0) for _ in list(received)]:
+                    if self.leads:  # the others end when process 0 does
+                        actions[number]()
             return self.finish() if self.leads else self.folder / "finished.json"
 
     def last_logged(self) -> dict[str, float]:
@@ -180,6 +182,8 @@ class Training:
         step = distributed.agreed(newest or 0, self.device)
         if step:
             self.load(self.checkpoints.load(step, self.device))
+            if self.leads:
+                print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:
             write_text(self.log_path, "".join(json.dumps(line) + "\n" for line in self.log))
 

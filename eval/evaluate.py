@@ -118,8 +118,8 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": protocol.names,
         "brightness_std": float(np.std([line["probe/brightness"] for line in log])), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
-        "train_commit": record["commit"], "eval_commit": commit(), "config": cfg.model_dump(mode="json"),
-        "eval_seconds": round(time.monotonic() - started, 1),
+        "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
+        "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
     })  # fmt: skip
 
 

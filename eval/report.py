@@ -21,7 +21,7 @@ from dmd2.files import read_json, sha256, write_text
 from dmd2.run import commit
 from eval import figures
 from eval.claims import MIN_SEEDS, SETTLED
-from eval.tables import LABELS, PAPER_NAME, cells, summary
+from eval.tables import LABELS, PAPER_NAME, cells, hours, summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
@@ -63,7 +63,7 @@ def render(paths: list[Path]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"code": code, "yaml": _yaml, "value": _value}
+    environment.filters |= {"code": code, "yaml": _yaml, "value": _value, "costs": costs}
     bundles = [read_bundle(path) for path in paths]
     return environment.get_template("report.html.j2").render(
         tables=[view(bundle) for bundle in bundles],
@@ -164,7 +164,7 @@ def _data_url(kind: str, content: bytes) -> str:
 def kinds(bundle: Bundle) -> list[str]:
     """Kind of every column of `eval.tables.cells`: "tick", "paper", "text", or the metric it shows."""
     rest = [*bundle["metrics"][1:], "brightness_std"]
-    return ["run", *["tick"] * len(bundle["columns"]), bundle["metrics"][0], "paper", "text", *rest, "text", "text"]
+    return ["run", *["tick"] * len(bundle["columns"]), bundle["metrics"][0], "paper", "text", *rest, *["text"] * 3]
 
 
 def header(bundle: Bundle) -> list[dict[str, str]]:
@@ -210,6 +210,17 @@ def behind(bundle: Bundle) -> dict[str, Any]:
     steps = sorted({step for points in curves.values() for step in points})
     shown = [[summary(dict(enumerate(c[step]))) if step in c else "–" for c in curves.values()] for step in steps]
     return {"runs": list(curves), "lines": list(zip(steps, shown, strict=True))}
+
+
+def costs(per_seed: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the training of each seed cost, and who counted it."""
+    return {seed: _cost(cost) for seed, cost in per_seed.items()}
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    gpus = f"{hours([cost['gpu_hours']])} GPU-hours and " if cost["gpu_hours"] else ""
+    starts = f", {cost['starts']} start{'' if cost['starts'] == 1 else 's'}" if "starts" in cost else ""
+    return f"{gpus}{hours([cost['cpu_hours']])} CPU-hours by {cost['source']}{starts}"
 
 
 def code(text: str) -> Markup:

@@ -1,7 +1,9 @@
 """One table: measured values beside the paper's, as tidy CSV, Markdown, and a JSON bundle for the report."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -39,6 +41,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
         "step": {s: chosen[s]["step"] for s in metrics}, "student_updates": first["student_updates"],
         "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": first["device"],
+        "cost": {s: m["cost"] for s, m in metrics.items()},
         "curves": {s: m["snapshots"] for s, m in metrics.items()},
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "grid": {s: str(RunId(table.base, run, s).folder / "grid.png") for s in metrics},
@@ -55,8 +58,8 @@ def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> R
     values = {metric: {0: metrics["snapshots"][0][metric]} for metric in table.metrics}
     return {
         "run": f"teacher-{sampler}", "kind": "teacher", "ticks": {}, "paper": paper, "values": values,
-        "step": {0: 0}, "student_updates": 0, "seconds": {0: metrics["seconds"]}, "device": "", "curves": {},
-        "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
+        "step": {0: 0}, "student_updates": 0, "seconds": {0: metrics["seconds"]}, "device": "", "cost": {},
+        "curves": {}, "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
         "protocol": metrics["protocol"], "commits": {0: metrics["eval_commit"]},
         "network_calls": metrics["network_calls"],
     }  # fmt: skip
@@ -112,6 +115,7 @@ def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
         {
             "run": row["run"], "seed": seed, "metric": metric, "value": value, "paper": paper_value(row, metric),
             "student_updates": row["student_updates"], "seconds": row["seconds"][seed], "step": row["step"][seed],
+            **{name: row["cost"].get(seed, {}).get(name) for name in ("gpu_hours", "cpu_hours")},
             "images": row["protocol"]["images"], "detector": row["protocol"]["detector"],
             "reference": row["protocol"]["reference"], "commit": row["commits"][seed],
         }
@@ -123,6 +127,11 @@ def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
 def summary(values: dict[Any, float]) -> str:
     """``mean ± SD`` over seeds, or the single value."""
     return show(np.array(list(values.values())))
+
+
+def hours(values: Iterable[float]) -> str:
+    """Mean of hours over seeds, with three digits."""
+    return show(np.array([fmean(values)]))
 
 
 def gap(bundle: dict[str, Any], row: Row) -> str:
@@ -147,6 +156,8 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["run", *bundle["columns"], LABELS.get(first, first), f"paper's {LABELS[PAPER_NAME.get(first, first)]}"]
     rest = [m for m in [*bundle["metrics"][1:], "brightness_std"]]
     header += [gap_name, *(LABELS.get(m, m) for m in rest), "student updates", "wall time"]
+    gpu = any(cost["gpu_hours"] for row in bundle["rows"] for cost in row["cost"].values())
+    header.append("GPU-hours" if gpu else "CPU-hours")
     lines = []
     for row in bundle["rows"]:
         paper = paper_value(row, first)
@@ -155,8 +166,10 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         seconds = float(np.mean(list(row["seconds"].values())))
         updates = str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
         shown = "–" if paper is None else f"{paper:.2f}"
+        spent = [cost["gpu_hours" if gpu else "cpu_hours"] for cost in row["cost"].values()]
         lines.append([f"`{row['run']}`", *ticks, summary(row["values"][first]), shown, gap(bundle, row), *others,
-                      updates, f"{seconds:.0f} s" if row["kind"] == "student" else "–"])  # fmt: skip
+                      updates, f"{seconds:.0f} s" if row["kind"] == "student" else "–",
+                      hours(spent) if spent else "–"])  # fmt: skip
     return header, lines
 
 

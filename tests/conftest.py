@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.workspace import Workspace, copy_repository
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
@@ -16,3 +18,12 @@ ROOT = Path(__file__).parents[1]
 def root() -> Path:
     """Folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose demo ran to the end."""
+    workspace = copy_repository(tmp_path_factory.mktemp("finished"))
+    result = workspace.snakemake("demo")
+    assert result.returncode == 0, result.stderr[-5000:]
+    return workspace

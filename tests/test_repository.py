@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmd2.ablations import Table, load_experiment
+from dmd2.cluster import Cluster
 from dmd2.config import RunConfig
 
 REPO = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def test_nothing_unpickles_foreign_code(path: Path) -> None:
         assert "weights_only=True" in call
 
 
-@pytest.mark.parametrize(("name", "model"), [("base", RunConfig), ("table", Table)])
+@pytest.mark.parametrize(("name", "model"), [("base", RunConfig), ("table", Table), ("cluster", Cluster)])
 def test_exported_schema_is_current(name: str, model: type) -> None:
     exported = json.loads((REPO / f"workflow/schemas/{name}.schema.json").read_text())
     assert exported == model.model_json_schema(), "run python -m dmd2.launch schema"

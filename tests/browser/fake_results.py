@@ -65,6 +65,7 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
         "brightness_std": float(probe[at >= SETTLED * steps].std()), "snapshots": snapshots,
         "student_updates": -(-steps // ratio), "seconds": round(90 + 40 * rng.random(), 1), "device": "1 x CPU thread",
+        "cost": {"source": "sacct", "gpu_hours": 0.0, "cpu_hours": (120 + number) / 3600, "starts": 1 + run.seed},
         "train_commit": "4be1c02d9", "eval_commit": "4be1c02d9", "config": cfg.model_dump(mode="json"),
         "eval_seconds": 12.3,
     })  # fmt: skip

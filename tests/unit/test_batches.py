@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dmd2 import distributed
 from dmd2.batches import Batches
 from tests import tiny
 
@@ -30,6 +31,19 @@ def test_micro_batches_are_slices_of_the_global_batch(micro_batch):
     assert torch.equal(whole.cond.labels, torch.cat([part.cond.labels for part in parts]))
     assert torch.equal(whole.real[0], torch.cat([part.real[0] for part in parts]))
     assert torch.equal(whole.pairs[0], torch.cat([part.pairs[0] for part in parts]))
+
+
+def test_micro_batches_of_all_processes_are_slices_of_the_global_batch(monkeypatch):
+    cfg = tiny.config(optim__batch=7)
+    whole, parts = tiny.one_batch("edm", cfg, 2), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts += tiny.batches("edm", cfg, micro_batch=2).at(2)
+    assert [len(part.cond.labels) for part in parts] == [2, 1, 2, 2]
+    assert [part.share for part in parts] == pytest.approx([2 / 7, 1 / 7, 2 / 7, 2 / 7])
+    assert torch.equal(whole.cond.labels, torch.cat([part.cond.labels for part in parts]))
+    assert torch.equal(whole.real[0], torch.cat([part.real[0] for part in parts]))
 
 
 def test_student_labels_are_uniform_and_independent_of_the_real_batch():

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from dmd2.build import build_models
 from dmd2.config import Teacher
 from dmd2.errors import UserError
+from dmd2.inputs import Inputs
 from dmd2.teachers import adopt_teacher, build_network, load_teacher, null_condition
-from dmd2.trainer import Inputs, build_models
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -1,6 +1,7 @@
-"""The loop around the iteration: resuming, snapshots, second stages, and stopping when a loss is not finite."""
+"""The loop around the iteration: resuming, signals, snapshots, second stages, stopping when a loss is not finite."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from dmd2.config import Teacher
 from dmd2.data import load_shard, save_shard
 from dmd2.errors import UserError
 from dmd2.files import listing, write_json
+from dmd2.inputs import Inputs
+from dmd2.interrupts import single_writer
+from dmd2.launch import publish
 from dmd2.run import RunId
 from dmd2.teachers import adopt_teacher
-from dmd2.trainer import Hardware, Inputs, Training, single_writer
+from dmd2.trainer import Hardware, Training
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
@@ -103,7 +107,8 @@ def test_the_record_counts_student_updates(inputs):
 
 
 def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs, monkeypatch):
-    _, folder = train(inputs, 4, run=RunId("tiny", "first", 0))
+    record, folder = train(inputs, 4, run=RunId("tiny", "first", 0))
+    publish(RunId("tiny", "first", 0), record, cost={})
     second = Inputs(inputs.teacher, inputs.real, None, folder / "train.json")
     first = Training(RunId("tiny", "first", 0), config(4), Hardware(), inputs)
     first.resume()
@@ -138,6 +143,61 @@ def test_the_log_has_one_line_per_interval_and_the_stability_signals(inputs):
               "critic/gan", "critic/grad_norm", "dm/g_abs", "dm/g_std", "dm/real_mean", "dm/real_std", "dm/fake_mean",
               "dm/fake_std", "gan/p_real", "gan/p_fake", "probe/brightness"}  # fmt: skip
     assert wanted <= set(lines[0])
+
+
+def signal_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal in the middle of an iteration; returns the iterations that were completed."""
+    completed, original = [], dmd2.trainer.train_step
+
+    def interrupted(m, b, it, cfg):
+        if it == step:
+            signal.raise_signal(number)
+        logs = original(m, b, it, cfg)
+        completed.append(it)
+        return logs
+
+    monkeypatch.setattr(dmd2.trainer, "train_step", interrupted)
+    return completed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_iteration_end_and_saves_before_it_stops(inputs, monkeypatch, number):
+    completed = signal_at(monkeypatch, 2, number)
+    training = Training(RUN, config(9, train__checkpoint_every=100), Hardware(), inputs)
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+    assert completed == [0, 1, 2]
+    assert training.checkpoints.newest_good() == 3
+    assert not (RUN.folder / "finished.json").exists()
+
+
+def test_a_training_stopped_anywhere_ends_with_the_weights_of_an_undisturbed_one(inputs, monkeypatch):
+    whole = last_snapshot(inputs, 6, run=RunId("tiny", "whole", 0))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        signal_at(patch, 2)
+        train(inputs, 6)
+    assert equal(last_snapshot(inputs, 6), whole)
+
+
+def test_an_action_comes_after_the_save_and_the_training_goes_on_if_it_returns(inputs, monkeypatch):
+    completed, saved = signal_at(monkeypatch, 2, signal.SIGUSR2), []
+    training = Training(RUN, config(4, train__checkpoint_every=100), Hardware(), inputs)
+    training.run({signal.SIGUSR2: lambda: saved.append(training.checkpoints.newest_good())})
+    assert saved == [3]
+    assert completed == [0, 1, 2, 3]
+    assert (RUN.folder / "finished.json").exists()
+
+
+def test_a_finished_training_says_with_what_it_was_made(inputs):
+    record, _ = train(inputs, 2, hardware=Hardware(threads=3))
+    assert (record["device"], record["processes"], record["threads"], record["restarts"]) == ("cpu", 1, 3, 0)
+
+
+def test_micro_batch_0_is_all_of_the_batch(inputs):
+    whole, cut = (
+        len(list(Training(RUN, config(2), Hardware(micro_batch=size), inputs).batches.at(0))) for size in (0, 3)
+    )
+    assert (whole, cut) == (1, 2)
 
 
 def test_a_second_writer_is_told(inputs):

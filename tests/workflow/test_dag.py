@@ -1,11 +1,15 @@
 """The real DAG on shrunk digits: what runs, and what an edit makes run again."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.workflow.conftest import ROWS, Workspace
+from tests.workspace import ROWS, Workspace
 
 
 def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
@@ -61,7 +65,7 @@ def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
 
 
 def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
-    edited.edit("workflow/cluster/local.yaml", "device: auto, micro_batch: 0", "device: cpu, micro_batch: 8")
+    edited.edit("workflow/cluster/local.yaml", "device: auto", "device: cpu, micro_batch: 8")
     assert edited.planned("demo") == {}
 
 
@@ -103,3 +107,14 @@ def test_what_the_user_must_bring_is_said_in_a_sentence(finished: Workspace, tar
     result = finished.snakemake(target)
     assert result.returncode != 0
     assert sentence in result.stderr + result.stdout and "Traceback" not in result.stderr
+
+
+def test_without_slurm_the_profile_says_so_in_one_sentence(edited: Workspace, tmp_path: Path) -> None:
+    for tool in Path("/usr/bin").iterdir():  # a PATH on which all is as here, except that there is no Slurm
+        if not tool.name.startswith("s") or tool.name in ("sh", "sed", "sort"):
+            (tmp_path / tool.name).symlink_to(tool)
+    environment = {"PATH": f"{Path(sys.executable).parent}:{tmp_path}", "HOME": os.environ.get("HOME", "/")}
+    command = ["snakemake", "--profile", "slurm", "--forceall", "demo"]
+    result = subprocess.run(command, cwd=edited.path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert "there is no Slurm on this machine" in result.stderr + result.stdout and "Traceback" not in result.stderr

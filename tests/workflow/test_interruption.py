@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.conftest import Workspace
+from tests.workspace import Workspace
 
 RUN = Path("results/runs/digits/dmd2/seed0")
 

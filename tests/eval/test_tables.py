@@ -1,0 +1,117 @@
+"""What a table and the report say about cost, from the records that evaluation leaves behind."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from dmd2.ablations import load_experiment
+from dmd2.files import read_json, write_json, write_text
+from dmd2.run import RunId
+from eval import evaluate, report
+from eval.tables import build, cells, markdown, tidy
+from tests.browser import fake_results
+
+
+@pytest.fixture
+def place(root: Path, tmp_path: Path) -> Iterator[Path]:
+    """Invented results of three seeds of digits-table3."""
+    fake_results.workplace(tmp_path, root)
+    with chdir(tmp_path):
+        yield fake_results.bundle("digits-table3")
+
+
+def spend(run: str, seed: int, **cost: Any) -> None:
+    path = RunId("digits", run, seed).folder / "metrics.json"
+    write_json(path, {**read_json(path), "cost": cost})
+
+
+def by_gpu() -> None:
+    """dmd2 ran on a GPU under Slurm, gan-only on this machine's."""
+    for seed, gpu_hours in enumerate((30.0, 31.0, 33.5)):
+        spend("dmd2", seed, source="sacct", gpu_hours=gpu_hours, cpu_hours=8 * gpu_hours, starts=1 + seed)
+        spend("gan-only", seed, source="wall clock", gpu_hours=0.01234, cpu_hours=0.09876)
+
+
+def column(bundle: dict[str, Any]) -> dict[str, str]:
+    """The last cell of every row, by run, and the head before it, by its own."""
+    header, lines = cells(bundle)
+    return {header[-1]: header[-2]} | {line[0].strip("`"): line[-1] for line in lines}
+
+
+def test_without_gpu_the_column_has_cpu_hours(place: Path) -> None:
+    shown = column(build("digits-table3"))
+    assert shown["CPU-hours"] == "wall time"
+    assert (shown["dmd"], shown["gan-only-ttur"]) == ("0.0333", "0.0347")
+    assert shown["teacher-ode"] == shown["teacher-sde"] == "–"
+
+
+def test_one_row_on_a_gpu_makes_it_gpu_hours_in_mean_over_seeds(place: Path) -> None:
+    by_gpu()
+    shown = column(build("digits-table3"))
+    assert shown["GPU-hours"] == "wall time"
+    assert (shown["dmd2"], shown["gan-only"], shown["dmd"], shown["teacher-ode"]) == ("31.5", "0.0123", "0", "–")
+
+
+def test_thousands_of_hours_have_no_exponent(place: Path) -> None:
+    for seed in range(3):
+        spend("dmd2", seed, source="sacct", gpu_hours=12345.6, cpu_hours=1.0, starts=1)
+    assert column(build("digits-table3"))["dmd2"] == "12346"
+
+
+def test_markdown_and_csv_carry_the_cost_of_every_seed(place: Path) -> None:
+    by_gpu()
+    bundle = build("digits-table3")
+    text = markdown(bundle)
+    assert " | wall time | GPU-hours |" in text
+    assert re.search(r"^\| `dmd2` .* \| 31\.5 \|$", text, re.MULTILINE)
+    table = tidy(bundle)
+    fd = table[table.metric == "fd"].set_index(["run", "seed"])
+    assert fd.loc["dmd2", "gpu_hours"].tolist() == [30.0, 31.0, 33.5]
+    assert fd.loc["dmd2", "cpu_hours"].tolist() == [240.0, 248.0, 268.0]
+    assert fd.loc["teacher-ode", ["gpu_hours", "cpu_hours"]].isna().all(axis=None)
+
+
+def test_the_report_has_the_column_and_in_each_row_who_counted(place: Path) -> None:
+    by_gpu()
+    write_json(place, build("digits-table3"))
+    page = report.render([place])
+    heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)
+    assert heads[heads.index("GPU-hours") - 1] == "wall time"
+    row = re.search(r'<tr class="reference">.*?</tr>', page, re.DOTALL)
+    assert row and re.findall(r"<td[^>]*>(.*?)</td>", row[0])[-1] == "31.5"
+    told = re.findall(r"<dt>Cost</dt><dd>(.*?)</dd>", page)
+    assert len(told) == 6  # no teacher
+    assert told[3] == (
+        "30 GPU-hours and 240 CPU-hours by sacct, 1 start (seed 0), "
+        "31 GPU-hours and 248 CPU-hours by sacct, 2 starts (seed 1), "
+        "33.5 GPU-hours and 268 CPU-hours by sacct, 3 starts (seed 2)"
+    )
+    assert told[4] == "0.0123 GPU-hours and 0.0988 CPU-hours by wall clock"
+    assert told[0].startswith("0.0333 CPU-hours by sacct, 1 start (seed 0)")
+
+
+def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, monkeypatch) -> None:
+    cfg = load_experiment(root / "workflow/tables", root / "workflow/base").runs["digits", "dmd2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.Protocol, "of", lambda cfg: evaluate.Protocol(cfg, Mock(), Mock(), {}))
+    monkeypatch.setattr(evaluate, "load_teacher", Mock())
+    monkeypatch.setattr(evaluate, "_save_grid", Mock())
+    run, cost = RunId("digits", "dmd2", 0), {"source": "sacct", "gpu_hours": 1.5, "cpu_hours": 6.0, "starts": 2}
+    write_json(run.folder / "train.json", {"files": [], "steps": 10, "student_updates": 2, "seconds": 9.0,
+                                           "device": "cpu", "commit": "abc", "cost": cost})  # fmt: skip
+    write_text(run.folder / "log.jsonl", '{"step": 10, "probe/brightness": 0.5}\n')
+    evaluate.evaluate_run(run, cfg, torch.device("cpu"), run.folder / "metrics.json")
+    assert read_json(run.folder / "metrics.json")["cost"] == cost
+
+
+def test_a_bundle_read_back_gives_the_same_cells(place: Path) -> None:
+    by_gpu()
+    bundle = build("digits-table3")
+    assert cells(json.loads(json.dumps(bundle))) == cells(bundle)

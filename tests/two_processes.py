@@ -1,0 +1,91 @@
+"""What each of two processes does for tests/unit/test_distributed.py, in one start, since importing takes longest.
+
+Run by torchrun in a workspace with the inputs' manifests; every process leaves its weights of both trainings.
+"""
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dmd2.trainer
+from dmd2 import distributed
+from dmd2.config import RunConfig
+from dmd2.errors import UserError
+from dmd2.inputs import Inputs
+from dmd2.run import RunId
+from dmd2.trainer import Hardware, Training
+from tests import tiny
+
+INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
+STEPS, STOP = 6, 3
+
+
+def config(**changes: object) -> RunConfig:
+    """Every loss term, and a batch that two processes cannot share evenly."""
+    every = {"train__snapshot_every": STEPS, "train__checkpoint_every": STEPS, "train__log_every": 2}
+    terms = {"regression__weight": 0.5, "gan__r1_weight": 1.0, "optim__ema": 0.9}
+    return tiny.config(
+        "edm", **{"critic__ratio": 2, "train__steps": STEPS, "optim__batch": 7, **every, **terms, **changes}
+    )
+
+
+def training(name: str, **changes: object) -> Training:
+    """A training of that config under some name."""
+    return Training(RunId("tiny", name, 0), config(**changes), Hardware(), INPUTS)
+
+
+def trained(t: Training) -> dict[str, Tensor]:
+    """All weights of a training by dotted names."""
+    modules = {"student": t.models.student, "critic": t.models.critic, "head": t.models.head, "ema": t.ema}
+    return {f"{who}.{name}": v.contiguous() for who, m in modules.items() for name, v in m.state_dict().items()}
+
+
+def interrupt_at(step: int) -> None:
+    """Process 0 gets a signal during the iteration before `step`, saves after it and leaves; the other dies with it."""
+    original = dmd2.trainer.train_step
+
+    def step_until(m, b, it, cfg):
+        if it == step and distributed.rank() == 1:
+            raise KeyboardInterrupt
+        if it == step - 1 and distributed.rank() == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return original(m, b, it, cfg)
+
+    dmd2.trainer.train_step = step_until
+    try:
+        training("stopped").run()
+    except KeyboardInterrupt:
+        return
+    finally:
+        dmd2.trainer.train_step = original
+    raise AssertionError("it was not interrupted")
+
+
+def main() -> None:
+    """Train undisturbed, train and stop and continue, and try a batch that is too small."""
+    torch.set_num_threads(1)
+    distributed.BUCKET = 1000  # so that gradients travel in several messages
+    with distributed.process_group(torch.device("cpu")):
+        me = distributed.rank()
+        undisturbed = training("two")
+        undisturbed.run()
+        save_file(trained(undisturbed), f"two-{me}.safetensors")
+        interrupt_at(STOP)
+        continued = training("stopped")
+        continued.resume()
+        resumed_at = continued.step
+        continued.run()
+        save_file(trained(continued), f"stopped-{me}.safetensors")
+        try:
+            refused = str(training("small", optim__batch=1))
+        except UserError as error:
+            refused = str(error)
+        Path(f"facts-{me}.json").write_text(json.dumps({"resumed_at": resumed_at, "refused": refused}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Two processes train what one would, up to rounding; each is the same and repeats bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmd2 import distributed
+from dmd2.config import Teacher
+from dmd2.data import save_shard
+from dmd2.errors import UserError
+from dmd2.files import listing, read_json_lines, write_json
+from dmd2.teachers import adopt_teacher
+from tests import tiny, two_processes
+from tests.conftest import ROOT
+
+# Measured: weights differ by 1e-5 of the length of their update, log values by 1e-6 (2e-5 for a mean near 0).
+WEIGHTS, LOGS = 1e-4, 1e-4
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder in which two processes, and then this one, have trained."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
+    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
+    save_shard(folder / "set.safetensors", tiny.tensors("edm", 32))
+    write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["-m", "tests.two_processes"]
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, messages = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # if it hangs; torchrun then ends both processes
+    assert process.returncode == 0, messages[-5000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        before = {name: value.clone() for name, value in two_processes.trained(two_processes.training("one")).items()}
+        one = two_processes.training("one")
+        one.run()
+    return folder, before, two_processes.trained(one)
+
+
+def weights(workspace, name):
+    return load_file(workspace[0] / f"{name}.safetensors")
+
+
+def log(workspace, name):
+    return read_json_lines(workspace[0] / f"results/runs/tiny/{name}/seed0/log.jsonl")
+
+
+@pytest.mark.parametrize("who", ["student", "critic", "head", "ema"])
+def test_two_processes_train_the_weights_of_one(workspace, who):
+    _, before, one = workspace
+    two = weights(workspace, "two-0")
+    names = [name for name in one if name.startswith(f"{who}.")]
+    moved, off = (torch.cat([(one[n] - other[n]).flatten() for n in names]).norm() for other in (before, two))
+    assert moved > 0
+    assert off / moved < WEIGHTS
+
+
+def test_their_log_is_that_of_one(workspace):
+    one, two = log(workspace, "one"), log(workspace, "two")
+    assert [line["step"] for line in two] == [2, 4, 6]
+    # A deviation is taken over the rows of a process (or of a micro-batch), so it depends on how they are cut.
+    compared = [name for name in one[0] if name not in ("step", "seconds") and not name.endswith("std")]
+    assert {"student/dm", "student/gan", "student/regression", "critic/denoise", "critic/gan", "student/grad_norm",
+            "critic/grad_norm", "gan/p_real", "probe/brightness"} <= set(compared)  # fmt: skip
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert {n: b[n] for n in compared} == pytest.approx({n: a[n] for n in compared}, rel=LOGS, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["two", "stopped"])
+def test_both_processes_hold_the_same_weights(workspace, name):
+    first, second = (weights(workspace, f"{name}-{rank}") for rank in (0, 1))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_stopped_training_of_two_processes_ends_with_the_weights_of_an_undisturbed_one(workspace):
+    whole, stopped = (weights(workspace, f"{name}-0") for name in ("two", "stopped"))
+    facts = [json.loads((workspace[0] / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [fact["resumed_at"] for fact in facts] == [two_processes.STOP] * 2
+    assert all(torch.equal(whole[n], stopped[n]) for n in whole)
+
+
+def test_more_processes_than_rows_are_refused_in_every_process(workspace):
+    for rank in (0, 1):
+        facts = json.loads((workspace[0] / f"facts-{rank}.json").read_text())
+        assert facts["refused"] == "tiny/small/seed0: 2 processes cannot share a batch of 1"
+
+
+def test_the_record_of_the_training_counts_both_processes(workspace):
+    record = json.loads((workspace[0] / "results/runs/tiny/two/seed0/finished.json").read_text())
+    assert record["processes"] == 2
+
+
+# One process at a time.
+@pytest.mark.parametrize(("total", "size"), [(7, 2), (8, 2), (7, 3), (280, 64), (5, 5), (40, 1)])
+def test_every_row_belongs_to_one_process_and_sizes_differ_by_at_most_one(monkeypatch, total, size):
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: size)
+        shares.append(distributed.rows(total))
+    assert [row for share in shares for row in share] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_summed_and_no_group_is_joined(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with distributed.process_group(torch.device("cpu")):
+        distributed.sum_gradients([p])
+        assert p.grad.tolist() == [1, 1]
+        assert distributed.agreed(7, torch.device("cpu")) == 7
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.local_device("auto") == distributed.local_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="training.device is cuda, but this process sees no GPU"):
+        distributed.local_device("cuda")
+
+
+def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert distributed.local_device("auto") == torch.device("cuda", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # where Slurm shows each process its GPU alone
+    assert distributed.local_device("cuda") == torch.device("cuda", 0)

@@ -1,0 +1,87 @@
+"""When a training counts as finished: exactly this config, exactly these inputs, all files there."""
+
+import pytest
+
+from dmd2.ablations import load_experiment
+from dmd2.errors import UserError
+from dmd2.files import write_json, write_text
+from dmd2.inputs import Inputs, finished
+from dmd2.job import TrainingJob
+from dmd2.run import RunId
+from tests.conftest import ROOT
+
+RUN = RunId("digits", "dmd2", 0)
+CONFIG = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base").runs["digits", "dmd2"].training()
+LONGER = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"steps": 1})})
+OTHER = CONFIG.model_copy(update={"optim": CONFIG.optim.model_copy(update={"lr": 1e-3})})
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    """Manifests of the inputs, and the record of a finished training with one file."""
+    monkeypatch.chdir(tmp_path)
+    inputs = Inputs.of(RUN, CONFIG)
+    make(inputs.teacher, "teacher")
+    make(inputs.real, "real")
+    write_text(RUN.folder / "weights", "")
+    record = {"key": key(), "config": CONFIG.model_dump(mode="json"), "files": [{"path": "weights"}]}
+    write_json(RUN.folder / "finished.json", record)
+
+
+def make(manifest, content):
+    write_json(manifest, {"files": [{"path": "x", "sha256": content}]})
+
+
+def key(cfg=CONFIG, seed=0):
+    return Inputs.of(RUN, cfg).key(cfg, seed)
+
+
+def test_the_same_config_on_the_same_inputs_is_finished():
+    assert finished(RUN, CONFIG, key())["files"] == [{"path": "weights"}]
+
+
+def test_another_length_config_or_seed_is_not():
+    assert key(LONGER) == key()  # it continues from the same checkpoints
+    assert finished(RUN, LONGER, key()) is None
+    assert finished(RUN, OTHER, key(OTHER)) is None
+    assert finished(RUN, CONFIG, key(seed=1)) is None
+
+
+def test_changed_inputs_are_not():
+    make(Inputs.of(RUN, CONFIG).real, "other images")
+    assert finished(RUN, CONFIG, key()) is None
+
+
+def test_a_record_whose_files_are_gone_does_not_count():
+    (RUN.folder / "weights").unlink()
+    assert finished(RUN, CONFIG, key()) is None
+
+
+def test_a_run_that_never_ran_is_not():
+    assert finished(RunId("digits", "dmd2", 3), CONFIG, key()) is None
+
+
+def test_a_damaged_record_is_named():
+    (RUN.folder / "finished.json").write_text("{")
+    with pytest.raises(UserError, match=r"finished\.json is not valid JSON"):
+        finished(RUN, CONFIG, key())
+
+
+def test_a_missing_input_is_named():
+    Inputs.of(RUN, CONFIG).teacher.unlink()
+    with pytest.raises(UserError, match=r"data/teachers/.*manifest\.json is missing"):
+        key()
+
+
+def test_inputs_lie_where_the_config_says_and_are_those_it_reads():
+    second = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"init_from": "first"})})
+    inputs = Inputs.of(RunId("digits", "dmd2", 4), second)
+    assert str(inputs.init) == "results/runs/digits/first/seed4/train.json"
+    assert (inputs.pairs, Inputs.of(RUN, CONFIG).init) == (None, None)
+    regression = CONFIG.model_copy(update={"regression": CONFIG.regression.model_copy(update={"weight": 1.0})})
+    assert str(Inputs.of(RUN, regression).pairs) == f"data/pairs/{CONFIG.pair_set}/manifest.json"
+
+
+def test_a_restarted_job_whose_training_is_finished_does_nothing(capsys):
+    TrainingJob(str(RUN), CONFIG.model_dump_json(), threads=1, device="cuda", micro_batch=0).train()
+    assert "digits/dmd2/seed0 is finished already" in capsys.readouterr().err

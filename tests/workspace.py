@@ -1,0 +1,74 @@
+"""A copy of the repository with the digits base shrunk to seconds, in which the real DAG can run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+REPO = Path(__file__).parents[1]
+SHRUNK = {
+    "teacher.train": {"steps": 30, "batch": 32},
+    "regression.pairs": {"count": 40, "shards": 2},
+    "optim": {"batch": 16, "warmup": 5},
+    "train": {"steps": 20, "snapshot_every": 10, "checkpoint_every": 5, "log_every": 5},
+    "eval": {"images": 60, "batch": 30},
+}
+ROWS = ["dmd", "dmd2"]
+
+
+class Workspace:
+    """A working copy in which snakemake and the module command lines can be run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def run(self, *command: str, timeout: int = 800) -> subprocess.CompletedProcess[str]:
+        """Run a command in the copy with one thread per process."""
+        bin_dir = str(Path(sys.executable).parent)
+        env = os.environ | {"PATH": bin_dir + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=self.path, env=env, capture_output=True, text=True, timeout=timeout)
+
+    def snakemake(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """``snakemake --profile local``."""
+        return self.run("snakemake", "--profile", "local", "--cores", "2", *args)
+
+    def planned(self, *targets: str) -> dict[str, int]:
+        """Jobs a dry run would start, by rule."""
+        result = self.snakemake("-n", *targets)
+        assert result.returncode == 0, result.stderr + result.stdout
+        lines = re.findall(r"^([\w-]+) +(\d+)$", (result.stdout + result.stderr).split("Job stats:")[-1], re.M)
+        return {rule: int(count) for rule, count in lines if rule not in ("total", "count")}
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace text in a file of the copy; the text must be there."""
+        text = (self.path / file).read_text()
+        assert old in text, f"{old!r} not in {file}"
+        (self.path / file).write_text(text.replace(old, new, 1))
+
+
+def copy_repository(target: Path) -> Workspace:
+    """The files git would commit, with the digits base shrunk and the demo cut to two rows."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (REPO / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, target / name, follow_symlinks=False)
+    base_file = target / "workflow/base/digits.yaml"
+    base = yaml.safe_load(base_file.read_text())
+    for section, values in SHRUNK.items():
+        part = base
+        for key in section.split("."):
+            part = part[key]
+        part.update(values)
+    for sampler in base["eval"]["teacher_samplers"].values():
+        sampler["steps"] = 4
+    base_file.write_text(yaml.safe_dump(base, sort_keys=False))
+    demo_file, rows_file = target / "workflow/tables/demo.yaml", target / "workflow/tables/dmd2-table3.yaml"
+    demo, rows = yaml.safe_load(demo_file.read_text()), yaml.safe_load(rows_file.read_text())["rows"]
+    demo["rows"] = [row for row in rows if row["run"] in ROWS]
+    demo_file.write_text("# a comment\n" + yaml.safe_dump(demo, sort_keys=False))
+    return Workspace(target)
