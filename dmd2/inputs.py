@@ -1,12 +1,11 @@
-"""What a training reads, the identity that follows from it, and whether it is finished; imports no torch."""
+"""What a training reads, and the identity that follows from it; imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dmd2.config import TrainConfig, digest
-from dmd2.files import content_of, digest_of, read_json
-from dmd2.run import RunId
+from dmd2.files import content_of, digest_of
+from dmd2.run import Goal, RunId
 
 REAL, TEACHERS, PAIRS = Path("data/real"), Path("data/teachers"), Path("data/pairs")
 
@@ -41,16 +40,10 @@ class Inputs:
         return digest_of({"config": digest(cfg), "inputs": self.identity(), "seed": seed})
 
 
-def finished(run: RunId, cfg: TrainConfig, key: str) -> dict[str, Any] | None:
-    """Record of the completed training of exactly this config on exactly these inputs (`key`), if there is one.
+def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
+    """The training of a run with its inputs in their usual places.
 
-    The job writes it as finished.json. Snakemake knows train.json, which it deletes whenever it reruns the rule; this
-    file survives that, so a training that ended while nobody waited is not started again.
+    Raises:
+        UserError: an input is missing.
     """
-    path = run.folder / "finished.json"
-    if not path.exists():
-        return None
-    record = read_json(path)
-    same = record["key"] == key and record["config"] == cfg.model_dump(mode="json")
-    there = all((run.folder / f["path"]).exists() for f in record["files"])
-    return record if same and there else None
+    return Goal(run, Inputs.of(run, cfg).key(cfg, run.seed), digest_of(cfg.model_dump(mode="json")))

@@ -12,7 +12,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from dmd2.cluster import Cluster
 from dmd2.config import TrainConfig
 from dmd2.errors import readable_errors
-from dmd2.inputs import Inputs, finished
+from dmd2.inputs import Inputs, goal_of
 from dmd2.interrupts import STOP, Actions
 from dmd2.run import RunId
 
@@ -58,8 +58,7 @@ class TrainingJob:
             UserError: see `Training.run`.
         """
         run, cfg = RunId.parse(self.run), TrainConfig.model_validate(json.loads(self.config))
-        inputs = Inputs.of(run, cfg)
-        if finished(run, cfg, inputs.key(cfg, run.seed)):
+        if goal_of(run, cfg).reached():
             print(f"{run} is finished already", file=sys.stderr)
             return
         import torch  # not above: a waiting launcher imports this module, and there may be hundreds
@@ -73,4 +72,6 @@ class TrainingJob:
             torch.set_float32_matmul_precision("high")  # TF32, as in the paper's runs
         patience = LOCK_PATIENCE if actions is not STOP else 0
         with process_group(device):
-            Training(run, cfg, Hardware(str(device), self.threads, self.micro_batch), inputs).run(actions, patience)
+            Training(run, cfg, Hardware(str(device), self.threads, self.micro_batch), Inputs.of(run, cfg)).run(
+                actions, patience
+            )

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +13,14 @@ from pydantic import BaseModel
 from dmd2.ablations import Table, load_experiment
 from dmd2.cluster import Cluster, load_cluster
 from dmd2.config import RunConfig, TrainConfig
-from dmd2.cost import slurm_cost, wall_clock_cost
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import read_json, write_json
-from dmd2.inputs import Inputs, finished
+from dmd2.inputs import goal_of
 from dmd2.job import TrainingJob
 from dmd2.run import RunId
-from dmd2.slurm import SlurmTraining, say
+from dmd2.slurm import SlurmTraining
 from dmd2.slurm_queue import slurm
+from dmd2.wait import log_path, publish, say
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -54,21 +53,14 @@ def train(run: Run, config: Config = None, cluster: ClusterName = "local") -> No
 
 
 def train_on_slurm(training: SlurmTraining) -> None:
-    """Wait for the run's Slurm job, new or old, and publish the result; Ctrl-C leaves the job running."""
-    run, job = training.run, None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        job = training.submit_or_attach()
-        record = training.wait(job) if job else finished(run, training.cfg, key_of(run, training.cfg))
-    except KeyboardInterrupt:
-        if job:
-            say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, "
-                     f"`python -m dmd2.launch cancel {run}` stops it")  # fmt: skip
-        raise
-    assert record is not None
-    submissions = run.folder / "job.json"
-    jobs = read_json(submissions)["jobs"] if submissions.exists() else []
-    publish(run, record, (slurm_cost(jobs) if jobs else None) or wall_clock_cost(record))
+    """Submit the run's Slurm job or find the live one, then become the small process that waits for it."""
+    job, goal = training.submit_or_attach(), goal_of(training.run, training.cfg)
+    if job is None:
+        record = goal.reached()
+        assert record is not None
+        return publish(training.run, record)
+    words = [str(training.run), job, goal.key, goal.config, str(training.cluster.training.poll_seconds)]
+    os.execv(sys.executable, [sys.executable, "-m", "dmd2.wait", *words])
 
 
 def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
@@ -82,19 +74,8 @@ def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
     TrainingJob(
         str(run), cfg.model_dump_json(), cluster.jobs.train.threads, options.device, options.micro_batch
     ).train()
-    record = finished(run, cfg, key_of(run, cfg))
-    if int(os.environ.get("RANK", "0")) == 0 and record is not None:
-        publish(run, record, wall_clock_cost(record))
-
-
-def key_of(run: RunId, cfg: TrainConfig) -> str:
-    """Identity of a training, from its inputs in their usual places."""
-    return Inputs.of(run, cfg).key(cfg, run.seed)
-
-
-def publish(run: RunId, record: dict, cost: dict) -> None:
-    """Write train.json, the node of the DAG that says this run is complete."""
-    write_json(run.folder / "train.json", {**record, "cost": cost})
+    if int(os.environ.get("RANK", "0")) == 0 and (record := goal_of(run, cfg).reached()):
+        publish(run, record)
 
 
 @app.command("print")
@@ -137,7 +118,7 @@ def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="
         run_id = RunId.parse(run)
         record = run_id.folder / "job.json"
         jobs = read_json(record)["jobs"] if record.exists() else []
-        path = run_id.folder / "jobs" / f"{jobs[-1]}_0_log.err" if jobs else None
+        path = log_path(run_id, jobs[-1]) if jobs else None
         if path is None or not path.exists():
             raise UserError(f"{run_id} has no log of a Slurm job" + (f" yet ({path})" if path else ""))
         print(f"==> {path}", flush=True)

@@ -4,8 +4,10 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dmd2.errors import UserError
+from dmd2.files import digest_of, read_json
 
 RUNS = Path("results/runs")
 
@@ -33,6 +35,28 @@ class RunId:
         if not match:
             raise UserError(f"{text!r} is no run: write base/name/seedN, for example digits/dmd2/seed0")
         return RunId(match[1], match[2], int(match[3]))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Exactly one training: a run, the key of its config and inputs, and the digest of its complete config."""
+
+    run: RunId
+    key: str
+    config: str
+
+    def reached(self) -> dict[str, Any] | None:
+        """Record of the completed training, if it is complete.
+
+        The job writes it as finished.json. Snakemake knows train.json, which it deletes whenever it reruns the rule;
+        this file survives that, so a training that ended while nobody waited is not started again.
+        """
+        path = self.run.folder / "finished.json"
+        if not path.exists():
+            return None
+        record = read_json(path)
+        same = record["key"] == self.key and digest_of(record["config"]) == self.config
+        return record if same and all((self.run.folder / f["path"]).exists() for f in record["files"]) else None
 
 
 def commit() -> str:

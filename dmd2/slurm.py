@@ -1,4 +1,4 @@
-"""A training as a Slurm job through submitit: submit it or attach to the live one, wait, say what became of it.
+"""A training as a Slurm job through submitit: submit it, or attach to the live one.
 
 The launcher owns nothing: Slurm runs the job, the job writes its folder. So a launcher may be killed, doubled or
 started again at any time; checkpoints and finished.json are the truth, job.json only remembers where to look.
@@ -7,7 +7,6 @@ started again at any time; checkpoints and finished.json are the truth, job.json
 import os
 import shlex
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
@@ -21,16 +20,13 @@ from dmd2.cluster import Cluster
 from dmd2.config import TrainConfig
 from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json, write_json
-from dmd2.inputs import Inputs, finished
+from dmd2.inputs import goal_of
 from dmd2.job import TrainingJob
 from dmd2.run import RunId
-from dmd2.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
+from dmd2.slurm_queue import NO_SLURM, squeue
+from dmd2.wait import log_path, say
 
 REQUEUES = 1000  # submitit's own limit on restarts after a time limit; a run may take weeks of short jobs
-SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
-GRACE = {"NODE_FAIL": 60.0, "PREEMPTED": 60.0, "BOOT_FAIL": 60.0}  # Slurm may restart it
-GRACE["COMPLETED"] = 60.0  # its last file may need that long to appear over a network file system
-RELEASES = 3  # of a job held after a failed launch
 OWN = {
     "time": "is the key runtime", "nodes": "is training.nodes", "ntasks-per-node": "is training.processes",
     "cpus-per-task": "is the key threads", "signal": "is training.signal_seconds",
@@ -93,7 +89,8 @@ class SlurmTraining:
         Raises:
             UserError: a live job trains another config of this run, or Slurm refuses.
         """
-        record, config = self.run.folder / "job.json", digest_of(self.cfg.model_dump(mode="json"))
+        record, goal = self.run.folder / "job.json", goal_of(self.run, self.cfg)
+        config = goal.config
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with open(self.run.folder / ".submit.lock", "w", encoding="utf-8") as lock:
             flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
@@ -108,13 +105,13 @@ class SlurmTraining:
                     write_json(record, {**known, "name": self.name, "jobs": [*known["jobs"], live]})
                 say(self.run, f"attached to Slurm job {live}")
                 return live
-            if finished(self.run, self.cfg, Inputs.of(self.run, self.cfg).key(self.cfg, self.run.seed)):
+            if goal.reached():
                 return None
             known = {"name": self.name, "config": config, "jobs": known["jobs"] if known["config"] == config else []}
             write_json(record, known)
             job = self.submit()
             write_json(record, {**known, "jobs": [*known["jobs"], job]})
-            say(self.run, f"submitted Slurm job {job}; log: {self.log(job)}")
+            say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
             return job
 
     def live_job(self) -> str | None:
@@ -136,100 +133,6 @@ class SlurmTraining:
             except (OSError, RuntimeError) as error:  # submitit's errors carry what sbatch said
                 raise UserError(f"{self.run}: the job could not be submitted: {_last_line(str(error))}") from None
 
-    def log(self, job: str) -> Path:
-        """Where process 0 of the job writes its messages."""
-        return self.folder / f"{job}_0_log.err"
-
-    def wait(self, job: str) -> dict[str, Any]:
-        """Return the finished training's record.
-
-        Raises:
-            UserError: the job ended without finishing; the sentence has Slurm's word for it and the end of the log.
-        """
-        key = Inputs.of(self.run, self.cfg).key(self.cfg, self.run.seed)
-        queue, watch = Queue(self.cluster.training.poll_seconds), Watch(self.run, job)
-        while True:
-            if record := finished(self.run, self.cfg, key):
-                return record
-            snapshot = queue.look()
-            if snapshot is None:
-                watch.unanswered()
-            elif watch.over(snapshot.jobs.get(job), snapshot.time) and not finished(self.run, self.cfg, key):
-                raise UserError(self.obituary(job))
-            time.sleep(min(self.cluster.training.poll_seconds, 5))
-
-    def obituary(self, job: str) -> str:
-        """What is known about a job that ended without result."""
-        try:
-            fields = slurm("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed").strip()
-            state, code, nodes, elapsed = fields.splitlines()[-1].split("|")
-            fate = f"{state} with exit code {code} on {nodes} after {elapsed}"
-        except (UserError, ValueError, IndexError):
-            fate = "ended without a result (sacct has no record of it)"
-        tail = log_tail(self.log(job))
-        again = "the same command continues from the newest checkpoint"
-        return f"{self.run}: Slurm job {job} {fate}; {again}. Log {self.log(job)}{tail}"
-
-
-class Watch:
-    """What one launcher has seen of its job: says what changes, releases it if held, decides when it is over."""
-
-    def __init__(self, run: RunId, job: str) -> None:
-        self.run, self.job = run, job
-        self.shown = ""
-        self.ended_at: float | None = None  # when it was first seen to be over, by the clock of the snapshots
-        self.releases = 0
-        self.released_at = 0.0  # time of the snapshot that showed it held; each is looked at several times
-        self.started = time.time()
-
-    def over(self, entry: Entry | None, seen_at: float) -> bool:
-        """Whether the job is over for good, given its entry in a snapshot of that time."""
-        if seen_at < self.started:
-            return False  # a snapshot from before the job was submitted
-        self.show(entry)
-        if entry is not None and entry.held_after_failed_launch and seen_at > self.released_at:
-            self.release()
-            self.released_at = seen_at
-        if entry is not None and not entry.ended:
-            self.ended_at = None
-            return False
-        if self.ended_at is None:
-            self.ended_at = seen_at
-        return seen_at - self.ended_at >= (GRACE.get(entry.state, SETTLE) if entry else SETTLE)
-
-    def show(self, entry: Entry | None) -> None:
-        """Say a state that is new."""
-        if entry is None:
-            text = "has left the queue"
-        else:
-            where = f" on {entry.nodes}" if entry.nodes else ""
-            why = f" ({entry.reason})" if entry.reason not in ("None", "") and not entry.nodes else ""
-            text = f"{entry.state}{where}{why}"
-        if text != self.shown:
-            say(self.run, f"job {self.job} {text}")
-        self.shown = text
-
-    def release(self) -> None:
-        """Let a job start that Slurm holds after a failed launch.
-
-        Raises:
-            UserError: it happened again and again.
-        """
-        if self.releases == RELEASES:
-            raise UserError(
-                f"{self.run}: Slurm job {self.job} is held after {RELEASES + 1} failed launches: look at "
-                f"`scontrol show job {self.job}`, then `scontrol release {self.job}` and run again"
-            )
-        self.releases += 1
-        say(self.run, f"job {self.job} was held after a failed launch; releasing it")
-        slurm("scontrol", "release", self.job)
-
-    def unanswered(self) -> None:
-        """The controller does not answer: the job may well be running."""
-        if self.shown != "?":
-            say(self.run, f"Slurm's controller does not answer; still waiting for job {self.job}")
-        self.shown = "?"
-
 
 def extra_options(text: str | None) -> dict[str, Any]:
     """``--nice=5 --exclusive`` as submitit's dictionary of options.
@@ -249,19 +152,6 @@ def extra_options(text: str | None) -> dict[str, Any]:
         elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
             raise UserError(f"slurm_extra: write options in their long form, as --name=value, not {word!r}")
     return options
-
-
-def log_tail(path: Path, lines: int = 20) -> str:
-    """The last lines of a log, indented under a colon, or a note that there are none."""
-    if not path.exists():
-        return " was never written: the job did not start"
-    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return " ends with:\n" + "\n".join(f"    {line}" for line in text)
-
-
-def say(run: RunId, text: str) -> None:
-    """One line about a run on stderr."""
-    print(f"{time.strftime('%H:%M:%S')} {run}: {text}", file=sys.stderr, flush=True)
 
 
 def _last_line(text: str) -> str:

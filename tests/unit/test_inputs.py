@@ -5,9 +5,9 @@ import pytest
 from dmd2.ablations import load_experiment
 from dmd2.errors import UserError
 from dmd2.files import write_json, write_text
-from dmd2.inputs import Inputs, finished
+from dmd2.inputs import Inputs, goal_of
 from dmd2.job import TrainingJob
-from dmd2.run import RunId
+from dmd2.run import Goal, RunId
 from tests.conftest import ROOT
 
 RUN = RunId("digits", "dmd2", 0)
@@ -37,34 +37,34 @@ def key(cfg=CONFIG, seed=0):
 
 
 def test_the_same_config_on_the_same_inputs_is_finished():
-    assert finished(RUN, CONFIG, key())["files"] == [{"path": "weights"}]
+    assert goal_of(RUN, CONFIG).reached()["files"] == [{"path": "weights"}]
 
 
 def test_another_length_config_or_seed_is_not():
     assert key(LONGER) == key()  # it continues from the same checkpoints
-    assert finished(RUN, LONGER, key()) is None
-    assert finished(RUN, OTHER, key(OTHER)) is None
-    assert finished(RUN, CONFIG, key(seed=1)) is None
+    assert goal_of(RUN, LONGER).reached() is None
+    assert goal_of(RUN, OTHER).reached() is None
+    assert Goal(RUN, key(seed=1), goal_of(RUN, CONFIG).config).reached() is None
 
 
 def test_changed_inputs_are_not():
     make(Inputs.of(RUN, CONFIG).real, "other images")
-    assert finished(RUN, CONFIG, key()) is None
+    assert goal_of(RUN, CONFIG).reached() is None
 
 
 def test_a_record_whose_files_are_gone_does_not_count():
     (RUN.folder / "weights").unlink()
-    assert finished(RUN, CONFIG, key()) is None
+    assert goal_of(RUN, CONFIG).reached() is None
 
 
 def test_a_run_that_never_ran_is_not():
-    assert finished(RunId("digits", "dmd2", 3), CONFIG, key()) is None
+    assert goal_of(RunId("digits", "dmd2", 3), CONFIG).reached() is None
 
 
 def test_a_damaged_record_is_named():
     (RUN.folder / "finished.json").write_text("{")
     with pytest.raises(UserError, match=r"finished\.json is not valid JSON"):
-        finished(RUN, CONFIG, key())
+        goal_of(RUN, CONFIG).reached()
 
 
 def test_a_missing_input_is_named():

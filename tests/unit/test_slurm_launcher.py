@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 import dmd2.slurm
+import dmd2.wait
 from dmd2.ablations import load_experiment
 from dmd2.cluster import Cluster
 from dmd2.errors import UserError
 from dmd2.files import read_json, write_json
-from dmd2.inputs import Inputs
+from dmd2.inputs import Inputs, goal_of
 from dmd2.run import RunId
 from dmd2.slurm import SlurmTraining, extra_options
 from dmd2.slurm_queue import NO_SLURM
+from dmd2.wait import log_path, obituary, wait
 from tests.conftest import ROOT
 from tests.fake_slurm import FakeSlurm
 
@@ -60,6 +62,7 @@ def whenever_it_sleeps(monkeypatch, action):
     """Instead of sleeping the launcher does this; subprocess, which sleeps too, is left alone."""
     clock = SimpleNamespace(time=time.time, strftime=time.strftime, sleep=lambda seconds: action())
     monkeypatch.setattr(dmd2.slurm, "time", clock)
+    monkeypatch.setattr(dmd2.wait, "time", clock)
 
 
 def submissions():
@@ -138,7 +141,7 @@ def test_jobs_of_another_config_are_not_counted_as_this_runs(fake):
 def test_a_finished_training_is_not_submitted_again(fake):
     record = finish()
     assert training().submit_or_attach() is None
-    assert training().wait("7") == record
+    assert wait(goal_of(RUN, CONFIG), "7", 15) == record
     assert fake.calls("sbatch") == []
 
 
@@ -181,7 +184,9 @@ def test_setup_comes_before_srun_and_the_container_before_python():
     script = training(setup=["module load cuda", "export A=1"], container="apptainer exec x.sif").script()
     before, command = script.split("# command")
     assert "\nmodule load cuda\nexport A=1\n" in before
-    assert re.search(r"^srun .*--kill-on-bad-exit=1 apptainer exec x\.sif python -u -m submitit", command, re.M)
+    assert re.search(
+        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m submitit", command, re.M
+    )
 
 
 def test_without_a_container_this_python_runs():
@@ -232,6 +237,11 @@ def test_sbatch_sees_the_users_settings_and_nothing_of_a_surrounding_job(fake, m
 
 
 # What is said when it fails.
+def test_an_option_with_a_key_of_its_own_is_refused_in_slurm_extra():
+    with pytest.raises(UserError, match="slurm_extra: --time is the key runtime"):
+        extra_options("--nice=5 --time=60")
+
+
 def test_a_refusal_becomes_one_sentence_and_leaves_no_job(fake):
     fake.refuse("sbatch", "sbatch: error: one\nsbatch: error: Batch job submission failed: Invalid account")
     with pytest.raises(UserError) as told:
@@ -251,19 +261,19 @@ def test_a_machine_without_slurm_is_told_what_to_do(fake):
 
 
 def test_a_job_that_ended_without_result_is_told_with_slurms_word_and_the_end_of_its_log(fake, monkeypatch):
-    monkeypatch.setattr(dmd2.slurm, "SETTLE", 0.0)
+    monkeypatch.setattr(dmd2.wait, "SETTLE", 0.0)
     fake.answer("sacct", "FAILED|1:0|node1|00:10:00", "OUT_OF_MEMORY|0:125|node2|00:01:00")
-    log = training().log("7")
+    log = log_path(RUN, "7")
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {i}\n" for i in range(30)))
     with pytest.raises(UserError, match=r"7 OUT_OF_MEMORY with exit code 0:125 on node2 after 00:01:00") as told:
-        training().wait("7")
+        wait(goal_of(RUN, CONFIG), "7", 15)
     assert [line.strip() for line in str(told.value).splitlines()[1:]] == [f"line {i}" for i in range(10, 30)]
 
 
 def test_a_job_that_never_started_is_told_even_without_accounting(fake):
     fake.refuse("sacct", "Slurm accounting storage is disabled")
-    told = training().obituary("7")
+    told = obituary(RUN, "7")
     assert "sacct has no record of it" in told
     assert told.endswith("7_0_log.err was never written: the job did not start")
 
@@ -271,11 +281,11 @@ def test_a_job_that_never_started_is_told_even_without_accounting(fake):
 def test_a_result_that_appears_while_waiting_ends_the_wait(fake, monkeypatch):
     queued(fake)
     whenever_it_sleeps(monkeypatch, finish)
-    assert training().wait("7")["config"] == json.loads(CONFIG.model_dump_json())
+    assert wait(goal_of(RUN, CONFIG), "7", 15)["config"] == json.loads(CONFIG.model_dump_json())
 
 
 def test_a_silent_controller_is_said_once_and_waited_for(fake, monkeypatch, capsys):
     fake.refuse("squeue", "Unable to contact slurm controller")
     whenever_it_sleeps(monkeypatch, lambda: len(fake.calls("squeue")) == 3 and finish())
-    training().wait("7")
+    wait(goal_of(RUN, CONFIG), "7", 15)
     assert capsys.readouterr().err.count("controller does not answer") == 1

@@ -7,8 +7,8 @@ import pytest
 import dmd2.slurm_queue
 from dmd2.errors import UserError
 from dmd2.run import RunId
-from dmd2.slurm import RELEASES, SETTLE, Watch
 from dmd2.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
+from dmd2.wait import RELEASES, SETTLE, Watch
 from tests.fake_slurm import FakeSlurm
 
 RUN = RunId("digits", "dmd2", 0)
