@@ -19,7 +19,7 @@ from dmd2.inputs import goal_of
 from dmd2.job import TrainingJob
 from dmd2.run import RunId
 from dmd2.slurm import SlurmTraining
-from dmd2.slurm_queue import slurm
+from dmd2.slurm_queue import slurm, squeue
 from dmd2.wait import log_path, publish, say
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -70,10 +70,7 @@ def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
         os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *sys.argv[1:]])
     if cluster.training.nodes > 1:
         raise UserError("training.nodes: several nodes need `launcher: slurm` in the cluster file")
-    options = cluster.training
-    TrainingJob(
-        str(run), cfg.model_dump_json(), cluster.jobs.train.threads, options.device, options.micro_batch
-    ).train()
+    TrainingJob.of(run, cfg, cluster).train()
     if int(os.environ.get("RANK", "0")) == 0 and (record := goal_of(run, cfg).reached()):
         publish(run, record)
 
@@ -104,11 +101,11 @@ def cancel(runs: Annotated[list[str], typer.Argument(help="base/name/seedN ...")
     """Stop the Slurm jobs of runs; everything saved is kept and `train` continues."""
     with readable_errors():
         for run in map(RunId.parse, runs):
-            record = run.folder / "job.json"
-            if not record.exists() or not (jobs := read_json(record)["jobs"]):
-                raise UserError(f"{run} has no Slurm job")
-            slurm("scancel", jobs[-1])
-            say(run, f"cancelled Slurm job {jobs[-1]}")
+            live = squeue("--name", read_json(record)["name"]) if (record := run.folder / "job.json").exists() else {}
+            if not (jobs := [entry.job for entry in live.values() if not entry.ended]):
+                raise UserError(f"{run} is not running and not waiting in the Slurm queue")
+            slurm("scancel", *jobs)
+            say(run, f"cancelled Slurm job {', '.join(jobs)}")
 
 
 @app.command()
