@@ -4,7 +4,7 @@ A number computed on anything but the canonical Inception features is an FD of t
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +15,44 @@ from dmd2.data import TensorSet, load_set, load_shard, save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.rng import Draws, stream
-from eval.stats import FeatureStats, save_stats
+from eval.clip import ClipImages
+from eval.networks import NETWORKS, FeatureNetwork, load_network
+from eval.weights import WEIGHTS
 
-WEIGHTS = Path("data/weights")
 FEATURES = 64
 TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3
 
 
 class Detector(Protocol):
-    """What every metric is given."""
+    """What every metric is given; any callable with these members is one."""
 
     name: str
+    about: dict[str, Any]
+    """Checksum of the weights, resize, input size, layer, precision: the provenance of every number."""
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether a Frechet distance of these features may be called FID."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """``FID`` or ``FD (<name>)``."""
+        ...
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features ``(N, d)`` and, for a classifier, class logits ``(N, classes)``."""
+        """Features ``(N, d)`` and, for a classifier, class logits ``(N, classes)``, of uint8 ``(N, C, H, W)``."""
         ...
 
 
-class Classifier(nn.Module):
+class Classifier(FeatureNetwork):
     """Small convolutional classifier of one dataset; the features are its 64 activations before the last layer."""
 
     def __init__(self, name: str, channels: int, resolution: int, classes: int) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name, {"weights": None, "verified": False, "resize": "none", "input": resolution,
+                                "layer": "last hidden", "features": FEATURES, "classes": name})  # fmt: skip
+        del self.about["batch"]  # this one runs on the batch it is given
+        self.channels = channels
         width, size = 32, resolution
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
         while size > 4:
@@ -47,8 +62,10 @@ class Classifier(nn.Module):
         self.last = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of uint8 images."""
-        features = self.body(images.float() / 127.5 - 1)
+        """Features and logits of images in grey levels; grey ones are replicated for a colour classifier."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        features = self.body(images.to(self.device).float() / 127.5 - 1)
         return features, self.last(features)
 
 
@@ -80,55 +97,59 @@ def train_classifier(name: str, real: TensorSet, out: Path) -> None:
     write_json(out, {**about, "files": listing([path], out.parent)})
 
 
-def load_detector(name: str, weights: Path = WEIGHTS) -> Detector:
+def load_detector(
+    name: str, weights: Path = WEIGHTS, device: torch.device | str = "cpu", *, random_weights: bool = False
+) -> Detector:
     """The detector `name`, its weights verified.
+
+    Args:
+        name: one of `NETWORKS`, ``clip-<folder of an open_clip model>``, or ``<data>-classifier``.
+        weights: parent of the weights' folders.
+        device: where it runs; features come back on the CPU.
+        random_weights: for tests only, see `load_network`.
 
     Raises:
         UserError: unknown, or its weights are missing (nothing is downloaded here) or changed.
     """
+    if name in NETWORKS:
+        return load_network(name, weights, device, random_weights=random_weights)
+    if name.startswith("clip-"):
+        return ClipImages(weights / name).on(device)
     manifest = weights / name / "manifest.json"
     if not manifest.exists():
-        raise UserError(f"detector {name}: {manifest} is missing; a per-dataset classifier is made by its rule")
+        raise UserError(
+            f"detector {name}: {manifest} is missing; a per-dataset classifier is made by its rule, the others are "
+            f"{', '.join(NETWORKS)} and clip-<model folder>"
+        )
     entry = read_json(manifest)
     if entry["kind"] != "classifier":
         raise UserError(f"detector {name}: kind {entry['kind']} of {manifest} is not one this version can run")
     model = Classifier(name, entry["channels"], entry["resolution"], entry["classes"])
     model.load_state_dict(load_shard(verified(manifest.parent, entry["files"][0])))
-    return model.eval().requires_grad_(False)
+    model.about |= {"weights": entry["files"][0]["sha256"], "verified": True}
+    return model.on(device)
 
 
-def reference_stats(detector: Detector, real: TensorSet, batch: int = 500) -> FeatureStats:
-    """Moments of a whole real set."""
-    parts = [FeatureStats.of(detector(part)[0]) for part in real.tensors["images"].split(batch)]
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merged.merge(part)
-    return merged
+def record_network(name: str, out: Path) -> None:
+    """Write the manifest OUT of a network whose weights exist already, so that rules can depend on it.
+
+    Raises:
+        UserError: unknown, or its weights are missing or changed.
+    """
+    about = load_detector(name).about
+    write_json(out, {"kind": "network", "name": name, **about,
+                     "files": [{"path": about["file"], "sha256": about["weights"]}]})  # fmt: skip
 
 
-app = typer.Typer(help=__doc__)
-
-
-@app.command()
-def prepare(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
-    """Train the classifier NAME on the manifest --real; write the manifest OUT and its weights."""
+def main(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
+    """Train the classifier NAME on the manifest --real, or verify the network NAME; write the manifest OUT."""
     torch.set_num_threads(threads)
     with readable_errors():
         if real is None:
-            raise UserError(f"detector {name}: this version can only train per-dataset classifiers, not load {name}")
-        train_classifier(name, load_set(real), out)
-
-
-@app.command()
-def reference(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
-    """Write the feature moments of the real set --real under detector NAME to OUT."""
-    torch.set_num_threads(threads)
-    with readable_errors(), torch.no_grad():
-        if real is None:
-            raise UserError(f"{out.parent.name}: this version computes references from data sets and imports none")
-        stats = reference_stats(load_detector(name), load_set(real))
-        save_stats(stats, out, {"detector": name, "data": real.parent.name})
+            record_network(name, out)
+        else:
+            train_classifier(name, load_set(real), out)
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

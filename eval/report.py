@@ -21,7 +21,7 @@ from dmd2.files import read_json, sha256, write_text
 from dmd2.run import commit
 from eval import figures
 from eval.claims import MIN_SEEDS, SETTLED
-from eval.tables import LABELS, PAPER_NAME, cells, hours, summary
+from eval.tables import FRECHET, LABELS, PAPER_NAME, cells, certainty, explained, hours, summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
@@ -88,6 +88,8 @@ def view(bundle: Bundle) -> dict[str, Any]:
         "symbols": [figures.key(anchors[run], style) for run, style in styles.items()],
         "metric": LABELS.get(first, first),
         "header": header(bundle),
+        "certainty": certainty(bundle) if first in FRECHET else None,
+        "explained": explained(bundle),
         "lines": lines(bundle),
         "protocol": bundle["rows"][0]["protocol"],
         "verdicts": [(mark, sum(c["verdict"] == mark for c in bundle["claims"])) for mark in MARKS],

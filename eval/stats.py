@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,19 +69,22 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared: other detectors?")
     cov_a, cov_b = a.covariance, b.covariance
-    cross = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
+    cross = np.linalg.svd(_root(a).T @ _root(b), compute_uv=False).sum()
     traces = np.trace(cov_a) + np.trace(cov_b)
     distance = float(((a.mean - b.mean) ** 2).sum() + traces - 2 * cross)
     return max(distance, 0.0) if distance > -1e-6 * traces else distance
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def _root(stats: FeatureStats) -> np.ndarray:
     """A factor ``A`` with ``A A^T`` equal to the covariance."""
-    values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(values.clip(0))
+    values, vectors = np.linalg.eigh(stats.covariance)
+    d = len(values)
+    # Fewer images than dimensions: the eigenvalues that must be 0 come out near eps, and their roots near 1e-8
+    noise = d * np.finfo(np.float64).eps * values[-1] if stats.count <= d else 0.0
+    return vectors * np.sqrt(np.where(values > noise, values, 0.0))
 
 
-def save_stats(stats: FeatureStats, out: Path, about: dict[str, str | int]) -> None:
+def save_stats(stats: FeatureStats, out: Path, about: dict[str, Any]) -> None:
     """Write moments as ``moments.safetensors`` beside the manifest `out`."""
     path = out.parent / "moments.safetensors"
     save_shard(path, {"mean": torch.from_numpy(stats.mean), "scatter": torch.from_numpy(stats.scatter)})

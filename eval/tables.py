@@ -17,8 +17,10 @@ from dmd2.errors import readable_errors
 from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.run import RunId
 from eval.claims import Measurements, judge, show
+from eval.differences import Arm, difference, influences, shown
 
 TEACHER_METRICS = Path("results/teachers")
+FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
 PAPER_NAME = {"fd": "fid"}  # the paper's metric that ours stands in for
 LABELS = {
     "fd": "FD", "fid": "FID", "patch_fid": "Patch FID", "clip_score": "CLIP", "accuracy": "Class accuracy",
@@ -46,8 +48,9 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "grid": {s: str(RunId(table.base, run, s).folder / "grid.png") for s in metrics},
         "changed": _changed(experiment.bases[table.base], experiment.runs[table.base, run]),
-        "config": first["config"], "protocol": first["protocol"],
+        "config": first["config"], "protocol": first["protocol"], "classes": first["config"]["data"]["classes"],
         "commits": {s: m["train_commit"] for s, m in metrics.items()},
+        "estimates": {s: chosen[s]["estimates"] for s in metrics},
     }  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> R
         "step": {0: 0}, "student_updates": 0, "seconds": {0: metrics["seconds"]}, "device": "", "cost": {},
         "curves": {}, "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
         "protocol": metrics["protocol"], "commits": {0: metrics["eval_commit"]},
-        "network_calls": metrics["network_calls"],
+        "network_calls": metrics["network_calls"], "estimates": {0: metrics["snapshots"][0]["estimates"]},
     }  # fmt: skip
 
 
@@ -86,10 +89,28 @@ def build(name: str) -> dict[str, Any]:
     table = experiment.tables[name]
     rows = [student_row(experiment, name, row.run, row.paper) for row in experiment.rows[name]]
     rows += [teacher_row(table, sampler, paper) for sampler, paper in table.teachers.items()]
+    _add_differences(table, rows)
     measured = {(row["run"], metric): values for row in rows for metric, values in row["values"].items()}
     claims = judge(table.claims, Measurements(measured), table.metrics[0])
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": _warnings(rows)}
+
+
+def _add_differences(table: Table, rows: list[Row]) -> None:
+    """Give every row its paired difference to the reference row in the first metric, if that is a Frechet distance."""
+    first = table.metrics[0]
+    base = next((row for row in rows if row["run"] == table.reference_row), None)
+    for row in rows:
+        row["difference"] = None
+        if base is not None and row is not base and first in FRECHET:
+            classes = base["classes"] if base["protocol"]["labels"] == "cyclic" else None
+            row["difference"] = difference(_arm(row, first), _arm(base, first), classes)
+
+
+def _arm(row: Row, metric: str) -> Arm:
+    folders = {seed: Path(grid).parent for seed, grid in row["grid"].items()}
+    psi = {s: influences(read_json(f / "metrics.json"), f, row["step"][s]) for s, f in folders.items()}
+    return Arm(row["values"][metric], psi, row["kind"] == "teacher")
 
 
 def _warnings(rows: list[Row]) -> list[str]:
@@ -118,6 +139,7 @@ def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
             **{name: row["cost"].get(seed, {}).get(name) for name in ("gpu_hours", "cpu_hours")},
             "images": row["protocol"]["images"], "detector": row["protocol"]["detector"],
             "reference": row["protocol"]["reference"], "commit": row["commits"][seed],
+            **{key: row["estimates"][seed].get(metric, {}).get(key) for key in ("se", "low", "high", "bias")},
         }
         for row in bundle["rows"] for metric, values in row["values"].items() for seed, value in values.items()
     ]  # fmt: skip
@@ -165,12 +187,45 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         others = [summary(row["values"][m]) if m in row["values"] else "–" for m in rest]
         seconds = float(np.mean(list(row["seconds"].values())))
         updates = str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
-        shown = "–" if paper is None else f"{paper:.2f}"
+        papers = "–" if paper is None else f"{paper:.2f}"
         spent = [cost["gpu_hours" if gpu else "cpu_hours"] for cost in row["cost"].values()]
-        lines.append([f"`{row['run']}`", *ticks, summary(row["values"][first]), shown, gap(bundle, row), *others,
+        lines.append([f"`{row['run']}`", *ticks, summary(row["values"][first]), papers, gap(bundle, row), *others,
                       updates, f"{seconds:.0f} s" if row["kind"] == "student" else "–",
                       hours(spent) if spent else "–"])  # fmt: skip
     return header, lines
+
+
+def certainty(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the second table: how sure the first metric is, and the paired differences."""
+    metric, base = bundle["metrics"][0], bundle["reference_row"]
+    label = LABELS.get(metric, metric)
+    header = ["run", label, "SE of the images", "bias at this n", f"{label} without bias"]
+    header += [f"minus `{base}`, paired, 95 %"] if base else []
+    lines = []
+    for row in bundle["rows"]:
+        found = [estimates[metric] for estimates in row["estimates"].values()]
+        value = float(np.mean([e["value"] for e in found]))
+        error = _root_mean_square([e["se"] for e in found])
+        bias = None if any(e["bias"] is None for e in found) else float(np.mean([e["bias"] for e in found]))
+        numbers = [value, error, bias, None if bias is None else value - bias]
+        lines.append([f"`{row['run']}`", *("–" if x is None else f"{x:.3g}" for x in numbers),
+                      *([shown(row["difference"])] if base else [])])  # fmt: skip
+    return header, lines
+
+
+def _root_mean_square(errors: list[float | None]) -> float | None:
+    known = [e for e in errors if e is not None]
+    return float(np.sqrt(np.mean(np.square(known)))) if len(known) == len(errors) else None
+
+
+def explained(bundle: dict[str, Any]) -> str:
+    """What the intervals of the second table cover."""
+    seeds = len(bundle["seeds"])
+    noise = (f"a t-interval over {seeds} training seeds, so it covers the noise of training and of sampling"
+             if seeds > 1 else "of one run: it covers the finite sample of images, not another training")  # fmt: skip
+    return ("SE and bias are those of the finite number of images at one training seed (root mean square over "
+            "seeds). Differences are taken at equal training seeds, sample seeds and labels; the interval is "
+            f"{noise}.")  # fmt: skip
 
 
 def markdown(bundle: dict[str, Any]) -> str:
@@ -188,6 +243,10 @@ def markdown(bundle: dict[str, Any]) -> str:
     if bundle["metrics"][0] in PAPER_NAME:
         text += ["", "FD is the Fréchet distance in this detector's features: it is not FID, and the paper's column "
                  "is FID on its own dataset, so only ratios and orders can be compared."]  # fmt: skip
+    if bundle["metrics"][0] in FRECHET:
+        header, lines = certainty(bundle)
+        text += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        text += ["| " + " | ".join(line) + " |" for line in lines] + ["", explained(bundle)]
     text += ["", bundle["notes"]] if bundle["notes"] else []
     text += ["", *(f"**Warning:** {warning}." for warning in bundle["warnings"])] if bundle["warnings"] else []
     if bundle["claims"]:

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from dmd2.ablations import load_experiment
 from dmd2.config import RunConfig
-from dmd2.files import write_json, write_text
+from dmd2.data import save_shard
+from dmd2.files import listing, write_json, write_text
 from dmd2.run import RunId
 from eval.claims import SETTLED
 from eval.tables import build
@@ -55,6 +57,8 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
          "brightness": float(0.305 + 0.003 * rng.standard_normal())}
         for t, value in zip(done, fd, strict=True)
     ]  # fmt: skip
+    for snapshot in snapshots:
+        snapshot["estimates"] = _estimates({k: snapshot[k] for k in ("fd", "fid", "accuracy", "brightness")})
     at = np.arange(0, steps, max(1, steps // 150))
     noise = np.convolve(rng.standard_normal(len(at) + 20), np.ones(21) / 21, "valid") * (0.25 if unstable else 0.012)
     probe = 0.305 - 0.12 * np.exp(-at / steps * 14) + noise
@@ -67,7 +71,7 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
         "student_updates": -(-steps // ratio), "seconds": round(90 + 40 * rng.random(), 1), "device": "1 x CPU thread",
         "cost": {"source": "sacct", "gpu_hours": 0.0, "cpu_hours": (120 + number) / 3600, "starts": 1 + run.seed},
         "train_commit": "4be1c02d9", "eval_commit": "4be1c02d9", "config": cfg.model_dump(mode="json"),
-        "eval_seconds": 12.3,
+        "eval_seconds": 12.3, "files": _influence(run.folder, [s["step"] for s in snapshots], number),
     })  # fmt: skip
 
 
@@ -78,8 +82,22 @@ def _teacher(folder: Path, fd: float, number: int) -> None:
     write_json(folder / "metrics.json", {
         "kind": "metrics", "run": f"digits/teacher-{folder.name}", "row": f"teacher-{folder.name}", "seed": 0,
         "protocol": PROTOCOL, "network_calls": 35 + 28 * number, "sampler": sampler,
-        "snapshots": [{"step": 0, "student_updates": 0, **values}], "eval_commit": "4be1c02d9", "seconds": 4.0,
+        "snapshots": [{"step": 0, "student_updates": 0, **values, "estimates": _estimates(values)}],
+        "eval_commit": "4be1c02d9", "seconds": 4.0, "files": _influence(folder, [0], 99),
     })  # fmt: skip
+
+
+def _estimates(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {name: {"value": v, "se": 0.02 * v, "low": 0.95 * v, "high": 1.02 * v, "bias": 0.01 * v, "n": 2000}
+            for name, v in values.items()}  # fmt: skip
+
+
+def _influence(folder: Path, steps: list[int], number: int) -> list[dict[str, object]]:
+    """Influences of 2,000 images, in part common to all rows."""
+    common, own = (np.random.default_rng(seed).standard_normal(2000) for seed in (0, number + 1))
+    path = folder / "influence.safetensors"
+    save_shard(path, {f"{step:07d}": torch.from_numpy((9 * common + 3 * own).astype(np.float32)) for step in steps})
+    return listing([path], folder)
 
 
 def _grid(path: Path, noise: float, number: int) -> None:

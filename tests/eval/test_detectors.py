@@ -8,8 +8,9 @@ import torch
 from dmd2.ablations import load_base
 from dmd2.data import load_set, prepare
 from dmd2.errors import UserError
-from eval.detectors import load_detector, reference_stats, train_classifier
-from eval.evaluate import Protocol
+from eval import protocol
+from eval.detectors import load_detector, record_network, train_classifier
+from eval.frechet import moments
 from eval.stats import FeatureStats, frechet_distance
 
 
@@ -35,7 +36,7 @@ def test_training_it_again_gives_the_same_weights(digits, tmp_path) -> None:
 def test_distance_orders_sets_sanely(digits) -> None:
     folder, real = digits
     detector = load_detector("digits-classifier", folder / "weights")
-    reference = reference_stats(detector, real)
+    reference = moments(detector(real.tensors["images"])[0])
     images, labels = real.tensors["images"], real.tensors["labels"]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
@@ -56,12 +57,33 @@ def test_features_do_not_depend_on_the_batch(digits) -> None:
     assert torch.allclose(detector(images)[0], pieces, atol=1e-5)
 
 
+def test_classifier_tells_its_provenance_and_is_no_fid(digits) -> None:
+    detector = load_detector("digits-classifier", digits[0] / "weights")
+    listed = json.loads((digits[0] / "weights/digits-classifier/manifest.json").read_text())["files"][0]["sha256"]
+    assert detector.about["weights"] == listed and detector.about["verified"] and detector.about["features"] == 64
+    assert detector.label == "FD (digits-classifier)" and not detector.is_fid
+
+
+def test_network_becomes_a_manifest_and_a_reference(digits, tmp_path) -> None:
+    record_network("lite0-320@32", tmp_path / "lite0-320@32/manifest.json")
+    entry = json.loads((tmp_path / "lite0-320@32/manifest.json").read_text())
+    assert entry["kind"] == "network" and entry["files"][0]["sha256"] == entry["weights"]
+    stats = moments(load_detector("lite0-320@32")(digits[1].tensors["images"][:20])[0])
+    assert stats.count == 20 and stats.mean.shape == (320,)
+
+
 def test_missing_detector_says_where_it_should_be(tmp_path) -> None:
     with pytest.raises(UserError, match=r"nothing/manifest\.json is missing"):
         load_detector("nothing", tmp_path)
 
 
-def test_metric_that_cannot_be_measured_is_named() -> None:
-    _, cfg = load_base("imagenet64")
-    with pytest.raises(UserError, match="fid cannot be measured by this version"):
-        Protocol.of(cfg)
+@pytest.mark.parametrize(
+    ("metric", "sentence"), [("beauty", "beauty cannot be measured by this version"), ("fid", "fid .* is called fd")]
+)
+def test_metric_that_cannot_be_measured_is_named(digits, monkeypatch, metric, sentence) -> None:
+    detector = load_detector("digits-classifier", digits[0] / "weights")
+    monkeypatch.setattr(protocol, "load_detector", lambda _name, device: detector)
+    _, cfg = load_base("digits")
+    cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"metrics": [metric]})})
+    with pytest.raises(UserError, match=sentence):
+        protocol.Protocol.of(cfg, torch.device("cpu"))

@@ -100,7 +100,7 @@ def test_the_report_has_the_column_and_in_each_row_who_counted(place: Path) -> N
 def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, monkeypatch) -> None:
     cfg = load_experiment(root / "workflow/tables", root / "workflow/base").runs["digits", "dmd2"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.Protocol, "of", lambda cfg: evaluate.Protocol(cfg, Mock(), Mock(), {}))
+    monkeypatch.setattr(evaluate.Protocol, "of", lambda cfg, device: evaluate.Protocol(cfg, Mock(), Mock(), {}))
     monkeypatch.setattr(evaluate, "load_teacher", Mock())
     monkeypatch.setattr(evaluate, "_save_grid", Mock())
     run, cost = RunId("digits", "dmd2", 0), {"source": "sacct", "gpu_hours": 1.5, "cpu_hours": 6.0, "starts": 2}

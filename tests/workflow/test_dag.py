@@ -100,7 +100,7 @@ def test_paper_tables_plan_completely(finished: Workspace) -> None:
     [
         ("data/teachers/edm-imagenet64/manifest.json", "put a diffusers UNet"),
         ("data/real/imagenet64/manifest.json", "put safetensors shards"),
-        ("data/weights/inception-2015-12-05/manifest.json", "can only train per-dataset classifiers"),
+        ("data/weights/inception-2015-12-05/manifest.json", "is missing; put it into"),
     ],
 )
 def test_what_the_user_must_bring_is_said_in_a_sentence(finished: Workspace, target: str, sentence: str) -> None:

@@ -32,11 +32,11 @@ rule detector:
     message:
         "detector {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors prepare {wildcards.detector} {output} {params.real} --threads {threads}"
+        "{PYTHON} -m eval.detectors {wildcards.detector} {output} {params.real} --threads {threads}"
 
 
 def reference_inputs(w):
-    """Statistics of a data set are computed; any other reference is a file of the user's."""
+    """Statistics of a data set are computed; any other reference is the user's npz (EDM's or clean-fid's format)."""
     real = {"real": f"data/real/{w.reference}/manifest.json"} if w.reference in DATA else {}
     return real | {"detector": f"data/weights/{w.detector}/manifest.json"}
 
@@ -47,14 +47,14 @@ rule reference:
     output:
         "data/refs/{reference}-{detector}/manifest.json",
     params:
-        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
+        source=lambda w, input: input.get("real", f"data/refs/{w.reference}.npz"),
     threads: threads_of("reference")
     resources:
         **hardware("reference"),
     message:
         "reference statistics {wildcards.reference} under {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors reference {wildcards.detector} {output} {params.real} --threads {threads}"
+        "{PYTHON} -m eval.reference {params.source} {output} --detector {wildcards.detector} --threads {threads}"
 
 
 rule teacher:

@@ -1,0 +1,222 @@
+"""Metrics of one feature set, or the paired difference of two, against one reference, with every number's protocol.
+
+What was computed by different protocols is refused, never compared.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+from torch import Tensor
+
+from dmd2.errors import UserError
+from dmd2.rng import sample_labels
+from dmd2.run import commit
+from eval.estimate import Estimate
+from eval.features import FeatureSet
+from eval.frechet import paired
+from eval.kid import kid, kid_paired
+from eval.neighbours import prdc, precision_recall
+from eval.reference import Reference, same_detector
+from eval.scores import accuracy, inception_score, paired_mean
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "timm", "open-clip-torch")
+IMAGES_PER_DIMENSION = 4  # below, the bias estimate is off by more than about 16 %
+
+
+Labels = Tensor | None
+
+
+def _fd(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    return {sample.detector["label"]: reference.frechet.estimate(sample.features, labels)}
+
+
+def _kid(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    return {"KID": kid(sample.features, reference.rows("kid"), labels)}
+
+
+def _prdc(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    return {f"{name} (k=5)": e for name, e in prdc(reference.rows("prdc"), sample.features).items()}
+
+
+def _pr(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    return {f"{name} (k=3)": e for name, e in precision_recall(reference.rows("pr"), sample.features).items()}
+
+
+def _is(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    return {sample.detector["label"].replace("FID", "IS").replace("FD", "IS"): inception_score(_logits(sample), labels)}
+
+
+def _accuracy(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+    logits, wanted = _classified(sample, labels)
+    return {"accuracy": accuracy(logits, wanted)}
+
+
+def _logits(sample: FeatureSet) -> np.ndarray:
+    if sample.logits is None:
+        raise UserError(f"{sample.detector['name']} does not classify: is and accuracy need a classifier")
+    return sample.logits
+
+
+def _classified(sample: FeatureSet, labels: Labels) -> tuple[np.ndarray, Tensor]:
+    if labels is None:
+        raise UserError("accuracy needs the number of classes (--classes C): image i was drawn for class i mod C")
+    return _logits(sample), labels
+
+
+METRICS: dict[str, Callable[[FeatureSet, Reference, Labels], dict[str, Estimate]]] = {
+    "fd": _fd, "kid": _kid, "prdc": _prdc, "pr": _pr, "is": _is, "accuracy": _accuracy,
+}  # fmt: skip
+
+
+def _paired_accuracy(a: FeatureSet, b: FeatureSet, labels: Labels) -> Estimate:
+    return paired_mean(_hits(a, labels), _hits(b, labels), labels)
+
+
+def _hits(sample: FeatureSet, labels: Labels) -> np.ndarray:
+    logits, wanted = _classified(sample, labels)
+    return (logits.argmax(axis=1) == wanted.numpy()).astype(np.float64)
+
+
+PAIRED: dict[str, Callable[[FeatureSet, FeatureSet, Reference, Labels], Estimate]] = {
+    "fd": lambda a, b, reference, labels: paired(reference.frechet, a.features, b.features, labels),
+    "kid": lambda a, b, reference, labels: kid_paired(a.features, b.features, reference.rows("kid"), labels),
+    "accuracy": lambda a, b, reference, labels: _paired_accuracy(a, b, labels),
+}
+
+
+def known(metrics: Sequence[str], table: dict[str, Any]) -> Sequence[str]:
+    """The metrics asked for.
+
+    Raises:
+        UserError: none, or one that does not exist.
+    """
+    unknown = [name for name in metrics if name not in table]
+    if unknown or not metrics:
+        raise UserError(f"there is no metric {', '.join(unknown) or 'given'}: choose from {', '.join(table)}")
+    return metrics
+
+
+def cyclic(count: int, classes: int | None) -> Labels:
+    """Class of every sample by its global index, None if the images have no classes."""
+    return None if classes is None else sample_labels(list(range(count)), classes, "cyclic")
+
+
+def measure(
+    sample: FeatureSet, reference: Reference, metrics: Sequence[str], classes: int | None = None
+) -> dict[str, Estimate]:
+    """Metrics by their printed names.
+
+    Args:
+        sample: features of the generated images.
+        reference: what they are compared with.
+        metrics: some of `METRICS`.
+        classes: image i is of class ``i mod classes``; standard errors then count the spread inside classes only.
+
+    Raises:
+        UserError: unknown metrics, different protocols, or a value that is not finite.
+    """
+    same_detector(sample.detector, reference)
+    labels = cyclic(len(sample), classes)
+    found: dict[str, Estimate] = {}
+    for name in known(metrics, METRICS):
+        found |= METRICS[name](sample, reference, labels)
+    return _finite(found)
+
+
+def compare(
+    a: FeatureSet, b: FeatureSet, reference: Reference, metrics: Sequence[str], classes: int | None = None
+) -> dict[str, Estimate]:
+    """Differences ``b - a`` of two sets whose images at one index share seed and label or prompt.
+
+    Raises:
+        UserError: unknown metrics, other detectors, geometries or numbers of images, or a value that is not finite.
+    """
+    ours, theirs = _protocol(a), _protocol(b)
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"the two sets differ in {key}, {ours.get(key)} and {theirs.get(key)}: they are not comparable"
+            )
+    same_detector(a.detector, reference)
+    labels = cyclic(len(a), classes)
+    names = {"fd": a.detector["label"], "kid": "KID", "accuracy": "accuracy"}
+    return _finite({names[m]: PAIRED[m](a, b, reference, labels) for m in known(metrics, PAIRED)})
+
+
+def _protocol(sample: FeatureSet) -> dict[str, Any]:
+    return {**sample.detector, "geometry": sample.source["geometry"], "number of images": len(sample)}
+
+
+def _finite(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
+    for name, estimate in estimates.items():
+        if not math.isfinite(estimate.value):
+            raise UserError(f"{name} of {estimate.n} images is {estimate.value}: too few or degenerate images")
+    return estimates
+
+
+def warnings(sample: FeatureSet, reference: Reference, classes: int | None) -> list[str]:
+    """What a reader must know about numbers of these two sets."""
+    n, d = sample.features.shape
+    found = []
+    if n <= d:
+        found.append(f"{n} images for {d} dimensions: the covariance is rank-deficient, no standard error, no bias")
+    elif n < IMAGES_PER_DIMENSION * d:
+        found.append(f"{n} images for {d} dimensions: below {IMAGES_PER_DIMENSION * d} the bias estimate is unreliable")
+    if reference.detector is None:
+        found.append(f"{reference.about['path']} does not say which resize made it; that of the detector is assumed")
+    images = reference.about["images"]
+    if images is not None and images <= d:
+        found.append(f"the reference has {images} images for {d} dimensions: its covariance is rank-deficient")
+    if classes is not None and n % classes:
+        found.append(f"{n} images are not a multiple of {classes} classes: the classes are not balanced")
+    if sample.source["small"]:
+        found.append(f"{sample.source['small']} generated images are smaller than 299 pixels")
+    if sample.duplicates:
+        found.append(f"{sample.duplicates} generated images repeat an earlier one")
+    return found
+
+
+def verdict(difference: Estimate, margin: float | None = None) -> str:
+    """What a paired difference ``b - a`` shows at 95 %, for one pair of runs.
+
+    ``equivalent``: two one-sided tests at 5 % place it inside ``+-margin``; ``b is lower`` or ``b is higher``: the
+    interval excludes 0; otherwise ``undecided``, with the number of images that would decide a difference of this size.
+    """
+    interval = difference.interval
+    if difference.se is None or interval is None:
+        return "undecided: no standard error"
+    centre = sum(interval) / 2
+    if margin is not None and abs(centre) + t.ppf(0.95, difference.n - 1) * difference.se < margin:
+        return f"equivalent within {margin:g}"
+    if interval[0] > 0 or interval[1] < 0:
+        return "b is higher" if centre > 0 else "b is lower"
+    if not centre:
+        return "undecided: no difference seen"
+    needed = math.ceil(difference.n * (1.96 * difference.se / centre) ** 2)
+    return f"undecided: about {needed} images would be needed"
+
+
+def provenance(
+    sample: FeatureSet, reference: Reference, classes: int | None, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Everything a number depends on besides the images: it is the same for all numbers of one call."""
+    return {
+        "detector": sample.detector, "reference": reference.about, "geometry": sample.source["geometry"],
+        "n": len(sample), "samples": f"0..{len(sample) - 1}",
+        "labels": None if classes is None else f"index mod {classes}",
+        "interval": "95 % around value - bias; FD takes the reference as fixed; with labels, within classes",
+        "warnings": warnings(sample, reference, classes), "versions": versions(),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of what computes the numbers, and of this repository."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "commit": commit()}

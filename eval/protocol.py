@@ -1,0 +1,155 @@
+"""How a sampler of a run becomes numbers: its evaluation section, applied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd2.config import RunConfig
+from dmd2.data import save_shard
+from dmd2.errors import UserError
+from dmd2.files import digest_of, listing
+from dmd2.rng import sample_labels
+from dmd2.sample import quantise
+from eval.detectors import Detector, load_detector
+from eval.estimate import Estimate
+from eval.features import FeatureSet, Sampled, account, extract, join
+from eval.measure import METRICS
+from eval.reference import FEATURES, Engine, Reference
+from eval.resize import NONE
+from eval.scores import mean_estimate
+from eval.stats import FeatureStats, describe, frechet_distance, ones_initialised
+
+REFS = Path("data/refs")
+# What eval.metrics may name, and the engine's metric behind it.
+KNOWN = {"fd": "fd", "fid": "fd", "kid": "kid", "prdc": "prdc", "is": "is", "accuracy": "accuracy", "brightness": ""}
+NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
+
+Sample = Callable[[list[int]], Tensor]
+
+
+class WithBrightness:
+    """A detector whose last feature is the image's mean on the scale 0..1, so that one cache holds both."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.inner, self.name, self.label, self.is_fid = detector, detector.name, detector.label, detector.is_fid
+        self.about = {**detector.about, "brightness": "last feature"}
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features ``(n, d + 1)`` and logits."""
+        features, logits = self.inner(images)
+        mean = images.double().mean(dim=(1, 2, 3)) / 255
+        return torch.cat([features.double().cpu(), mean[:, None].cpu()], dim=1).float(), logits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Estimates by metric, and the influence of every image on the Frechet distance, for paired differences."""
+
+    estimates: dict[str, Estimate]
+    influence: np.ndarray
+
+    def as_json(self) -> dict[str, Any]:
+        """Values by metric, and the estimates with standard error, interval and bias."""
+        values = {name: estimate.value for name, estimate in self.estimates.items()}
+        return {**values, "estimates": {name: estimate.as_json() for name, estimate in self.estimates.items()}}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a number depends on besides the weights."""
+
+    cfg: RunConfig
+    detector: Detector
+    reference: Reference
+    names: dict[str, Any]
+
+    @staticmethod
+    def of(cfg: RunConfig, device: torch.device) -> "Protocol":
+        """Load what the run's eval section names.
+
+        Raises:
+            UserError: a metric is unknown or misnamed, or a detector or reference is missing.
+        """
+        detector = load_detector(cfg.eval.detector, device=device)
+        for name in cfg.eval.metrics:
+            if name not in KNOWN:
+                raise UserError(f"eval.metrics: {name} cannot be measured by this version; known: {', '.join(KNOWN)}")
+            if name in ("fd", "fid") and (name == "fid") != detector.is_fid:
+                right = "fid" if detector.is_fid else "fd: only the canonical Inception features give an FID"
+                raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}")
+        moments = REFS / f"{cfg.eval.reference}-{cfg.eval.detector}" / "manifest.json"
+        images = Path("data/real") / cfg.eval.reference / "manifest.json"
+        engine = Engine(detector, NONE, FEATURES, cfg.eval.batch)
+        reference = engine.reference(images if NEEDS_IMAGES & set(cfg.eval.metrics) else moments)
+        names = {
+            "detector": describe(Path("data/weights") / cfg.eval.detector / "manifest.json"),
+            "reference": f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)",
+            "images": cfg.eval.images, "draws": cfg.eval.draws, "labels": cfg.eval.labels,
+            "rounding": cfg.eval.rounding, "covariance_init": cfg.eval.covariance_init,
+        }  # fmt: skip
+        return Protocol(cfg, detector, reference, names)
+
+    def measure(self, sample: Sample, identity: dict[str, Any], scratch: Path) -> Measured:
+        """Metrics of a sampler, averaged over draws; draw d uses the sample seeds d*images ... (d+1)*images - 1.
+
+        Args:
+            sample: seeds to images in [-1, 1].
+            identity: what the images depend on besides this protocol; it addresses the cached features.
+            scratch: folder of those features, so that an evaluation that was killed goes on.
+        """
+        draws = [self._draw(sample, identity, scratch, d * self.cfg.eval.images) for d in range(self.cfg.eval.draws)]
+        return Measured(
+            {name: average([draw.estimates[name] for draw in draws]) for name in draws[0].estimates},
+            np.concatenate([draw.influence for draw in draws]),
+        )
+
+    def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
+        spec = self.cfg.eval
+
+        def images(indices: list[int]) -> Tensor:
+            return quantise(sample([first + i for i in indices]), spec.rounding)
+
+        about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels}
+        source, detector = Sampled(digest_of(about), spec.images, images), WithBrightness(self.detector)
+        joined = join(extract(source, detector, scratch, batch=spec.batch), spec.images)
+        brightness, features = joined.features[:, -1], np.ascontiguousarray(joined.features[:, :-1])
+        drawn = FeatureSet(features, joined.logits, joined.pixels, joined.source, account(self.detector))
+        labels = sample_labels(list(range(first, first + spec.images)), self.cfg.data.classes, spec.labels)
+        # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
+        strata = labels if spec.labels == "cyclic" else None
+        found: dict[str, Estimate] = {}
+        for name in spec.metrics:
+            if name == "brightness":
+                found[name] = mean_estimate(brightness, strata)
+            elif name == "accuracy":
+                found |= METRICS[name](drawn, self.reference, labels)
+            else:
+                values = METRICS[KNOWN[name]](drawn, self.reference, strata)
+                found |= {key.split()[0].lower() if len(values) > 1 else name: e for key, e in values.items()}
+        if spec.covariance_init == "ones":
+            quirk = frechet_distance(ones_initialised(FeatureStats.of(features)), self.reference.stats)
+            found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
+        return Measured(found, self.reference.frechet.influence(features))
+
+
+def average(draws: list[Estimate]) -> Estimate:
+    """Mean of estimates from independent draws."""
+    errors = [e.se for e in draws if e.se is not None]
+    biases = [e.bias for e in draws if e.bias is not None]
+    return Estimate(
+        float(np.mean([e.value for e in draws])),
+        float(np.sqrt(np.sum(np.square(errors)))) / len(draws) if len(errors) == len(draws) else None,
+        sum(e.n for e in draws),
+        float(np.mean(biases)) if len(biases) == len(draws) else None,
+    )
+
+
+def save_influence(path: Path, influence: dict[int, np.ndarray]) -> list[dict[str, Any]]:
+    """Write influences by step, as the files of a manifest."""
+    save_shard(path, {f"{step:07d}": torch.from_numpy(psi.astype(np.float32)) for step, psi in influence.items()})
+    return listing([path], path.parent)

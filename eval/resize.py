@@ -1,0 +1,224 @@
+"""Quantisation, geometry and the image resizers of the field, each as its definition says (evaluation protocols).
+
+A separable antialiased filter is one matrix per axis, so a float64 matrix product reproduces the integer arithmetic of
+Pillow bit for bit on any device: all products are whole numbers below 2^53.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import center_crop
+
+from dmd2.errors import UserError
+
+PATCH = 299
+PRECISION = 2.0**22  # Pillow's 8-bit filters hold weights as multiples of 2^-22
+ELEMENTS = 1 << 20  # float64 values one matrix product may hold at a time: 8 MiB, whatever the batch
+
+Filter = Literal["bicubic", "lanczos"]
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Cubic convolution with a = -0.5 (Keys 1981); torch's own bicubic has a = -0.75."""
+    a, x = -0.5, np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    return np.where((x >= -3) & (x < 3), np.sinc(x) * np.sinc(x / 3), 0.0)
+
+
+KERNELS: dict[Filter, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "bicubic": (_bicubic, 2.0),
+    "lanczos": (_lanczos, 3.0),
+}
+
+
+@lru_cache(maxsize=64)
+def filter_matrix(name: Filter, source: int, target: int) -> Tensor:
+    """Weights ``(target, source)``, float64, of one axis of Pillow's resampling with half-pixel centres.
+
+    The support widens by ``source / target`` when the axis shrinks (antialiasing); rows sum to 1.
+    """
+    kernel, support = KERNELS[name]
+    scale = source / target
+    stretch = max(scale, 1.0)
+    radius = support * stretch
+    centre = (np.arange(target)[:, None] + 0.5) * scale
+    taps = np.arange(source)[None, :]
+    first, last = np.trunc(centre - radius + 0.5), np.trunc(centre + radius + 0.5)
+    weights = kernel((taps - centre + 0.5) * (1 / stretch)) * ((taps >= first) & (taps < last))
+    # cumsum adds from left to right like Pillow; sum() adds in pairs and differs in the last bit.
+    return torch.from_numpy(weights / weights.cumsum(axis=1)[:, -1:])
+
+
+def _separable(images: Tensor, across: Tensor, down: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Horizontal then vertical pass in float64, `finish` after each, a bounded number of images at a time."""
+    across, down = across.to(images.device), down.to(images.device)
+    largest = max(across.shape) * max(down.shape) * images.shape[1]
+    rows = max(1, ELEMENTS // largest)
+    parts = [finish(down @ finish(part.double() @ across.T).double()) for part in images.split(rows)]
+    return torch.cat(parts)
+
+
+def resize_uint8(images: Tensor, size: int, name: Filter = "lanczos") -> Tensor:
+    """Square uint8 images ``(n, C, H, H)`` to ``(n, C, size, size)``, the same bytes as Pillow's ``Image.resize``.
+
+    Raises:
+        UserError: the images are not square. Pillow 13 changed the order of the two passes for some rectangles, so
+            their bytes depend on its version; crop first.
+    """
+    height, width = images.shape[-2:]
+    if height != width:
+        raise UserError(f"images of {height}x{width} cannot be resized to {size}x{size} reproducibly: crop them first")
+    weights = filter_matrix(name, width, size) * PRECISION
+    weights = torch.trunc(weights + torch.copysign(torch.tensor(0.5), weights))  # half away from zero
+    return _separable(images, weights, weights, _to_bytes).to(torch.uint8)
+
+
+def _to_bytes(sums: Tensor) -> Tensor:
+    return ((sums + PRECISION / 2) / PRECISION).floor_().clamp_(0, 255)
+
+
+def clean(images: Tensor, size: int = PATCH) -> Tensor:
+    """clean-fid's resize: antialiased bicubic on float images, clipped to 0..255 and never rounded.
+
+    Args:
+        images: ``(n, C, H, W)``, uint8 or float grey levels.
+        size: side of the result.
+
+    Returns:
+        float32 ``(n, C, size, size)`` in grey levels; Inception takes ``(v - 128) / 128``.
+    """
+    height, width = images.shape[-2:]
+    across, down = filter_matrix("bicubic", width, size), filter_matrix("bicubic", height, size)
+    return _separable(images, across, down, Tensor.float).clamp_(0, 255)
+
+
+def tf1(images: Tensor, size: int = PATCH) -> Tensor:
+    """TensorFlow 1 bilinear of the 2015 Inception graph: corner-aligned origin, no antialiasing, not rounded.
+
+    Output pixel i samples the input at ``i * W / size``, without the half-pixel shift; coordinates and sums are
+    float32 as in TensorFlow's kernel.
+
+    Args:
+        images: ``(n, C, H, W)``, uint8 or float grey levels.
+        size: side of the result.
+
+    Returns:
+        float32 ``(n, C, size, size)`` in grey levels; Inception takes ``(v - 128) / 128``.
+    """
+    across = _lerp(images.float(), size)
+    return _lerp(across.mT, size).mT.contiguous()
+
+
+def _lerp(x: Tensor, size: int) -> Tensor:
+    """Linear interpolation of the last axis at ``i * W / size``."""
+    width = x.shape[-1]
+    position = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(width / size)
+    low = position.long()
+    left, right = x[..., low], x[..., (low + 1).clamp_max(width - 1)]
+    return left + (right - left) * (position - low)
+
+
+def pt(images: Tensor, size: int = PATCH) -> Tensor:
+    """pytorch-fid's resize: half-pixel bilinear without antialiasing.
+
+    Args:
+        images: ``(n, C, H, W)``, uint8 or float grey levels.
+        size: side of the result.
+
+    Returns:
+        float32 ``(n, C, size, size)`` in grey levels; its Inception takes ``v / 127.5 - 1``.
+    """
+    return F.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=False)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "trunc": lambda x: 127.5 * (x + 1),  # DMD2, GigaGAN
+    "round": lambda x: 127.5 * x + 128,  # EDM, EDM2, StyleGAN-T, FastGen
+    "trunc01": lambda x: 255 * (x / 2 + 0.5).clamp(0, 1),  # DMD2's teacher arms: a pipeline that returns [0, 1]
+}
+
+
+def quantise(x: Tensor, rule: str) -> Tensor:
+    """Float images in [-1, 1] to uint8 by one of `RULES`: the floor of the scaled value, clipped to 0..255.
+
+    Raises:
+        UserError: an unknown rule, or values that are not finite.
+    """
+    if rule not in RULES:
+        raise UserError(f"there is no quantisation {rule}: choose one of {', '.join(RULES)}")
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0].item()
+        raise UserError(f"image {bad} of the batch has NaN or infinite pixels: the generator diverged")
+    return RULES[rule](x.float()).clamp(0, 255).to(torch.uint8)
+
+
+def square_crop(images: Tensor) -> Tensor:
+    """Centre square ``(n, C, S, S)`` with ``S = min(H, W)`` of ``(n, C, H, W)``, rounded as torchvision does."""
+    side = min(images.shape[-2:])
+    return center_crop(images, [side, side])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is done to an image before any network sees it, named in the protocol of every number.
+
+    `name` is ``none``, ``square-crop+lanczos-S``, or ``patch-299``: the centre 299x299 of the original pixels, without
+    resizing. Images with a side below 299 have no patch: ``patch-299`` refuses them, ``patch-299-skip`` omits them,
+    ``patch-299-official`` stretches the whole image by `clean` as DMD2's evaluator does (here rounded to uint8,
+    which moves a pixel by at most half a grey level).
+
+    Raises:
+        UserError: any other name.
+    """
+
+    name: str = "none"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"none|square-crop\+lanczos-[1-9]\d*|patch-299(-skip|-official)?", self.name):
+            raise UserError(
+                f"there is no geometry {self.name}: choose none, square-crop+lanczos-S (S in pixels), patch-299, "
+                "patch-299-skip or patch-299-official"
+            )
+
+    @property
+    def is_patch(self) -> bool:
+        """Whether images must reach 299 pixels on both sides."""
+        return self.name.startswith("patch")
+
+    def too_small(self, height: int, width: int) -> bool:
+        """Whether an image of this size has no 299x299 patch (always False for the other geometries)."""
+        return self.is_patch and min(height, width) < PATCH
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Apply to uint8 ``(n, C, H, W)``.
+
+        Raises:
+            UserError: images below 299 pixels under a policy other than ``official``.
+        """
+        if self.name == "none":
+            return images
+        if not self.is_patch:
+            return resize_uint8(square_crop(images), int(self.name.rpartition("-")[2]), "lanczos")
+        height, width = images.shape[-2:]
+        if not self.too_small(height, width):
+            return center_crop(images, [PATCH, PATCH])
+        if self.name.endswith("official"):
+            return clean(images, PATCH).round_().to(torch.uint8)
+        raise UserError(f"an image of {height}x{width} has no {PATCH}x{PATCH} patch: see patch-299-skip, -official")
+
+
+NONE = Geometry("none")

@@ -1,0 +1,255 @@
+"""Features in shards: the same for any batch, process and worker, resumed after a kill, damage named."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmd2.errors import UserError
+from dmd2.files import read_json
+from dmd2.rng import sample_labels, sample_noise
+from eval import features
+from eval.features import FeatureSet, Sampled, blocks, cache_folder, collect, extract, join, share, stream_moments
+from eval.stats import FeatureStats
+
+COUNT = 730
+
+
+class Quadrants:
+    """Detector of tests: means of the quadrants of each channel; an image's features never depend on its company."""
+
+    name, label, is_fid = "quadrants", "FD (quadrants)", False
+
+    def __init__(self, weights: str = "0" * 64) -> None:
+        self.about = {"weights": weights, "resize": "none"}
+        self.seen: list[int] = []
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(len(images))
+        means = torch.nn.functional.adaptive_avg_pool2d(images.expand(-1, 3, -1, -1).double(), 2).flatten(1)
+        return means.float(), means[:, :10].float()
+
+
+def draw(seeds: list[int]) -> torch.Tensor:
+    """uint8 images (n, 3, 8, 8) that belong to their seeds."""
+    return (sample_noise(seeds, (3, 8, 8), "test") * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+
+IMAGES = Sampled("images", COUNT, draw)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch) -> None:
+    monkeypatch.setattr(features, "ROWS", 100)
+
+
+def whole(cache: Path, **options) -> FeatureSet:
+    return join(extract(IMAGES, Quadrants(), cache, **options), COUNT)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_moments_depend_neither_on_the_batch_nor_on_the_number_of_shards(tmp_path, batch, processes) -> None:
+    for process in reversed(range(processes)):  # any order
+        folder = extract(IMAGES, Quadrants(), tmp_path, share(COUNT, process, processes), batch)
+    expected = FeatureStats.of(Quadrants()(draw(list(range(COUNT))))[0])
+    for stats in (stream_moments(folder, COUNT), FeatureStats.of(join(folder, COUNT).features)):
+        assert stats.count == COUNT
+        np.testing.assert_allclose(stats.mean, expected.mean, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(stats.covariance, expected.covariance, rtol=0, atol=1e-10)
+
+
+def test_moments_in_pieces_keep_their_digits_at_a_large_offset(tmp_path) -> None:
+    class Offset(Quadrants):
+        def __call__(self, images):
+            return (super().__call__(images)[0].double() / 255 * 0.05 + 30).float(), None
+
+    folder = extract(IMAGES, Offset(), tmp_path)
+    x = join(folder, COUNT).features.astype(np.float64)
+    np.testing.assert_allclose(stream_moments(folder, COUNT).covariance, np.cov(x.T), rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 730, 50_000])
+def test_shards_of_all_processes_are_all_indices_once(count, processes) -> None:
+    rows = [index for process in range(processes) for block in share(count, process, processes) for index in block]
+    assert sorted(rows) == list(range(count))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_labels_by_global_index_are_balanced_for_any_number_of_processes(processes, monkeypatch) -> None:
+    monkeypatch.setattr(features, "ROWS", 1000)
+    blocks_ = [block for process in range(processes) for block in share(50_000, process, processes)]
+    labels = torch.cat([sample_labels(list(block), 1000, "cyclic") for block in blocks_])
+    assert torch.bincount(labels, minlength=1000).tolist() == [50] * 1000
+
+
+def test_process_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="no shard 3/3"):
+        share(10, 3, 3)
+
+
+def killed_in_shard_three(cache: Path) -> None:
+    class Deadly(Quadrants):
+        def __call__(self, images):
+            if sum(self.seen) >= 250:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(images)
+
+    extract(IMAGES, Deadly(), cache, batch=50)
+
+
+def test_kill_costs_only_the_shard_in_work(tmp_path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=killed_in_shard_three, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    detector = Quadrants()
+    folder = cache_folder(IMAGES, detector, tmp_path)
+    with pytest.raises(UserError, match="features of images 200 to 729 are missing"):
+        join(folder, COUNT)
+    resumed = join(extract(IMAGES, detector, tmp_path, batch=50), COUNT)
+    assert sum(detector.seen) == COUNT - 200
+    np.testing.assert_array_equal(resumed.features, whole(tmp_path / "other", batch=50).features)
+
+
+def test_missing_shard_is_named_and_only_it_is_made_again(tmp_path) -> None:
+    folder = extract(IMAGES, Quadrants(), tmp_path)
+    (folder / "features-000200-000300.safetensors").unlink()
+    (folder / "features-000200-000300.json").unlink()
+    with pytest.raises(UserError, match="features of images 200 to 299 are missing"):
+        join(folder, COUNT)
+    detector = Quadrants()
+    extract(IMAGES, detector, tmp_path)
+    assert sum(detector.seen) == 100
+    assert len(join(folder, COUNT)) == COUNT
+
+
+def test_truncated_and_changed_shards_are_named(tmp_path) -> None:
+    folder = extract(IMAGES, Quadrants(), tmp_path)
+    path = folder / "features-000100-000200.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    with pytest.raises(UserError, match=r"features-000100-000200\.safetensors has .* truncated"):
+        join(folder, COUNT)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"features-000100-000200\.safetensors does not match the checksum"):
+        stream_moments(folder, COUNT)
+    path.unlink()
+    extract(IMAGES, Quadrants(), tmp_path)
+    assert len(join(folder, COUNT)) == COUNT
+
+
+def test_cache_is_reused_for_the_same_content_and_detector_only(tmp_path) -> None:
+    first = extract(IMAGES, Quadrants(), tmp_path)
+    again = Quadrants()
+    assert extract(IMAGES, again, tmp_path, batch=13) == first and not again.seen
+    for source, detector in (
+        (Sampled("other images", COUNT, draw), Quadrants()),
+        (Sampled("images", COUNT - 1, draw), Quadrants()),
+        (IMAGES, Quadrants("1" * 64)),
+    ):
+        assert extract(source, detector, tmp_path, [range(0, 30)]) != first
+        assert detector.seen == [30]
+
+
+def test_rows_that_repeat_or_exceed_are_refused(tmp_path) -> None:
+    folder = extract(IMAGES, Quadrants(), tmp_path)
+    with pytest.raises(UserError, match="holds features of 730 images instead of 700"):
+        join(folder, 700)
+    extract(IMAGES, Quadrants(), tmp_path, [range(150, 250)])
+    with pytest.raises(UserError, match=r"features-000150-000250\.json repeats rows 150 to 199"):
+        join(folder, COUNT)
+
+
+def test_shard_shorter_than_its_name_is_refused(tmp_path) -> None:
+    folder = extract(IMAGES, Quadrants(), tmp_path, [range(0, 100)])
+    for suffix in ("json", "safetensors"):
+        (folder / f"features-000000-000100.{suffix}").rename(folder / f"features-000000-000101.{suffix}")
+    note = folder / "features-000000-000101.json"
+    note.write_text(note.read_text().replace("000100.safetensors", "000101.safetensors"))
+    with pytest.raises(UserError, match="named for 101 rows but holds 100"):
+        join(folder, 101)
+
+
+def test_generator_that_returns_too_few_images_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="samples 0 to 49 gave 49 images"):
+        extract(Sampled("short", 50, lambda seeds: draw(seeds[1:])), Quadrants(), tmp_path)
+
+
+def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
+    class Broken(Quadrants):
+        def __call__(self, images):
+            values, logits = super().__call__(images)
+            values[3, 2] = torch.nan
+            return values, logits
+
+    with pytest.raises(UserError, match="NaN or infinite features for image 53"):
+        extract(IMAGES, Broken(), tmp_path, [range(50, 60)])
+
+
+def test_stream_of_batches_must_hold_exactly_the_count() -> None:
+    batches = draw(list(range(60))).split(25)
+    assert np.array_equal(collect(batches, Quadrants(), 60, "g").features, Quadrants()(draw(list(range(60))))[0])
+    for count, message in ((61, "60 images instead of 61"), (59, "more than 59"), (30, "more than 30")):
+        with pytest.raises(UserError, match=message):
+            collect(batches, Quadrants(), count, "g")
+    with pytest.raises(UserError, match="0 images instead of 5"):
+        collect([], Quadrants(), 5, "g")
+
+
+def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path) -> None:
+    assert whole(tmp_path).duplicates == 0
+    folder = extract(Sampled("twice", 300, lambda seeds: draw([s % 150 for s in seeds])), Quadrants(), tmp_path)
+    assert join(folder, 300).duplicates == 150
+    grey = draw([1])[:, :1]
+    assert collect([grey, grey.expand(-1, 3, -1, -1), draw([2])], Quadrants(), 3, "g").duplicates == 1
+
+
+class Unreadable:
+    """A source whose tenth image cannot be read."""
+
+    id, small, geometry = "unreadable", 0, features.NONE
+
+    def __len__(self) -> int:
+        return 20
+
+    def batch(self, indices: range) -> torch.Tensor:
+        if 10 in indices:
+            raise UserError("image 10 is truncated")
+        return draw(list(indices))
+
+
+def test_error_in_a_worker_arrives_as_its_sentence(tmp_path) -> None:
+    with pytest.raises(UserError) as error:
+        extract(Unreadable(), Quadrants(), tmp_path, batch=5, workers=2, start_method="fork")
+    assert str(error.value) == "image 10 is truncated"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_every_start_method_gives_equal_features(tmp_path, method) -> None:
+    from safetensors.torch import save_file
+
+    from eval.images import open_images
+
+    save_file({"images": draw(list(range(130)))}, tmp_path / "images.safetensors")
+    source = open_images(tmp_path / "images.safetensors")
+    folder = extract(source, Quadrants(), tmp_path, workers=2, batch=16, start_method=method)
+    assert np.array_equal(join(folder, 130).features, Quadrants()(draw(list(range(130))))[0])
+
+
+def test_folder_says_what_it_holds(tmp_path) -> None:
+    folder = extract(IMAGES, Quadrants(), tmp_path, [range(0, 10)])
+    about = read_json(folder / "about.json")
+    assert about["source"] == {"id": "images", "images": COUNT, "geometry": "none", "small": 0}
+    assert about["detector"]["weights"] == "0" * 64
+    assert json.loads((folder / "features-000000-000010.json").read_text())["batch"] == 64
+
+
+def test_blocks_are_fixed_ranges_of_rows() -> None:
+    assert blocks(250) == [range(0, 100), range(100, 200), range(200, 250)]

@@ -1,0 +1,248 @@
+"""Metrics of feature sets: known values, degenerate sets, and refusals across protocols."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmd2.errors import UserError
+from eval.estimate import Estimate
+from eval.features import FeatureSet, collect
+from eval.measure import METRICS, compare, cyclic, measure, provenance, verdict, warnings
+from eval.reference import Engine, Reference, holds_moments, part_of, save_moments
+from eval.resize import NONE, Geometry
+from eval.stats import FeatureStats
+from tests.eval.test_features import Quadrants, draw
+
+
+class Canonical(Quadrants):
+    """As `Quadrants`, posing as the network whose distance may be called FID."""
+
+    name, label, is_fid = "inception", "FID", True
+
+
+@pytest.fixture
+def engine(tmp_path) -> Engine:
+    return Engine(Quadrants(), NONE, tmp_path / "cache")
+
+
+def saved(path, seeds):
+    save_file({"images": draw(list(seeds))}, path)
+    return path
+
+
+def sample(seeds, detector=None) -> FeatureSet:
+    return collect([draw(list(seeds))], detector or Quadrants(), len(seeds), "test")
+
+
+def reference(features: FeatureSet) -> Reference:
+    return Reference(
+        FeatureStats.of(features.features), features, {"path": "r", "images": len(features)}, features.detector
+    )
+
+
+def test_set_is_at_distance_zero_from_itself(engine, tmp_path) -> None:
+    path = saved(tmp_path / "a.safetensors", range(200))
+    found = measure(engine.features(engine.open(path)), engine.reference(path), ["fd", "kid", "prdc", "pr"])
+    assert found["FD (quadrants)"].value == pytest.approx(0, abs=1e-9)
+    assert found["precision (k=5)"].value == found["recall (k=3)"].value == found["coverage (k=5)"].value == 1
+
+
+def test_every_metric_has_a_finite_value_and_a_name(engine, tmp_path) -> None:
+    ref = engine.reference(saved(tmp_path / "r.safetensors", range(500, 800)))
+    found = measure(sample(range(200)), ref, list(METRICS), classes=10)
+    assert list(found) == [
+        "FD (quadrants)", "KID", "precision (k=5)", "recall (k=5)", "density (k=5)", "coverage (k=5)",
+        "precision (k=3)", "recall (k=3)", "IS (quadrants)", "accuracy",
+    ]  # fmt: skip
+    assert all(np.isfinite(e.value) and e.se is not None and e.n == 200 for e in found.values())
+
+
+def test_distance_of_shifted_features_is_the_shift() -> None:
+    a = sample(range(300))
+    b = FeatureSet(a.features + np.float32(2), a.logits, a.pixels, a.source, a.detector)
+    assert measure(b, reference(a), ["fd"])["FD (quadrants)"].value == pytest.approx(12 * 4, rel=1e-5)
+    # the paired difference of a set to itself shifted, and its opposite
+    there, back = compare(a, b, reference(a), ["fd"]), compare(b, a, reference(a), ["fd"])
+    assert there["FD (quadrants)"].value == pytest.approx(48, rel=1e-5)
+    assert there["FD (quadrants)"].value == -back["FD (quadrants)"].value
+
+
+def test_paired_difference_of_a_set_with_itself_is_exactly_zero() -> None:
+    a = sample(range(300))
+    for estimate in compare(a, a, reference(sample(range(300, 600))), ["fd", "kid", "accuracy"], 10).values():
+        assert estimate.value == 0 and (estimate.se or 0) < 1e-12
+
+
+def test_canonical_features_alone_are_called_fid() -> None:
+    r = sample(range(300, 600), Canonical())
+    assert list(measure(sample(range(100), Canonical()), reference(r), ["fd", "is"])) == ["FID", "IS"]
+
+
+@pytest.mark.parametrize("make", ["two", "fewer than dimensions", "constant", "one repeated"])
+@pytest.mark.parametrize("metric", ["fd", "kid", "prdc", "pr", "is", "accuracy"])
+def test_degenerate_sets_give_a_number_or_a_sentence(make, metric) -> None:
+    ours = {
+        "two": sample(range(2)),
+        "fewer than dimensions": sample(range(8)),
+        "constant": collect([torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)], Quadrants(), 20, "c"),
+        "one repeated": collect([draw([3] * 20)], Quadrants(), 20, "c"),
+    }[make]
+    for ref in (reference(sample(range(100, 200))), reference(ours)):
+        try:
+            found = measure(ours, ref, [metric], classes=10)
+        except UserError as error:
+            assert re.fullmatch(r"[^\n]{10,200}", str(error))
+        else:
+            assert found and all(np.isfinite(e.value) for e in found.values())
+
+
+def test_one_image_is_refused_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="at least 2 images"):
+        measure(sample(range(1)), reference(sample(range(100))), ["fd"])
+
+
+def test_unknown_metric_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="no metric fvd: choose from fd, kid"):
+        measure(sample(range(9)), reference(sample(range(9))), ["fd", "fvd"])
+
+
+def test_accuracy_without_classes_or_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match="needs the number of classes"):
+        measure(sample(range(9)), reference(sample(range(9))), ["accuracy"])
+    a = sample(range(9))
+    plain = FeatureSet(a.features, None, a.pixels, a.source, a.detector)
+    with pytest.raises(UserError, match="quadrants does not classify"):
+        measure(plain, reference(a), ["is"])
+
+
+def test_labels_are_the_global_index_modulo_the_classes() -> None:
+    assert cyclic(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert cyclic(7, None) is None
+
+
+def test_other_detectors_geometries_and_counts_are_not_compared(engine, tmp_path) -> None:
+    a = sample(range(100))
+    ref = reference(sample(range(100, 300)))
+    with pytest.raises(UserError, match="differ in weights"):
+        compare(a, sample(range(100), Quadrants("1" * 64)), ref, ["fd"])
+    with pytest.raises(UserError, match="differ in number of images, 100 and 99"):
+        compare(a, sample(range(99)), ref, ["fd"])
+    cropped = FeatureSet(a.features, a.logits, a.pixels, {**a.source, "geometry": "patch-299"}, a.detector)
+    with pytest.raises(UserError, match="differ in geometry, none and patch-299"):
+        compare(a, cropped, ref, ["fd"])
+    with pytest.raises(UserError, match="made by quadrants, whose weights is 111.* not comparable"):
+        measure(a, reference(sample(range(100), Quadrants("1" * 64))), ["fd"])
+
+
+def test_moments_saved_once_serve_as_reference(engine, tmp_path) -> None:
+    path = saved(tmp_path / "r.safetensors", range(300))
+    out = tmp_path / "refs/r/manifest.json"
+    save_moments(engine, engine.open(path), path, out)
+    assert holds_moments(out) and holds_moments(out.parent) and not holds_moments(path)
+    for place in (out, out.parent):
+        ref = engine.reference(place)
+        assert ref.stats.count == 300
+        direct = measure(sample(range(900, 1000)), engine.reference(path), ["fd"])["FD (quadrants)"]
+        assert measure(sample(range(900, 1000)), ref, ["fd"])["FD (quadrants)"].value == pytest.approx(direct.value)
+    with pytest.raises(UserError, match="holds moments only"):
+        measure(sample(range(9)), ref, ["kid"])
+    with pytest.raises(UserError, match="whose weights is 000.* not comparable"):
+        Engine(Quadrants("1" * 64), NONE, tmp_path).reference(out)
+    with pytest.raises(UserError, match="made with geometry none, but these images with square-crop"):
+        Engine(Quadrants(), Geometry("square-crop+lanczos-8"), tmp_path).reference(out)
+
+
+def test_older_manifest_with_the_name_only_is_accepted_for_that_name(engine, tmp_path) -> None:
+    from eval.stats import save_stats
+
+    save_stats(FeatureStats.of(sample(range(50)).features), tmp_path / "manifest.json", {"detector": "quadrants"})
+    assert engine.reference(tmp_path).stats.count == 50
+    with pytest.raises(UserError, match="made by quadrants, whose name is quadrants and not inception"):
+        Engine(Canonical(), NONE, tmp_path).reference(tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{}, {"fid": 3.0}])
+def test_moments_of_edm_and_clean_fid_are_read(tmp_path, extra) -> None:
+    features = sample(range(200), Canonical()).features.astype(np.float64)
+    np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=np.cov(features.T), **extra)
+    engine = Engine(Canonical(), NONE, tmp_path)
+    ref = engine.reference(tmp_path / "ref.npz")
+    ours = sample(range(200), Canonical())
+    assert measure(ours, ref, ["fd"])["FID"].value == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(ref.stats.covariance, np.cov(features.T))
+    assert "does not say which resize" in " ".join(warnings(ours, ref, None))
+
+
+def test_features_of_clean_fid_serve_kid_too(tmp_path) -> None:
+    np.savez(tmp_path / "ref.npz", feats=sample(range(200), Canonical()).features)
+    ref = Engine(Canonical(), NONE, tmp_path).reference(tmp_path / "ref.npz")
+    found = measure(sample(range(200), Canonical()), ref, ["fd", "kid"])
+    assert found["FID"].value == pytest.approx(0, abs=1e-6) and found["KID"].value < 0
+
+
+def test_foreign_moments_are_refused(engine, tmp_path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(12), sigma=np.eye(12))
+    with pytest.raises(UserError, match="not comparable with quadrants"):
+        engine.reference(tmp_path / "ref.npz")
+    canonical = Engine(Canonical(), NONE, tmp_path)
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="12 and 2048 dimensions"):
+        measure(sample(range(50), Canonical()), canonical.reference(tmp_path / "wide.npz"), ["fd"])
+    for name, arrays in {
+        "shape": {"mu": np.zeros(3), "sigma": np.eye(4)},
+        "nan": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+        "half": {"mu": np.zeros(3)},
+        "pickled": {"mu": np.array([{}], dtype=object), "sigma": np.eye(1)},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(UserError, match=rf"{name}\.npz"):
+            canonical.reference(tmp_path / f"{name}.npz")
+    data = (tmp_path / "ref.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"cut\.npz is not a readable npz"):
+        canonical.reference(tmp_path / "cut.npz")
+
+
+def test_number_of_images_must_be_exact(engine, tmp_path) -> None:
+    path = saved(tmp_path / "a.safetensors", range(20))
+    assert len(engine.open(path, 20)) == 20
+    for wanted in (19, 21):
+        with pytest.raises(UserError, match=f"holds 20 images but the protocol asks for exactly {wanted}"):
+            engine.open(path, wanted)
+    assert len(engine.open(path, 10, first=10)) == 10
+
+
+def test_too_few_images_and_unbalanced_classes_are_warned_of() -> None:
+    ref = reference(sample(range(100)))
+    assert "rank-deficient" in warnings(sample(range(12)), ref, None)[0]
+    assert "below 48 the bias estimate" in warnings(sample(range(47)), ref, None)[0]
+    assert warnings(sample(range(50)), ref, 10) == []
+    assert "not a multiple of 10" in warnings(sample(range(55)), ref, 10)[0]
+
+
+def test_provenance_names_what_the_number_depends_on() -> None:
+    about = provenance(sample(range(60)), reference(sample(range(100))), 10, {"features": 1.23456})
+    assert about["detector"]["weights"] == "0" * 64 and about["n"] == 60 and about["labels"] == "index mod 10"
+    assert about["seconds"] == {"features": 1.235}
+    assert {"python", "torch", "numpy", "pillow", "commit"} <= set(about["versions"])
+
+
+def test_verdict_says_what_a_paired_difference_shows() -> None:
+    assert verdict(Estimate(1.0, 0.1, 1000)) == "b is higher"
+    assert verdict(Estimate(-1.0, 0.1, 1000)) == "b is lower"
+    assert verdict(Estimate(0.1, 0.1, 1000)) == "undecided: about 3842 images would be needed"
+    assert verdict(Estimate(0.1, 0.1, 1000), margin=0.5) == "equivalent within 0.5"
+    assert verdict(Estimate(0.3, 0.1, 1000), margin=0.4) == "b is higher"
+    assert verdict(Estimate(0.3, None, 5)) == "undecided: no standard error"
+    assert verdict(Estimate(0.0, 0.1, 1000)) == "undecided: no difference seen"
+    assert verdict(Estimate(0.0, 0.0, 1000), margin=0.1) == "equivalent within 0.1"
+
+
+def test_shard_is_written_i_of_k() -> None:
+    assert part_of("2/8") == (2, 8)
+    for text in ("2", "a/b", "1/2/3", "-1/4"):
+        with pytest.raises(UserError, match="no shard"):
+            part_of(text)

@@ -1,0 +1,189 @@
+"""Resizers against Pillow, clean-fid and torch-fidelity; quantisation and geometry against values worked out by hand."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cleanfid.resize import build_resizer, make_resizer
+from PIL import Image
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from dmd2.errors import UserError
+from eval.resize import Geometry, clean, filter_matrix, pt, quantise, resize_uint8, square_crop, tf1
+
+FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+
+
+def noise(height: int, width: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def nchw(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
+def nhwc(images: Tensor) -> np.ndarray:
+    return images[0].permute(1, 2, 0).contiguous().numpy()
+
+
+@pytest.mark.parametrize("name", ["lanczos", "bicubic"])
+@pytest.mark.parametrize("source", [28, 64, 299, 480])
+def test_uint8_filters_give_the_bytes_of_pillow(source: int, name: str) -> None:
+    checkers = np.repeat((np.indices((source, source)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
+    for image in (noise(source, source), checkers):
+        for target in (224, 256, 299, 512):
+            expected = np.asarray(Image.fromarray(image).resize((target, target), FILTERS[name]))
+            np.testing.assert_array_equal(nhwc(resize_uint8(nchw(image), target, name)), expected)
+
+
+@pytest.mark.parametrize(("source", "target", "digest"), [(64, 299, "0d1b2bfea9"), (480, 256, "5e65ad06bf")])
+def test_lanczos_bytes_are_those_of_pillow_9_to_13(source: int, target: int, digest: str) -> None:
+    resized = nhwc(resize_uint8(nchw(noise(source, source)), target, "lanczos"))
+    assert hashlib.sha256(resized.tobytes()).hexdigest()[:10] == digest
+
+
+def test_images_are_resized_alike_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.cat([nchw(noise(40, 40, seed)) for seed in range(5)])
+    together = resize_uint8(images, 32), clean(images, 32), tf1(images, 32)
+    monkeypatch.setattr("eval.resize.ELEMENTS", 2 * images[0].numel())
+    apart = [torch.cat([f(image[None], 32) for image in images]) for f in (resize_uint8, clean, tf1)]
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    assert torch.equal(resize_uint8(images, 32), together[0])
+
+
+def test_equal_sizes_change_nothing() -> None:
+    image = nchw(noise(64, 64))
+    assert all(torch.equal(resize_uint8(image, 64, name), image) for name in ("lanczos", "bicubic"))
+    assert all(torch.equal(resize(image, 64), image.float()) for resize in (tf1, pt))
+    assert (clean(image, 64) - image).abs().max() < 1e-4
+
+
+def test_rectangles_are_refused_by_the_uint8_filters() -> None:
+    with pytest.raises(UserError, match="40x60 cannot be resized to 32x32 reproducibly: crop"):
+        resize_uint8(nchw(noise(40, 60)), 32)
+
+
+def test_rows_of_a_filter_sum_to_one() -> None:
+    for name, source, target in (("bicubic", 28, 299), ("lanczos", 512, 299)):
+        matrix = filter_matrix(name, source, target)
+        assert matrix.shape == (target, source) and matrix.dtype == torch.float64
+        torch.testing.assert_close(matrix.sum(1), torch.ones(target, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (64, 64), (299, 299), (512, 512), (100, 340), (700, 310)])
+def test_clean_is_clean_fids_resizer(height: int, width: int) -> None:
+    image = noise(height, width)
+    expected = make_resizer("PIL", False, "bicubic", (299, 299))(image)
+    resized = clean(nchw(image))
+    assert resized.dtype == torch.float32
+    assert np.abs(nhwc(resized) - expected).max() < 1e-4
+    plain = F.interpolate(nchw(image).float(), size=(299, 299), mode="bicubic").clamp(0, 255)
+    assert (height, width) == (299, 299) or np.abs(nhwc(plain) - expected).max() > 1  # the tolerance has teeth
+
+
+def affine_grid_form(images: Tensor, size: int) -> Tensor:
+    """The resize inside NVIDIA's network: an affine grid whose origin is the first pixel, border repeated."""
+    width = images.shape[-1]
+    theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    theta[:, 0, 2] += theta[:, 0, 0] / width - theta[:, 0, 0] / size
+    theta[:, 1, 2] += theta[:, 1, 1] / width - theta[:, 1, 1] / size
+    grid = F.affine_grid(theta, [1, 3, size, size], align_corners=False)
+    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@pytest.mark.parametrize("source", [28, 32, 64, 299, 512])
+def test_tf1_is_torch_fidelitys_interpolation(source: int) -> None:
+    image = nchw(noise(source, source))
+    expected = interpolate_bilinear_2d_like_tensorflow1x(image.float(), size=(299, 299), align_corners=False)
+    assert (tf1(image) - expected).abs().max() < 2e-3
+
+
+def test_tf1_is_the_affine_grid_form_and_half_pixel_bilinear_is_not() -> None:
+    image = nchw(noise(64, 64))
+    expected = affine_grid_form(image, 299)
+    assert (tf1(image) - expected).abs().max() < 2e-3
+    assert (pt(image) - expected).abs().max() > 100
+
+
+def test_tf1_and_pt_of_two_pixels() -> None:
+    step = torch.tensor([[0, 255], [0, 255]], dtype=torch.uint8)[None, None]
+    assert tf1(step, 4)[0, 0, 3].tolist() == [0, 127.5, 255, 255]
+    assert pt(step, 4)[0, 0, 3].tolist() == [0, 63.75, 191.25, 255]
+
+
+@pytest.mark.parametrize("source", [28, 64, 299, 512])
+def test_pt_is_clean_fids_legacy_pytorch(source: int) -> None:
+    image = noise(source, source)
+    np.testing.assert_allclose(nhwc(pt(nchw(image))), build_resizer("legacy_pytorch")(image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("trunc", [0, 0, 63, 126, 127, 128, 254, 255, 255]),
+        ("round", [0, 0, 64, 127, 128, 128, 255, 255, 255]),
+        ("trunc01", [0, 0, 63, 126, 127, 128, 254, 255, 255]),
+    ],
+)
+def test_quantisation_rules_by_hand(rule: str, expected: list[int]) -> None:
+    x = torch.tensor([-2, -1, -0.5, -0.004, 0, 0.004, 0.999, 1, 1.5])
+    assert quantise(x, rule).tolist() == expected
+    assert quantise(x, rule).dtype == torch.uint8
+
+
+def test_round_inverts_the_scaling_of_bytes_and_trunc_is_half_a_level_darker() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(quantise(levels.double() / 127.5 - 1, "round"), levels)
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    darker = quantise(x, "round").double().mean() - quantise(x, "trunc").double().mean()
+    assert darker == pytest.approx(0.5, abs=0.01)
+
+
+def test_quantisation_refuses_what_is_not_finite_and_unknown_rules() -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 0, 1] = float("nan")
+    with pytest.raises(UserError, match="image 1 of the batch has NaN"):
+        quantise(images, "round")
+    with pytest.raises(UserError, match="no quantisation floor: choose one of trunc, round, trunc01"):
+        quantise(torch.zeros(1), "floor")
+
+
+def test_square_crop_rounds_its_corner_to_even_as_torchvision_does() -> None:
+    columns = torch.arange(5).expand(1, 1, 2, 5)
+    assert square_crop(columns)[0, 0, 0].tolist() == [2, 3]  # (5 - 2) / 2 = 1.5 -> 2
+    assert square_crop(columns[..., :3])[0, 0, 0].tolist() == [0, 1]  # 0.5 -> 0
+    assert square_crop(columns.mT).shape == (1, 1, 2, 2)
+
+
+def test_square_crop_and_lanczos_are_those_of_pillow() -> None:
+    image = noise(50, 81)
+    cropped = Image.fromarray(image).crop((16, 0, 66, 50))  # (81 - 50) / 2 = 15.5 -> 16
+    expected = np.asarray(cropped.resize((32, 32), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(nhwc(Geometry("square-crop+lanczos-32")(nchw(image))), expected)
+
+
+def test_a_patch_is_the_centre_of_the_original_pixels() -> None:
+    image = noise(300, 305)
+    np.testing.assert_array_equal(nhwc(Geometry("patch-299")(nchw(image))), image[0:299, 3:302])
+
+
+def test_images_below_299_pixels_follow_the_policy() -> None:
+    image = nchw(noise(298, 400))
+    official = Geometry("patch-299-official")(image)
+    assert official.dtype == torch.uint8 and (official - clean(image)).abs().max() <= 0.5
+    assert official.shape == (1, 3, 299, 299)
+    for name in ("patch-299", "patch-299-skip"):
+        assert Geometry(name).too_small(298, 400)
+        with pytest.raises(UserError, match="298x400 has no 299x299 patch"):
+            Geometry(name)(image)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "square", "square-crop+lanczos-0", "square-crop+bicubic-256", "patch-300", "none "]
+)
+def test_other_geometries_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="there is no geometry"):
+        Geometry(name)
