@@ -43,10 +43,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def part(total: int, parts: int, index: int) -> range:
+    """Part `index` of `total` items: contiguous, each in exactly one part, sizes differing by at most one."""
+    return range(total * index // parts, total * (index + 1) // parts)
+
+
 def rows(total: int) -> range:
-    """Rows of a global batch of `total` that this process computes: contiguous, sizes differing by at most one."""
-    me, size = rank(), world_size()
-    return range(me * total // size, (me + 1) * total // size)
+    """Rows of a global batch of `total` that this process computes."""
+    return part(total, world_size(), rank())
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -63,11 +67,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+        if bucket and size + tensor.numel() > BUCKET:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(tensor)
+        size += tensor.numel()
     if bucket:
         yield bucket
 

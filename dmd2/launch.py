@@ -54,7 +54,7 @@ def train(run: Run, config: Config = None, cluster: ClusterName = "local") -> No
 
 def train_on_slurm(training: SlurmTraining) -> None:
     """Submit the run's Slurm job or find the live one, then become the small process that waits for it."""
-    job, goal = training.submit_or_attach(), goal_of(training.run, training.cfg)
+    job, goal = training.submit_or_attach(), training.goal
     if job is None:
         record = goal.reached()
         assert record is not None

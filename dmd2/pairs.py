@@ -10,6 +10,7 @@ import typer
 from dmd2.condition import Condition
 from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.data import save_shard
+from dmd2.distributed import part
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.progress import Progress
@@ -35,7 +36,8 @@ class PairsConfig(Section):
 
 def shard_seeds(count: int, shards: int, index: int) -> range:
     """Seeds of one shard: contiguous, every seed in exactly one shard, sizes differing by at most one."""
-    return range(FIRST_SEED + count * index // shards, FIRST_SEED + count * (index + 1) // shards)
+    rows = part(count, shards, index)
+    return range(FIRST_SEED + rows.start, FIRST_SEED + rows.stop)
 
 
 def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:

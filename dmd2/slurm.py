@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json, write_json
 from dmd2.inputs import goal_of
 from dmd2.job import TrainingJob
-from dmd2.run import RunId
+from dmd2.run import Goal, RunId
 from dmd2.slurm_queue import NO_SLURM, squeue
 from dmd2.wait import log_path, say
 
@@ -41,6 +42,11 @@ class SlurmTraining:
     run: RunId
     cfg: TrainConfig
     cluster: Cluster
+
+    @cached_property
+    def goal(self) -> Goal:
+        """Exactly this training, with its inputs in their usual places."""
+        return goal_of(self.run, self.cfg)
 
     @property
     def folder(self) -> Path:
@@ -89,8 +95,7 @@ class SlurmTraining:
         Raises:
             UserError: a live job trains another config of this run, or Slurm refuses.
         """
-        record, goal = self.run.folder / "job.json", goal_of(self.run, self.cfg)
-        config = goal.config
+        record, config = self.run.folder / "job.json", self.goal.config
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with open(self.run.folder / ".submit.lock", "w", encoding="utf-8") as lock:
             flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
@@ -105,7 +110,7 @@ class SlurmTraining:
                     write_json(record, {**known, "name": self.name, "jobs": [*known["jobs"], live]})
                 say(self.run, f"attached to Slurm job {live}")
                 return live
-            if goal.reached():
+            if self.goal.reached():
                 return None
             known = {"name": self.name, "config": config, "jobs": known["jobs"] if known["config"] == config else []}
             write_json(record, known)

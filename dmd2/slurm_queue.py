@@ -1,6 +1,5 @@
 """The user's Slurm jobs as squeue shows them, asked for once for all waiting launchers of a workspace."""
 
-import json
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -103,5 +102,5 @@ class Queue:
         try:
             value = read_json(self.path)
             return Snapshot(value["time"], {entry["job"]: Entry(**entry) for entry in value["jobs"]})
-        except (UserError, KeyError, TypeError, json.JSONDecodeError):
+        except (UserError, KeyError, TypeError):
             return None

@@ -88,7 +88,8 @@ class Training:
                 if self.leads:
                     progress.update(self.step, self.last_logged())
                     self.save(force=bool(received))
-                for number in [received.pop(0) for _ in list(received)]:
+                while received:
+                    number = received.pop(0)
                     if self.leads:  # the others end when process 0 does
                         actions[number]()
             return self.finish() if self.leads else self.folder / "finished.json"

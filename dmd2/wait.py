@@ -17,8 +17,10 @@ from dmd2.run import Goal, RunId
 from dmd2.slurm_queue import Entry, Queue, slurm
 
 SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
-GRACE = {"NODE_FAIL": 60.0, "PREEMPTED": 60.0, "BOOT_FAIL": 60.0}  # Slurm may restart it
-GRACE["COMPLETED"] = 60.0  # its last file may need that long to appear over a network file system
+GRACE = {
+    **dict.fromkeys(("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"), 60.0),  # Slurm may restart it
+    "COMPLETED": 60.0,  # its last file may need that long to appear over a network file system
+}
 RELEASES = 3  # of a job held after a failed launch
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dmd2.config import RunConfig, Sampler
 from dmd2.data import load_shard
 from dmd2.denoisers import Denoiser
+from dmd2.distributed import local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.progress import Progress
@@ -73,7 +74,8 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
 
     started = time.monotonic()
     identity = {"teacher": read_json(manifest)["files"], "sampler": spec.model_dump(mode="json")}
-    measured = protocol.measure(sample, identity, out.with_name("features"))
+    scratch = out.with_name("features")
+    measured = protocol.measure(sample, identity, scratch)
     _save_grid(teacher, cfg, sample, out.with_name("grid.png"))
     calls = 2 * spec.steps - 1 if spec.solver == "heun" else spec.steps
     write_json(out, {
@@ -83,7 +85,7 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
         "seconds": round(time.monotonic() - started, 1),
         "files": save_influence(out.with_name("influence.safetensors"), {0: measured.influence}),
     })  # fmt: skip
-    shutil.rmtree(out.with_name("features"))
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _save_grid(network: Denoiser, cfg: RunConfig, sample: Sample, out: Path) -> None:
@@ -106,7 +108,7 @@ def run(name: str, out: Path, config: Config, threads: int = 1) -> None:
     """Evaluate every snapshot of the run NAME (base/run/seedN)."""
     torch.set_num_threads(threads)
     with readable_errors():
-        evaluate_run(RunId.parse(name), RunConfig.model_validate(json.loads(config)), torch.device(_device()), out)
+        evaluate_run(RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto"), out)
 
 
 @app.command()
@@ -115,11 +117,7 @@ def teacher(sampler: str, out: Path, config: Config, threads: int = 1) -> None:
     torch.set_num_threads(threads)
     with readable_errors():
         cfg = RunConfig.model_validate(json.loads(config))
-        evaluate_teacher(cfg, sampler, cfg.eval.teacher_samplers[sampler], torch.device(_device()), out)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        evaluate_teacher(cfg, sampler, cfg.eval.teacher_samplers[sampler], local_device("auto"), out)
 
 
 if __name__ == "__main__":

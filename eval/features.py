@@ -24,7 +24,7 @@ from dmd2.data import load_shard, save_shard
 from dmd2.errors import UserError
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.progress import Progress
-from eval.images import ImageSource
+from eval.images import ImageSource, pixel_digest
 from eval.resize import NONE, Geometry
 from eval.stats import FeatureStats
 
@@ -236,15 +236,8 @@ def _embed(images: Tensor, indices: range, detector: Detector) -> dict[str, Tens
     if not torch.isfinite(features).all():
         row = indices[int((~torch.isfinite(features)).any(dim=1).nonzero()[0])]
         raise UserError(f"{detector.name} gave NaN or infinite features for image {row}")
-    out = {"features": features.float().cpu(), "pixels": torch.tensor([_pixels(image) for image in images])}
+    out = {"features": features.float().cpu(), "pixels": torch.tensor([pixel_digest(image) for image in images])}
     return out if logits is None else {**out, "logits": logits.float().cpu()}
-
-
-def _pixels(image: Tensor) -> int:
-    """Digest of an image's pixels that fits int64."""
-    rgb = image.expand(3, *image.shape[1:]).numpy()
-    key = hashlib.blake2b(np.ascontiguousarray(rgb).data, digest_size=8, person=str(rgb.shape[1]).encode())
-    return int.from_bytes(key.digest(), "big", signed=True)
 
 
 def _shards(folder: Path, count: int) -> Iterator[dict[str, Tensor]]:

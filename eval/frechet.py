@@ -47,7 +47,12 @@ class FrechetReference:
             features: of the generated images.
             strata: class per image ``(n,)`` if the number of images per class was fixed beforehand.
         """
-        return self._linearised(features)._estimate(strata)
+        return self.measured(features, strata)[0]
+
+    def measured(self, features: Features, strata: Features | None = None) -> tuple[Estimate, np.ndarray]:
+        """`estimate` and `influence` from one eigendecomposition and one pass over the features."""
+        found = self._linearised(features)
+        return found._estimate(strata), found.influence
 
     def influence(self, features: Features) -> np.ndarray:
         """First-order effect psi ``(n,)`` of every image on the distance (mean zero): its variance gives the SE."""

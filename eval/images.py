@@ -89,11 +89,13 @@ def open_images(path: str | Path, geometry: Geometry | None = None, limit: int |
 
 def duplicates(source: ImageSource) -> int:
     """Number of images whose pixels equal those of an earlier one; a grey image equals its RGB replica."""
-    seen = set()
-    for index in range(len(source)):
-        image = source.batch(range(index, index + 1)).expand(-1, 3, -1, -1)
-        seen.add(hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).digest())
-    return len(source) - len(seen)
+    return len(source) - len({pixel_digest(source.batch(range(i, i + 1))[0]) for i in range(len(source))})
+
+
+def pixel_digest(image: Tensor) -> int:
+    """Digest of the pixels of a uint8 image ``(C, H, W)`` that fits int64; a grey image gives that of its replica."""
+    rgb, height = image.expand(3, *image.shape[1:]).numpy().tobytes(), str(image.shape[1]).encode()
+    return int.from_bytes(hashlib.blake2b(rgb, digest_size=8, person=height).digest(), "big", signed=True)
 
 
 def _checked(indices: range, count: int) -> range:

@@ -122,9 +122,12 @@ class Protocol:
         labels = sample_labels(list(range(first, first + spec.images)), self.cfg.data.classes, spec.labels)
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
+        frechet, influence = self.reference.frechet.measured(features, strata)
         found: dict[str, Estimate] = {}
         for name in spec.metrics:
-            if name == "brightness":
+            if KNOWN[name] == "fd":
+                found[name] = frechet
+            elif name == "brightness":
                 found[name] = mean_estimate(brightness, strata)
             elif name == "accuracy":
                 found |= METRICS[name](drawn, self.reference, labels)
@@ -134,7 +137,7 @@ class Protocol:
         if spec.covariance_init == "ones":
             quirk = frechet_distance(ones_initialised(FeatureStats.of(features)), self.reference.stats)
             found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
-        return Measured(found, self.reference.frechet.influence(features))
+        return Measured(found, influence)
 
 
 def average(draws: list[Estimate]) -> Estimate:

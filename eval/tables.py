@@ -48,7 +48,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "grid": {s: str(RunId(table.base, run, s).folder / "grid.png") for s in metrics},
         "changed": _changed(experiment.bases[table.base], experiment.runs[table.base, run]),
-        "config": first["config"], "protocol": first["protocol"], "classes": first["config"]["data"]["classes"],
+        "config": first["config"], "protocol": first["protocol"],
         "commits": {s: m["train_commit"] for s, m in metrics.items()},
         "estimates": {s: chosen[s]["estimates"] for s in metrics},
     }  # fmt: skip
@@ -99,12 +99,13 @@ def build(name: str) -> dict[str, Any]:
 def _add_differences(table: Table, rows: list[Row]) -> None:
     """Give every row its paired difference to the reference row in the first metric, if that is a Frechet distance."""
     first = table.metrics[0]
-    base = next((row for row in rows if row["run"] == table.reference_row), None)
+    base = next((row for row in rows if row["run"] == table.reference_row and first in FRECHET), None)
+    reference = None if base is None else _arm(base, first)
     for row in rows:
         row["difference"] = None
-        if base is not None and row is not base and first in FRECHET:
-            classes = base["classes"] if base["protocol"]["labels"] == "cyclic" else None
-            row["difference"] = difference(_arm(row, first), _arm(base, first), classes)
+        if base is not None and reference is not None and row is not base:
+            classes = base["config"]["data"]["classes"] if base["protocol"]["labels"] == "cyclic" else None
+            row["difference"] = difference(_arm(row, first), reference, classes)
 
 
 def _arm(row: Row, metric: str) -> Arm:

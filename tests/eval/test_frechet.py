@@ -12,12 +12,10 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from dmd2.errors import UserError
 from eval.frechet import FrechetReference, between_samples, from_features, moments, paired
 from eval.stats import FeatureStats, frechet_distance, ones_initialised
+from tests.eval.test_stats import commuting
+from tests.eval.test_stats import moments as stats
 
 RNG = np.random.default_rng(0)
-
-
-def stats(mean: np.ndarray, covariance: np.ndarray, count: int = 10_000) -> FeatureStats:
-    return FeatureStats(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
 
 
 def sample(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -43,11 +41,8 @@ def test_closed_forms_in_one_and_two_dimensions(distance) -> None:
 
 @pytest.mark.parametrize("power", [1, 2.5, 4])
 def test_commuting_covariances_with_steep_spectra(power: float) -> None:
-    d = 256
-    q = np.linalg.qr(RNG.standard_normal((d, d)))[0]
-    s, r = np.arange(1, d + 1.0) ** -power, RNG.uniform(0.5, 2, d) * np.arange(1, d + 1.0) ** -power
-    a, b = stats(np.zeros(d), q * s @ q.T), stats(np.zeros(d), q * r @ q.T)
-    assert recipe_a(a, b) == pytest.approx(((np.sqrt(s) - np.sqrt(r)) ** 2).sum(), abs=1e-9 * traces(a, b))
+    a, b, expected = commuting(256, power)
+    assert recipe_a(a, b) == pytest.approx(expected, abs=1e-9 * traces(a, b))
 
 
 def test_all_three_recipes_agree_on_full_rank() -> None:
