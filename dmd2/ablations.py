@@ -11,6 +11,7 @@ from dmd2.changes import apply_change, holds, validate
 from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
 from dmd2.yaml_file import YamlFile, read_yaml
+from eval.protocols import named
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 NAME = r"^[a-z0-9][a-z0-9-]*$"
@@ -68,8 +69,19 @@ def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfi
         near = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.yaml")], n=1)
         raise UserError(f"there is no base {path}" + (f", did you mean {near[0]}?" if near else ""))
     source = read_yaml(path)
-    cfg = validate(RunConfig, source.value, source)
+    cfg = validate(RunConfig, _with_protocol(source), source)
     return cfg.model_dump(mode="json"), cfg
+
+
+def _with_protocol(source: YamlFile) -> Any:
+    """Values of a base, with those of the protocol that it names where it gives none."""
+    measured = source.value.get("eval") if isinstance(source.value, dict) else None
+    if not isinstance(measured, dict) or not isinstance(measured.get("protocol"), str):
+        return source.value
+    try:
+        return {**source.value, "eval": {**named(measured["protocol"]).for_a_base(), **measured}}
+    except UserError as error:
+        raise UserError(f"{source.where('eval', 'protocol')}: eval.protocol: {error}") from None
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
@@ -144,6 +156,8 @@ def _add_runs(
             ]
             where = next(file.where(*keys) for change, file, keys in places if key in change)
             raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
+        if changed["eval"]["protocol"] != values["eval"]["protocol"]:
+            raise UserError(f"{place}: row {row.run}: eval.protocol belongs to the base: the rows of a table share one")
         cfg = validate(RunConfig, changed, source, "rows", i, "change")
         earlier = experiment.runs.setdefault((table.base, row.run), cfg)
         if earlier != cfg:

@@ -5,28 +5,11 @@ Hardware is not here (see workflow/cluster): the same config gives the same weig
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dmd2.eval_config import Eval, Sampler
 from dmd2.files import digest_of
-
-Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
-Index = Annotated[int, Field(ge=0, le=999)]
-
-
-def _ascending(value: tuple[int, int]) -> tuple[int, int]:
-    if value[0] > value[1]:
-        raise ValueError(f"the range [{value[0]}, {value[1]}] is empty: write the smaller index first")
-    return value
-
-
-IndexRange = Annotated[tuple[Index, Index], Field(strict=False), AfterValidator(_ascending)]
-
-
-class Section(BaseModel):
-    """A frozen section: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from dmd2.section import IndexRange, Positive, Section, Weight
 
 
 class Source(Section):
@@ -44,29 +27,6 @@ class Data(Section):
     resolution: Positive
     channels: Positive
     classes: Annotated[int, Field(ge=0)]
-
-
-class Sampler(Section):
-    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM."""
-
-    solver: Literal["heun", "ddim", "pndm", "euler"]
-    steps: Positive
-    guidance: Annotated[float, Field(ge=1)] = 1.0
-    churn: Weight = 0.0
-    s_min: Weight = 0.0
-    s_max: Annotated[float, Field(gt=0)] = 1e9
-    s_noise: Annotated[float, Field(gt=0)] = 1.0
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.solver == "heun" and self.steps < 2:
-            raise ValueError("heun needs at least 2 steps: its grid runs from sigma_max to sigma_min")
-        if self.churn > 0 and self.solver != "heun":
-            raise ValueError(f"churn belongs to heun, not {self.solver}")
-        if self.eta > 0 and self.solver != "ddim":
-            raise ValueError(f"eta belongs to ddim, not {self.solver}")
-        return self
 
 
 class TeacherTraining(Section):
@@ -203,21 +163,6 @@ class Train(Section):
     snapshot_every: Positive
     checkpoint_every: Positive
     log_every: Positive
-
-
-class Eval(Section):
-    """What is measured, on how many images, by which detector, against which reference, with which protocol."""
-
-    metrics: Annotated[list[str], Field(min_length=1)]
-    detector: str
-    reference: str
-    images: Annotated[int, Field(ge=2)]
-    draws: Positive
-    batch: Positive
-    teacher_samplers: dict[str, Sampler]
-    labels: Literal["cyclic", "random"]
-    rounding: Literal["round", "trunc"]
-    covariance_init: Literal["zeros", "ones"] = "zeros"
 
 
 # What may change without making other weights: how long and how often, and everything that only looks at the result.

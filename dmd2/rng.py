@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+OFFICIAL_BATCH = 128  # of the official ImageNet evaluator, on each process
+
 
 def stream(address: str, device: torch.device | str = "cpu") -> torch.Generator:
     """Generator seeded by a hash of `address`, for example ``"0/1200/critic/noise"`` (seed / iteration / name)."""
@@ -70,7 +72,13 @@ def sample_noise(seeds: list[int], shape: tuple[int, ...], name: str, device: to
 
 
 def sample_labels(seeds: list[int], classes: int, rule: str) -> Tensor:
-    """Class of each sample seed: ``cyclic`` (seed mod classes) or ``random`` (uniform, addressed by the seed)."""
-    if rule == "cyclic":
-        return torch.tensor([seed % classes for seed in seeds])
-    return torch.cat([torch.randint(classes, (1,), generator=stream(f"sample/{seed}/label")) for seed in seeds])
+    """Class of each sample seed: ``cyclic`` (seed mod classes) or ``random`` (uniform, addressed by the seed).
+
+    ``cyclic-on-P-ranks`` is the official evaluator on P processes: each of them walks the same list of labels, in
+    batches of 128 that are then gathered, so that classes are not balanced.
+    """
+    if rule == "random":
+        return torch.cat([torch.randint(classes, (1,), generator=stream(f"sample/{seed}/label")) for seed in seeds])
+    ranks = int(rule.split("-")[2]) if rule != "cyclic" else 1
+    batch = OFFICIAL_BATCH
+    return torch.tensor([(seed // (ranks * batch) * batch + seed % batch) % classes for seed in seeds])

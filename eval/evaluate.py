@@ -3,6 +3,8 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from dmd2.denoisers import Denoiser
 from dmd2.distributed import local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
+from dmd2.inputs import TEACHERS
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
 from dmd2.sample import quantise, sample_teacher, student_sample
@@ -25,32 +28,58 @@ from dmd2.teachers import load_teacher
 from eval.claims import SETTLED
 from eval.protocol import Protocol, Sample, save_influence
 
+SCRATCH = "features"  # folder of the features beside metrics.json, gone once those are written
 GRID_ROWS = 6  # fixed-noise samples shown per class
+
+
+@dataclass(frozen=True)
+class Students:
+    """The snapshots of a finished run, one network that takes the weights of each."""
+
+    run: RunId
+    cfg: RunConfig
+    device: torch.device
+    network: Denoiser
+    files: list[dict[str, Any]]
+
+    @staticmethod
+    def of(run: RunId, cfg: RunConfig, device: torch.device) -> "Students":
+        """Snapshots as train.json lists them.
+
+        Raises:
+            UserError: the run or its teacher is missing or damaged.
+        """
+        manifest = TEACHERS / cfg.teacher.name / "manifest.json"
+        network = load_teacher(manifest, cfg.teacher.parameterisation).to(device)  # same network, other weights
+        return Students(run, cfg, device, network, read_json(run.folder / "train.json")["files"])
+
+    def sample(self, seeds: list[int]) -> Tensor:
+        """Images of the snapshot that was loaded last."""
+        return student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels)
+
+    def loaded(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
+        generator = self.cfg.generator.model_dump(mode="json")
+        for entry in self.files:
+            self.network.network.load_state_dict(load_shard(verified(self.run.folder, entry)))
+            yield int(Path(entry["path"]).stem), {"weights": entry["sha256"], "generator": generator}
 
 
 def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) -> None:
     """Write metrics of every snapshot of a finished run, its brightness stability and its fixed-noise grid."""
     record = read_json(run.folder / "train.json")
-    protocol = Protocol.of(cfg, device)
-    teacher = load_teacher(Path("data/teachers") / cfg.teacher.name / "manifest.json", cfg.teacher.parameterisation)
-    student = teacher.to(device)  # same network; its weights are replaced below
-
-    def sample(seeds: list[int]) -> Tensor:
-        return student_sample(student, cfg, seeds, device, cfg.eval.labels)
-
-    generator, scratch = cfg.generator.model_dump(mode="json"), out.with_name("features")
+    protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
+    scratch = out.with_name(SCRATCH)
     snapshots: list[dict[str, Any]] = []
     influence: dict[int, np.ndarray] = {}
-    progress = Progress(f"evaluate {run}", len(record["files"]))
+    progress = Progress(f"evaluate {run}", len(students.files))
     started = time.monotonic()
-    for entry in record["files"]:
-        step = int(Path(entry["path"]).stem)
-        student.network.load_state_dict(load_shard(verified(run.folder, entry)))
-        measured = protocol.measure(sample, {"weights": entry["sha256"], "generator": generator}, scratch)
+    for step, identity in students.loaded():
+        measured = protocol.measure(students.sample, identity, scratch)
         influence[step] = measured.influence
         snapshots.append({"step": step, "student_updates": -(-step // cfg.critic.ratio), **measured.as_json()})
         progress.update(len(snapshots), {name: e.value for name, e in measured.estimates.items()})
-    _save_grid(student, cfg, sample, out.with_name("grid.png"))
+    _save_grid(cfg, students.sample, out.with_name("grid.png"))
     log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
     write_json(out, {
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": protocol.names,
@@ -65,18 +94,11 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:
     """Write the same metrics for one sampler of the teacher, from the same sample seeds."""
-    protocol = Protocol.of(cfg, device)
-    manifest = Path("data/teachers") / cfg.teacher.name / "manifest.json"
-    teacher = load_teacher(manifest, cfg.teacher.parameterisation).to(device)
-
-    def sample(seeds: list[int]) -> Tensor:
-        return sample_teacher(teacher, cfg, spec, seeds, device)
-
-    started = time.monotonic()
-    identity = {"teacher": read_json(manifest)["files"], "sampler": spec.model_dump(mode="json")}
-    scratch = out.with_name("features")
+    protocol, started = Protocol.of(cfg, device), time.monotonic()
+    sample, identity = teacher_sampler(cfg, spec, device)
+    scratch = out.with_name(SCRATCH)
     measured = protocol.measure(sample, identity, scratch)
-    _save_grid(teacher, cfg, sample, out.with_name("grid.png"))
+    _save_grid(cfg, sample, out.with_name("grid.png"))
     calls = 2 * spec.steps - 1 if spec.solver == "heun" else spec.steps
     write_json(out, {
         "kind": "metrics", "run": f"{cfg.data.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
@@ -88,7 +110,15 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _save_grid(network: Denoiser, cfg: RunConfig, sample: Sample, out: Path) -> None:
+def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tuple[Sample, dict[str, Any]]:
+    """Images of seeds by one of the teacher's samplers, and what they depend on."""
+    manifest = TEACHERS / cfg.teacher.name / "manifest.json"
+    teacher = load_teacher(manifest, cfg.teacher.parameterisation).to(device)
+    identity = {"teacher": read_json(manifest)["files"], "sampler": spec.model_dump(mode="json")}
+    return lambda seeds: sample_teacher(teacher, cfg, spec, seeds, device), identity
+
+
+def _save_grid(cfg: RunConfig, sample: Sample, out: Path) -> None:
     """PNG of fixed-noise samples: one column a class (of the first ten), `GRID_ROWS` rows, no margins."""
     columns = min(10, cfg.data.classes)
     seeds = [column + row * cfg.data.classes for row in range(GRID_ROWS) for column in range(columns)]
@@ -101,23 +131,36 @@ def _save_grid(network: Denoiser, cfg: RunConfig, sample: Sample, out: Path) -> 
 
 app = typer.Typer(help=__doc__)
 Config = Annotated[str, typer.Option(help="JSON of the run")]
+Part = Annotated[int | None, typer.Option(help="only fill the features that fall to job PART of eval.shards")]
 
 
 @app.command()
-def run(name: str, out: Path, config: Config, threads: int = 1) -> None:
+def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 1) -> None:
     """Evaluate every snapshot of the run NAME (base/run/seedN)."""
     torch.set_num_threads(threads)
     with readable_errors():
-        evaluate_run(RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto"), out)
+        run, cfg, device = RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto")
+        if part is None:
+            evaluate_run(run, cfg, device, out)
+            return
+        protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
+        for _, identity in students.loaded():
+            protocol.fill(students.sample, identity, out.with_name(SCRATCH), part)
+        write_json(out, {"kind": "features", "run": name, "part": part, "shards": cfg.eval.shards})
 
 
 @app.command()
-def teacher(sampler: str, out: Path, config: Config, threads: int = 1) -> None:
+def teacher(sampler: str, out: Path, config: Config, part: Part = None, threads: int = 1) -> None:
     """Evaluate one of the teacher's samplers."""
     torch.set_num_threads(threads)
     with readable_errors():
-        cfg = RunConfig.model_validate(json.loads(config))
-        evaluate_teacher(cfg, sampler, cfg.eval.teacher_samplers[sampler], local_device("auto"), out)
+        cfg, device = RunConfig.model_validate(json.loads(config)), local_device("auto")
+        spec = cfg.eval.teacher_samplers[sampler]
+        if part is None:
+            evaluate_teacher(cfg, sampler, spec, device, out)
+            return
+        Protocol.of(cfg, device).fill(*teacher_sampler(cfg, spec, device), out.with_name(SCRATCH), part)
+        write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})
 
 
 if __name__ == "__main__":

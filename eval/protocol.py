@@ -12,15 +12,17 @@ from torch import Tensor
 from dmd2.config import RunConfig
 from dmd2.data import save_shard
 from dmd2.errors import UserError
+from dmd2.eval_config import Eval
 from dmd2.files import digest_of, listing
 from dmd2.rng import sample_labels
 from dmd2.sample import quantise
 from eval.detectors import Detector, load_detector
 from eval.estimate import Estimate
-from eval.features import FeatureSet, Sampled, account, extract, join
+from eval.features import FeatureSet, Sampled, account, extract, join, share
 from eval.measure import METRICS
+from eval.protocols import named, ranks_of
 from eval.reference import FEATURES, Engine, Reference
-from eval.resize import NONE
+from eval.resize import Geometry
 from eval.scores import mean_estimate
 from eval.stats import FeatureStats, describe, frechet_distance, ones_initialised
 
@@ -82,11 +84,13 @@ class Protocol:
             if name in ("fd", "fid") and (name == "fid") != detector.is_fid:
                 right = "fid" if detector.is_fid else "fd: only the canonical Inception features give an FID"
                 raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}")
-        moments = REFS / f"{cfg.eval.reference}-{cfg.eval.detector}" / "manifest.json"
+        moments = REFS / cfg.eval.statistics / "manifest.json"
         images = Path("data/real") / cfg.eval.reference / "manifest.json"
-        engine = Engine(detector, NONE, FEATURES, cfg.eval.batch)
+        geometry = Geometry(cfg.eval.geometry)
+        engine = Engine(detector, geometry, FEATURES, cfg.eval.batch)
         reference = engine.reference(images if NEEDS_IMAGES & set(cfg.eval.metrics) else moments)
         names = {
+            "protocol": spoken(cfg.eval), "geometry": geometry.name,
             "detector": describe(Path("data/weights") / cfg.eval.detector / "manifest.json"),
             "reference": f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)",
             "images": cfg.eval.images, "draws": cfg.eval.draws, "labels": cfg.eval.labels,
@@ -102,21 +106,36 @@ class Protocol:
             identity: what the images depend on besides this protocol; it addresses the cached features.
             scratch: folder of those features, so that an evaluation that was killed goes on.
         """
-        draws = [self._draw(sample, identity, scratch, d * self.cfg.eval.images) for d in range(self.cfg.eval.draws)]
+        draws = [self._draw(sample, identity, scratch, first) for first in self._firsts()]
         return Measured(
             {name: average([draw.estimates[name] for draw in draws]) for name in draws[0].estimates},
             np.concatenate([draw.influence for draw in draws]),
         )
 
-    def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
+    def fill(self, sample: Sample, identity: dict[str, Any], scratch: Path, part: int) -> None:
+        """Put the features that fall to job `part` of ``eval.shards`` into `scratch`, for `measure` to find there."""
+        spec = self.cfg.eval
+        rows = share(spec.images, part, spec.shards)
+        for first in self._firsts():
+            source = self._source(sample, identity, first)
+            extract(source, WithBrightness(self.detector), scratch, rows, batch=spec.batch)
+
+    def _firsts(self) -> range:
+        """First sample seed of every draw."""
+        return range(0, self.cfg.eval.draws * self.cfg.eval.images, self.cfg.eval.images)
+
+    def _source(self, sample: Sample, identity: dict[str, Any], first: int) -> Sampled:
         spec = self.cfg.eval
 
         def images(indices: list[int]) -> Tensor:
             return quantise(sample([first + i for i in indices]), spec.rounding)
 
         about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels}
-        source, detector = Sampled(digest_of(about), spec.images, images), WithBrightness(self.detector)
-        joined = join(extract(source, detector, scratch, batch=spec.batch), spec.images)
+        return Sampled(digest_of(about), spec.images, images, Geometry(spec.geometry))
+
+    def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
+        spec, source = self.cfg.eval, self._source(sample, identity, first)
+        joined = join(extract(source, WithBrightness(self.detector), scratch, batch=spec.batch), spec.images)
         brightness, features = joined.features[:, -1], np.ascontiguousarray(joined.features[:, :-1])
         drawn = FeatureSet(features, joined.logits, joined.pixels, joined.source, account(self.detector))
         labels = sample_labels(list(range(first, first + spec.images)), self.cfg.data.classes, spec.labels)
@@ -134,10 +153,19 @@ class Protocol:
             else:
                 values = METRICS[KNOWN[name]](drawn, self.reference, strata)
                 found |= {key.split()[0].lower() if len(values) > 1 else name: e for key, e in values.items()}
-        if spec.covariance_init == "ones":
-            quirk = frechet_distance(ones_initialised(FeatureStats.of(features)), self.reference.stats)
+        if ranks := ranks_of(spec.covariance_init):
+            quirk = frechet_distance(ones_initialised(FeatureStats.of(features), ranks), self.reference.stats)
             found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
         return Measured(found, influence)
+
+
+def spoken(spec: Eval) -> str | None:
+    """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
+    if spec.protocol is None:
+        return None
+    wanted = named(spec.protocol).for_a_base()
+    changed = [f"{key} {getattr(spec, key)}" for key in wanted if getattr(spec, key) != wanted[key]]
+    return ", but ".join([spec.protocol, ", ".join(changed)]) if changed else spec.protocol
 
 
 def average(draws: list[Estimate]) -> Estimate:

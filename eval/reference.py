@@ -207,17 +207,20 @@ def same_detector(ours: dict[str, Any], reference: Reference) -> None:
 
 
 def main(
-    source: Path, out: Path, detector: Annotated[str, typer.Option(help="network of the features")], threads: int = 1
-) -> None:
+    source: Path, out: Path, detector: Annotated[str, typer.Option(help="network of the features")],
+    geometry: Annotated[str, typer.Option(help="what is done to the images first")] = NONE.name, threads: int = 1,
+) -> None:  # fmt: skip
     """Write the feature moments of SOURCE (a real set's manifest, or an npz of moments) to the manifest OUT."""
     torch.set_num_threads(threads)
     with readable_errors():
         if not source.exists():
             raise UserError(f"{source} is missing: put the reference statistics (npz with mu and sigma) there")
-        engine = Engine(load_detector(detector), NONE, FEATURES)
+        engine = Engine(load_detector(detector), Geometry(geometry), FEATURES)
         if holds_moments(source):
             found = engine.reference(source)
-            save_stats(found.stats, out, {"detector": detector, "data": str(source), "images": None})
+            save_stats(
+                found.stats, out, {"detector": detector, "data": str(source), "images": None, "geometry": geometry}
+            )
         else:
             save_moments(engine, engine.open(source), source, out)
 

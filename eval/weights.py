@@ -42,6 +42,7 @@ class Entry:
     files: tuple[WeightFile, ...]
     package: str | None = None
     fid: bool = False
+    detectors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,10 @@ def _download(wanted: WeightFile, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
     except URLError as error:
-        raise UserError(f"cannot download {wanted.url} ({error.reason}): copy it to {path} from elsewhere") from error
+        checksum = f"SHA-256 {wanted.sha256}" if wanted.sha256 else "no published checksum"
+        raise UserError(
+            f"cannot download {wanted.url} ({error.reason}): copy it from elsewhere to {path} ({checksum})"
+        ) from error
     except RuntimeError as error:
         raise UserError(f"{wanted.url} does not have the expected checksum ({error}); nothing was kept") from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """What every test shares: one thread, the repository root, tiny networks."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,8 @@ import torch
 from tests.workspace import Workspace, copy_repository
 
 torch.set_num_threads(1)
+# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 
 

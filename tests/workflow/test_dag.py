@@ -118,3 +118,17 @@ def test_without_slurm_the_profile_says_so_in_one_sentence(edited: Workspace, tm
     result = subprocess.run(command, cwd=edited.path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     assert "there is no Slurm on this machine" in result.stderr + result.stdout and "Traceback" not in result.stderr
+
+
+def test_evaluation_in_two_jobs_gives_the_numbers_of_one(edited: Workspace) -> None:
+    metrics = "results/runs/digits/dmd2/seed0/metrics.json"
+    edited.edit("workflow/base/digits.yaml", "images: 60", "images: 1200")
+    assert edited.planned(metrics) == {"evaluate": 1}
+    assert edited.snakemake(metrics).returncode == 0
+    alone = json.loads((edited.path / metrics).read_text())
+    edited.edit("workflow/base/digits.yaml", "images: 1200", "images: 1200\n  shards: 2")
+    assert edited.planned(metrics) == {"evaluate": 1, "evaluate_part": 2}
+    result = edited.snakemake(metrics)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((edited.path / metrics).read_text())["snapshots"] == alone["snapshots"]
+    assert not list((edited.path / metrics).parent.glob("features*"))

@@ -1,24 +1,40 @@
 # Which configs a wildcard stands for. Wildcards accept only what the tables name.
 import json
+import re
+
+import yaml
 
 CONFIGS = list(RUNS.values())
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
 TEACHERS = {cfg.teacher.name: cfg for cfg in CONFIGS}
 PAIR_SETS = {cfg.pair_set: cfg for cfg in CONFIGS if cfg.needs_pairs}
 DETECTORS = {cfg.eval.detector for cfg in CONFIGS}
-REFERENCES = {cfg.eval.reference for cfg in CONFIGS}
+STATISTICS = {cfg.eval.statistics: cfg.eval for cfg in CONFIGS}
+
+
+with open("eval/weights.yaml", encoding="utf-8") as file:
+    PUBLISHED = {name: entry for name, entry in yaml.safe_load(file).items() if "package" not in entry}
+# Every network with weights to be downloaded, and the detectors that use them: the first file stands for all.
+WEIGHTS_OF = {
+    detector: f"data/weights/{name}/{entry['files'][0]['file']}"
+    for name, entry in PUBLISHED.items()
+    for detector in [name, *entry.get("detectors", [])]
+}
 
 
 wildcard_constraints:
+    network="|".join(PUBLISHED),
+    weights=r"[^/]+\.(pt|pth|bin|safetensors)",
     data="|".join(DATA),
     teacher="|".join(TEACHERS),
     pairs="|".join(PAIR_SETS) or "none",
     detector="|".join(DETECTORS),
-    reference="|".join(REFERENCES),
+    statistics="|".join(map(re.escape, STATISTICS)),
     base="|".join(EXPERIMENT.bases),
     run="|".join({run for _, run in RUNS}),
     table="|".join(TABLES),
     sampler=r"\w+",
+    part=r"\d+",
     seed=r"\d+",
     shard=r"\d{5}",
 

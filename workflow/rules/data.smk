@@ -14,9 +14,22 @@ rule real_data:
 
 
 def detector_inputs(w):
-    """A per-dataset classifier is trained on its data; any other detector is a file of the user's."""
+    """A per-dataset classifier is trained on its data; any other detector has published weights, or ships with them."""
     data = w.detector.removesuffix("-classifier")
-    return {"real": f"data/real/{data}/manifest.json"} if data in DATA else {}
+    if data in DATA:
+        return {"real": f"data/real/{data}/manifest.json"}
+    return {"weights": WEIGHTS_OF[w.detector]} if w.detector in WEIGHTS_OF else {}
+
+
+# On the login node, which has internet where compute nodes have not. A file that you put there yourself is used as it is.
+rule weights:
+    output:
+        "data/weights/{network}/{weights}",
+    localrule: True
+    message:
+        "download the weights of {wildcards.network}"
+    shell:
+        "python -m eval.weights {wildcards.network}"
 
 
 rule detector:
@@ -25,7 +38,7 @@ rule detector:
     output:
         "data/weights/{detector}/manifest.json",
     params:
-        real=lambda w, input: f"--real {input.real}" if input else "",
+        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: threads_of("detector")
     resources:
         **hardware("detector"),
@@ -37,24 +50,28 @@ rule detector:
 
 def reference_inputs(w):
     """Statistics of a data set are computed; any other reference is the user's npz (EDM's or clean-fid's format)."""
-    real = {"real": f"data/real/{w.reference}/manifest.json"} if w.reference in DATA else {}
-    return real | {"detector": f"data/weights/{w.detector}/manifest.json"}
+    spec = STATISTICS[w.statistics]
+    real = {"real": f"data/real/{spec.reference}/manifest.json"} if spec.reference in DATA else {}
+    return real | {"detector": f"data/weights/{spec.detector}/manifest.json"}
 
 
 rule reference:
     input:
         unpack(reference_inputs),
     output:
-        "data/refs/{reference}-{detector}/manifest.json",
+        "data/refs/{statistics}/manifest.json",
     params:
-        source=lambda w, input: input.get("real", f"data/refs/{w.reference}.npz"),
+        source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics].reference}.npz"),
+        detector=lambda w: STATISTICS[w.statistics].detector,
+        geometry=lambda w: STATISTICS[w.statistics].geometry,
     threads: threads_of("reference")
     resources:
         **hardware("reference"),
     message:
-        "reference statistics {wildcards.reference} under {wildcards.detector}"
+        "reference statistics {wildcards.statistics}"
     shell:
-        "{PYTHON} -m eval.reference {params.source} {output} --detector {wildcards.detector} --threads {threads}"
+        "{PYTHON} -m eval.reference {params.source} {output} --detector {params.detector}"
+        " --geometry {params.geometry} --threads {threads}"
 
 
 rule teacher:

@@ -1,15 +1,41 @@
-# Metrics of every snapshot of a run, and of the teacher's samplers, each in one process.
+# Metrics of every snapshot of a run, and of the teacher's samplers. Where eval.shards is above 1, that many jobs share the
+# images and leave features beside the metrics; the last job then only joins them.
 def eval_inputs(cfg):
     return {
         "teacher": teacher_manifest(cfg),
         "detector": f"data/weights/{cfg.eval.detector}/manifest.json",
-        "reference": f"data/refs/{cfg.eval.reference}-{cfg.eval.detector}/manifest.json",
+        "reference": f"data/refs/{cfg.eval.statistics}/manifest.json",
     }
+
+
+def parts(cfg, folder):
+    """Notes of the jobs that share the features of what is evaluated in `folder`."""
+    shards = cfg.eval.shards
+    return {"parts": [f"{folder}/features-{i}.json" for i in range(shards)]} if shards > 1 else {}
+
+
+rule evaluate_part:
+    input:
+        unpack(lambda w: eval_inputs(RUNS[w.base, w.run])),
+        train="results/runs/{base}/{run}/seed{seed}/train.json",
+    output:
+        temp("results/runs/{base}/{run}/seed{seed}/features-{part}.json"),
+    params:
+        config=lambda w: as_json(RUNS[w.base, w.run]),
+    threads: threads_of("evaluate")
+    resources:
+        **hardware("evaluate"),
+    message:
+        "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
+    shell:
+        "{PYTHON} -m eval.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
+        " --part {wildcards.part} --config {params.config:q} --threads {threads}"
 
 
 rule evaluate:
     input:
         unpack(lambda w: eval_inputs(RUNS[w.base, w.run])),
+        unpack(lambda w: parts(RUNS[w.base, w.run], f"results/runs/{w.base}/{w.run}/seed{w.seed}")),
         train="results/runs/{base}/{run}/seed{seed}/train.json",
     output:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
@@ -26,9 +52,27 @@ rule evaluate:
         " --config {params.config:q} --threads {threads}"
 
 
+rule evaluate_teacher_part:
+    input:
+        unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
+    output:
+        temp("results/teachers/{base}/{sampler}/features-{part}.json"),
+    params:
+        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
+    threads: threads_of("evaluate")
+    resources:
+        **hardware("evaluate"),
+    message:
+        "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
+    shell:
+        "{PYTHON} -m eval.evaluate teacher {wildcards.sampler} {output}"
+        " --part {wildcards.part} --config {params.config:q} --threads {threads}"
+
+
 rule evaluate_teacher:
     input:
         unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
+        unpack(lambda w: parts(EXPERIMENT.bases[w.base], f"results/teachers/{w.base}/{w.sampler}")),
     output:
         metrics="results/teachers/{base}/{sampler}/metrics.json",
         grid="results/teachers/{base}/{sampler}/grid.png",

@@ -1,0 +1,71 @@
+"""How a run is measured, and the samplers of teachers."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from dmd2.section import Positive, Section, Weight
+
+RANKS = r"(-on-[1-9]\d*-ranks)"
+GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-299(-skip|-official)?)$"
+IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
+
+
+class Sampler(Section):
+    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM."""
+
+    solver: Literal["heun", "ddim", "pndm", "euler"]
+    steps: Positive
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    churn: Weight = 0.0
+    s_min: Weight = 0.0
+    s_max: Annotated[float, Field(gt=0)] = 1e9
+    s_noise: Annotated[float, Field(gt=0)] = 1.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.solver == "heun" and self.steps < 2:
+            raise ValueError("heun needs at least 2 steps: its grid runs from sigma_max to sigma_min")
+        if self.churn > 0 and self.solver != "heun":
+            raise ValueError(f"churn belongs to heun, not {self.solver}")
+        if self.eta > 0 and self.solver != "ddim":
+            raise ValueError(f"eta belongs to ddim, not {self.solver}")
+        return self
+
+
+def _complete_or_protocol(schema: dict[str, Any]) -> None:
+    """An editor asks for the keys of a protocol only where none is named."""
+    required = schema["required"]
+    schema["required"] = [key for key in required if key not in IN_A_PROTOCOL]
+    schema["anyOf"] = [{"required": ["protocol"]}, {"required": sorted(IN_A_PROTOCOL)}]
+
+
+class Eval(Section):
+    """What is measured, on how many images, by which detector, against which reference, with which protocol.
+
+    `protocol` names an entry of eval/protocols.yaml, whose values stand where a base gives none. `shards` jobs share
+    the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
+
+    protocol: str | None = None
+    metrics: Annotated[list[str], Field(min_length=1)]
+    detector: str
+    geometry: Annotated[str, Field(pattern=GEOMETRIES)] = "none"
+    reference: str
+    images: Annotated[int, Field(ge=2)]
+    draws: Positive
+    batch: Positive
+    shards: Positive = 1
+    teacher_samplers: dict[str, Sampler]
+    labels: Annotated[str, Field(pattern=f"^(random|cyclic{RANKS}?)$")]
+    rounding: Literal["round", "trunc"]
+    covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"
+
+    @property
+    def statistics(self) -> str:
+        """Name of the reference's moments: they depend on the detector and on the geometry."""
+        geometry = "" if self.geometry == "none" else f"-{self.geometry}"
+        return f"{self.reference}-{self.detector}{geometry}"
