@@ -10,10 +10,11 @@ from pydantic import Field, ValidationError
 from dmd2.changes import apply_change, holds, validate
 from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
+from dmd2.run import RunId
 from dmd2.yaml_file import YamlFile, read_yaml
 from eval.protocols import named
 
-BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
+BASES, TABLES, SAMPLERS = Path("workflow/base"), Path("workflow/tables"), Path("results/teachers")
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
@@ -55,6 +56,17 @@ class Experiment:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     runs: dict[tuple[str, str], RunConfig] = field(default_factory=dict)
     bases: dict[str, RunConfig] = field(default_factory=dict)
+
+    def shown(self, table: str) -> Any:
+        """All of a table that its text shows: an edited number of the paper remakes the table and nothing else."""
+        rows = [row.model_dump(mode="json") for row in self.rows[table]]
+        return [self.tables[table].model_dump(mode="json"), rows]
+
+    def measured(self, table: str) -> list[str]:
+        """Files of metrics that a table is made from."""
+        spec = self.tables[table]
+        runs = [RunId(spec.base, row.run, seed).folder for row in self.rows[table] for seed in spec.seeds]
+        return [str(folder / "metrics.json") for folder in [*runs, *(SAMPLERS / spec.base / s for s in spec.teachers)]]
 
     def ticks(self, table: str, run: str) -> dict[str, bool]:
         """Column name to tick, computed from the run's config."""

@@ -18,6 +18,7 @@ from dmd2.condition import Condition
 from dmd2.config import Data
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import atomic, listing, read_json, verified, write_json
+from dmd2.made import recorded
 
 CONDITIONS = ("labels", "text", "pooled", "time_ids")
 
@@ -143,7 +144,8 @@ def read_idx(path: Path, name: str) -> np.ndarray:
 def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path) -> None:
     """Prepare real data: write OUT (a manifest.json) and its shards."""
     with readable_errors():
-        prepare(Data.model_validate(json.loads(config)), out.parent)
+        with recorded(out, json.loads(config)):
+            prepare(Data.model_validate(json.loads(config)), out.parent)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What a training reads, and the identity that follows from it; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dmd2.config import TrainConfig, digest
+from dmd2.config import RunConfig, TrainConfig, digest
 from dmd2.files import content_of, digest_of
+from dmd2.made import made_from
 from dmd2.run import Goal, RunId
 
 REAL, TEACHERS, PAIRS = Path("data/real"), Path("data/teachers"), Path("data/pairs")
+WEIGHTS, REFS = Path("data/weights"), Path("data/refs")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,11 @@ class Inputs:
 
     def identity(self) -> dict[str, str | None]:
         """Content hash of every input."""
-        paths = {"teacher": self.teacher, "real": self.real, "pairs": self.pairs, "init": self.init}
-        return {name: None if path is None else content_of(path) for name, path in paths.items()}
+        return {name: None if path is None else content_of(path) for name, path in asdict(self).items()}
+
+    def paths(self) -> list[Path]:
+        """Those that there are."""
+        return [path for path in asdict(self).values() if path is not None]
 
     def key(self, cfg: TrainConfig, seed: int) -> str:
         """Names the checkpoints of a training: a function of all that can change its weights."""
@@ -46,4 +51,15 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
     Raises:
         UserError: an input is missing.
     """
-    return Goal(run, Inputs.of(run, cfg).key(cfg, run.seed), digest_of(cfg.model_dump(mode="json")))
+    inputs = Inputs.of(run, cfg)
+    made = made_from(cfg.model_dump(mode="json"), inputs.paths())
+    return Goal(run, inputs.key(cfg, run.seed), made["config"], made["inputs"])
+
+
+def measured_with(cfg: RunConfig) -> dict[str, Path]:
+    """Manifests that an evaluation reads besides what it evaluates."""
+    return {
+        "teacher": TEACHERS / cfg.teacher.name / "manifest.json",
+        "detector": WEIGHTS / cfg.eval.detector / "manifest.json",
+        "reference": REFS / cfg.eval.statistics / "manifest.json",
+    }

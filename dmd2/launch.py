@@ -58,8 +58,9 @@ def train_on_slurm(training: SlurmTraining) -> None:
     if job is None:
         record = goal.reached()
         assert record is not None
-        return publish(training.run, record)
-    words = [str(training.run), job, goal.key, goal.config, str(training.cluster.training.poll_seconds)]
+        return publish(goal, record)
+    poll = str(training.cluster.training.poll_seconds)
+    words = [str(training.run), job, goal.key, goal.config, json.dumps(goal.inputs), poll]
     os.execv(sys.executable, [sys.executable, "-m", "dmd2.wait", *words])
 
 
@@ -71,8 +72,9 @@ def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
     if cluster.training.nodes > 1:
         raise UserError("training.nodes: several nodes need `launcher: slurm` in the cluster file")
     TrainingJob.of(run, cfg, cluster).train()
-    if int(os.environ.get("RANK", "0")) == 0 and (record := goal_of(run, cfg).reached()):
-        publish(run, record)
+    goal = goal_of(run, cfg)
+    if int(os.environ.get("RANK", "0")) == 0 and (record := goal.reached()):
+        publish(goal, record)
 
 
 @app.command("print")

@@ -13,6 +13,7 @@ from dmd2.data import save_shard
 from dmd2.distributed import part
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
+from dmd2.made import recorded
 from dmd2.progress import Progress
 from dmd2.rng import sample_labels, sample_noise
 
@@ -93,14 +94,16 @@ def shard(
     """Make one shard."""
     torch.set_num_threads(threads)
     with readable_errors():
-        make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out)
+        with recorded(out, json.loads(config), [teacher]):
+            make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out)
 
 
 @app.command()
 def join(out: Path, shards: list[Path]) -> None:
     """Write the manifest OUT of finished SHARDS."""
     with readable_errors():
-        join_shards(shards, out)
+        with recorded(out, None, shards):
+            join_shards(shards, out)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ class RunId:
 
 @dataclass(frozen=True)
 class Goal:
-    """Exactly one training: a run, the key of its config and inputs, and the digest of its complete config."""
+    """Exactly one training: a run, the key of its config and inputs, the digest of its complete config, its inputs."""
 
     run: RunId
     key: str
     config: str
+    inputs: dict[str, str]  # content by path
 
     def reached(self) -> dict[str, Any] | None:
         """Record of the completed training, if it is complete.

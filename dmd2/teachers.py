@@ -18,6 +18,7 @@ from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.losses import denoising_loss
+from dmd2.made import recorded
 from dmd2.optimiser import Optimiser
 from dmd2.progress import Progress
 from dmd2.rng import Draws, stream
@@ -152,10 +153,11 @@ def main(
     torch.set_num_threads(threads)
     with readable_errors():
         spec = Teacher.model_validate(json.loads(teacher))
-        if spec.train is None or real is None:
-            adopt_teacher(spec, out.parent)
-        else:
-            train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent)
+        with recorded(out, [json.loads(data), json.loads(teacher)], [real] if real else []):
+            if spec.train is None or real is None:
+                adopt_teacher(spec, out.parent)
+            else:
+                train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Hundreds of these processes may wait on a login node, so this module needs littl
 ``dmd2.launch train`` replaces itself by it once the job is submitted.
 """
 
+import json
 import signal
 import sys
 import time
@@ -133,21 +134,23 @@ def say(run: RunId, text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {run}: {text}", file=sys.stderr, flush=True)
 
 
-def publish(run: RunId, record: dict[str, Any]) -> None:
-    """Write train.json, the node of the DAG that says this run is complete, with what it cost."""
+def publish(goal: Goal, record: dict[str, Any]) -> None:
+    """Write train.json, the node of the DAG that says this run is complete, with what it cost and was made from."""
+    run, made = goal.run, {"config": goal.config, "inputs": goal.inputs}
     submissions = run.folder / "job.json"
     jobs = read_json(submissions)["jobs"] if submissions.exists() else []
     cost = (slurm_cost(jobs) if jobs else None) or wall_clock_cost(record)
-    write_json(run.folder / "train.json", {**record, "cost": cost})
+    write_json(run.folder / "train.json", {**record, "cost": cost, "made_from": made})
 
 
-def main(name: str, job: str, key: str, config: str, poll_seconds: str) -> None:
+def main(name: str, job: str, key: str, config: str, inputs: str, poll_seconds: str) -> None:
     """Wait and publish; Ctrl-C leaves the job running."""
     run = RunId.parse(name)
+    goal = Goal(run, key, config, json.loads(inputs))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with readable_errors():
         try:
-            publish(run, wait(Goal(run, key, config), job, float(poll_seconds)))
+            publish(goal, wait(goal, job, float(poll_seconds)))
         except KeyboardInterrupt:
             say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, "
                      f"`python -m dmd2.launch cancel {run}` stops it")  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dmd2.data import TensorSet, load_set, load_shard, save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
+from dmd2.made import recorded
 from dmd2.rng import Draws, stream
 from eval.clip import ClipImages
 from eval.networks import NETWORKS, FeatureNetwork, load_network
@@ -145,10 +146,11 @@ def main(name: str, out: Path, real: Path | None = None, threads: int = 1) -> No
     """Train the classifier NAME on the manifest --real, or verify the network NAME; write the manifest OUT."""
     torch.set_num_threads(threads)
     with readable_errors():
-        if real is None:
-            record_network(name, out)
-        else:
-            train_classifier(name, load_set(real), out)
+        with recorded(out, name, [real] if real else []):
+            if real is None:
+                record_network(name, out)
+            else:
+                train_classifier(name, load_set(real), out)
 
 
 if __name__ == "__main__":

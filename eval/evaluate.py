@@ -20,7 +20,8 @@ from dmd2.denoisers import Denoiser
 from dmd2.distributed import local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
-from dmd2.inputs import TEACHERS
+from dmd2.inputs import TEACHERS, measured_with
+from dmd2.made import recorded
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
 from dmd2.sample import quantise, sample_teacher, student_sample
@@ -141,7 +142,8 @@ def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 
     with readable_errors():
         run, cfg, device = RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto")
         if part is None:
-            evaluate_run(run, cfg, device, out)
+            with recorded(out, json.loads(config), [*measured_with(cfg).values(), run.folder / "train.json"]):
+                evaluate_run(run, cfg, device, out)
             return
         protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
         for _, identity in students.loaded():
@@ -157,7 +159,8 @@ def teacher(sampler: str, out: Path, config: Config, part: Part = None, threads:
         cfg, device = RunConfig.model_validate(json.loads(config)), local_device("auto")
         spec = cfg.eval.teacher_samplers[sampler]
         if part is None:
-            evaluate_teacher(cfg, sampler, spec, device, out)
+            with recorded(out, json.loads(config), measured_with(cfg).values()):
+                evaluate_teacher(cfg, sampler, spec, device, out)
             return
         Protocol.of(cfg, device).fill(*teacher_sampler(cfg, spec, device), out.with_name(SCRATCH), part)
         write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})

@@ -21,6 +21,8 @@ import typer
 
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import read_json, sha256
+from dmd2.inputs import WEIGHTS
+from dmd2.made import recorded
 from eval.detectors import Detector, load_detector
 from eval.features import FeatureSet, account, extract, identity, join, share, stream_moments
 from eval.frechet import FrechetReference, moments
@@ -216,13 +218,12 @@ def main(
         if not source.exists():
             raise UserError(f"{source} is missing: put the reference statistics (npz with mu and sigma) there")
         engine = Engine(load_detector(detector), Geometry(geometry), FEATURES)
-        if holds_moments(source):
-            found = engine.reference(source)
-            save_stats(
-                found.stats, out, {"detector": detector, "data": str(source), "images": None, "geometry": geometry}
-            )
-        else:
-            save_moments(engine, engine.open(source), source, out)
+        with recorded(out, [detector, geometry], [WEIGHTS / detector / "manifest.json", source]):
+            if holds_moments(source):
+                about = {"detector": detector, "data": str(source), "images": None, "geometry": geometry}
+                save_stats(engine.reference(source).stats, out, about)
+            else:
+                save_moments(engine, engine.open(source), source, out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from PIL import Image
 
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import read_json, sha256, write_text
+from dmd2.made import made_from
 from dmd2.run import commit
 from eval import figures
 from eval.claims import MIN_SEEDS, SETTLED
@@ -254,7 +256,9 @@ def main(
 ) -> None:
     """Write one HTML page over TABLES: numbers beside the paper's, verdicts, curves and samples."""
     with readable_errors():
-        write_text(out, render(list(dict.fromkeys(tables))))
+        shown = list(dict.fromkeys(tables))
+        record = made_from(None, shown)
+        write_text(out, f"<!-- made from {json.dumps(record)} -->\n{render(shown)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dmd2.changes import dotted_keys
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
 from dmd2.files import read_json, read_json_lines, write_json, write_text
+from dmd2.made import recorded
 from dmd2.run import RunId
 from eval.claims import Measurements, judge, show
 from eval.differences import Arm, difference, influences, shown
@@ -260,8 +261,10 @@ def markdown(bundle: dict[str, Any]) -> str:
 def main(name: str, out: Annotated[Path, typer.Option(help="folder")] = Path("results/tables")) -> None:
     """Write the table NAME as Markdown, CSV and JSON from the metrics of its runs."""
     with readable_errors():
-        bundle = build(name)
-        write_json(out / f"{name}.json", bundle)
+        experiment = load_experiment()
+        with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name)):
+            bundle = build(name)
+            write_json(out / f"{name}.json", bundle)
         write_text(out / f"{name}.csv", tidy(bundle).to_csv(index=False))
         write_text(out / f"{name}.md", markdown(bundle))
 

@@ -13,7 +13,7 @@ from dmd2.errors import UserError
 from dmd2.files import listing, write_json
 from dmd2.inputs import Inputs
 from dmd2.interrupts import single_writer
-from dmd2.run import RunId
+from dmd2.run import Goal, RunId
 from dmd2.teachers import adopt_teacher
 from dmd2.trainer import Hardware, Training
 from dmd2.wait import publish
@@ -108,7 +108,7 @@ def test_the_record_counts_student_updates(inputs):
 
 def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs, monkeypatch):
     record, folder = train(inputs, 4, run=RunId("tiny", "first", 0))
-    publish(RunId("tiny", "first", 0), record)
+    publish(Goal(RunId("tiny", "first", 0), record["key"], "", {}), record)
     second = Inputs(inputs.teacher, inputs.real, None, folder / "train.json")
     first = Training(RunId("tiny", "first", 0), config(4), Hardware(), inputs)
     first.resume()

@@ -1,8 +1,13 @@
 # Which configs a wildcard stands for. Wildcards accept only what the tables name.
 import json
 import re
+import time
+from pathlib import Path
 
 import yaml
+
+from dmd2.files import write_text
+from dmd2.inputs import measured_with
 
 CONFIGS = list(RUNS.values())
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
@@ -50,6 +55,11 @@ def hardware(kind):
 
 def threads_of(kind):
     return getattr(CLUSTER.jobs, kind).threads
+
+
+def outdated(pattern):
+    """Input function: a file that is always new, where the output exists but is not what would be made now."""
+    return lambda w: [CHANGED] if pattern.format(**dict(w.items())) in OUTDATED.reasons else []
 
 
 def as_json(section):

@@ -1,5 +1,7 @@
 # Real data, detectors and their reference statistics, teachers, pairs.
 rule real_data:
+    input:
+        outdated("data/real/{data}/manifest.json"),
     output:
         "data/real/{data}/manifest.json",
     params:
@@ -34,6 +36,7 @@ rule weights:
 
 rule detector:
     input:
+        outdated("data/weights/{detector}/manifest.json"),
         unpack(detector_inputs),
     output:
         "data/weights/{detector}/manifest.json",
@@ -57,6 +60,7 @@ def reference_inputs(w):
 
 rule reference:
     input:
+        outdated("data/refs/{statistics}/manifest.json"),
         unpack(reference_inputs),
     output:
         "data/refs/{statistics}/manifest.json",
@@ -76,13 +80,14 @@ rule reference:
 
 rule teacher:
     input:
-        lambda w: real_manifest(TEACHERS[w.teacher]) if TEACHERS[w.teacher].teacher.train else [],
+        outdated("data/teachers/{teacher}/manifest.json"),
+        real=lambda w: real_manifest(TEACHERS[w.teacher]) if TEACHERS[w.teacher].teacher.train else [],
     output:
         "data/teachers/{teacher}/manifest.json",
     params:
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
-        real=lambda w, input: f"--real {input}" if input else "",
+        real=lambda w, input: f"--real {input.real}" if input.real else "",
     threads: threads_of("teacher")
     resources:
         **hardware("teacher"),
@@ -93,9 +98,15 @@ rule teacher:
         " {params.real} --threads {threads} {output}"
 
 
+def pairs_shards(name):
+    shards = range(PAIR_SETS[name].regression.pairs.shards)
+    return [f"data/pairs/{name}/shard-{shard:05d}.json" for shard in shards]
+
+
 rule pairs_shard:
     input:
-        lambda w: teacher_manifest(PAIR_SETS[w.pairs]),
+        outdated("data/pairs/{pairs}/shard-{shard}.json"),
+        teacher=lambda w: teacher_manifest(PAIR_SETS[w.pairs]),
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
     params:
@@ -106,20 +117,17 @@ rule pairs_shard:
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.pairs shard {input} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
 
 
 rule pairs:
     input:
-        lambda w: expand(
-            "data/pairs/{pairs}/shard-{shard:05d}.json",
-            pairs=w.pairs,
-            shard=range(PAIR_SETS[w.pairs].regression.pairs.shards),
-        ),
+        outdated("data/pairs/{pairs}/manifest.json"),
+        shards=lambda w: pairs_shards(w.pairs),
     output:
         "data/pairs/{pairs}/manifest.json",
     localrule: True
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "{PYTHON} -m dmd2.pairs join {output} {input}"
+        "{PYTHON} -m dmd2.pairs join {output} {input.shards}"

@@ -1,11 +1,7 @@
 # Metrics of every snapshot of a run, and of the teacher's samplers. Where eval.shards is above 1, that many jobs share the
 # images and leave features beside the metrics; the last job then only joins them.
 def eval_inputs(cfg):
-    return {
-        "teacher": teacher_manifest(cfg),
-        "detector": f"data/weights/{cfg.eval.detector}/manifest.json",
-        "reference": f"data/refs/{cfg.eval.statistics}/manifest.json",
-    }
+    return {name: str(path) for name, path in measured_with(cfg).items()}
 
 
 def parts(cfg, folder):
@@ -34,6 +30,7 @@ rule evaluate_part:
 
 rule evaluate:
     input:
+        outdated("results/runs/{base}/{run}/seed{seed}/metrics.json"),
         unpack(lambda w: eval_inputs(RUNS[w.base, w.run])),
         unpack(lambda w: parts(RUNS[w.base, w.run], f"results/runs/{w.base}/{w.run}/seed{w.seed}")),
         train="results/runs/{base}/{run}/seed{seed}/train.json",
@@ -71,6 +68,7 @@ rule evaluate_teacher_part:
 
 rule evaluate_teacher:
     input:
+        outdated("results/teachers/{base}/{sampler}/metrics.json"),
         unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
         unpack(lambda w: parts(EXPERIMENT.bases[w.base], f"results/teachers/{w.base}/{w.sampler}")),
     output:

@@ -1,16 +1,4 @@
 # Tables beside the paper's, and one page over the tables that were asked for.
-def table_spec(w):
-    """All of a table that its text shows, so that an edited paper number remakes the table and nothing else."""
-    rows = [row.model_dump(mode="json") for row in EXPERIMENT.rows[w.table]]
-    return json.dumps([TABLES[w.table].model_dump(mode="json"), rows], sort_keys=True)
-
-
-def table_metrics(w):
-    base, rows, seeds = TABLES[w.table].base, [row.run for row in EXPERIMENT.rows[w.table]], TABLES[w.table].seeds
-    students = expand("results/runs/{base}/{run}/seed{seed}/metrics.json", base=base, run=rows, seed=seeds)
-    return students + expand("results/teachers/{base}/{s}/metrics.json", base=base, s=TABLES[w.table].teachers)
-
-
 def requested_tables():
     """Tables behind the targets of this call; the demo when none is named."""
     targets = [str(target) for target in workflow.dag_settings.targets]
@@ -20,11 +8,10 @@ def requested_tables():
 
 rule table:
     input:
-        table_metrics,
+        outdated("results/tables/{table}.json"),
+        lambda w: EXPERIMENT.measured(w.table),
     output:
         multiext("results/tables/{table}", ".md", ".csv", ".json"),
-    params:
-        spec=table_spec,
     localrule: True
     message:
         "table {wildcards.table}"
@@ -32,13 +19,21 @@ rule table:
         "python -m eval.tables {wildcards.table}"
 
 
+def outdated_report(w):
+    """As `outdated`; which tables the page should show is known only once targets are."""
+    page = Artefact(["results/report.html"], None, [f"results/tables/{name}.json" for name in requested_tables()])
+    OUTDATED.review([page])
+    return outdated("results/report.html")(w)
+
+
 rule report:
     input:
-        lambda w: expand("results/tables/{table}.json", table=requested_tables()),
+        outdated_report,
+        tables=lambda w: expand("results/tables/{table}.json", table=requested_tables()),
     output:
         "results/report.html",
     localrule: True
     message:
         "report {output}"
     shell:
-        "python -m eval.report {input} --out {output}"
+        "python -m eval.report {input.tables} --out {output}"

@@ -11,6 +11,7 @@ def train_inputs(w):
 
 rule train:
     input:
+        outdated("results/runs/{base}/{run}/seed{seed}/train.json"),
         train_inputs,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",

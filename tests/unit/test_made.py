@@ -1,0 +1,99 @@
+"""The record of what an artefact was made from, and what it calls out of date."""
+
+import json
+import os
+
+import pytest
+
+from dmd2.files import read_json, write_json
+from dmd2.made import Artefact, Outdated, content, made_from, recorded
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "in.json", {"kind": "real", "files": [{"sha256": "a"}]})
+    with recorded(tmp_path / "out.json", {"x": 1}, ["in.json"]):
+        write_json(tmp_path / "out.json", {"kind": "run"})
+    return tmp_path
+
+
+def out(config=None, inputs=("in.json",)) -> Artefact:
+    return Artefact(["out.json"], config or {"x": 1}, list(inputs))
+
+
+def test_what_was_just_made_is_up_to_date(folder) -> None:
+    assert out().outdated() is None
+    assert read_json(folder / "out.json")["kind"] == "run"
+
+
+def test_other_settings_another_input_and_a_new_input_are_named(folder) -> None:
+    assert out({"x": 2}).outdated() == "was made with other settings"
+    write_json(folder / "more.json", {})
+    assert out(inputs=("in.json", "more.json")).outdated() == "was made without more.json"
+    write_json(folder / "in.json", {"kind": "real", "files": [{"sha256": "b"}]})
+    assert out().outdated() == "was made from another in.json"
+
+
+def test_input_whose_files_are_the_same_is_the_same_whenever_it_was_made(folder) -> None:
+    write_json(folder / "in.json", {"kind": "real", "seconds": 7, "files": [{"sha256": "a"}]})
+    assert out().outdated() is None
+
+
+def test_missing_input_counts_as_unchanged(folder) -> None:
+    (folder / "in.json").unlink()
+    assert out().outdated() is None
+
+
+def test_record_is_of_the_inputs_before_the_work(folder) -> None:
+    with recorded(folder / "out.json", {"x": 1}, ["in.json"]):
+        write_json(folder / "in.json", {"kind": "real", "files": [{"sha256": "changed meanwhile"}]})
+    assert out().outdated() == "was made from another in.json"
+
+
+def test_failed_work_leaves_no_record(folder) -> None:
+    (folder / "out.json").unlink()
+    with pytest.raises(ValueError, match="failed"), recorded(folder / "out.json", {"x": 1}):
+        raise ValueError("failed")
+    assert not (folder / "out.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("real", None), ("run", "does not say what it was made from")])
+def test_only_what_a_person_may_have_put_there_needs_no_record(folder, kind, reason) -> None:
+    write_json(folder / "out.json", {"kind": kind})
+    assert out().outdated() == reason
+
+
+def test_page_carries_its_record_in_a_comment(folder) -> None:
+    record = json.dumps(made_from(None, ["in.json"]))
+    (folder / "page.html").write_text(f"<!-- made from {record} -->\n<html>")
+    assert Artefact(["page.html"], None, ["in.json"]).outdated() is None
+    (folder / "page.html").write_text("<html>")
+    assert Artefact(["page.html"], None, ["in.json"]).outdated() == "is damaged"
+
+
+def test_metrics_are_their_numbers_not_only_their_files(folder) -> None:
+    write_json(folder / "m.json", {"kind": "metrics", "fd": 1.0, "files": [{"sha256": "a"}]})
+    before = content("m.json")
+    write_json(folder / "m.json", {"kind": "metrics", "fd": 2.0, "files": [{"sha256": "a"}]})
+    assert content("m.json") != before
+
+
+def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
+    with recorded(folder / "last.json", None, ["out.json"]):
+        write_json(folder / "last.json", {})
+    (folder / "last.md").write_text("table")
+    for name, moment in (("in.json", 300), ("out.json", 200), ("last.json", 100), ("last.md", 50)):
+        os.utime(folder / name, (moment, moment))
+    found = Outdated()
+    found.review([out(), Artefact(["last.json", "last.md"], None, ["out.json"])])
+    times = [os.stat(name).st_mtime_ns for name in ("in.json", "out.json", "last.json")]
+    assert found.reasons == {} and times == sorted(set(times))
+    assert os.stat("last.md").st_mtime_ns > times[1]
+    found.review([out({"x": 3})])
+    assert found.reasons == {"out.json": "was made with other settings"} and os.stat("out.json").st_mtime_ns == times[1]
+
+
+def test_long_lists_are_cut() -> None:
+    lines = Outdated({f"{n}.json": "is damaged" for n in range(9)}).told()
+    assert len(lines) == 6 and lines[0] == "0.json is damaged" and lines[-1] == "... and 4 more"

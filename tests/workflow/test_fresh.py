@@ -1,0 +1,83 @@
+"""What is out of date is decided by content: after a clone or a pull there are no records of Snakemake and no clocks."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.workspace import Workspace
+
+
+@pytest.fixture
+def pulled(edited: Workspace) -> Workspace:
+    """The finished workspace as a clone with restored results: files in any order of time, no .snakemake."""
+    shutil.rmtree(edited.path / ".snakemake")
+    files = [path for folder in ("data", "results", "workflow") for path in (edited.path / folder).rglob("*")]
+    order = random.Random(0)
+    for path in files:
+        if path.is_file():
+            moment = 1.7e9 + order.random() * 1e6
+            os.utime(path, (moment, moment))
+    return edited
+
+
+def change_weight_of_dmd(workspace: Workspace) -> None:
+    for table in ("demo", "digits-table3", "digits-ttur"):
+        workspace.edit(f"workflow/tables/{table}.yaml", "regression.weight: 5.0", "regression.weight: 4.0")
+
+
+def test_nothing_is_to_do_after_a_pull(pulled: Workspace) -> None:
+    assert pulled.planned("demo") == {}
+    assert "provenance" not in pulled.snakemake("-n", "demo").stderr
+
+
+def test_changed_value_after_a_pull_runs_exactly_its_jobs(pulled: Workspace) -> None:
+    change_weight_of_dmd(pulled)
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    result = pulled.snakemake("-n", "demo")
+    assert "out of date: results/runs/digits/dmd/seed0/train.json was made with other settings" in result.stderr
+
+
+def test_changed_value_trains_once_and_then_nothing_is_to_do(pulled: Workspace) -> None:
+    change_weight_of_dmd(pulled)
+    old = json.loads((pulled.path / "results/runs/digits/dmd/seed0/train.json").read_text())
+    result = pulled.snakemake("demo")
+    assert result.returncode == 0, result.stderr
+    new = json.loads((pulled.path / "results/runs/digits/dmd/seed0/train.json").read_text())
+    assert new["config"]["regression"]["weight"] == 4.0 and new["key"] != old["key"]
+    assert pulled.planned("demo") == {}
+
+
+def test_another_teacher_runs_what_was_made_from_the_old_one(pulled: Workspace) -> None:
+    manifest = pulled.path / "data/teachers/digits-edm/manifest.json"
+    entry = json.loads(manifest.read_text())
+    entry["files"][0]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(entry))
+    planned = pulled.planned("demo")
+    assert {rule: planned[rule] for rule in ("pairs_shard", "train", "evaluate", "evaluate_teacher", "table")} == {
+        "pairs_shard": 2, "train": 2, "evaluate": 2, "evaluate_teacher": 2, "table": 1,
+    }  # fmt: skip
+    assert "teacher" not in planned and "real_data" not in planned
+
+
+def test_metrics_that_were_changed_by_hand_are_named(pulled: Workspace) -> None:
+    metrics = pulled.path / "results/runs/digits/dmd/seed0/metrics.json"
+    metrics.write_text(metrics.read_text().replace('"fd":', '"fd":  '))
+    assert "results/tables/demo.json was made from another results/runs/digits/dmd/seed0/metrics.json" in (
+        pulled.snakemake("-n", "demo").stderr
+    )
+
+
+@pytest.mark.parametrize("missing", ["data/pairs", "data/teachers", "results/runs/digits/dmd/seed0/snapshots-*"])
+def test_what_was_not_pulled_is_not_made_again(pulled: Workspace, missing: str) -> None:
+    for folder in pulled.path.glob(missing):
+        shutil.rmtree(folder)
+    assert pulled.planned("demo") == {}
+
+
+def test_damaged_record_is_made_again(pulled: Workspace) -> None:
+    Path(pulled.path / "results/runs/digits/dmd/seed0/metrics.json").write_text("{")
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1}

@@ -1,0 +1,67 @@
+# What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/made.py),
+# never by clocks or by .snakemake, which a clone or a `dvc pull` does not bring along. The profiles therefore leave
+# Snakemake the modification times only, which are put right for everything whose content says that it is up to date.
+import sys
+from types import SimpleNamespace
+
+from dmd2.made import Artefact, Outdated
+
+CHANGED = "results/.changed"  # input of everything outdated
+
+
+def artefacts():
+    """Everything the tables could ask for, inputs before what is made from them."""
+    for name, data in DATA.items():
+        yield Artefact([f"data/real/{name}/manifest.json"], json.loads(as_json(data)), [])
+    for name in DETECTORS:
+        real = detector_inputs(SimpleNamespace(detector=name)).get("real")
+        yield Artefact([f"data/weights/{name}/manifest.json"], name, [real] if real else [])
+    for name, spec in STATISTICS.items():
+        inputs = reference_inputs(SimpleNamespace(statistics=name)).values()
+        yield Artefact([f"data/refs/{name}/manifest.json"], [spec.detector, spec.geometry], list(inputs))
+    for name, cfg in TEACHERS.items():
+        sections = [json.loads(as_json(cfg.data)), json.loads(as_json(cfg.teacher))]
+        yield Artefact([teacher_manifest(cfg)], sections, [real_manifest(cfg)] if cfg.teacher.train else [])
+    for name, cfg in PAIR_SETS.items():
+        shards = pairs_shards(name)
+        for shard in shards:
+            yield Artefact([shard], json.loads(pairs_config(cfg)), [teacher_manifest(cfg)])
+        yield Artefact([f"data/pairs/{name}/manifest.json"], None, shards)
+    yield from runs()
+    for base, cfg in EXPERIMENT.bases.items():
+        for sampler in cfg.eval.teacher_samplers:
+            folder, inputs = f"results/teachers/{base}/{sampler}", eval_inputs(cfg).values()
+            yield Artefact([f"{folder}/metrics.json", f"{folder}/grid.png"], json.loads(as_json(cfg)), list(inputs))
+    for name in TABLES:
+        outputs = [f"results/tables/{name}.{suffix}" for suffix in ("json", "md", "csv")]
+        yield Artefact(outputs, EXPERIMENT.shown(name), EXPERIMENT.measured(name))
+
+
+def runs():
+    """Trainings and their evaluations; a run whose weights another starts from comes first."""
+    seeds = {}
+    for name, table in TABLES.items():
+        for row in EXPERIMENT.rows[name]:
+            seeds.setdefault((table.base, row.run), set()).update(table.seeds)
+    for base, run in sorted(RUNS, key=lambda key: starts_before(*key)):
+        cfg = RUNS[base, run]
+        for seed in seeds[base, run]:
+            w, folder = SimpleNamespace(base=base, run=run, seed=seed), f"results/runs/{base}/{run}/seed{seed}"
+            training = json.loads(as_json(cfg.training()))
+            yield Artefact([f"{folder}/train.json"], training, train_inputs(w))
+            inputs = [*eval_inputs(cfg).values(), f"{folder}/train.json"]
+            yield Artefact([f"{folder}/metrics.json", f"{folder}/grid.png"], json.loads(as_json(cfg)), inputs)
+
+
+def starts_before(base, run):
+    """How many trainings a run's weights have behind them."""
+    origin = RUNS[base, run].train.init_from
+    return 0 if origin is None else 1 + starts_before(base, origin)
+
+
+OUTDATED = Outdated()
+if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
+    OUTDATED.review(artefacts())
+    write_text(Path(CHANGED), f"{time.time_ns()}\n")
+    for line in OUTDATED.told():
+        print(f"out of date: {line}", file=sys.stderr)
