@@ -16,6 +16,7 @@ updates for every row, with the range over its seeds as a band:
 
 import json
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,8 +90,9 @@ def _series(values: list[Any], kind: str) -> pd.Series:
         return pd.Series(values, dtype=DTYPES[kind])
     if not found:
         return pd.Series(values, dtype=object)  # the type null of Parquet
+    huge = int in found and any(type(value) is int and abs(value) > MAX_INT for value in values)
     for name, kinds in IN_JSON.items():
-        if found <= kinds and (name != "int64" or all(abs(v) <= MAX_INT for v in values if v is not None)):
+        if found <= kinds and not huge:
             return pd.Series(values, dtype=DTYPES[name])
     return pd.Series([None if v is None else json.dumps(v) for v in values], dtype="string")
 
@@ -105,13 +107,13 @@ def training_logs(root: Path | str = ".") -> pd.DataFrame:
     """
     runs, _ = _runs(Path(root))
     names: dict[str, int] = {}
-    steps, codes, values, counts = list[int](), list[int](), list[float](), list[int]()
+    steps, codes, values, counts = array("q"), array("q"), array("d"), list[int]()  # 8 bytes a number
     for _, path in runs:
         before = len(values)
         for step, line in _log(path / "log.jsonl"):
-            steps += [step] * len(line)
-            codes += [names.setdefault(name, len(names)) for name in line]
-            values += line.values()
+            steps.extend([step] * len(line))
+            codes.extend(names.setdefault(name, len(names)) for name in line)
+            values.extend(line.values())
         counts.append(len(values) - before)
     labels = pd.Index([str(run) for run, _ in runs], dtype=str)
     return pd.DataFrame({
