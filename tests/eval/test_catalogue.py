@@ -254,6 +254,7 @@ def test_every_column_is_described_and_survives_parquet(place: Path) -> None:
     Path("results/runs/digits/few/seed7").mkdir()
     table = catalogue()
     columns = describe(table.columns)
+    assert set(table.state) == {"evaluated", "not started"}  # a column that is not described counts as damage
     assert set(columns) == set(table.columns) and all(column.meaning for column in columns.values())
     write_parquet(table, Path("out.parquet"), columns)
     assert_frame_equal(pd.read_parquet("out.parquet"), table)
@@ -348,12 +349,13 @@ def test_the_command_writes_what_it_is_asked_for(place: Path, tmp_path: Path) ->
         assert sorted(path.name for path in Path("a").iterdir()) == ["c.csv", "c.parquet", "l.parquet"]
 
 
-def test_a_failed_write_keeps_the_earlier_file(place: Path) -> None:
+def test_a_file_is_replaced_as_a_whole_and_never_written_into(place: Path) -> None:
     out = Path("c.parquet")
     write_text(out, "earlier")
-    with pytest.raises(KeyError):
-        write_parquet(catalogue(), out, {})
-    assert out.read_text() == "earlier" and [p.name for p in Path().iterdir() if p.is_file()] == ["c.parquet"]
+    with open(out, encoding="utf-8") as reader:
+        write_parquet(catalogue(), out, describe(catalogue().columns))
+        assert reader.read() == "earlier"
+    assert len(pd.read_parquet(out)) == 13 and [p.name for p in Path().iterdir() if p.is_file()] == ["c.parquet"]
 
 
 def test_schema_explains_everything_without_a_workspace(tmp_path: Path) -> None:
