@@ -3,7 +3,7 @@
 import doctest
 import json
 import shutil
-from contextlib import chdir, nullcontext
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -15,92 +15,27 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 import eval.catalogue
-from dmd2.config import Teacher, TrainConfig
-from dmd2.data import save_shard
 from dmd2.errors import UserError
-from dmd2.files import listing, read_json, sha256, write_json, write_text
-from dmd2.inputs import Inputs
-from dmd2.interrupts import single_writer
-from dmd2.progress import Progress
-from dmd2.run import RunId
-from dmd2.teachers import adopt_teacher
-from dmd2.trainer import Hardware, Training
-from dmd2.wait import publish
+from dmd2.files import read_json, sha256, write_text
 from eval.catalogue import catalogue, training_logs
 from eval.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.estimate import Estimate
 from eval.protocol import KNOWN
-from tests import tiny
+from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, build, edit, of
 from tests.workspace import Workspace
-
-STEPS = 6
-RUNS = [RunId("digits", row, seed) for row in ("few", "many") for seed in (0, 1)]
-RUN = RUNS[0]
-PROTOCOL = {"detector": "d@1", "reference": "r@2 (9 images)", "images": 8, "draws": 1, "labels": "cyclic",
-            "rounding": "round", "covariance_init": "zeros"}  # fmt: skip
-
-
-def measured(value: float) -> dict[str, Any]:
-    found = {"fd": Estimate(value, 0.5, 8, 0.25), "accuracy": Estimate(0.5, None, 8)}
-    return {**{n: e.value for n, e in found.items()}, "estimates": {n: e.as_json() for n, e in found.items()}}
-
-
-def evaluate(run: RunId) -> None:
-    """Write metrics.json as `eval.evaluate` does, with made-up values."""
-    record = read_json(run.folder / "train.json")
-    snapshots = [{"step": s, "student_updates": -(-s // 2), **measured(10.0 * s + run.seed)} for s in (2, 4, 6)]
-    write_json(run.folder / "metrics.json", {
-        "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
-        "brightness_std": 0.01, "snapshots": snapshots,
-        **{key: record[key] for key in ("student_updates", "seconds", "device", "cost")},
-        "train_commit": record["commit"], "eval_commit": "abc", "eval_seconds": 1.5, "files": [],
-        "config": {**record["config"], "eval": tiny.values()["eval"]},
-    })  # fmt: skip
-
-
-def sampler(name: str) -> None:
-    write_json(Path("results/teachers/digits") / name / "metrics.json", {
-        "kind": "metrics", "run": f"digits/teacher-{name}", "row": f"teacher-{name}", "seed": 0, "protocol": PROTOCOL,
-        "network_calls": 7, "sampler": {"solver": "heun", "steps": 4}, "eval_commit": "abc", "seconds": 3.0,
-        "snapshots": [{"step": 0, "student_updates": 0, **measured(5.0)}], "files": [],
-    })  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with four trainings, evaluated, and one sampler of their teacher."""
-    folder = tmp_path_factory.mktemp("workspace")
-    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
-    with chdir(folder):
-        teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
-        save_shard(Path("real.safetensors"), tiny.tensors("edm", 32))
-        write_json(Path("real.json"), {"files": listing([Path("real.safetensors")], Path())})
-        for run in RUNS:
-            changes = {"train__steps": STEPS, "train__snapshot_every": 2, "train__log_every": 3, "critic__ratio": 2}
-            cfg = tiny.config("edm", dm__weight=1.0 if run.name == "few" else 0.0, **changes)
-            cfg = TrainConfig.model_validate(cfg.model_dump(exclude={"eval"}))
-            done = Training(run, cfg, Hardware(), Inputs(teacher, Path("real.json"), None, None)).run()
-            publish(run, read_json(done))
-            evaluate(run)
-        sampler("ode")
-    return folder
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A private copy of it as the current folder."""
-    shutil.copytree(trained / "results", tmp_path / "w/results")
+    shutil.copytree(built / "results", tmp_path / "w/results")
     monkeypatch.chdir(tmp_path / "w")
     return tmp_path / "w"
-
-
-def of(run: RunId, table: pd.DataFrame | None = None) -> pd.DataFrame:
-    table = catalogue() if table is None else table
-    return table[table.run == str(run)]
-
-
-def edit(path: Path, **changes: Any) -> None:
-    write_json(path, {**read_json(path), **changes})
 
 
 def test_every_snapshot_is_a_line_with_what_its_records_say(place: Path) -> None:
@@ -148,105 +83,6 @@ def test_the_configuration_has_the_types_of_its_values(place: Path) -> None:
     mixed = table.dropna(subset="config.gan.features_from").drop_duplicates("config.gan.features_from")
     assert mixed["config.gan.features_from"].map(json.loads).tolist() == [3, "critic"]
     assert of(RUNS[2], table)["config.dm.weight"].tolist() == [0.0] * 3
-
-
-@pytest.mark.parametrize(
-    ("kept", "step", "live", "state"),
-    [
-        (["train.json"], None, False, "trained"),
-        (["finished.json"], STEPS, False, "ended"),
-        (["finished.json"], 4, False, "stopped"),
-        ([], 4, False, "stopped"),
-        (["job.json"], None, False, "stopped"),
-        ([], 4, True, "running"),
-        (["finished.json"], None, True, "running"),
-        ([], None, False, "not started"),
-    ],
-)
-def test_a_run_without_metrics_is_one_line_with_its_state(
-    place: Path, kept: list[str], step: int | None, live: bool, state: str
-) -> None:
-    record = read_json(RUN.folder / "train.json")
-    write_json(RUN.folder / "job.json", {"name": "x", "jobs": ["7"], "config": "0"})
-    for path in RUN.folder.iterdir():
-        if path.is_dir() and step is None and state == "not started":
-            shutil.rmtree(path)
-        elif path.is_file() and path.name not in kept:
-            path.unlink()
-    if step is not None:
-        Progress("x", STEPS, folder=RUN.folder).update(step, {})
-    with single_writer(RUN.folder) if live else nullcontext():
-        lines = of(RUN)
-    assert lines.state.tolist() == [state]
-    line = lines.iloc[0]
-    assert pd.isna(line.fd) and pd.isna(line.protocol_detector)
-    complete = state in ("trained", "ended")
-    assert line.is_last == complete
-    if complete:
-        assert (line.step, line.student_updates, line.weights_sha256) == (STEPS, 3, record["files"][-1]["sha256"])
-        assert line["config.critic.ratio"] == 2 and pd.isna(line.cpu_hours) == (state == "ended")
-    elif step:
-        assert (line.step, line.steps) == (step, STEPS)
-    assert line.digest == record["key"] if state != "not started" else pd.isna(line.digest)
-
-
-def test_metrics_of_an_earlier_training_are_outdated_and_borrow_nothing_from_the_new_one(place: Path) -> None:
-    edit(RUN.folder / "train.json", key="0123abcd", seconds=99.0)
-    lines = of(RUN)
-    assert lines.state.tolist() == ["outdated"] * 3 + ["trained"]
-    assert lines.digest.isna().tolist() == lines.weights_path.isna().tolist() == [True] * 3 + [False]
-    assert lines.fd.isna().tolist() == [False] * 3 + [True]
-
-
-def test_a_training_begun_after_the_metrics_makes_them_outdated(place: Path) -> None:
-    (RUN.folder / "train.json").unlink()
-    assert of(RUN).state.tolist() == ["evaluated"] * 3  # Snakemake runs the rule again, finished.json is still there
-    Progress("x", STEPS, folder=RUN.folder).update(2, {})
-    assert of(RUN).state.tolist() == ["outdated"] * 3 + ["stopped"]
-    with single_writer(RUN.folder):
-        assert of(RUN).state.tolist() == ["outdated"] * 3 + ["running"]
-
-
-@pytest.mark.parametrize("text", ['{"kind": "ru', "[]", '{"kind": "x"}', "\x00", '{"config": 1, "snapshots": 2}'])
-@pytest.mark.parametrize("name", ["train.json", "metrics.json"])
-def test_a_damaged_record_is_named_and_leaves_the_rest_as_it_is(place: Path, capsys, name: str, text: str) -> None:
-    before = catalogue()
-    (RUN.folder / name).write_text(text)
-    table = catalogue()
-    assert set(of(RUN, table).state) == {"unreadable"}
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("warning: ") and str(RUN.folder / name) in told[0]
-    if name == "metrics.json":
-        assert of(RUN, table).weights_sha256.notna().all() and of(RUN, table).fd.isna().all()
-    else:
-        assert of(RUN, table).fd.tolist() == [20.0, 40.0, 60.0]
-    rest = [frame[frame.run != str(RUN)].reset_index(drop=True) for frame in (before, table)]
-    assert_frame_equal(*rest)
-
-
-@pytest.mark.parametrize(("key", "value"), [("seconds", "long"), ("brightness_std", True), ("eval_seconds", [1])])
-def test_a_value_of_the_wrong_type_is_damage(place: Path, capsys, key: str, value: Any) -> None:
-    edit(RUN.folder / "metrics.json", **{key: value})
-    assert "unreadable" in set(of(RUN).state)
-    assert f"{key} is {value!r}, not float64" in capsys.readouterr().err
-
-
-def test_a_damaged_sampler_and_a_number_beyond_64_bits_do_not_stop_the_others(place: Path, capsys) -> None:
-    path = Path("results/teachers/digits/ode/metrics.json")
-    edit(path, network_calls=1 << 70)
-    edit(RUN.folder / "metrics.json", config={**read_json(RUN.folder / "metrics.json")["config"], "dm": {"x": 1 << 70}})
-    table = catalogue()
-    assert table.query("kind == 'teacher'").state.tolist() == ["unreadable"]
-    assert f"{path} is damaged (network_calls is" in capsys.readouterr().err
-    assert table["config.dm.x"].dropna().map(json.loads).tolist()[0] == 1 << 70
-
-
-def test_folders_that_are_no_run_are_named(place: Path, capsys) -> None:
-    for name in ("seed0-old", "seed00", "copy"):
-        shutil.copytree(RUN.folder, RUN.folder.with_name(name))
-    assert len(catalogue()) == 3 * len(RUNS) + 1
-    told = capsys.readouterr().err
-    assert all(f"few/{name} is no run folder" in told for name in ("seed0-old", "seed00", "copy"))
 
 
 def test_every_column_is_described_and_survives_parquet(place: Path) -> None:
