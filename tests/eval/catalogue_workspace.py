@@ -1,0 +1,78 @@
+"""A workspace for the run catalogue: real trainings of a tiny network, metrics in the form of an evaluation's."""
+
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dmd2.config import Teacher, TrainConfig
+from dmd2.data import save_shard
+from dmd2.files import listing, read_json, write_json
+from dmd2.inputs import Inputs
+from dmd2.run import RunId
+from dmd2.teachers import adopt_teacher
+from dmd2.trainer import Hardware, Training
+from dmd2.wait import publish
+from eval.catalogue import catalogue
+from eval.estimate import Estimate
+from tests import tiny
+
+STEPS = 6
+RUNS = [RunId("digits", row, seed) for row in ("few", "many") for seed in (0, 1)]
+RUN = RUNS[0]
+PROTOCOL = {"detector": "d@1", "reference": "r@2 (9 images)", "images": 8, "draws": 1, "labels": "cyclic",
+            "rounding": "round", "covariance_init": "zeros"}  # fmt: skip
+
+
+def measured(value: float) -> dict[str, Any]:
+    found = {"fd": Estimate(value, 0.5, 8, 0.25), "accuracy": Estimate(0.5, None, 8)}
+    return {**{n: e.value for n, e in found.items()}, "estimates": {n: e.as_json() for n, e in found.items()}}
+
+
+def evaluate(run: RunId) -> None:
+    """Write metrics.json as `eval.evaluate` does, with made-up values."""
+    record = read_json(run.folder / "train.json")
+    snapshots = [{"step": s, "student_updates": -(-s // 2), **measured(10.0 * s + run.seed)} for s in (2, 4, 6)]
+    write_json(run.folder / "metrics.json", {
+        "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
+        "brightness_std": 0.01, "snapshots": snapshots,
+        **{key: record[key] for key in ("student_updates", "seconds", "device", "cost")},
+        "train_commit": record["commit"], "eval_commit": "abc", "eval_seconds": 1.5, "files": [],
+        "config": {**record["config"], "eval": tiny.values()["eval"]},
+    })  # fmt: skip
+
+
+def sampler(name: str) -> None:
+    write_json(Path("results/teachers/digits") / name / "metrics.json", {
+        "kind": "metrics", "run": f"digits/teacher-{name}", "row": f"teacher-{name}", "seed": 0, "protocol": PROTOCOL,
+        "network_calls": 7, "sampler": {"solver": "heun", "steps": 4}, "eval_commit": "abc", "seconds": 3.0,
+        "snapshots": [{"step": 0, "student_updates": 0, **measured(5.0)}], "files": [],
+    })  # fmt: skip
+
+
+def build(folder: Path) -> Path:
+    """Make `folder` a workspace with four trainings, evaluated, and one sampler of their teacher."""
+    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
+    with chdir(folder):
+        teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
+        save_shard(Path("real.safetensors"), tiny.tensors("edm", 32))
+        write_json(Path("real.json"), {"files": listing([Path("real.safetensors")], Path())})
+        for run in RUNS:
+            changes = {"train__steps": STEPS, "train__snapshot_every": 2, "train__log_every": 3, "critic__ratio": 2}
+            cfg = tiny.config("edm", dm__weight=1.0 if run.name == "few" else 0.0, **changes)
+            cfg = TrainConfig.model_validate(cfg.model_dump(exclude={"eval"}))
+            done = Training(run, cfg, Hardware(), Inputs(teacher, Path("real.json"), None, None)).run()
+            publish(run, read_json(done))
+            evaluate(run)
+        sampler("ode")
+    return folder
+
+
+def of(run: RunId, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    table = catalogue() if table is None else table
+    return table[table.run == str(run)]
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write_json(path, {**read_json(path), **changes})
