@@ -20,7 +20,7 @@ from eval.clip import ClipImages, ClipScore
 from eval.estimate import Estimate
 from eval.protocols import NamedProtocol, names
 from eval.resize import Geometry
-from eval.scores import mean_estimate, paired_mean
+from eval.scores import Scored, mean_estimate, paired_mean
 from eval.weights import locate
 from tests.eval.test_clip import write_model
 from tests.eval.test_features import Quadrants, draw
@@ -137,11 +137,11 @@ def test_detector_that_is_the_clip_model_is_loaded_once(weights) -> None:
 
 
 def test_diversity_is_the_distance_within_a_prompt_and_compared_prompt_by_prompt(run, weights) -> None:
-    # classes would be strata of images, but a prompt is a class of its own
-    result = run(f"score a.safetensors {LPIPS} --first 4 --classes 3 --json out.json --csv out.csv")
+    result = run(f"score a.safetensors {LPIPS} --first 4 --json out.json --csv out.csv")
     (alone,) = document()["rows"]
     about = document()["lpips-diversity"]
     assert about["per_prompt"] == 2 and not about["files"]["vgg16-397923af.pth"]["verified"]
+    assert len({file["sha256"] for file in about["files"].values()}) == 2
     assert document()["geometry"] == about["geometry"] == "square-crop+lanczos-16"
     assert "geometry square-crop+lanczos-16, n = 4, 2 images of each prompt" in result.stdout
     (line,) = csv.DictReader(Path("out.csv").read_text().splitlines())
@@ -168,6 +168,14 @@ def test_classes_are_strata_of_cosines(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --classes 3 --json out.json")
     cosines = ClipScore(weights / "clip-small").cosines(images("a"), CAPTIONS)
     assert same(document()["rows"][0], mean_estimate(cosines, np.arange(COUNT) % 3))
+
+
+def test_classes_are_no_strata_of_prompts() -> None:
+    wanted = asked.Asked(("lpips-diversity",), classes=2)
+    call = Call.of(wanted, asked.Inputs(None, None, None, 4), prompted.Machine(Path("c"), Path("w")), None)
+    values = np.array([0.1, 0.9, 0.2, 0.8, 0.15, 0.85])
+    arm = calls.Arm(Path("a"), None, {"LPIPS diversity": Scored(values, {"images": 24}, 0)})
+    assert call.estimates(arm, None)["LPIPS diversity"] == mean_estimate(values)
 
 
 PROTOCOL = NamedProtocol(
@@ -222,7 +230,8 @@ def test_sampling_of_the_reference_widens_the_interval(run) -> None:
     assert both["rows"][0]["se"] > fixed["rows"][0]["se"] > 0
     assert "FD takes the reference as fixed" in fixed["interval"] and "counts the sampling" in both["interval"]
     run("stats s.safetensors refs/s/manifest.json --detector quadrants")
-    error = run(line.format("refs/s/manifest.json") + " --reference-sampled", 1).output
+    error = run(line.format("refs/s/manifest.json") + " --reference-sampled --cache new", 1).output
+    assert not Path("new").exists()  # refused before any feature
     assert "--reference-sampled needs images as its reference" in error
 
 
@@ -230,8 +239,8 @@ def test_scores_of_logits_need_no_reference(run) -> None:
     result = run("score a.safetensors --detector quadrants --metrics is,accuracy --classes 10 --json out.json")
     assert [row["metric"] for row in document()["rows"]] == ["FD (quadrants)".replace("FD", "IS"), "accuracy"]
     assert document()["reference"] is None and "REFERENCE" not in result.stderr
-    result = run("score a.safetensors r.safetensors --detector quadrants --metrics is")
-    assert "warning: REFERENCE is not used" in result.stderr
+    result = run("score a.safetensors r.safetensors --detector quadrants --metrics is --json out.json")
+    assert "warning: REFERENCE is not used" in result.stderr and document()["reference"] is None
     run("paired a.safetensors b.safetensors --detector quadrants --metrics accuracy --classes 10")
 
 

@@ -146,7 +146,7 @@ def test_weights_of_another_network_or_damaged_ones_are_named(files, tmp_path):
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / LINEAR_FILE).symlink_to(files / NAME / LINEAR_FILE)
     vgg = tmp_path / NAME / VGG_FILE
-    vgg.write_bytes(b"half a file")
+    vgg.write_bytes((files / NAME / VGG_FILE).read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"{VGG_FILE} is not a readable weight file"):
         Lpips(tmp_path)
     torch.save({"features.0.weight": torch.zeros(1)}, vgg)
