@@ -12,17 +12,29 @@ from dmd2.errors import UserError
 
 # torchvision's vgg16.features index of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 LAYERS = ("3", "8", "15", "22", "29")
-VGG_FILE, LINEAR_FILE = "vgg16-397923af.pth", "lpips_weights.pt"
+# In data/weights/NAME/, as eval/weights.yaml lists them
+NAME, VGG_FILE, LINEAR_FILE = "lpips-vgg16", "vgg16-397923af.pth", "lpips_weights.pt"
 
 
 class Lpips(nn.Module):
-    """Mean LPIPS (VGG16, average pooling, inputs in [0, 1]) of images in [-1, 1], upsampled to at least 224."""
+    """Mean LPIPS (VGG16, average pooling, inputs in [0, 1]) of images in [-1, 1], upsampled to at least 224.
+
+    Args:
+        weights: parent of the folder ``lpips-vgg16`` with the two weight files.
+
+    Raises:
+        UserError: a file is missing or not of these networks.
+    """
 
     def __init__(self, weights: Path = Path("data/weights")) -> None:
         super().__init__()
         vgg = vgg16(weights=None)
-        vgg.load_state_dict(_load(weights / VGG_FILE, "torchvision's VGG16 weights"))
-        linear = _load(weights / LINEAR_FILE, "piq's LPIPS weights (release v0.4.0 of photosynthesis.metrics)")
+        state = _load(weights / NAME / VGG_FILE, "torchvision's VGG16 weights")
+        linear = _load(weights / NAME / LINEAR_FILE, "piq's LPIPS weights, release v0.4.0")
+        try:
+            vgg.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(f"{weights / NAME / VGG_FILE} holds another network than torchvision's VGG16") from None
         self.loss = ContentLoss(
             vgg.features, layers=LAYERS, weights=linear, replace_pooling=True, normalize_features=True
         ).requires_grad_(False)
@@ -41,5 +53,10 @@ def _prepare(images: Tensor) -> Tensor:
 
 def _load(path: Path, what: str) -> dict[str, Tensor] | list[Tensor]:
     if not path.exists():
-        raise UserError(f"regression.distance lpips needs {path}: put {what} there (nothing is downloaded here)")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        raise UserError(
+            f"LPIPS needs {path} ({what}), which is missing: put it there or run: python -m eval.weights {NAME}"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports unreadable files by half a dozen types
+        raise UserError(f"{path} is not a readable weight file ({str(error).splitlines()[0]})") from error

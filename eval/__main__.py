@@ -16,22 +16,49 @@ import typer
 
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import write_json, write_text
-from eval.detectors import WEIGHTS, load_detector
-from eval.features import FeatureSet
-from eval.measure import METRICS, PAIRED, compare, known, measure, provenance, verdict
-from eval.reference import FEATURES, Engine, holds_moments, part_of, save_moments
-from eval.resize import Geometry
+from eval.asked import VALUES, Asked, Inputs
+from eval.call import Call, engine_of
+from eval.measure import METRICS, PAIRED, provenance, verdict
+from eval.prompted import Machine
+from eval.protocols import named, names
+from eval.reference import FEATURES, part_of, save_moments
+from eval.weights import WEIGHTS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 Images = Annotated[Path, typer.Argument(help="folder or zip of images, npz, npy, safetensors, or manifest.json")]
-ReferencePath = Annotated[Path, typer.Argument(help="images, an npz of EDM or clean-fid, or a manifest of moments")]
-DetectorName = Annotated[str, typer.Option("--detector", help="network of the features, for example lite0-320@64")]
-Metrics = Annotated[str, typer.Option(help=f"some of {','.join(METRICS)}")]
-GeometryName = Annotated[str, typer.Option(help="none, square-crop+lanczos-S or patch-299, on both sides")]
+ReferencePath = Annotated[
+    Path | None,
+    typer.Argument(help="images, an npz of EDM or clean-fid, or a manifest of moments, if a metric compares with one"),
+]
+ProtocolName = Annotated[
+    str | None, typer.Option("--protocol", help="sets what other options leave out; see python -m eval protocols")
+]
+DetectorName = Annotated[str | None, typer.Option("--detector", help="network of the features, e.g. lite0-320@64")]
+Metrics = Annotated[
+    str | None, typer.Option(help=f"some of {','.join([*METRICS, *VALUES])}; by default the protocol's, or fd")
+]
+PairedMetrics = Annotated[
+    str | None, typer.Option(help=f"some of {','.join([*PAIRED, *VALUES])}; by default the protocol's, or fd")
+]
+GeometryName = Annotated[
+    str | None,
+    typer.Option(help="none, square-crop+lanczos-S or patch-299, on both sides; clip-score keeps its own"),
+]
 Count = Annotated[int | None, typer.Option(help="number of generated images the protocol asks for, exactly")]
 First = Annotated[int | None, typer.Option(min=1, help="use the first this many generated images only")]
 Classes = Annotated[int | None, typer.Option(min=1, help="image i was drawn for class i mod this")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="one caption per image: lines of a text, or column caption of csv, jsonl, parquet (clip-score)"),
+]
+Clip = Annotated[Path | None, typer.Option(help="folder of an open_clip model; by default clip-ViT-g-14 in --weights")]
+PerPrompt = Annotated[
+    int | None, typer.Option(min=2, help="images i K to i K + K - 1 belong to one prompt (lpips-diversity)")
+]
+Sampled = Annotated[
+    bool, typer.Option("--reference-sampled", help="the reference is a sample, too: count its error in FD's")
+]
 Duplicates = Annotated[bool, typer.Option("--allow-duplicates", help="repeated generated images are meant")]
 Json = Annotated[Path | None, typer.Option("--json", help="write numbers and provenance here")]
 Csv = Annotated[Path | None, typer.Option("--csv", help="write one line per number here")]
@@ -46,79 +73,90 @@ Shard = Annotated[str | None, typer.Option(help="i/k: only compute part i of k o
 
 @app.command()
 def score(
-    generated: Images, reference: ReferencePath, detector: DetectorName, metrics: Metrics = "fd",
-    geometry: GeometryName = "none", images: Count = None, first: First = None, classes: Classes = None,
-    allow_duplicates: Duplicates = False, json: Json = None, csv: Csv = None, shard: Shard = None,
-    cache: Cache = FEATURES, batch: Batch = 64, workers: Workers = 0, threads: Threads = 0, device: Device = "cpu",
-    weights: Weights = WEIGHTS,
+    generated: Images, reference: ReferencePath = None, protocol: ProtocolName = None, detector: DetectorName = None,
+    metrics: Metrics = None, geometry: GeometryName = None, images: Count = None, first: First = None,
+    classes: Classes = None, prompts: Prompts = None, clip: Clip = None, per_prompt: PerPrompt = None,
+    reference_sampled: Sampled = False, allow_duplicates: Duplicates = False, json: Json = None, csv: Csv = None,
+    shard: Shard = None, cache: Cache = FEATURES, batch: Batch = 64, workers: Workers = 0, threads: Threads = 0,
+    device: Device = "cpu", weights: Weights = WEIGHTS,
 ) -> None:  # fmt: skip
-    """Measure GENERATED against REFERENCE: every value with its standard error, 95 % interval and bias."""
+    """Measure GENERATED, against REFERENCE where a metric compares: values, standard errors, 95 % intervals, bias."""
     with readable_errors():
-        names = known(metrics.split(","), METRICS)
-        engine = _engine(detector, geometry, cache, batch, workers, threads, device, weights)
-        source = engine.open(generated, images, first)
+        options = {"detector": detector, "geometry": geometry}
+        asked = Asked.of(METRICS, protocol, metrics, images=images, classes=classes, **options)
+        inputs = Inputs(reference, prompts, clip, per_prompt)
+        call = Call.of(asked, inputs, _machine(cache, batch, workers, threads, device, weights), first)
+        unused = asked.unused(inputs, reference_sampled=reference_sampled, **options)
         if shard:
-            sides = [source] if holds_moments(reference) else [source, engine.open(reference)]
-            done = [engine.fill(side, *part_of(shard)) for side in sides]
-            print(f"shard {shard}: features of {sum(done)} of {sum(map(len, sides))} images are in {cache}")
+            done, total = call.fill(generated, shard)
+            print(f"shard {shard}: features of {done} of {total} images are in {cache}")
             return
         seconds: dict[str, float] = {}
         with _timed(seconds, "reference"):
-            ref = engine.reference(reference)
+            ref = call.reference(reference_sampled)
         with _timed(seconds, "features"):
-            sample = engine.features(source)
-        _refuse_duplicates(sample, generated, allow_duplicates)
+            (arm,) = call.arms([generated])
+        if not allow_duplicates:
+            arm.refuse_duplicates()
         with _timed(seconds, "metrics"):
-            found = measure(sample, ref, names, classes)
+            found = call.estimates(arm, ref, reference_sampled)
         rows = [{"arm": str(generated), "metric": name, **value.as_json()} for name, value in found.items()]
-        arms = {"generated": {"path": str(generated), **sample.source}}
-        _report({"kind": "score", **arms, **provenance(sample, ref, classes, seconds), "rows": rows}, json, csv)
+        arms = {"generated": {"path": str(generated), **arm.images.source}}
+        about = provenance(arm.images, ref, asked.classes, seconds, reference_sampled and "fd" in asked.metrics)
+        _report({"kind": "score", **arms, **about, **call.about(), "rows": rows}, unused, json, csv)
 
 
 @app.command("paired")
 def paired_(
-    a: Images, b: Images, reference: ReferencePath, detector: DetectorName, metrics: Metrics = "fd",
+    a: Images, b: Images, reference: ReferencePath = None, protocol: ProtocolName = None,
+    detector: DetectorName = None, metrics: PairedMetrics = None,
     margin: Annotated[float | None, typer.Option(min=0, help="differences below this count as equivalent")] = None,
-    geometry: GeometryName = "none", images: Count = None, first: First = None, classes: Classes = None,
-    allow_duplicates: Duplicates = False, json: Json = None, csv: Csv = None, cache: Cache = FEATURES,
-    batch: Batch = 64, workers: Workers = 0, threads: Threads = 0, device: Device = "cpu", weights: Weights = WEIGHTS,
+    geometry: GeometryName = None, images: Count = None, first: First = None, classes: Classes = None,
+    prompts: Prompts = None, clip: Clip = None, per_prompt: PerPrompt = None, allow_duplicates: Duplicates = False,
+    json: Json = None, csv: Csv = None, cache: Cache = FEATURES, batch: Batch = 64, workers: Workers = 0,
+    threads: Threads = 0, device: Device = "cpu", weights: Weights = WEIGHTS,
 ) -> None:  # fmt: skip
-    """Measure B minus A, two sets whose images at one index share seed and label or prompt, against REFERENCE."""
+    """Measure B minus A, two sets whose images at one index share seed and label or prompt."""
     with readable_errors():
-        names = known(metrics.split(","), PAIRED)
-        engine = _engine(detector, geometry, cache, batch, workers, threads, device, weights)
+        options = {"detector": detector, "geometry": geometry}
+        asked = Asked.of(PAIRED, protocol, metrics, images=images, classes=classes, **options)
+        inputs = Inputs(reference, prompts, clip, per_prompt)
+        call = Call.of(asked, inputs, _machine(cache, batch, workers, threads, device, weights), first)
+        unused = asked.unused(inputs, **options)
         seconds: dict[str, float] = {}
         with _timed(seconds, "reference"):
-            ref = engine.reference(reference)
+            ref = call.reference()
         with _timed(seconds, "features"):
-            sets = [engine.features(engine.open(path, images, first)) for path in (a, b)]
-        for sample, path in zip(sets, (a, b), strict=True):
-            _refuse_duplicates(sample, path, allow_duplicates)
+            sets = call.arms([a, b])
+        for arm in sets if not allow_duplicates else []:
+            arm.refuse_duplicates()
         with _timed(seconds, "metrics"):
-            values = [measure(sample, ref, names, classes) for sample in sets]
-            differences = compare(sets[0], sets[1], ref, names, classes)
+            values = [call.estimates(arm, ref) for arm in sets]
+            differences = call.differences(sets[0], sets[1], ref)
         rows = []
         for name, difference in differences.items():
             rows += [
-                {"arm": str(path), "metric": name, **value[name].as_json(), "verdict": None}
-                for path, value in zip((a, b), values, strict=True)
+                {"arm": str(arm.path), "metric": name, **value[name].as_json(), "verdict": None}
+                for arm, value in zip(sets, values, strict=True)
             ]
             conclusion = verdict(difference, margin)
             rows.append({"arm": "b - a", "metric": name, **difference.as_json(), "verdict": conclusion})
-        arms = {name: {"path": str(p), **s.source} for name, p, s in zip("ab", (a, b), sets, strict=True)}
-        about = provenance(sets[0], ref, classes, seconds)
-        _report({"kind": "paired", **arms, "margin": margin, **about, "rows": rows}, json, csv)
+        arms = {name: {"path": str(s.path), **s.images.source} for name, s in zip("ab", sets, strict=True)}
+        about = provenance(sets[0].images, ref, asked.classes, seconds)
+        _report({"kind": "paired", **arms, "margin": margin, **about, **call.about(), "rows": rows}, unused, json, csv)
 
 
 @app.command()
 def stats(
     images: Images, out: Annotated[Path, typer.Argument(help="manifest to write, NAME/manifest.json")],
-    detector: DetectorName, geometry: GeometryName = "none", shard: Shard = None, cache: Cache = FEATURES,
-    batch: Batch = 64, workers: Workers = 0, threads: Threads = 0, device: Device = "cpu", weights: Weights = WEIGHTS,
+    protocol: ProtocolName = None, detector: DetectorName = None, geometry: GeometryName = None, shard: Shard = None,
+    cache: Cache = FEATURES, batch: Batch = 64, workers: Workers = 0, threads: Threads = 0, device: Device = "cpu",
+    weights: Weights = WEIGHTS,
 ) -> None:  # fmt: skip
     """Write the moments of IMAGES to OUT, to serve as a REFERENCE that is computed once."""
     with readable_errors():
-        engine = _engine(detector, geometry, cache, batch, workers, threads, device, weights)
+        asked = Asked.of(METRICS, protocol, None, detector=detector, geometry=geometry)
+        engine = engine_of(asked, _machine(cache, batch, workers, threads, device, weights))
         source = engine.open(images)
         if shard:
             done = engine.fill(source, *part_of(shard))
@@ -128,14 +166,27 @@ def stats(
         print(f"{out}: moments of {saved.count} images, {len(saved.mean)} dimensions, by {engine.detector.name}")
 
 
-def _engine(
-    detector: str, geometry: str, cache: Path, batch: int, workers: int, threads: int, device: str, weights: Path
-) -> Engine:
+@app.command()
+def protocols() -> None:
+    """List the protocols that --protocol knows."""
+    rows = []
+    for protocol in map(named, names()):
+        labels = f"{protocol.labels} of {protocol.classes}" if protocol.labels else "prompts"
+        quirk = f"ones x {protocol.ranks}" if protocol.covariance_init == "ones" else "-"
+        rows.append({
+            "protocol": protocol.name, "detector": protocol.detector, "geometry": protocol.geometry,
+            "images": protocol.images, "labels": labels, "rounding": protocol.rounding,
+            "metrics": ",".join(protocol.metrics), "covariance": quirk, "reference": protocol.reference,
+        })  # fmt: skip
+    print(pd.DataFrame(rows).to_string(index=False))
+
+
+def _machine(cache: Path, batch: int, workers: int, threads: int, device: str, weights: Path) -> Machine:
     if threads:
         torch.set_num_threads(threads)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"there is no device {device} here: use --device cpu")
-    return Engine(load_detector(detector, weights, device), Geometry(geometry), cache, batch, workers)
+    return Machine(cache, weights, batch, workers, device)
 
 
 @contextmanager
@@ -145,32 +196,54 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-def _refuse_duplicates(sample: FeatureSet, path: Path, allowed: bool) -> None:
-    if sample.duplicates and not allowed:
-        raise UserError(
-            f"{path}: {sample.duplicates} of {len(sample)} images repeat an earlier one: fewer samples than files; "
-            "give --allow-duplicates if the generator really repeats itself"
-        )
-
-
-def _report(document: dict[str, Any], json: Path | None, csv: Path | None) -> None:
+def _report(document: dict[str, Any], unused: list[str], json: Path | None, csv: Path | None) -> None:
     """Warnings to stderr, the table to stdout, everything to the files asked for."""
+    document["warnings"] = unused + document["warnings"]
     for warning in document["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     rows = pd.DataFrame(document["rows"])
-    detector, reference = document["detector"], document["reference"]
     if json:
         write_json(json, document)
     if csv:
-        about = {
-            "detector": detector["name"], "weights": detector.get("weights"), "reference": reference["id"],
-            "geometry": document["geometry"], "labels": document["labels"], "samples": document["samples"],
-            "seconds": sum(document["seconds"].values()), **document["versions"],
-        }  # fmt: skip
-        write_text(csv, rows.assign(**about).to_csv(index=False))
-    print(f"{detector['name']}, geometry {document['geometry']}, n = {document['n']}, reference {reference['path']}")
+        write_text(csv, rows.assign(**_columns(document)).to_csv(index=False))
+    print("\n".join(_header(document)))
     shown = rows.astype(object).where(rows.notna(), "-").map(lambda x: f"{x:.6g}" if isinstance(x, float) else x)
     print(shown.to_string(index=False))
+
+
+def _columns(document: dict[str, Any]) -> dict[str, Any]:
+    """What every line of the CSV says of its number's protocol."""
+    detector, reference = document["detector"] or {}, document["reference"] or {}
+    clip, diversity = document.get("clip-score", {}), document.get("lpips-diversity", {})
+    return {
+        "protocol": document.get("protocol", {}).get("title"), "detector": detector.get("name"),
+        "weights": detector.get("weights"), "reference": reference.get("id"), "geometry": document["geometry"],
+        "labels": document["labels"], "samples": document["samples"], "interval": document["interval"],
+        "clip": clip.get("weights"), "prompts": clip.get("prompts_sha256"), "per_prompt": diversity.get("per_prompt"),
+        "seconds": sum(document["seconds"].values()), **document["versions"],
+    }  # fmt: skip
+
+
+def _header(document: dict[str, Any]) -> list[str]:
+    """The protocol of the numbers, one line for each network."""
+    lines, n = [], f"n = {document['n']}"
+    if protocol := document.get("protocol"):
+        lines += [
+            f"protocol {protocol['title']}",
+            f"not checked here: labels {protocol['labels'] or 'of prompts'}, images quantised by "
+            f"{protocol['rounding']}, reference {protocol['reference']}",
+        ]
+    if detector := document["detector"]:
+        reference = f", reference {document['reference']['path']}" if document["reference"] else ""
+        lines.append(f"{detector['name']}, geometry {document['geometry']}, {n}{reference}")
+    if clip := document.get("clip-score"):
+        lines.append(
+            f"{clip['protocol']}, {clip['scale']}, geometry {clip['geometry']}, {n}, prompts {clip['prompts']}"
+        )
+    if diversity := document.get("lpips-diversity"):
+        each = f"{diversity['per_prompt']} images of each prompt"
+        lines.append(f"{diversity['network']}, geometry {diversity['geometry']}, {n}, {each}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from torchvision.transforms.functional import normalize
 from dmd2.errors import UserError
 from dmd2.files import sha256
 from eval.networks import FeatureNetwork, rgb
-from eval.resize import resize_uint8, square_crop
+from eval.resize import Geometry, resize_uint8, square_crop
 from eval.weights import registry
 
 PREFIX = "A photo depicts "
 CHECKPOINTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-PROTOCOL_SIZE = 256  # captions are scored at 256 px even where FID uses 512
+PROTOCOL_GEOMETRY = Geometry("square-crop+lanczos-256")  # of captioned images, even where FID uses 512
 
 
 def load_clip(model_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -75,27 +75,53 @@ def preprocess(model: Any, images: Tensor) -> Tensor:
     return normalize(x.float() / 255, settings["mean"], settings["std"])
 
 
+class ClipImages(FeatureNetwork):
+    """Image embeddings (not normalised) of an open_clip folder, of the centre square of each image."""
+
+    def __init__(self, model_dir: Path) -> None:
+        model, tokenizer, about = load_clip(model_dir)
+        about |= {"layer": "image embedding", "features": model.visual.output_dim, "classes": None}
+        super().__init__(model_dir.name, {**about, "geometry": "square-crop"})
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.folder = model_dir
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings ``(n, d)``."""
+        return self.model.encode_image(preprocess(self.model, square_crop(images))), None
+
+
 class ClipScore:
     """Cosines of images and captions.
 
     Args:
         model_dir: folder of an open_clip model; the published numbers use ``clip-ViT-g-14``.
         device: where it runs; cosines come back on the CPU.
+        tower: the same folder as a detector, if it is loaded already: the network is then not loaded again.
     """
 
-    def __init__(self, model_dir: Path, device: torch.device | str = "cpu") -> None:
-        model, self.tokenizer, about = load_clip(model_dir)
+    TEXTS = 64  # captions per call of the text tower
+
+    def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
+        self.images = tower or ClipImages(model_dir).on(device)
+        self.model: Any = self.images.model
+        self.tokenizer: Any = self.images.tokenizer
         self.name = f"clip-dmd2 ({model_dir.name})"
-        self.device = torch.device(device)
-        self.model: Any = model.to(self.device).eval().requires_grad_(False)
-        self.about = {**about, "prefix": PREFIX, "geometry": f"square-crop+lanczos-{PROTOCOL_SIZE}",
-                      "scale": "mean cosine: no factor, no clamp", "precision": "float32"}  # fmt: skip
+        self.about = {**self.images.about, "prefix": PREFIX, "geometry": PROTOCOL_GEOMETRY.name,
+                      "scale": "mean cosine: no factor, no clamp"}  # fmt: skip
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token ids ``(n, context)`` of the prefixed captions, cut to the context with the end token last."""
         return self.tokenizer([PREFIX + caption for caption in captions])
 
     @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``(n, d)`` of the prefixed captions, float32 on the CPU; a repeated caption is embedded once."""
+        distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+        batches = self.tokens(list(distinct)).split(self.TEXTS)
+        rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
+        return rows[[distinct[caption] for caption in captions]]
+
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine ``(n,)`` of every image with its caption; the score is their mean.
 
@@ -108,21 +134,4 @@ class ClipScore:
         """
         if len(images) != len(captions):
             raise UserError(f"{len(images)} images and {len(captions)} captions: every image needs its own caption")
-        squares = resize_uint8(square_crop(rgb(images)), PROTOCOL_SIZE, "lanczos").to(self.device)
-        u = self.model.encode_image(preprocess(self.model, squares))
-        v = self.model.encode_text(self.tokens(captions).to(self.device))
-        return F.cosine_similarity(u.float(), v.float()).cpu()
-
-
-class ClipImages(FeatureNetwork):
-    """Image embeddings (not normalised) of an open_clip folder, of the centre square of each image."""
-
-    def __init__(self, model_dir: Path) -> None:
-        model, _, about = load_clip(model_dir)
-        about |= {"layer": "image embedding", "features": model.visual.output_dim, "classes": None}
-        super().__init__(model_dir.name, {**about, "geometry": "square-crop"})
-        self.model: Any = model
-
-    def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings ``(n, d)``."""
-        return self.model.encode_image(preprocess(self.model, square_crop(images))), None
+        return F.cosine_similarity(self.images(PROTOCOL_GEOMETRY(rgb(images)))[0], self.texts(captions))

@@ -147,7 +147,7 @@ def extract(
     done = total - sum(map(len, todo))
     progress = Progress(f"features {detector.name} {source.id}", total, done)
     pieces = [block[start : start + batch] for block in todo for start in range(0, len(block), batch)]
-    batches = zip(pieces, _read(source, pieces, workers, start_method), strict=True)
+    batches = zip(pieces, read(source, pieces, workers, start_method), strict=True)
     for block in todo:
         parts: list[dict[str, Tensor]] = []
         while sum(len(part["features"]) for part in parts) < len(block):
@@ -217,7 +217,10 @@ class _Pieces(Dataset):
             return error  # raised in a worker, it would arrive as a traceback instead of a sentence
 
 
-def _read(source: ImageSource, pieces: list[range], workers: int, start_method: str | None) -> Iterator[Tensor]:
+def read(
+    source: ImageSource, pieces: list[range], workers: int = 0, start_method: str | None = None
+) -> Iterator[Tensor]:
+    """Batches of a source by their index ranges, in this order, decoded by `workers` processes (see `extract`)."""
     dataset = _Pieces(source, pieces)
     context = start_method if workers else None
     for item in DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context):

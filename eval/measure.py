@@ -20,11 +20,12 @@ from dmd2.rng import sample_labels
 from dmd2.run import commit
 from eval.estimate import Estimate
 from eval.features import FeatureSet
-from eval.frechet import paired
+from eval.frechet import between_samples, moments, paired
 from eval.kid import kid, kid_paired
 from eval.neighbours import prdc, precision_recall
 from eval.reference import Reference, same_detector
-from eval.scores import accuracy, inception_score, paired_mean
+from eval.scores import Scored, accuracy, inception_score, paired_mean
+from eval.stats import ones_initialised
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "timm", "open-clip-torch")
 IMAGES_PER_DIMENSION = 4  # below, the bias estimate is off by more than about 16 %
@@ -33,27 +34,38 @@ IMAGES_PER_DIMENSION = 4  # below, the bias estimate is off by more than about 1
 Labels = Tensor | None
 
 
-def _fd(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
-    return {sample.detector["label"]: reference.frechet.estimate(sample.features, labels)}
+def given(reference: Reference | None) -> Reference:
+    """The reference.
+
+    Raises:
+        UserError: there is none.
+    """
+    if reference is None:
+        raise UserError(f"{', '.join(COMPARE)} compare with a reference: give its images or moments as REFERENCE")
+    return reference
 
 
-def _kid(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
-    return {"KID": kid(sample.features, reference.rows("kid"), labels)}
+def _fd(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
+    return {sample.detector["label"]: given(reference).frechet.estimate(sample.features, labels)}
 
 
-def _prdc(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
-    return {f"{name} (k=5)": e for name, e in prdc(reference.rows("prdc"), sample.features).items()}
+def _kid(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
+    return {"KID": kid(sample.features, given(reference).rows("kid"), labels)}
 
 
-def _pr(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
-    return {f"{name} (k=3)": e for name, e in precision_recall(reference.rows("pr"), sample.features).items()}
+def _prdc(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
+    return {f"{name} (k=5)": e for name, e in prdc(given(reference).rows("prdc"), sample.features).items()}
 
 
-def _is(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+def _pr(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
+    return {f"{name} (k=3)": e for name, e in precision_recall(given(reference).rows("pr"), sample.features).items()}
+
+
+def _is(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
     return {sample.detector["label"].replace("FID", "IS").replace("FD", "IS"): inception_score(_logits(sample), labels)}
 
 
-def _accuracy(sample: FeatureSet, reference: Reference, labels: Labels) -> dict[str, Estimate]:
+def _accuracy(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
     logits, wanted = _classified(sample, labels)
     return {"accuracy": accuracy(logits, wanted)}
 
@@ -70,9 +82,10 @@ def _classified(sample: FeatureSet, labels: Labels) -> tuple[np.ndarray, Tensor]
     return _logits(sample), labels
 
 
-METRICS: dict[str, Callable[[FeatureSet, Reference, Labels], dict[str, Estimate]]] = {
+METRICS: dict[str, Callable[[FeatureSet, Reference | None, Labels], dict[str, Estimate]]] = {
     "fd": _fd, "kid": _kid, "prdc": _prdc, "pr": _pr, "is": _is, "accuracy": _accuracy,
 }  # fmt: skip
+COMPARE = ("fd", "kid", "prdc", "pr")  # the others need no reference
 
 
 def _paired_accuracy(a: FeatureSet, b: FeatureSet, labels: Labels) -> Estimate:
@@ -84,9 +97,9 @@ def _hits(sample: FeatureSet, labels: Labels) -> np.ndarray:
     return (logits.argmax(axis=1) == wanted.numpy()).astype(np.float64)
 
 
-PAIRED: dict[str, Callable[[FeatureSet, FeatureSet, Reference, Labels], Estimate]] = {
-    "fd": lambda a, b, reference, labels: paired(reference.frechet, a.features, b.features, labels),
-    "kid": lambda a, b, reference, labels: kid_paired(a.features, b.features, reference.rows("kid"), labels),
+PAIRED: dict[str, Callable[[FeatureSet, FeatureSet, Reference | None, Labels], Estimate]] = {
+    "fd": lambda a, b, reference, labels: paired(given(reference).frechet, a.features, b.features, labels),
+    "kid": lambda a, b, reference, labels: kid_paired(a.features, b.features, given(reference).rows("kid"), labels),
     "accuracy": lambda a, b, reference, labels: _paired_accuracy(a, b, labels),
 }
 
@@ -109,29 +122,46 @@ def cyclic(count: int, classes: int | None) -> Labels:
 
 
 def measure(
-    sample: FeatureSet, reference: Reference, metrics: Sequence[str], classes: int | None = None
-) -> dict[str, Estimate]:
+    sample: FeatureSet, reference: Reference | None, metrics: Sequence[str], classes: int | None = None,
+    reference_sampled: bool = False,
+) -> dict[str, Estimate]:  # fmt: skip
     """Metrics by their printed names.
 
     Args:
         sample: features of the generated images.
-        reference: what they are compared with.
+        reference: what they are compared with; None if no metric compares.
         metrics: some of `METRICS`.
         classes: image i is of class ``i mod classes``; standard errors then count the spread inside classes only.
+        reference_sampled: standard error and bias of the Frechet distance count the reference's own sampling, too.
 
     Raises:
-        UserError: unknown metrics, different protocols, or a value that is not finite.
+        UserError: unknown metrics, different protocols, no reference, or a value that is not finite.
     """
-    same_detector(sample.detector, reference)
+    if reference is not None:
+        same_detector(sample.detector, reference)
     labels = cyclic(len(sample), classes)
     found: dict[str, Estimate] = {}
     for name in known(metrics, METRICS):
-        found |= METRICS[name](sample, reference, labels)
+        if name == "fd" and reference_sampled:
+            drawn = given(reference).rows("--reference-sampled")
+            found[sample.detector["label"]] = between_samples(sample.features, drawn, labels)
+        else:
+            found |= METRICS[name](sample, reference, labels)
     return _finite(found)
 
 
+def from_ones(sample: FeatureSet, reference: Reference, processes: int) -> dict[str, Estimate]:
+    """The Frechet distance that the official ImageNet evaluator prints, see `ones_initialised`; never the right one.
+
+    What it differs by is no property of the images, so it has neither standard error nor bias of its own.
+    """
+    stats = ones_initialised(moments(sample.features), processes)
+    name = f"{sample.detector['label']}, covariance from ones x {processes}"
+    return _finite({name: Estimate(reference.frechet.distance(stats), None, len(sample))})
+
+
 def compare(
-    a: FeatureSet, b: FeatureSet, reference: Reference, metrics: Sequence[str], classes: int | None = None
+    a: FeatureSet, b: FeatureSet, reference: Reference | None, metrics: Sequence[str], classes: int | None = None
 ) -> dict[str, Estimate]:
     """Differences ``b - a`` of two sets whose images at one index share seed and label or prompt.
 
@@ -144,7 +174,8 @@ def compare(
             raise UserError(
                 f"the two sets differ in {key}, {ours.get(key)} and {theirs.get(key)}: they are not comparable"
             )
-    same_detector(a.detector, reference)
+    if reference is not None:
+        same_detector(a.detector, reference)
     labels = cyclic(len(a), classes)
     names = {"fd": a.detector["label"], "kid": "KID", "accuracy": "accuracy"}
     return _finite({names[m]: PAIRED[m](a, b, reference, labels) for m in known(metrics, PAIRED)})
@@ -161,9 +192,25 @@ def _finite(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
     return estimates
 
 
-def warnings(sample: FeatureSet, reference: Reference, classes: int | None) -> list[str]:
+def warnings(
+    sample: FeatureSet | Scored, reference: Reference | None, classes: int | None, reference_sampled: bool = False
+) -> list[str]:
     """What a reader must know about numbers of these two sets."""
-    n, d = sample.features.shape
+    found = []
+    if isinstance(sample, FeatureSet) and reference is not None:
+        found += _sizes(len(sample), sample.features.shape[1], reference, reference_sampled)
+    n = sample.source["images"]
+    if classes is not None and n % classes:
+        found.append(f"{n} images are not a multiple of {classes} classes: the classes are not balanced")
+    if sample.source["small"]:
+        found.append(f"{sample.source['small']} generated images are smaller than 299 pixels")
+    if sample.duplicates:
+        found.append(f"{sample.duplicates} generated images repeat an earlier one")
+    return found
+
+
+def _sizes(n: int, d: int, reference: Reference, reference_sampled: bool) -> list[str]:
+    """Warnings about n images of d dimensions and their reference."""
     found = []
     if n < 2 * d:
         found.append(f"{n} images for {d} dimensions: below {2 * d} there is no standard error and no bias estimate")
@@ -174,12 +221,8 @@ def warnings(sample: FeatureSet, reference: Reference, classes: int | None) -> l
     images = reference.about["images"]
     if images is not None and images <= d:
         found.append(f"the reference has {images} images for {d} dimensions: its covariance is rank-deficient")
-    if classes is not None and n % classes:
-        found.append(f"{n} images are not a multiple of {classes} classes: the classes are not balanced")
-    if sample.source["small"]:
-        found.append(f"{sample.source['small']} generated images are smaller than 299 pixels")
-    if sample.duplicates:
-        found.append(f"{sample.duplicates} generated images repeat an earlier one")
+    if reference_sampled and images < 2 * d:
+        found.append(f"the reference has {images} images: below {2 * d} its sampling error is not known")
     return found
 
 
@@ -204,15 +247,18 @@ def verdict(difference: Estimate, margin: float | None = None) -> str:
 
 
 def provenance(
-    sample: FeatureSet, reference: Reference, classes: int | None, seconds: dict[str, float]
-) -> dict[str, Any]:
+    sample: FeatureSet | Scored, reference: Reference | None, classes: int | None, seconds: dict[str, float],
+    reference_sampled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Everything a number depends on besides the images: it is the same for all numbers of one call."""
+    n = sample.source["images"]
+    drawn = "counts the sampling of the reference, too" if reference_sampled else "takes the reference as fixed"
     return {
-        "detector": sample.detector, "reference": reference.about, "geometry": sample.source["geometry"],
-        "n": len(sample), "samples": f"0..{len(sample) - 1}",
-        "labels": None if classes is None else f"index mod {classes}",
-        "interval": "95 % around value - bias; FD takes the reference as fixed; with labels, within classes",
-        "warnings": warnings(sample, reference, classes), "versions": versions(),
+        "detector": sample.detector if isinstance(sample, FeatureSet) else None,
+        "reference": None if reference is None else reference.about, "geometry": sample.source["geometry"],
+        "n": n, "samples": f"0..{n - 1}", "labels": None if classes is None else f"index mod {classes}",
+        "interval": f"95 % around value - bias; FD {drawn}; with labels, within classes",
+        "warnings": warnings(sample, reference, classes, reference_sampled), "versions": versions(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }  # fmt: skip
 

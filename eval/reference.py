@@ -78,12 +78,9 @@ class Engine:
         """Images of `path`; with `images`, exactly that many.
 
         Raises:
-            UserError: as `open_images`, or another number of images.
+            UserError: as `open_exactly`.
         """
-        source = open_images(path, self.geometry, first)
-        if images is not None and len(source) != images:
-            raise UserError(f"{path} holds {len(source)} images but the protocol asks for exactly {images}")
-        return source
+        return open_exactly(path, self.geometry, images, first)
 
     def features(self, source: ImageSource) -> FeatureSet:
         """All features of a source, from the cache as far as they are there."""
@@ -105,6 +102,18 @@ class Engine:
         found = _moments_of(path, self) or _from_images(path, self)
         same_detector(account(self.detector), found)
         return found
+
+
+def open_exactly(path: Path, geometry: Geometry, images: int | None = None, first: int | None = None) -> ImageSource:
+    """Images of `path`, of which there must be `images` (after `first` of them were taken).
+
+    Raises:
+        UserError: as `open_images`, or another number of images.
+    """
+    source = open_images(path, geometry, first)
+    if images is not None and len(source) != images:
+        raise UserError(f"{path} holds {len(source)} images but the protocol asks for exactly {images}")
+    return source
 
 
 def part_of(text: str) -> tuple[int, int]:

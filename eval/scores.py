@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,20 @@ from torch import Tensor
 
 from dmd2.errors import UserError
 from eval.estimate import Estimate, Features, matrix, standard_error
+
+PAIRS = 6  # pairs of images at once: at 512 px VGG16 holds 2 x 67 MB for each in its first layer alone
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One value per image or prompt of a set, which `mean_estimate` sums up and `paired_mean` compares.
+
+    `source` says which images, as in a `FeatureSet`; `duplicates` counts those that repeat an earlier one.
+    """
+
+    values: np.ndarray
+    source: dict[str, Any]
+    duplicates: int
 
 
 def mean_estimate(values: Features, strata: Features | None = None) -> Estimate:
@@ -73,11 +89,11 @@ def inception_score(logits: Features, strata: Features | None = None) -> Estimat
     return Estimate(score, score * se, n, score * (curvature + se**2 / 2))
 
 
-def lpips_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
-    """Mean over prompts of the mean pairwise LPIPS of the images of one prompt (DMD2: four images, six pairs).
+def diversities(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    """Mean pairwise LPIPS ``(prompts,)`` of the images of one prompt (DMD2: four images, six pairs).
 
     Args:
-        groups: per prompt uint8 images ``(k, C, H, W)``, k >= 2.
+        groups: per prompt uint8 images ``(k, C, H, W)``, k >= 2; one of them is held at a time.
         distance: mean distance of two batches in [-1, 1], such as `dmd2.lpips.Lpips`.
 
     Raises:
@@ -87,11 +103,18 @@ def lpips_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor
     for number, group in enumerate(groups):
         if len(group) < 2:
             raise UserError(f"diversity needs at least 2 images per prompt, prompt {number} has {len(group)}")
-        images = group.float() / 127.5 - 1
-        first, second = torch.tensor(list(combinations(range(len(group)), 2))).T
-        with torch.no_grad():
-            values.append(float(distance(images[first], images[second])))
-    return mean_estimate(np.array(values))
+        images, total = group.float() / 127.5 - 1, 0.0
+        pairs = torch.tensor(list(combinations(range(len(group)), 2)))
+        for part in pairs.split(PAIRS):
+            with torch.no_grad():
+                total += len(part) * float(distance(images[part[:, 0]], images[part[:, 1]]))
+        values.append(total / len(pairs))
+    return np.array(values)
+
+
+def lpips_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
+    """Mean over prompts of `diversities`; its standard error is that of the prompts."""
+    return mean_estimate(diversities(groups, distance))
 
 
 def _vector(values: Features) -> np.ndarray:

@@ -80,12 +80,13 @@ def fid_checksums() -> set[str]:
     return {file.sha256 for entry in registry().values() if entry.fid for file in entry.files if file.sha256}
 
 
-def locate(name: str, folder: Path = WEIGHTS, *, random_weights: bool = False) -> Weights:
-    """The first file of network `name`, its checksum compared with the expected one.
+def locate(name: str, folder: Path = WEIGHTS, file: str | None = None, *, random_weights: bool = False) -> Weights:
+    """A file of network `name`, its checksum compared with the expected one.
 
     Args:
         name: network of `weights.yaml`.
         folder: parent of the networks' folders.
+        file: one of its files; by default the first.
         random_weights: for tests only: accept any content; the result is then not `verified` and whatever is computed
             from it is labelled random.
 
@@ -93,7 +94,7 @@ def locate(name: str, folder: Path = WEIGHTS, *, random_weights: bool = False) -
         UserError: the file is missing or differs.
     """
     entry = entry_of(name)
-    wanted = entry.files[0]
+    wanted = next(listed for listed in entry.files if file in (None, listed.file))
     path = _place(entry, wanted, folder)
     if not path.exists():
         raise UserError(_missing(entry, wanted, path))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import eval.__main__ as command
+from eval import call as calls
 from eval import features
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path, monkeypatch):
     """Call the command line in an empty folder with test detectors; returns the result."""
     detectors = {"quadrants": Quadrants(), "other": Quadrants("1" * 64), "inception": Canonical()}
-    monkeypatch.setattr(command, "load_detector", lambda name, *_: detectors[name])
+    monkeypatch.setattr(calls, "load_detector", lambda name, *_: detectors[name])
     monkeypatch.setattr(features, "ROWS", 50)
     monkeypatch.chdir(tmp_path)
     for name, seeds in {"a": range(120), "b": range(60, 180), "r": range(200, 420), "short": range(110)}.items():
@@ -75,7 +76,7 @@ def test_numbers_do_not_depend_on_batch_or_parts(run) -> None:
 def test_second_call_computes_no_features(run, monkeypatch) -> None:
     assert run(SCORE).exit_code == 0
     blind = Quadrants()
-    monkeypatch.setattr(command, "load_detector", lambda *_: blind)
+    monkeypatch.setattr(calls, "load_detector", lambda *_: blind)
     assert run(SCORE).exit_code == 0
     assert blind.seen == []
 
@@ -154,7 +155,7 @@ def test_first_images_only(run) -> None:
 
 
 def test_wrong_usage_is_exit_code_2(run) -> None:
-    for line in ("score a.safetensors r.safetensors", f"{SCORE} --batch 0", f"{SCORE} --nonsense"):
+    for line in ("score", f"{SCORE} --batch 0", f"{SCORE} --nonsense", f"{SCORE} --per-prompt 1"):
         assert run(line).exit_code == 2
 
 
@@ -162,7 +163,7 @@ def test_interrupt_is_exit_code_130(run, monkeypatch) -> None:
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "measure", interrupted)
+    monkeypatch.setattr(calls, "measure", interrupted)
     assert run(SCORE).exit_code == 130
 
 

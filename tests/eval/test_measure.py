@@ -6,11 +6,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.linalg import sqrtm
 
 from dmd2.errors import UserError
 from eval.estimate import Estimate
 from eval.features import FeatureSet, collect
-from eval.measure import METRICS, compare, cyclic, measure, provenance, verdict, warnings
+from eval.frechet import between_samples
+from eval.measure import (
+    COMPARE,
+    METRICS,
+    PAIRED,
+    compare,
+    cyclic,
+    from_ones,
+    measure,
+    provenance,
+    verdict,
+    warnings,
+)
 from eval.reference import Engine, Reference, holds_moments, part_of, save_moments
 from eval.resize import NONE, Geometry
 from eval.stats import FeatureStats
@@ -116,6 +129,49 @@ def test_accuracy_without_classes_or_classifier_is_refused() -> None:
     plain = FeatureSet(a.features, None, a.pixels, a.source, a.detector)
     with pytest.raises(UserError, match="quadrants does not classify"):
         measure(plain, reference(a), ["is"])
+
+
+def test_what_compares_with_nothing_needs_no_reference() -> None:
+    a, ref = sample(range(200)), reference(sample(range(300, 500)))
+    assert measure(a, None, ["is", "accuracy"], 10) == measure(a, ref, ["is", "accuracy"], 10)
+    assert compare(a, a, None, ["accuracy"], 10)["accuracy"].value == 0
+    assert "dimensions" not in " ".join(warnings(sample(range(20)), None, None))
+    for metric in COMPARE:
+        with pytest.raises(UserError, match="compare with a reference"):
+            measure(a, None, [metric])
+    for metric in set(COMPARE) & set(PAIRED):
+        with pytest.raises(UserError, match="compare with a reference"):
+            compare(a, a, None, [metric])
+
+
+def test_sampling_of_the_reference_is_counted_where_it_is_a_sample() -> None:
+    a, r = sample(range(200)), sample(range(300, 500))
+    fixed = measure(a, reference(r), ["fd"])["FD (quadrants)"]
+    both = measure(a, reference(r), ["fd"], reference_sampled=True)["FD (quadrants)"]
+    assert both == between_samples(a.features, r.features)
+    assert both.value == pytest.approx(fixed.value) and both.se > fixed.se and both.bias > fixed.bias
+    moments = Reference(FeatureStats.of(r.features), None, {"path": "r.json", "images": 200}, r.detector)
+    with pytest.raises(UserError, match="--reference-sampled needs images as its reference, but r.json holds moments"):
+        measure(a, moments, ["fd"], reference_sampled=True)
+    few = reference(sample(range(20)))
+    assert measure(a, few, ["fd"], reference_sampled=True)["FD (quadrants)"].se is None
+    assert "below 24 its sampling error is not known" in warnings(a, few, None, True)[-1]
+    for sampled, words in ((False, "as fixed"), (True, "counts the sampling of the reference")):
+        assert words in provenance(a, reference(r), None, {}, sampled)["interval"]
+
+
+def test_covariance_from_ones_is_the_distance_with_that_covariance() -> None:
+    a, r = sample(range(200)), sample(range(300, 500))
+    x, y = a.features.astype(np.float64), r.features.astype(np.float64)
+    covariance = np.cov(x.T) + 8 / 199
+    cross = sqrtm(covariance @ np.cov(y.T)).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(covariance + np.cov(y.T) - 2 * cross)
+    found = from_ones(a, reference(r), 8)
+    assert list(found) == ["FD (quadrants), covariance from ones x 8"]
+    (estimate,) = found.values()
+    assert estimate.value == pytest.approx(expected, rel=1e-6) and estimate.se is None and estimate.n == 200
+    right = measure(a, reference(r), ["fd"])["FD (quadrants)"].value
+    assert abs(estimate.value - right) > 1e-5 * right
 
 
 def test_labels_are_the_global_index_modulo_the_classes() -> None:

@@ -9,7 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dmd2.errors import UserError
 from eval.estimate import Estimate
-from eval.scores import accuracy, inception_score, lpips_diversity, mean_estimate, paired_mean
+from eval.scores import accuracy, diversities, inception_score, lpips_diversity, mean_estimate, paired_mean
 
 RNG = np.random.default_rng(0)
 
@@ -85,6 +85,20 @@ def test_diversity_is_the_mean_over_prompts_of_all_pairs() -> None:
     assert got.value == pytest.approx((4 / 3 + 0) / 2) and got.n == 2
     with pytest.raises(UserError, match="prompt 1 has 1"):
         lpips_diversity([groups[0], groups[0][:1]], distance)
+
+
+def test_diversity_of_many_images_is_summed_in_parts_of_bounded_size() -> None:
+    sizes = []
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return (x - y).abs().mean()
+
+    levels = torch.arange(0, 70, 10, dtype=torch.uint8)  # 21 pairs
+    got = diversities([levels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)], distance)
+    x = levels.double() / 127.5
+    assert got[0] == pytest.approx(float(torch.pdist(x[:, None]).mean()), rel=1e-5)
+    assert sum(sizes) == 21 and max(sizes) == 6
 
 
 def test_bad_values_are_refused_in_a_sentence() -> None:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from dmd2.errors import UserError
-from dmd2.lpips import LINEAR_FILE, VGG_FILE, Lpips, _prepare
+from dmd2.lpips import LINEAR_FILE, NAME, VGG_FILE, Lpips, _prepare
+from eval.weights import registry
 
 # Output channels of VGG16's convolutions, "pool" between its blocks, "tap" after the fifth of LPIPS's layers 1_2 ... 5_3.
 PLAN = [64, 64, "tap", "pool", 128, 128, "tap", "pool", 256, 256, 256, "tap", "pool", 512, 512, 512, "tap", "pool",
@@ -37,12 +38,16 @@ def linear_weights():
     return [scale * torch.rand(1, width, 1, 1, generator=g) for width, scale in sizes]
 
 
+def write_weights(folder):
+    (folder / NAME).mkdir(parents=True)
+    torch.save(vgg_state(), folder / NAME / VGG_FILE)
+    torch.save(linear_weights(), folder / NAME / LINEAR_FILE)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save(vgg_state(), folder / VGG_FILE)
-    torch.save(linear_weights(), folder / LINEAR_FILE)
-    return folder
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +131,29 @@ def test_gradient_flows_into_the_image_and_no_weight_is_trained(lpips, small):
 
 
 @pytest.mark.parametrize("missing", [VGG_FILE, LINEAR_FILE])
-def test_a_missing_weight_file_is_named(files, tmp_path, missing):
+def test_a_missing_weight_file_is_named_with_place_and_command(files, tmp_path, missing):
+    (tmp_path / NAME).mkdir()
     for name in (VGG_FILE, LINEAR_FILE):
         if name != missing:
-            (tmp_path / name).symlink_to(files / name)
-    with pytest.raises(UserError, match=missing):
+            (tmp_path / NAME / name).symlink_to(files / NAME / name)
+    with pytest.raises(UserError) as error:
         Lpips(tmp_path)
+    assert f"{tmp_path}/lpips-vgg16/{missing}" in str(error.value)
+    assert str(error.value).endswith("python -m eval.weights lpips-vgg16")
+
+
+def test_weights_of_another_network_or_damaged_ones_are_named(files, tmp_path):
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / LINEAR_FILE).symlink_to(files / NAME / LINEAR_FILE)
+    vgg = tmp_path / NAME / VGG_FILE
+    vgg.write_bytes((files / NAME / VGG_FILE).read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"{VGG_FILE} is not a readable weight file"):
+        Lpips(tmp_path)
+    torch.save({"features.0.weight": torch.zeros(1)}, vgg)
+    with pytest.raises(UserError, match=rf"{VGG_FILE} holds another network"):
+        Lpips(tmp_path)
+
+
+def test_the_listed_weights_are_the_files_that_are_read():
+    assert [file.file for file in registry()[NAME].files] == [VGG_FILE, LINEAR_FILE]
+    assert registry()[NAME].files[0].sha256.startswith("397923af")  # torch.hub's prefix in the file's name
