@@ -51,7 +51,7 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def trained(kind: str, steps: int = 1, name: str = "student", **changes) -> RunId:
+def trained(kind: str, steps: int = 1, first: float | None = None, **changes) -> RunId:
     """A finished run of two snapshots made by the real training, in the current folder."""
     teacher, real = Path("data/teachers/tiny"), Path("data/real/tiny")
     tiny.network(kind, seed=5).save_pretrained(teacher / "unet", safe_serialization=True)
@@ -59,11 +59,11 @@ def trained(kind: str, steps: int = 1, name: str = "student", **changes) -> RunI
     adopt_teacher(Teacher(name="tiny", parameterisation=form, guidance=1.0), teacher)
     save_shard(real / "real.safetensors", tiny.tensors(kind, 32))
     write_json(real / "manifest.json", {"files": listing([real / "real.safetensors"], real)})
-    first = 80.0 if form == "edm" else 999.0
+    first = first or (80.0 if form == "edm" else 999.0)
     generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": first}
     train = {"train__steps": 4, "train__snapshot_every": 2, "critic__ratio": 2}
     cfg = tiny.config(kind, generator=generator, **{**train, **changes})
-    run = RunId("tiny", name, 0)
+    run = RunId("tiny", "student", 0)
     record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
     publish(run, json.loads(record.read_text()))
     return run
@@ -177,6 +177,15 @@ def test_the_schedulers_own_grid_of_four_steps_is_ours(tmp_path):
     scheduler = LCMScheduler.from_pretrained(tmp_path / "out/scheduler")
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_the_schedulers_boundary_term_is_nothing_even_at_the_first_timestep(tmp_path):
+    run = trained("eps-labels", first=1.0)
+    export(find_snapshot(run), tmp_path / "out")
+    plain = runpy.run_path(str(tmp_path / "out/sample.py"))
+    theirs = plain["sample"](*plain["load"](), plain["draw"](SEEDS))
+    denoiser, cfg = student("eps-labels", run)
+    torch.testing.assert_close(theirs, student_sample(denoiser, cfg, SEEDS, CPU), rtol=1e-5, atol=1e-5)
 
 
 def test_other_weights_change_the_images_and_one_label_can_be_asked_for(tmp_path):
