@@ -83,16 +83,18 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
     arguments = _arguments(network, labelled)
     fresh = [f"step{i}" for i in range(len(times) - 1)]
-    conditions = [name for name in ("labels", "text", "pooled", "time_ids") if f'draws["{name}"]' in arguments]
+    sized = "sizes" in arguments
+    text = 'draws["text"]' in arguments
+    conditions = ["labels"] * labelled + ["text"] * text + ["pooled", "time_ids"] * sized
     return {
-        "edm": edm, "labelled": labelled, "text": 'draws["text"]' in arguments, "arguments": arguments,
+        "edm": edm, "labelled": labelled, "text": text, "sized": sized, "arguments": arguments,
         "pixels": cfg.data.channels in (1, 3), "network": type(network).__name__,
         "scheduler": type(scheduler_of(student)).__name__, "times": times if edm else [int(t) for t in times],
         "shape": (cfg.data.channels, cfg.data.resolution, cfg.data.resolution), "classes": cfg.data.classes,
         "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS, "labels": how["labels"],
         "offset": "128" if how["rounding"] == "round" else "127.5",
         "tensors": ", ".join(["noise", *fresh, *conditions]),
-        "pipeline": _pipeline(network) if 'draws["text"]' in arguments else None,
+        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if text else None,
     }  # fmt: skip
 
 
@@ -102,14 +104,8 @@ def _arguments(network: Network, labelled: bool) -> str:
     if isinstance(network, UNet2DModel):
         return labels
     text = "None" if labelled else 'draws["text"]'
-    sizes = 'dict(text_embeds=draws["pooled"], time_ids=draws["time_ids"])'
-    added = f", added_cond_kwargs={sizes}" if network.config["addition_embed_type"] == "text_time" else ""
+    added = ", added_cond_kwargs=sizes" if network.config["addition_embed_type"] == "text_time" else ""
     return f", encoder_hidden_states={text}{labels}{added}"
-
-
-def _pipeline(network: Network) -> str:
-    sized = network.config["addition_embed_type"] == "text_time"
-    return "StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline"
 
 
 def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> str:

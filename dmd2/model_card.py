@@ -62,6 +62,11 @@ def metadata(snapshot: Snapshot, sampling: dict[str, Any], licence: str | None) 
     task = "unconditional-image-generation" if sampling["labelled"] else "text-to-image"
     known = licence is None or licence.lower() in LICENCES
     data = snapshot.cfg.data.name
+    results = [
+        EvalResult(task_type=task, dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value,
+                   metric_name=_long_name(metric, snapshot))
+        for metric, value in _values(snapshot).items() if metric != "brightness"
+    ]  # fmt: skip
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
@@ -69,12 +74,8 @@ def metadata(snapshot: Snapshot, sampling: dict[str, Any], licence: str | None) 
         license_name=None if known else licence,
         tags=["diffusion", "distillation", "dmd2", f"{_steps(sampling)}-step",
               "class-conditional" if sampling["labelled"] else "text-conditional"],
-        model_name=str(snapshot.run).replace("/", "-"),
-        eval_results=[
-            EvalResult(task_type=task, dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value,
-                       metric_name=_long_name(metric, snapshot))
-            for metric, value in _values(snapshot).items() if metric != "brightness"
-        ] or None,
+        model_name=str(snapshot.run).replace("/", "-") if results else None,
+        eval_results=results or None,
     )  # fmt: skip
 
 

@@ -328,6 +328,9 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path):
             with atomic_folder(out, force=True) as folder:
                 (folder / "half").write_text("x")
                 raise failure
+    with pytest.raises(UserError, match="cannot write"):
+        with atomic_folder(out, force=True) as folder:
+            folder.rmdir()  # the new folder cannot take its place once the earlier one was moved aside
     assert (out / "README.md").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "results"]
 
