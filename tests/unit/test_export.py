@@ -1,90 +1,31 @@
-"""Exported students: what a script with torch and diffusers alone makes of them, what their cards say, bad input."""
+"""Exported students: what a script with torch and diffusers alone makes of them, and how the folder is written."""
 
-import json
-import re
 import runpy
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DModel
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dmd2.export
 from dmd2.condition import Condition
-from dmd2.config import RunConfig, Teacher
-from dmd2.data import load_shard, save_shard
 from dmd2.errors import UserError
 from dmd2.export import atomic_folder, export
-from dmd2.files import listing, read_json, write_json
-from dmd2.inputs import Inputs
-from dmd2.run import RunId
 from dmd2.sample import quantise, student_sample
 from dmd2.samplers import few_step
 from dmd2.snapshot import find_snapshot
-from dmd2.teachers import adopt_teacher, wrap
-from dmd2.trainer import Hardware, Training
-from dmd2.wait import publish
 from tests import tiny
-from tests.workspace import Workspace
+from tests.exported import measured, run_alone, student, trained
 
 CPU, SEEDS = torch.device("cpu"), list(range(23))
-# Runs the script given first, once per argument list, with our packages made impossible to import.
-ALONE = """
-import json, runpy, sys
-sys.modules["dmd2"] = sys.modules["eval"] = None
-for arguments in json.loads(sys.argv[2]):
-    sys.argv = [sys.argv[0], *arguments]
-    runpy.run_path(SCRIPT, run_name="__main__")
-"""
 
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def trained(kind: str, steps: int = 1, first: float | None = None, **changes) -> RunId:
-    """A finished run of two snapshots made by the real training, in the current folder."""
-    teacher, real = Path("data/teachers/tiny"), Path("data/real/tiny")
-    tiny.network(kind, seed=5).save_pretrained(teacher / "unet", safe_serialization=True)
-    form = tiny.KINDS[kind][0]
-    adopt_teacher(Teacher(name="tiny", parameterisation=form, guidance=1.0), teacher)
-    save_shard(real / "real.safetensors", tiny.tensors(kind, 32))
-    write_json(real / "manifest.json", {"files": listing([real / "real.safetensors"], real)})
-    first = first or (80.0 if form == "edm" else 999.0)
-    generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": first}
-    train = {"train__steps": 4, "train__snapshot_every": 2, "critic__ratio": 2}
-    cfg = tiny.config(kind, generator=generator, **{**train, **changes})
-    run = RunId("tiny", "student", 0)
-    record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
-    publish(run, json.loads(record.read_text()))
-    return run
-
-
-def student(kind: str, run: RunId, step: int = 4):
-    """The denoiser of a snapshot and the run's config, read without the code under test."""
-    record = read_json(run.folder / "train.json")
-    entry = next(file for file in record["files"] if file["path"].endswith(f"{step:07d}.safetensors"))
-    network = tiny.network(kind, seed=0)
-    network.load_state_dict(load_shard(run.folder / entry["path"]))
-    return wrap(network, tiny.KINDS[kind][0]).eval(), RunConfig.model_validate(
-        {**record["config"], "eval": tiny.values(kind)["eval"]}
-    )
-
-
-def run_alone(script: Path, *argument_lists: list[str]) -> None:
-    code = ALONE.replace("SCRIPT", repr(str(script)))
-    command = [sys.executable, "-I", "-c", code, "-", json.dumps(argument_lists)]
-    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(("kind", "steps", "bound"), [("edm", 1, 1e-6), ("edm", 4, 1e-5), ("eps-labels", 4, 1e-5)])
@@ -202,21 +143,6 @@ def test_other_weights_change_the_images_and_one_label_can_be_asked_for(tmp_path
     torch.testing.assert_close(load_file(tmp_path / "out4/threes.safetensors")["images"], ours, rtol=0, atol=1e-6)
 
 
-def measured(run: RunId, values: dict[int, float], labels: str = "cyclic", rounding: str = "round") -> None:
-    """Metrics of the run's snapshots in the form `eval.evaluate` writes."""
-    record = read_json(run.folder / "train.json")
-
-    def estimate(value: float) -> dict:
-        return {"value": value, "se": 0.5, "low": value - 2, "high": value, "bias": 1.0, "n": 60}
-
-    write_json(run.folder / "metrics.json", {
-        "protocol": {"detector": "d@1", "reference": "r@2", "labels": labels, "rounding": rounding},
-        "snapshots": [{"step": s, "fd": v, "estimates": {"fd": estimate(v)}} for s, v in values.items()],
-        "train_commit": record["commit"], "seconds": record["seconds"], "eval_commit": "abc",
-        "config": {"eval": {"metrics": ["fd"]}},
-    })  # fmt: skip
-
-
 def test_the_protocols_labels_and_rounding_are_those_of_the_script(tmp_path):
     run = trained("edm")
     measured(run, {2: 3.0, 4: 5.0}, labels="random", rounding="trunc")
@@ -227,81 +153,6 @@ def test_the_protocols_labels_and_rounding_are_those_of_the_script(tmp_path):
     grid = quantise(ours, "trunc").reshape(6, tiny.CLASSES, 8, 8).permute(0, 2, 1, 3).reshape(48, 8 * tiny.CLASSES)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/samples.png")), grid.numpy())
     assert "One column a class" not in (tmp_path / "out/README.md").read_text()
-
-
-def test_best_is_the_lowest_of_the_first_metric_and_the_card_says_so(tmp_path):
-    run = trained("edm")
-    measured(run, {2: 3.0, 4: 5.0})
-    export(find_snapshot(run, select="best"), tmp_path / "best")
-    text = (tmp_path / "best/README.md").read_text()
-    assert "lowest fd of 2" in text and "| FD | 3 | 0.5 | 1 | [1, 3] | 60 |" in text
-    assert find_snapshot(run).step == find_snapshot(run, select="last").step == 4
-
-
-def test_metrics_of_an_earlier_training_are_left_out(tmp_path):
-    run = trained("edm")
-    measured(run, {2: 3.0, 4: 5.0})
-    metrics = read_json(run.folder / "metrics.json")
-    write_json(run.folder / "metrics.json", {**metrics, "seconds": metrics["seconds"] + 1})
-    export(find_snapshot(run), tmp_path / "out")
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert card.data.eval_results is None and "not known: the run has no evaluation" in card.text
-
-
-@pytest.mark.parametrize(
-    ("licence", "known", "name", "sentence"),
-    [
-        ("apache-2.0", "apache-2.0", None, "as stated by who exported this: apache-2.0"),
-        ("NVIDIA non-commercial", "other", "NVIDIA non-commercial", "exported this: NVIDIA non-commercial"),
-        (None, "unknown", None, "**No licence has been stated: whoever publishes this folder must state one.**"),
-    ],
-)
-def test_the_card_states_the_teachers_licence_or_that_nobody_did(tmp_path, licence, known, name, sentence):
-    export(find_snapshot(trained("edm")), tmp_path / "out", licence)
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert (card.data.license, card.data.license_name) == (known, name)
-    assert sentence in card.text and "teacher's licence carries over" in card.text
-    assert "| run | `tiny/student/seed0` |" in card.text and "compared with those of the training code" in card.text
-
-
-def test_bad_input_is_one_sentence_and_leaves_no_folder(tmp_path):
-    run = trained("edm")
-
-    def refused(sentence: str, **selection) -> None:
-        with pytest.raises(UserError, match=sentence):
-            export(find_snapshot(run, **selection), tmp_path / "out/deep")
-        assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "out/deep").exists()
-
-    refused("no snapshot of step 3; it has 2, 4", step=3)
-    refused("either --step or --select", step=2, select="last")
-    refused("none of its snapshots is known to be the best", select="best")
-    measured(run, {2: 3.0, 4: 5.0})
-    metrics = read_json(run.folder / "metrics.json")
-    write_json(run.folder / "metrics.json", {**metrics, "config": {"eval": {"metrics": ["accuracy"]}}})
-    refused("of which the lowest is not the best", select="best")
-    snapshot = run.folder / find_snapshot(run).entry["path"]
-    whole = snapshot.read_bytes()
-    snapshot.write_bytes(whole[:-1] + b"?")
-    refused("does not match the checksum")
-    snapshot.write_bytes(whole[:-5])
-    refused("it is truncated")
-    snapshot.unlink()
-    refused("is missing although its manifest lists it")
-    snapshot.write_bytes(whole)
-    config = Path("data/teachers/tiny/unet/config.json")
-    kept = config.read_text()
-    config.unlink()
-    refused("unet/config.json is missing")
-    other = json.loads(kept) | {"block_out_channels": [16, 32]}
-    config.write_text(json.dumps(other))
-    adopt_teacher(Teacher(name="tiny", parameterisation="edm", guidance=1.0), config.parents[1])
-    refused("put back the teacher this run was trained with")
-    Path("data/teachers/tiny/manifest.json").unlink()
-    refused("put the folder of teacher tiny there")
-    write_json(run.folder / "train.json", {**read_json(run.folder / "train.json"), "config": {}})
-    refused("of another version of this code")
-    (run.folder / "train.json").unlink()
-    refused("tiny/student/seed0 is not finished")
 
 
 def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_an_export(tmp_path):
@@ -342,32 +193,3 @@ def test_a_script_that_samples_otherwise_is_not_exported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="differ from ours by"):
         export(find_snapshot(run), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_real_students_card_and_script(finished: Workspace, tmp_path):
-    """The demo's run, its evaluation and its table, by the command line."""
-    place = Workspace(tmp_path / "place")
-    shutil.copytree(finished.path, place.path, symlinks=True)
-    result = place.run("python", "-m", "dmd2.export", "digits/dmd2/seed0", "out", "--teacher-licence", "mit")
-    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
-    out, run = place.path / "out", "digits/dmd2/seed0"
-    run_alone(out / "sample.py", ["--out", "again.png"])
-    grid = np.asarray(Image.open(out / "again.png"))
-    np.testing.assert_array_equal(grid, np.asarray(Image.open(out / "samples.png")))
-    np.testing.assert_array_equal(grid, np.asarray(Image.open(place.path / "results/runs" / run / "grid.png")))
-    assert (out / "sample.py").read_text() in (out / "README.md").read_text()
-
-    card = ModelCard.load(out / "README.md")
-    estimates = read_json(place.path / "results/runs" / run / "metrics.json")["snapshots"][-1]["estimates"]
-    results = {r.metric_type: (r.metric_value, r.metric_name) for r in card.data.eval_results}
-    assert results.keys() == {"fd", "accuracy"} and results["fd"][0] == estimates["fd"]["value"]
-    assert "FID" not in results["fd"][1] and "| FID |" not in card.text and "it is not FID" in card.text
-    assert re.search(rf"^\| FD \| {estimates['fd']['value']:.4g} \|", card.text, re.M)
-    row = next(line for line in (place.path / "results/tables/demo.md").read_text().splitlines() if "`dmd2`" in line)
-    assert row in card.text and "`dmd`" not in card.text
-    assert card.data.library_name == "diffusers" and card.data.license == "mit"
-    assert (card.data.pipeline_tag, card.data.model_name) == ("unconditional-image-generation", "digits-dmd2-seed0")
-
-    unfinished = place.run("python", "-m", "dmd2.export", "digits/dmd2/seed7", "out7")
-    assert unfinished.returncode == 1 and unfinished.stderr.startswith("error: digits/dmd2/seed7 is not finished")
-    assert not (place.path / "out7").exists()
