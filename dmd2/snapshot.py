@@ -1,0 +1,117 @@
+"""One snapshot of a finished run: which one, its network, and what was measured of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dmd2.config import TrainConfig
+from dmd2.data import load_shard
+from dmd2.denoisers import Denoiser
+from dmd2.errors import UserError
+from dmd2.files import read_json, verified
+from dmd2.inputs import TEACHERS
+from dmd2.run import RunId
+from dmd2.teachers import NETWORKS, wrap
+
+LOWER_IS_BETTER = ("fd", "fid", "patch_fid", "kid")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights of a run after `step` iterations; `metrics` is the run's metrics.json if it is of this training."""
+
+    run: RunId
+    cfg: TrainConfig
+    record: dict[str, Any]
+    entry: dict[str, Any]
+    metrics: dict[str, Any] | None
+    selection: str
+
+    @property
+    def step(self) -> int:
+        """Critic updates done."""
+        return step_of(self.entry)
+
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """The snapshot's line of metrics.json."""
+        lines = self.metrics["snapshots"] if self.metrics else []
+        return next((line for line in lines if line["step"] == self.step), None)
+
+    def denoiser(self) -> Denoiser:
+        """The student with these weights on the CPU, in eval mode, after comparing their checksum.
+
+        Raises:
+            UserError: the weights are missing or damaged, or do not fit the network of the teacher's config.json.
+        """
+        name = self.cfg.teacher.name
+        manifest = TEACHERS / name / "manifest.json"
+        if not manifest.exists():
+            raise UserError(f"{manifest} is missing: put the folder of teacher {name} there, it describes the network")
+        teacher = read_json(manifest)
+        path = f"{teacher['folder']}/config.json"
+        config = read_json(verified(manifest.parent, next(file for file in teacher["files"] if file["path"] == path)))
+        weights = load_shard(verified(self.run.folder, self.entry))
+        network = NETWORKS[teacher["class"]].from_config(config)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.run.folder / self.entry['path']} does not fit the network in {manifest.parent / path}: put "
+                f"back the teacher this run was trained with ({str(error).splitlines()[-1].strip()})"
+            ) from None
+        return wrap(network, self.cfg.teacher.parameterisation).eval().requires_grad_(False)
+
+
+def step_of(entry: dict[str, Any]) -> int:
+    """Step of a snapshot's manifest entry."""
+    return int(Path(entry["path"]).stem)
+
+
+def find_snapshot(run: RunId, step: int | None = None, select: str | None = None) -> Snapshot:
+    """The snapshot of that step, or the ``last`` (the default) or ``best`` one of a finished run.
+
+    Raises:
+        UserError: the run is not finished, has no such snapshot, or was not measured and ``best`` is asked for.
+    """
+    path = run.folder / "train.json"
+    if not path.exists():
+        raise UserError(f"{run} is not finished, {path} is missing: python -m dmd2.launch train {run}")
+    if step is not None and select is not None:
+        raise UserError("give either --step or --select, not both")
+    record = read_json(path)
+    try:
+        cfg = TrainConfig.model_validate(record["config"])
+    except ValidationError as error:
+        raise UserError(
+            f"{path} holds a config of another version of this code ({error.errors()[0]['msg']}): export it there"
+        ) from None
+    metrics = _metrics(run, record)
+    entries = {step_of(entry): entry for entry in record["files"]}
+    if step is None:
+        step, selection = _best(run, metrics) if select == "best" else (max(entries), "the last snapshot")
+    else:
+        selection = "a snapshot chosen by hand"
+    if step not in entries:
+        raise UserError(f"{run} has no snapshot of step {step}; it has {', '.join(map(str, sorted(entries)))}")
+    return Snapshot(run, cfg, record, entries[step], metrics, selection)
+
+
+def _metrics(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The run's metrics.json unless it is missing or measures an earlier training of that name."""
+    path = run.folder / "metrics.json"
+    metrics = read_json(path) if path.exists() else None
+    same = metrics and (metrics["train_commit"], metrics["seconds"]) == (record["commit"], record["seconds"])
+    return metrics if same else None
+
+
+def _best(run: RunId, metrics: dict[str, Any] | None) -> tuple[int, str]:
+    if metrics is None:
+        raise UserError(f"{run} has no metrics.json of this training, so none of its snapshots is known to be the best")
+    metric, lines = metrics["config"]["eval"]["metrics"][0], metrics["snapshots"]
+    if metric not in LOWER_IS_BETTER:
+        raise UserError(f"{run} is measured by {metric} first, of which the lowest is not the best: choose with --step")
+    text = f"the snapshot with the lowest {metric} of {len(lines)}, chosen on the same images, so its {metric} flatters"
+    return min(lines, key=lambda line: line[metric])["step"], text

@@ -1,0 +1,77 @@
+"""A finished tiny run made by the real training, and an exported script run without our packages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dmd2.config import RunConfig, Teacher
+from dmd2.data import load_shard, save_shard
+from dmd2.denoisers import Denoiser
+from dmd2.files import listing, read_json, write_json
+from dmd2.inputs import Inputs
+from dmd2.run import RunId
+from dmd2.teachers import adopt_teacher, wrap
+from dmd2.trainer import Hardware, Training
+from dmd2.wait import publish
+from tests import tiny
+
+# Runs the script given first, once per argument list, with our packages made impossible to import.
+ALONE = """
+import json, runpy, sys
+sys.modules["dmd2"] = sys.modules["eval"] = None
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = [sys.argv[0], *arguments]
+    runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def trained(kind: str, steps: int = 1, first: float | None = None, **changes) -> RunId:
+    """A finished run of two snapshots made by the real training, in the current folder."""
+    teacher, real = Path("data/teachers/tiny"), Path("data/real/tiny")
+    tiny.network(kind, seed=5).save_pretrained(teacher / "unet", safe_serialization=True)
+    form = tiny.KINDS[kind][0]
+    adopt_teacher(Teacher(name="tiny", parameterisation=form, guidance=1.0), teacher)
+    save_shard(real / "real.safetensors", tiny.tensors(kind, 32))
+    write_json(real / "manifest.json", {"files": listing([real / "real.safetensors"], real)})
+    first = first or (80.0 if form == "edm" else 999.0)
+    generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": first}
+    train = {"train__steps": 4, "train__snapshot_every": 2, "critic__ratio": 2}
+    cfg = tiny.config(kind, generator=generator, **{**train, **changes})
+    run = RunId("tiny", "student", 0)
+    record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
+    publish(run, json.loads(record.read_text()))
+    return run
+
+
+def student(kind: str, run: RunId, step: int = 4) -> tuple[Denoiser, RunConfig]:
+    """The denoiser of a snapshot and the run's config, read without the code under test."""
+    record = read_json(run.folder / "train.json")
+    entry = next(file for file in record["files"] if file["path"].endswith(f"{step:07d}.safetensors"))
+    network = tiny.network(kind, seed=0)
+    network.load_state_dict(load_shard(run.folder / entry["path"]))
+    return wrap(network, tiny.KINDS[kind][0]).eval(), RunConfig.model_validate(
+        {**record["config"], "eval": tiny.values(kind)["eval"]}
+    )
+
+
+def run_alone(script: Path, *argument_lists: list[str]) -> None:
+    code = ALONE.replace("SCRIPT", repr(str(script)))
+    command = [sys.executable, "-I", "-c", code, "-", json.dumps(argument_lists)]
+    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def measured(run: RunId, values: dict[int, float], labels: str = "cyclic", rounding: str = "round") -> None:
+    """Metrics of the run's snapshots in the form `eval.evaluate` writes."""
+    record = read_json(run.folder / "train.json")
+
+    def estimate(value: float) -> dict:
+        return {"value": value, "se": 0.5, "low": value - 2, "high": value, "bias": 1.0, "n": 60}
+
+    write_json(run.folder / "metrics.json", {
+        "protocol": {"detector": "d@1", "reference": "r@2", "labels": labels, "rounding": rounding},
+        "snapshots": [{"step": s, "fd": v, "estimates": {"fd": estimate(v)}} for s, v in values.items()],
+        "train_commit": record["commit"], "seconds": record["seconds"], "eval_commit": "abc",
+        "config": {"eval": {"metrics": ["fd"]}},
+    })  # fmt: skip
