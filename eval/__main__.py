@@ -172,11 +172,11 @@ def protocols() -> None:
     rows = []
     for protocol in map(named, names()):
         labels = f"{protocol.labels} of {protocol.classes}" if protocol.labels else "prompts"
-        quirk = f"ones x {protocol.ranks}" if protocol.covariance_init == "ones" else "-"
+        quirk = f"ones x {protocol.ranks}" if protocol.ranks else "right"
         rows.append({
             "protocol": protocol.name, "detector": protocol.detector, "geometry": protocol.geometry,
             "images": protocol.images, "labels": labels, "rounding": protocol.rounding,
-            "metrics": ",".join(protocol.metrics), "covariance": quirk, "reference": protocol.reference,
+            "metrics": ",".join(protocol.metrics), "covariance": quirk,
         })  # fmt: skip
     print(pd.DataFrame(rows).to_string(index=False))
 
@@ -231,7 +231,7 @@ def _header(document: dict[str, Any]) -> list[str]:
         lines += [
             f"protocol {protocol['title']}",
             f"not checked here: labels {protocol['labels'] or 'of prompts'}, images quantised by "
-            f"{protocol['rounding']}, reference {protocol['reference']}",
+            f"{protocol['rounding']}, reference {protocol['reference_is']}",
         ]
     if detector := document["detector"]:
         reference = f", reference {document['reference']['path']}" if document["reference"] else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,9 @@ class Asked:
     @property
     def ones(self) -> int | None:
         """Processes of the official evaluator whose covariance starts from ones, if the protocol has that quirk."""
-        if self.protocol is None or self.protocol.covariance_init != "ones" or "fd" not in self.metrics:
+        if self.protocol is None or "fd" not in self.metrics:
             return None
-        return self.protocol.ranks
+        return self.protocol.ranks or None
 
     def title(self) -> str | None:
         """Name of the protocol and what differs from it."""
@@ -102,7 +102,7 @@ class Asked:
         """The protocol for a record; what it says of labels, rounding and reference cannot be seen in the images."""
         if self.protocol is None:
             return None
-        return {"title": self.title(), "overridden": self.overridden, **asdict(self.protocol)}
+        return {"title": self.title(), "overridden": self.overridden, **self.protocol.model_dump(mode="json")}
 
     def check(self, inputs: Inputs) -> None:
         """Refuse a call that lacks what its metrics need.

@@ -12,7 +12,8 @@ from eval.protocols import NamedProtocol, names
 
 PROTOCOL = NamedProtocol(
     name="p", detector="quadrants", geometry="square-crop+lanczos-8", images=120, labels="cyclic", classes=10,
-    rounding="trunc", metrics=("fd", "clip-score"), covariance_init="ones", ranks=8, reference="all of it",
+    rounding="trunc", metrics=("fd", "clip-score"), covariance_init="ones-on-8-ranks", reference="r",
+    reference_is="all of it",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def test_options_override_the_protocol_and_are_named() -> None:
     assert asked.title() == "p, but images 2000, geometry none, metrics kid,lpips-diversity"
     assert asked.diversity_geometry == "none" and asked.ones is None
     about = asked.about()
-    assert about["overridden"]["images"] == 2000 and about["images"] == 120 and about["reference"] == "all of it"
+    assert about["overridden"]["images"] == 2000 and about["images"] == 120 and about["reference_is"] == "all of it"
 
 
 def test_geometry_equal_to_the_protocols_still_holds_for_the_diversity() -> None:

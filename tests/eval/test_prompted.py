@@ -180,7 +180,7 @@ def test_classes_are_no_strata_of_prompts() -> None:
 
 PROTOCOL = NamedProtocol(
     name="tiny", detector="quadrants", geometry="none", images=COUNT, labels="cyclic", classes=4, rounding="trunc",
-    metrics=("fd",), covariance_init="ones", ranks=8, reference="the sixty of r",
+    metrics=("fd",), covariance_init="ones-on-8-ranks", reference="r", reference_is="the sixty of r",
 )  # fmt: skip
 
 
