@@ -61,10 +61,13 @@ class Goal:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with ``+`` when tracked files differ from it; "unknown" outside git."""
+    """Short hash of the commit of this code, with ``+`` when tracked files differ; "unknown" outside its checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]  # the current directory may be a repository of the user's
     try:
-        short = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], check=False)
+        # Installed into an environment, the package may lie in somebody's repository without belonging to it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        short = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return short.stdout.strip() + ("+" if changed.returncode else "")

@@ -1,4 +1,4 @@
-"""Images from seeds: a student's or the teacher's, as float tensors or as the uint8 that metrics see."""
+"""Images from seeds, a student's or the teacher's; `dmd2.quantise` makes them the uint8 that metrics see."""
 
 import torch
 from torch import Tensor
@@ -57,9 +57,3 @@ def sample_teacher(teacher: Denoiser, cfg: RunConfig, spec: Sampler, seeds: list
         spec,
         lambda i: sample_noise(seeds, shape, f"step{i}", device),
     )
-
-
-def quantise(x: Tensor, rounding: str) -> Tensor:
-    """Images in [-1, 1] to uint8: ``round`` is floor(127.5 x + 128) (EDM), ``trunc`` floor(127.5 (x + 1)) (DMD2)."""
-    scaled = x.float() * 127.5 + (128 if rounding == "round" else 127.5)
-    return scaled.clamp(0, 255).to(torch.uint8)

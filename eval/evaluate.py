@@ -23,8 +23,9 @@ from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import TEACHERS, measured_with
 from dmd2.made import recorded
 from dmd2.progress import Progress
+from dmd2.quantise import quantise
 from dmd2.run import RunId, commit
-from dmd2.sample import quantise, sample_teacher, student_sample
+from dmd2.sample import sample_teacher, student_sample
 from dmd2.teachers import load_teacher
 from eval.claims import SETTLED
 from eval.protocol import Protocol, Sample, save_influence

@@ -173,10 +173,10 @@ def _decoded(data: bytes, name: str) -> Tensor:
     """uint8 ``(C, H, W)``: palettes become RGB, grey stays one channel."""
     image = _opened(data, name)
     try:
-        pixels = np.array(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)))
+        bands = image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode)).split()
     except BROKEN as error:
         raise UserError(f"{name} is truncated or damaged ({error})") from None
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(band) for band in bands]))  # twice as fast as to permute HWC
 
 
 def _files(place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
@@ -241,7 +241,7 @@ def _load(path: Path, changed: int) -> Tensor:
         raise UserError(f"{path} is not a whole array file ({error})") from None
     dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
     if dtype != "uint8":
-        raise UserError(f"{path} holds images of {dtype}, not uint8: quantise them first (eval.resize.quantise)")
+        raise UserError(f"{path} holds images of {dtype}, not uint8: quantise them first (dmd2.quantise)")
     last, second = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (-1, 1))
     if last and second and not by_convention:
         raise UserError(f"{path}: {shape} can be read as NHWC and as NCHW; store it as safetensors, which is NCHW")

@@ -14,8 +14,8 @@ from dmd2.data import save_shard
 from dmd2.errors import UserError
 from dmd2.eval_config import Eval
 from dmd2.files import digest_of, listing
+from dmd2.quantise import quantise
 from dmd2.rng import sample_labels
-from dmd2.sample import quantise
 from eval.detectors import Detector, load_detector
 from eval.estimate import Estimate
 from eval.features import FeatureSet, Sampled, account, extract, join, share

@@ -1,7 +1,8 @@
-"""Quantisation, geometry and the image resizers of the field, each as its definition says (evaluation protocols).
+"""Geometry and the image resizers of the field, each as its definition says (evaluation protocols).
 
-A separable antialiased filter is one matrix per axis, so a float64 matrix product reproduces the integer arithmetic of
-Pillow bit for bit on any device: all products are whole numbers below 2^53.
+On the CPU, Pillow itself filters. Other devices do the same by matrices: a separable antialiased filter is one matrix
+per axis, and a float64 product reproduces Pillow's 8-bit arithmetic bit for bit (all products are whole numbers below
+2^53) and its float arithmetic to 1e-4 of a grey level.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
@@ -72,6 +74,15 @@ def _separable(images: Tensor, across: Tensor, down: Tensor, finish: Callable[[T
     return torch.cat(parts)
 
 
+def _by_pillow(images: Tensor, size: int, name: Filter, dtype: type[np.generic]) -> Tensor:
+    """Pillow's resize of every plane of ``(n, C, H, W)``, as 8-bit or float pixels; converts one plane at a time."""
+    planes, resample = images.numpy(), Image.Resampling[name.upper()]
+    resized = np.empty((*images.shape[:2], size, size), dtype)
+    for index in np.ndindex(resized.shape[:2]):
+        resized[index] = Image.fromarray(planes[index].astype(dtype)).resize((size, size), resample)
+    return torch.from_numpy(resized)
+
+
 def resize_uint8(images: Tensor, size: int, name: Filter = "lanczos") -> Tensor:
     """Square uint8 images ``(n, C, H, H)`` to ``(n, C, size, size)``, the same bytes as Pillow's ``Image.resize``.
 
@@ -82,7 +93,12 @@ def resize_uint8(images: Tensor, size: int, name: Filter = "lanczos") -> Tensor:
     height, width = images.shape[-2:]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be resized to {size}x{size} reproducibly: crop them first")
-    weights = filter_matrix(name, width, size) * PRECISION
+    return _by_pillow(images, size, name, np.uint8) if images.is_cpu else uint8_by_matrix(images, size, name)
+
+
+def uint8_by_matrix(images: Tensor, size: int, name: Filter) -> Tensor:
+    """`resize_uint8` on the device of the images."""
+    weights = filter_matrix(name, images.shape[-1], size) * PRECISION
     weights = torch.trunc(weights + torch.copysign(torch.tensor(0.5), weights))  # half away from zero
     return _separable(images, weights, weights, _to_bytes).to(torch.uint8)
 
@@ -101,6 +117,13 @@ def clean(images: Tensor, size: int = PATCH) -> Tensor:
     Returns:
         float32 ``(n, C, size, size)`` in grey levels; Inception takes ``(v - 128) / 128``.
     """
+    if not images.is_cpu:
+        return clean_by_matrix(images, size)
+    return _by_pillow(images, size, "bicubic", np.float32).clamp_(0, 255)
+
+
+def clean_by_matrix(images: Tensor, size: int) -> Tensor:
+    """`clean` on the device of the images."""
     height, width = images.shape[-2:]
     across, down = filter_matrix("bicubic", width, size), filter_matrix("bicubic", height, size)
     return _separable(images, across, down, Tensor.float).clamp_(0, 255)
@@ -143,27 +166,6 @@ def pt(images: Tensor, size: int = PATCH) -> Tensor:
         float32 ``(n, C, size, size)`` in grey levels; its Inception takes ``v / 127.5 - 1``.
     """
     return F.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=False)
-
-
-RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "trunc": lambda x: 127.5 * (x + 1),  # DMD2, GigaGAN
-    "round": lambda x: 127.5 * x + 128,  # EDM, EDM2, StyleGAN-T, FastGen
-    "trunc01": lambda x: 255 * (x / 2 + 0.5).clamp(0, 1),  # DMD2's teacher arms: a pipeline that returns [0, 1]
-}
-
-
-def quantise(x: Tensor, rule: str) -> Tensor:
-    """Float images in [-1, 1] to uint8 by one of `RULES`: the floor of the scaled value, clipped to 0..255.
-
-    Raises:
-        UserError: an unknown rule, or values that are not finite.
-    """
-    if rule not in RULES:
-        raise UserError(f"there is no quantisation {rule}: choose one of {', '.join(RULES)}")
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0].item()
-        raise UserError(f"image {bad} of the batch has NaN or infinite pixels: the generator diverged")
-    return RULES[rule](x.float()).clamp(0, 255).to(torch.uint8)
 
 
 def square_crop(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from diffusers import LCMScheduler
 from dmd2.condition import Condition
 from dmd2.errors import UserError
 from dmd2.rng import sample_noise
-from dmd2.sample import quantise, student_sample
+from dmd2.sample import student_sample
 from dmd2.samplers import few_step
 from tests import reference, tiny
 from tests.stubs import NO_CONDITION, MixtureEdm, MixtureEps, arrays, tensor
@@ -102,9 +102,3 @@ def test_an_image_belongs_to_its_seed_whatever_the_batch():
 def test_sampling_a_text_run_by_seed_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="prompt"):
         student_sample(tiny.denoiser("eps-text"), tiny.config("eps-text"), [0, 1], torch.device("cpu"))
-
-
-def test_quantise_truncates_like_dmd2_or_rounds_like_edm():
-    x = torch.tensor([-1.2, -1.0, 0.0, 0.00393, 0.999, 1.0, 1.5])
-    assert quantise(x, "trunc").tolist() == [0, 0, 127, 128, 254, 255, 255]
-    assert quantise(x, "round").tolist() == [0, 0, 128, 128, 255, 255, 255]
