@@ -21,7 +21,7 @@ from eval.compare_page import html, markdown
 from eval.contrasts import BETTER, Contrast, Pair, Seeds, judge
 from eval.differences import shown
 from eval.tables import LABELS
-from eval.versions import WORKSPACE, Rows, Side, open_side, read_rows, read_tables
+from eval.versions import WORKSPACE, Rows, Side, open_side, read_published, read_rows, read_tables
 
 Tables = Mapping[str, dict[str, Any]]
 
@@ -38,7 +38,8 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
         UserError: a file is damaged or is not what an evaluation writes, or no row is on both sides.
     """
     tables = read_tables(a), read_tables(b)
-    rows = read_rows(a, tables[0].values()), read_rows(b, tables[1].values())
+    known = {**tables[0], **_left(a, tables[0])}, {**tables[1], **_left(b, tables[1])}
+    rows = read_rows(a, known[0].values()), read_rows(b, known[1].values())
     both = sorted(rows[0].keys() & rows[1].keys())
     if not both:
         names = [", ".join("/".join(row) for row in sorted(side)) or "none" for side in rows]
@@ -46,7 +47,7 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
     return {
         "kind": "comparison", "margin": margin,
         "a": {"name": a.name, "what": a.what}, "b": {"name": b.name, "what": b.what},
-        "rows": [_row(base, run, (a, b), rows, _metrics(base, rows, tables), margin) for base, run in both],
+        "rows": [_row(base, run, (a, b), rows, _metrics(base, rows, known), margin) for base, run in both],
         "only_a": ["/".join(row) for row in sorted(rows[0].keys() - rows[1].keys())],
         "only_b": ["/".join(row) for row in sorted(rows[1].keys() - rows[0].keys())],
         "claims": _claims(*tables),
@@ -55,6 +56,11 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
                    "only_b": sorted(tables[1].keys() - tables[0].keys())},
 "notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
     }  # fmt: skip
+
+
+def _left(side: Side, tables: Tables) -> Tables:
+    """Published tables of a side that it does not have whole."""
+    return {name: table for name, table in read_published(side).items() if name not in tables}
 
 
 def _row(

@@ -9,7 +9,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval.contrasts import BETTER, Verdict
+from eval.contrasts import BETTER, EQUAL, Verdict
 from eval.differences import shown
 from eval.report import TEMPLATES, code, sample_grid
 from eval.tables import LABELS, summary
@@ -28,9 +28,8 @@ def markdown(document: Document) -> str:
         if (others := other_metrics(rows))[1]:
             text += ["Other metrics, B - A:", "", *_lines(others), ""]
     text += [READING, "", "## What changed", ""]
-    for row in document["rows"]:
-        if lines := changes(row):
-            text += [f"`{row['row']}`: {row['verdict']}", "", *(f"- {line}" for line in lines), ""]
+    for names, verdict, lines in alike(document):
+        text += [f"{', '.join(f'`{name}`' for name in names)}: {verdict}", "", *(f"- {line}" for line in lines), ""]
     text += [line for line in remarks(document) for line in (line, "")]
     if document["claims"]:
         text += ["## Claims whose verdict changed", "", *_lines(claims(document)), ""]
@@ -53,7 +52,7 @@ def html(document: Document, a: Side, b: Side) -> str:
         told=told(document),
         reading=READING,
         bases=[(base, values(rows), other_metrics(rows)) for base, rows in bases(document)],
-        changed=[(row, lines) for row in document["rows"] if (lines := changes(row))],
+        changed=alike(document),
         remarks=remarks(document),
         claims=claims(document),
         images=[(row, _images(row, a, b)) for row in document["rows"] if all(row["grids"]["paths"])],
@@ -63,7 +62,7 @@ def html(document: Document, a: Side, b: Side) -> str:
 READING = (
     "Numbers are means ± SD over the training seeds that were compared; in bold, intervals that exclude 0. "
     "An interval over training seeds holds all noise, one of the finite sample only that of the images; each holds "
-    "its difference with 95 % by itself, so of many rows some are out by chance. Compared is the last snapshot."
+    "its difference with 95 % by itself, so of many rows some are out by chance. Equal: the same to six digits. Compared is the last snapshot."
 )
 
 
@@ -89,7 +88,7 @@ def values(rows: list[Row]) -> Cells:
     header = ["row", f"{first['label']} of A", "of B", f"B - A, 95 % ({direction})", "the interval covers", "verdict"]
     return header, [
         [f"`{row['run']}`", *(summary(row[side]) if row[side] else "–" for side in "ab"), _difference(row),
-         row["difference"]["covers"] if row["difference"] else "–", row["verdict"]]
+         row["difference"]["covers"].replace(EQUAL, "–") if row["difference"] else "–", row["verdict"]]
         for row in rows
     ]  # fmt: skip
 
@@ -104,8 +103,8 @@ def other_metrics(rows: list[Row]) -> Cells:
 
 
 def _difference(row: Row | None) -> str:
-    same = row is not None and row["difference"] is not None and row["a"] == row["b"]
-    return "identical" if same else shown(row and row["difference"])
+    found = row and row["difference"]
+    return EQUAL if found and found["covers"] == EQUAL else shown(found)
 
 
 def changes(row: Row) -> list[str]:
@@ -117,6 +116,15 @@ def changes(row: Row) -> list[str]:
     return lines + row["other"]
 
 
+def alike(document: Document) -> list[tuple[list[str], str, tuple[str, ...]]]:
+    """Names of rows of which the same is to be said, their verdict, and what."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for row in document["rows"]:
+        if lines := changes(row):
+            groups.setdefault((row["verdict"], tuple(lines)), []).append(row["row"])
+    return [(names, verdict, lines) for (verdict, lines), names in groups.items()]
+
+
 def _setting(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
     return f"`{text}`"
@@ -124,20 +132,28 @@ def _setting(value: Any) -> str:
 
 def remarks(document: Document) -> list[str]:
     """Rows and tables of one side only, what could not be shown, and claims that did not change."""
-    same = [f"`{row['row']}`" for row in document["rows"] if not changes(row)]
-    lines = [f"Same seeds, config, data, commit and device, as far as recorded: {', '.join(same)}."] if same else []
+    same = [row for row in document["rows"] if not changes(row)]
+    other = [row for row in same if row["difference"]["covers"] != EQUAL]
+    told = {"Same seeds, config, data, commit and device, as far as recorded": same,
+            "Of these, other numbers although nothing recorded changed": other}  # fmt: skip
+    lines = [f"{text}: {', '.join(f'`{name}`' for name in _names(rows))}." for text, rows in told.items() if rows]
     for side in "ab":
         name = side.upper()
         if rows := document[f"only_{side}"]:
             lines.append(f"Rows only in {name}: {', '.join(f'`{row}`' for row in rows)}.")
         if tables := document["tables"][f"only_{side}"]:
             lines.append(f"Tables only in {name}, whose claims are not compared: {', '.join(tables)}.")
-        bare = [f"`{row['row']}`" for row in document["rows"] if not row["grids"]["paths"]["ab".index(side)]]
+        bare = [row for row in document["rows"] if not row["grids"]["paths"]["ab".index(side)]]
         if bare:
-            lines.append(f"{name} has no sample grids of {', '.join(bare)}.")
+            some = "" if len(bare) == len(document["rows"]) else f" of {', '.join(f'`{n}`' for n in _names(bare))}"
+            lines.append(f"{name} has no sample grids{some}.")
     if document["tables"]["both"] and not document["claims"]:
         lines.append(f"No verdict on a claim changed in {', '.join(document['tables']['both'])}.")
     return lines + [f"Warning: {note}." for note in document["notes"]]
+
+
+def _names(rows: list[Row]) -> list[str]:
+    return [row["row"] for row in rows]
 
 
 def claims(document: Document) -> Cells:

@@ -7,7 +7,7 @@ images only, paired through the influences of both evaluations, whose images sha
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isclose, isfinite, sqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ from eval.report import HIGHER, LOWER
 from eval.tables import FRECHET
 from eval.versions import Seed, Side, inputs
 
+ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
+EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
 Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
 Seeds = Mapping[int, Seed]
 BETTER = dict.fromkeys(LOWER | {"kid"}, "lower") | dict.fromkeys(
@@ -89,6 +91,8 @@ class Pair:
                 seed, value = next(iter(wild.items()))
                 return Contrast(metric, {}, {}, None, f"{metric} of {name}, seed {seed}, is {value}")
         x, y = ({s: float(v) for s, v in values.items() if v is not None} for values in (a, b))
+        if x.keys() == y.keys() and all(isclose(x[s], y[s], rel_tol=ROUNDING) for s in x):
+            return Contrast(metric, x, y, _found(0.0, 0.0, EQUAL))
         found = self._interval(metric, x, y)
         return Contrast(metric, x, y, found, "" if found else "the finite sample has no standard error")
 
@@ -159,7 +163,10 @@ class Pair:
             if contents[0][what] != contents[1][what]:
                 texts.append(f"{what} has other content: {contents[0][what]} → {contents[1][what]}")
         keys = [(s, self.a[s].key, self.b[s].key) for s in self.shared]
-        config = changed(ours.config, theirs.config)
+        unknown = [name for name, record in (("A", ours), ("B", theirs)) if not record.config]
+        config = {} if unknown else changed(ours.config, theirs.config)
+        if unknown:
+            texts.append(f"the config of {' and of '.join(unknown)} is not known: only a published table is left")
         if not texts and not any(map(_in_key, config)) and any(x and y and x != y for _, x, y in keys):
             which = _numbers(s for s, x, y in keys if x != y)
             texts.append(f"data, teacher or pairs had other content in training (seeds {which}): the keys differ")

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmd2.errors import UserError
 from dmd2.files import content_digest, read_json
+from eval.published import from_csv
 
 WORKSPACE = "workspace"
 RUN_FILES = ("metrics.json", "train.json", "grid.png", "influence.safetensors")
@@ -20,6 +21,8 @@ PATTERNS = (
     *(f"results/runs/*/*/seed*/{name}" for name in RUN_FILES),
     *(f"results/teachers/*/*/{name}" for name in RUN_FILES),
     "results/tables/*.json",
+    "results/reference/*.csv",
+    "workflow/tables/*.yaml",
     "data/*/*/manifest.json",
 )
 NOT_METRICS = ("step", "student_updates", "estimates")  # of a snapshot
@@ -100,8 +103,8 @@ def _is_revision(name: str) -> bool:
 
 def _folder(name: str, folder: Path) -> Side:
     """A workspace, its results folder, or a folder of tables."""
-    if any((folder / "results" / part).is_dir() for part in ("runs", "teachers", "tables")):
-        roots, what = {"results": folder / "results", "data": folder / "data"}, "workspace"
+    if any((folder / "results" / part).is_dir() for part in ("runs", "teachers", "tables", "reference")):
+        roots, what = {part: folder / part for part in ("results", "data", "workflow")}, "workspace"
     elif any((folder / part).is_dir() for part in ("runs", "teachers", "tables")):
         roots, what = {"results": folder}, "results"
     else:
@@ -135,8 +138,8 @@ def _revision(name: str, scratch: Path) -> Side:
         try:
             return list(fs.find(place)) if fs.isdir(place) else []
         except (DataIndexError, DvcException, OSError) as error:
-            if place == "data":
-                return []  # only tells which inputs changed
+            if place != "results":
+                return []  # data only tells which inputs changed
             raise UserError(f"{place} of {name}: neither in the DVC cache nor a remote ({error}): {hint}") from None
 
     @cache
@@ -149,15 +152,21 @@ def _revision(name: str, scratch: Path) -> Side:
             raise UserError(f"{path} of {name}: neither in git, the DVC cache nor a remote: {hint}") from None
         return out
 
-    files = {p for place in ("results", "data") for p in listed(place) if any(map(PurePosixPath(p).match, PATTERNS))}
+    files = {
+        p
+        for place in ("results", "data", "workflow")
+        for p in listed(place)
+        if any(map(PurePosixPath(p).match, PATTERNS))
+    }
     return _checked(Side(name, f"revision {commit[:9]}", frozenset(files), fetch))
 
 
 def _checked(side: Side) -> Side:
-    if not any(PurePosixPath(name).name == "metrics.json" or "tables" in name for name in side.files):
+    if not any(name.startswith("results/") and not name.endswith((".png", "train.json")) for name in side.files):
         raise UserError(
             f"{side.name} ({side.what}) has no results: neither results/runs/*/*/seed*/metrics.json nor "
-            "results/teachers/*/*/metrics.json nor tables/*.json; make some with Snakemake, or name another side"
+            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.csv; "
+            "make some with Snakemake, or name another side"
         )
     return side
 
@@ -169,6 +178,18 @@ def read_tables(side: Side) -> dict[str, dict[str, Any]]:
         bundle = side.json(name)
         if isinstance(bundle, dict) and {"name", "base", "rows", "claims"} <= bundle.keys():
             found[bundle["name"]] = bundle
+    return found
+
+
+def read_published(side: Side) -> dict[str, dict[str, Any]]:
+    """Tables of results/reference by name, as far as their CSV tells them and the side's workflow knows their base."""
+    found = {}
+    for name in side.matching("results/reference/*.csv"):
+        table = PurePosixPath(name).stem
+        csv, specification = side.path(name), side.path(f"workflow/tables/{table}.yaml")
+        if csv and specification:
+            texts = (path.read_text(encoding="utf-8") for path in (csv, specification))
+            found[table] = from_csv(table, *texts)
     return found
 
 
@@ -188,7 +209,7 @@ def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
     evaluated = {base for base, _ in rows}
     for table in tables:
         for row in table["rows"]:
-            if table["base"] not in evaluated:
+            if table["base"] not in evaluated and (table["base"], row["run"]) not in rows:
                 rows[table["base"], row["run"]] = _tabulated(side, table, row)
     return rows
 
@@ -217,14 +238,17 @@ def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[i
     try:
         for text, commit in row["commits"].items():
             chosen = {metric: values[text] for metric, values in row["values"].items()}
-            last = row["curves"][text][-1] if row["curves"] else {"step": 0, "estimates": row["estimates"][text]}
+            last = row["curves"][text][-1] if row["curves"] else {"step": row["step"][text]}
             values = chosen | {k: v for k, v in last.items() if k not in NOT_METRICS}
+            estimates = {"estimates": row["estimates"][text]} | last
             teacher = row["kind"] == "teacher"
-            config = {"sampler": row["config"]} if teacher else row["config"]
+            config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
             about = {"evaluated at commit" if teacher else "trained at commit": commit, "trained on": row["device"]}
             known = {fact: value for fact, value in about.items() if value}
             folder = "/".join(row["grid"][text].split("/")[:-1])
-            seeds[int(text)] = Seed(values, _errors(last), last["step"], row["protocol"], config, known, None, folder)
+            seeds[int(text)] = Seed(
+                values, _errors(estimates), last["step"], row["protocol"], config, known, None, folder
+            )
     except (KeyError, TypeError) as missing:
         place = f"table {table['name']} of {side.name}, row {row.get('run')}"
         raise UserError(f"{place}, has no {missing}: make the table again with Snakemake") from None

@@ -151,6 +151,32 @@ def test_seeds_of_one_side_with_different_configs_are_refused(places: tuple[Path
     assert only(places)["reason"] == ""
 
 
+@pytest.mark.parametrize("seeds", [range(1), range(3)])
+def test_the_order_of_sums_is_no_difference(seeds: range, places: tuple[Path, Path]) -> None:
+    student(places[0], "dmd2", {s: 9.0 + s for s in seeds}, se=None)
+    student(places[1], "dmd2", {s: (9.0 + s) * (1 + 1e-9) for s in seeds}, se=None)
+    row = only(places)
+    assert (row["difference"]["covers"], row["verdict"]) == ("equal", "no difference shown")
+    assert only(places, "--margin", "0")["others"]["accuracy"]["difference"]["covers"] == "equal"
+
+
+def test_other_numbers_although_nothing_changed_are_listed(places: tuple[Path, Path]) -> None:
+    for place, fd in zip(places, (9.0, 9.1), strict=True):
+        student(place, "dmd2", {0: fd, 1: 9.0})
+        student(place, "ttur", THREE)
+    text = run(places).stdout
+    assert "as far as recorded: `digits/dmd2`, `digits/ttur`." in text
+    assert "Of these, other numbers although nothing recorded changed: `digits/dmd2`." in text
+
+
+def test_rows_of_which_the_same_is_said_are_said_together(places: tuple[Path, Path]) -> None:
+    for place, commit in zip(places, ("aaa", "bbb"), strict=True):
+        student(place, "dmd2", THREE, commit=commit)
+        student(place, "ttur", THREE, commit=commit)
+    said = "`digits/dmd2`, `digits/ttur`: no difference shown\n\n- trained at commit: aaa → bbb\n"
+    assert said in run(places).stdout
+
+
 @pytest.mark.parametrize("wild", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_not_compared(wild: float, places: tuple[Path, Path]) -> None:
     student(places[0], "dmd2", THREE)
@@ -163,8 +189,8 @@ def test_a_value_that_is_not_finite_is_not_compared(wild: float, places: tuple[P
 
 
 def test_a_damaged_influence_is_said(places: tuple[Path, Path]) -> None:
-    for place in places:
-        student(place, "dmd2", THREE)
+    student(places[0], "dmd2", THREE)
+    student(places[1], "dmd2", {0: 9.2, 1: 9.4, 2: 8.6})
     path = places[1] / "results/runs/digits/dmd2/seed2/influence.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert "does not match the checksum" in only(places)["reason"]
@@ -182,7 +208,7 @@ def test_ci_hears_a_sentence_per_row(places: tuple[Path, Path]) -> None:
     gone = f"digits/old is gone: only A ({places[0]}) has it"
     assert result.stderr.splitlines() == ["digits/dmd2 got worse: FD +3.00 [+2.75, +3.25]", gone]
     assert "Rows only in A: `digits/old`." in result.stdout and "Rows only in B: `digits/new`." in result.stdout
-    assert "| `same` | 9 ± 0.5 | 9 ± 0.5 | identical |" in result.stdout
+    assert "| `same` | 9 ± 0.5 | 9 ± 0.5 | equal | – |" in result.stdout
     assert run(places).exit_code == 0
     shutil.rmtree(places[0] / "results/runs/digits/old")
     assert run(places, "--fail-if-worse", "--margin", "2.5").exit_code == 1

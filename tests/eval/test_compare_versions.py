@@ -15,9 +15,9 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from dmd2.files import read_json, write_json
+from dmd2.files import read_json, write_json, write_text
 from eval import compare
-from eval.tables import build
+from eval.tables import build, tidy
 from eval.versions import open_side
 from tests.browser import fake_results
 from tests.eval.compare_places import student
@@ -88,7 +88,7 @@ def test_between_two_revisions_it_says_both_what_was_retrained_and_what_was_chan
     assert re.fullmatch(r"digits/dmd2 got worse: FD \+3\.30 \[\+2\.\d\d, \+4\.\d\d\]\n", result.stderr)
     assert "- A has seeds 0, 1, 2; B 3, 4, 5: unpaired, Welch interval" in result.stdout
     assert "- config `critic.ratio`: `5` → `10`" in result.stdout
-    assert "`ttur` | 9 ± 0.5 | 9 ± 0.5 | identical |" in result.stdout
+    assert "`ttur` | 9 ± 0.5 | 9 ± 0.5 | equal | – |" in result.stdout
     assert re.search(r"A: old \(revision [0-9a-f]{9}\)\. B: new \(revision [0-9a-f]{9}\)", result.stdout)
     claim = "| digits-table3, C7: Adding the GAN loss gives a large gain | undecided | **refuted** | undecided! | refuted! |"
     assert claim in result.stdout
@@ -99,7 +99,7 @@ def test_an_experiment_is_a_side(repository: Path) -> None:
         result = run("new", "tried")
         assert "1 better, 1 no difference shown" in result.stdout
         assert "- config `critic.ratio`: `10` → `20`" in result.stdout
-        assert "| `dmd2` | 5 ± 0.5 | 5 ± 0.5 | identical |" in run("tried").stdout  # the workspace
+        assert "| `dmd2` | 5 ± 0.5 | 5 ± 0.5 | equal | – |" in run("tried").stdout  # the workspace
 
 
 def test_only_what_is_asked_for_is_copied(repository: Path, tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_of_a_folder_of_tables_numbers_and_configs_are_left(tables: Path) -> Non
     result = run("published")
     assert result.exit_code == 0, result.stderr
     assert re.search(r"Rows on both sides: 8 no difference shown\.", result.stdout)
-    assert result.stdout.count("| identical | training seeds |") == 6
-    assert "A has no sample grids of `digits/dmd`," in result.stdout
+    assert result.stdout.count("| equal | – | no difference shown |") == 8
+    assert "A has no sample grids." in result.stdout
     assert "No verdict on a claim changed in digits-table3." in result.stdout
     assert "config `" not in result.stdout
 
@@ -224,6 +224,25 @@ def test_a_claim_that_only_one_side_judges_is_listed(tables: Path) -> None:
     text = run("published").stdout
     assert re.search(r"\| digits-table3, C9: .* \| supported \| \*\*not judged\*\* \|", text)
     assert "Tables only in B, whose claims are not compared: other." in text
+
+
+def test_of_a_published_csv_numbers_are_left_and_what_is_lost_is_said(tables: Path) -> None:
+    write_text(Path("old/results/reference/digits-table3.csv"), tidy(build("digits-table3")).to_csv(index=False))
+    shutil.copytree("workflow", "old/workflow")
+    write_text(
+        Path("new/results/reference/digits-table3.csv"), Path("old/results/reference/digits-table3.csv").read_text()
+    )
+    shutil.copytree("workflow", "new/workflow")
+    text = run("old", "new").stdout
+    assert "8 no difference shown" in text
+    assert "- the config of A and of B is not known: only a published table is left" in text
+    assert "A has no sample grids." in text and "claim" not in text
+    result = run("old", "published", "--fail-if-worse")
+    assert "digits/dmd2 cannot be compared: measured by different protocols: snapshot is last in A" in result.stderr
+    shutil.rmtree("new/workflow")
+    assert "no row is on both sides: A (old) has digits/dmd, " in run("old", "new").stderr
+    write_text(Path("old/results/reference/digits-table3.csv"), "run,seed,metric,value,step,images,detector\n")
+    assert "results/reference/digits-table3.csv has no column commit, reference" in run("old", "published").stderr
 
 
 def test_a_sample_grid_that_is_no_image_is_said(tables: Path) -> None:
