@@ -60,9 +60,10 @@ def html(document: Document, a: Side, b: Side) -> str:
 
 
 READING = (
-    "Numbers are means ± SD over the training seeds that were compared; in bold, intervals that exclude 0. "
-    "An interval over training seeds holds all noise, one of the finite sample only that of the images; each holds "
-    "its difference with 95 % by itself, so of many rows some are out by chance. Equal: the same to six digits. Compared is the last snapshot."
+    "Numbers are means ± SD over the training seeds that were compared; equal means to six digits; in bold, intervals "
+    "that exclude 0. An interval over training seeds holds all noise, one of the finite sample only that of the "
+    "images; each holds its difference with 95 % by itself, so of many rows some are out by chance. Compared is the "
+    "last snapshot."
 )
 
 

@@ -113,9 +113,10 @@ class Pair:
         return _found(mean, half, "training seeds, unpaired, equal spread assumed")
 
     def _paired(self, metric: str, a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
-        psi = [{s: self._influence(metric, i, s) for s in a} for i in (0, 1)]
-        if all(known is not None for side in psi for known in side.values()):
-            return difference(Arm(b, psi[1]), Arm(a, psi[0]), self.classes)  # type: ignore[arg-type]
+        found = [{s: self._influence(metric, side, s) for s in a} for side in (0, 1)]
+        psi = [{s: known for s, known in side.items() if known is not None} for side in found]
+        if psi[0].keys() == psi[1].keys() == a.keys():
+            return difference(Arm(b, psi[1]), Arm(a, psi[0]), self.classes)
         gaps = np.array([b[s] - a[s] for s in a])
         half = float(t.ppf(0.975, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
         return _found(float(gaps.mean()), half, "training seeds")

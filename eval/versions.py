@@ -202,7 +202,8 @@ def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
     rows: Rows = {}
     for name in side.matching("results/runs/*/*/seed*/metrics.json"):
         _, _, base, run, seed, _ = name.split("/")
-        rows.setdefault((base, run), {})[int(seed.removeprefix("seed"))] = _measured(side, name)
+        if (number := seed.removeprefix("seed")).isdecimal():  # not a copy that someone laid aside
+            rows.setdefault((base, run), {})[int(number)] = _measured(side, name)
     for name in side.matching("results/teachers/*/*/metrics.json"):
         _, _, base, sampler, _ = name.split("/")
         rows[base, f"teacher-{sampler}"] = {0: _measured(side, name)}

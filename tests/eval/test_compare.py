@@ -215,6 +215,14 @@ def test_ci_hears_a_sentence_per_row(places: tuple[Path, Path]) -> None:
     assert run(places, "--fail-if-worse", "--margin", "3.5").exit_code == 0
 
 
+def test_a_seed_laid_aside_is_no_seed(places: tuple[Path, Path]) -> None:
+    for place in places:
+        student(place, "dmd2", THREE)
+    folder = places[0] / "results/runs/digits/dmd2"
+    shutil.copytree(folder / "seed0", folder / "seed0-old")
+    assert only(places)["seeds"] == "seeds 0, 1, 2: paired"
+
+
 def test_what_got_better_passes(places: tuple[Path, Path]) -> None:
     student(places[0], "dmd2", {0: 12.0, 1: 12.6, 2: 11.4})
     student(places[1], "dmd2", THREE)
@@ -229,6 +237,7 @@ def test_what_got_better_passes(places: tuple[Path, Path]) -> None:
         (1, 2, "lower", 0, "worse"), (1, 2, "higher", 0, "better"), (-2, -1, "lower", 0, "better"),
         (-2, -1, "higher", 0, "worse"), (-1, 2, "lower", 0, "no difference shown"),
         (1, 2, "lower", 1.5, "no difference shown"), (-2, -1, "higher", 1.5, "no difference shown"),
+        (-2, -1, "lower", 1.5, "no difference shown"),
         (1.6, 2, "lower", 1.5, "worse"), (0, 0, "lower", 0, "no difference shown"), (1, 2, None, 0, "not comparable"),
     ],
 )  # fmt: skip
