@@ -89,9 +89,13 @@ def values(rows: list[Row]) -> Cells:
     header = ["row", f"{first['label']} of A", "of B", f"B - A, 95 % ({direction})", "the interval covers", "verdict"]
     return header, [
         [f"`{row['run']}`", *(summary(row[side]) if row[side] else "–" for side in "ab"), _difference(row),
-         row["difference"]["covers"].replace(EQUAL, "–") if row["difference"] else "–", row["verdict"]]
+         _covers(row["difference"]), row["verdict"]]
         for row in rows
     ]  # fmt: skip
+
+
+def _covers(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None or found["covers"] == EQUAL else found["covers"]
 
 
 def other_metrics(rows: list[Row]) -> Cells:

@@ -70,7 +70,7 @@ class Pair:
         if len(self.a) == len(self.b) == 1:
             which = f"seed {a}" if self.shared else f"A has seed {a}; B {b}"
             return f"{which}: the interval covers the finite sample of images, not another training"
-        overlap = f", {_numbers(self.shared)} shared" if self.shared else ""
+        overlap = f" ({_numbers(self.shared)} on both sides)" if self.shared else ""
         if len(self.a) > 1 and len(self.b) > 1:
             return f"A has seeds {a}; B {b}{overlap}: unpaired, Welch interval"
         few, many = ("A", "B") if len(self.a) == 1 else ("B", "A")
@@ -110,7 +110,7 @@ class Pair:
             return _found(mean, float(high - low) / 2, "training seeds, unpaired")
         many = max(x, y, key=len)
         half = float(t.ppf(0.975, len(many) - 1)) * float(many.std(ddof=1)) * sqrt(1 + 1 / len(many))
-        return _found(mean, half, "training seeds, unpaired, equal spread assumed")
+        return _found(mean, half, "training seeds, unpaired, one spread assumed")
 
     def _paired(self, metric: str, a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
         found = [{s: self._influence(metric, side, s) for s in a} for side in (0, 1)]

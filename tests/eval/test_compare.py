@@ -123,7 +123,18 @@ def test_one_seed_beside_three_takes_their_spread(places: tuple[Path, Path]) -> 
     row = only(places)
     half = t.ppf(0.975, 2) * np.std([*THREE.values()], ddof=1) * (1 + 1 / 3) ** 0.5
     assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((1 - half, 1 + half))
-    assert "the spread of B over seeds taken to be that of A" in row["seeds"]
+    assert "| training seeds, unpaired, one spread assumed |" in run(places).stdout
+    assert (
+        "- A has seeds 0, 1, 2; B 5: unpaired, the spread of B over seeds taken to be that of A" in run(places).stdout
+    )
+
+
+def test_one_shared_seed_of_several_is_no_pair(places: tuple[Path, Path]) -> None:
+    student(places[0], "dmd2", THREE)
+    student(places[1], "dmd2", {2: 10.0, 3: 10.4})
+    row = only(places)
+    assert row["seeds"] == "A has seeds 0, 1, 2; B 2, 3 (2 on both sides): unpaired, Welch interval"
+    assert row["difference"]["value"] == pytest.approx(1.2)
 
 
 def test_other_protocols_are_refused_with_the_keys_named(places: tuple[Path, Path]) -> None:
