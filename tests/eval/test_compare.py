@@ -135,6 +135,7 @@ def test_one_shared_seed_of_several_is_no_pair(places: tuple[Path, Path]) -> Non
     row = only(places)
     assert row["seeds"] == "A has seeds 0, 1, 2; B 2, 3 (2 on both sides): unpaired, Welch interval"
     assert row["difference"]["value"] == pytest.approx(1.2)
+    assert row["grids"]["seeds"] == [2, 2]
 
 
 def test_other_protocols_are_refused_with_the_keys_named(places: tuple[Path, Path]) -> None:
