@@ -187,6 +187,7 @@ def test_rows_of_which_the_same_is_said_are_said_together(places: tuple[Path, Pa
         student(place, "ttur", THREE, commit=commit)
     said = "`digits/dmd2`, `digits/ttur`: no difference shown\n\n- trained at commit: aaa → bbb\n"
     assert said in run(places).stdout
+    assert run(places).stdout.count("\n## digits\n") == 1
 
 
 @pytest.mark.parametrize("wild", [float("nan"), float("inf")])

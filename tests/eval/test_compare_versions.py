@@ -238,7 +238,11 @@ def test_of_a_published_csv_numbers_are_left_and_what_is_lost_is_said(tables: Pa
     assert "- the config of A and of B is not known: only a published table is left" in text
     assert "A has no sample grids." in text and "claim" not in text
     result = run("old", "published", "--fail-if-worse")
-    assert "digits/dmd2 cannot be compared: measured by different protocols: snapshot is last in A" in result.stderr
+    assert "digits/dmd2 cannot be compared: measured by different protocols: " in result.stderr
+    assert "snapshot is last in A, absent in B" in result.stderr and "config `" not in result.stdout
+    shutil.copy2("published/digits-table3.json", Path("old/results/tables").mkdir() or "old/results/tables/")
+    assert "8 no difference shown" in run("old", "published").stdout  # the whole table counts, not its CSV
+    shutil.rmtree("old/results/tables")
     shutil.rmtree("new/workflow")
     assert "no row is on both sides: A (old) has digits/dmd, " in run("old", "new").stderr
     write_text(Path("old/results/reference/digits-table3.csv"), "run,seed,metric,value,step,images,detector\n")
