@@ -10,11 +10,11 @@ from pydantic import Field, ValidationError
 from dmd2.changes import apply_change, holds, validate
 from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
-from dmd2.run import RunId
+from dmd2.run import SAMPLERS, RunId
 from dmd2.yaml_file import YamlFile, read_yaml
 from eval.protocols import named
 
-BASES, TABLES, SAMPLERS = Path("workflow/base"), Path("workflow/tables"), Path("results/teachers")
+BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from dmd2.denoisers import Denoiser, EdmDenoiser, Network
 from dmd2.errors import UserError, readable_errors
 from dmd2.model_card import model_card, render
+from dmd2.quantise import quantise
 from dmd2.run import RunId
-from dmd2.sample import quantise, student_sample
+from dmd2.sample import student_sample
 from dmd2.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
 from dmd2.snapshot import Snapshot, find_snapshot
 

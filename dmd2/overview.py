@@ -191,7 +191,7 @@ def _state(
     if entry is not None:
         pending = entry.state == "PENDING" and entry.reason not in ("None", "")
         return entry.state.lower(), entry.reason if pending else ""
-    if _locked(folder):
+    if locked(folder):
         return "running", ""
     if unknown:
         return "unknown", ""
@@ -202,7 +202,7 @@ def _state(
     return ("stopped" if submitted or progress else "not started"), ""
 
 
-def _locked(folder: Path) -> bool:
+def locked(folder: Path) -> bool:
     """Whether a process trains the run: it holds the lock exclusively.
 
     Asked for by a shared lock, since two overviews at once would take each other's exclusive ones for a training.

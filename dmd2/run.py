@@ -9,7 +9,7 @@ from typing import Any
 from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json
 
-RUNS = Path("results/runs")
+RUNS, SAMPLERS = Path("results/runs"), Path("results/teachers")
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def protocols() -> None:
         rows.append({
             "protocol": protocol.name, "detector": protocol.detector, "geometry": protocol.geometry,
             "images": protocol.images, "labels": labels, "rounding": protocol.rounding,
-            "metrics": ",".join(protocol.metrics), "covariance": quirk,
+            "metrics": ",".join(protocol.metrics), "covariance": quirk, "reference": protocol.reference,
         })  # fmt: skip
     print(pd.DataFrame(rows).to_string(index=False))
 

@@ -27,9 +27,9 @@ import typer
 
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import write_text
-from dmd2.run import RUNS, RunId
+from dmd2.run import RUNS, SAMPLERS, RunId
 from eval.columns import DTYPES, IN_JSON, LOG_SCHEMA, MAX_INT, PREFIXES, SCHEMA, describe, explained, write_parquet
-from eval.records import TEACHERS, Folder, Row, student_rows, teacher_rows
+from eval.records import Folder, Row, student_rows, teacher_rows
 
 
 def catalogue(root: Path | str = ".") -> pd.DataFrame:
@@ -50,15 +50,15 @@ def catalogue(root: Path | str = ".") -> pd.DataFrame:
         print(f"warning: {path} is no run folder (base/row/seedN) and is left out", file=sys.stderr)
     for run, path in runs:
         rows += student_rows(run, Folder(path))
-    for path in sorted(p for p in (root / TEACHERS).glob("*/*") if p.is_dir()):
+    for path in sorted(p for p in (root / SAMPLERS).glob("*/*") if p.is_dir()):
         rows += teacher_rows(path.parent.name, path.name, Folder(path))
     return _frame(rows)
 
 
 def _runs(root: Path) -> tuple[list[tuple[RunId, Path]], list[Path]]:
     """Runs with their folders in order, and folders that are none."""
-    if not any((root / place).is_dir() for place in (RUNS, TEACHERS)):
-        raise UserError(f"{root.absolute()} has no {RUNS} or {TEACHERS}: give the folder of a workspace")
+    if not any((root / place).is_dir() for place in (RUNS, SAMPLERS)):
+        raise UserError(f"{root.absolute()} has no {RUNS} or {SAMPLERS}: give the folder of a workspace")
     found, others = [], []
     for path in sorted(p for p in (root / RUNS).glob("*/*/*") if p.is_dir()):
         name = str(path.relative_to(root / RUNS))

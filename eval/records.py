@@ -7,11 +7,10 @@ from typing import Any
 
 from dmd2.errors import UserError
 from dmd2.files import read_json
-from dmd2.overview import _locked
+from dmd2.overview import locked
 from dmd2.run import RUNS, RunId
 from eval.columns import IN_JSON, MAX_INT, SUFFIXES, describe
 
-TEACHERS = Path("results/teachers")
 Row = dict[str, Any]
 RECORDED = {  # key of a record and its column
     "key": "digest", "steps": "steps", "student_updates": "student_updates", "seconds": "seconds", "device": "device",
@@ -124,7 +123,7 @@ def _training(run: str, folder: Folder, train: Row, record: Row) -> Row:
     step, total = progress.get("step"), progress.get("total")
     if train:
         state = "trained"
-    elif _locked(folder.path):
+    elif locked(folder.path):
         state = "running"
     elif record and not (progress and progress["step"] < progress["total"]):
         state = "ended"  # a finished.json beside half a training is of an older config of the run

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
 from dmd2.errors import UserError
+from dmd2.eval_config import GEOMETRIES
 
 PATCH = 299
 PRECISION = 2.0**22  # Pillow's 8-bit filters hold weights as multiples of 2^-22
@@ -190,7 +191,7 @@ class Geometry:
     name: str = "none"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"none|square-crop\+lanczos-[1-9]\d*|patch-299(-skip|-official)?", self.name):
+        if not re.match(GEOMETRIES, self.name):
             raise UserError(
                 f"there is no geometry {self.name}: choose none, square-crop+lanczos-S (S in pixels), patch-299, "
                 "patch-299-skip or patch-299-official"

@@ -16,11 +16,10 @@ from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
 from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.made import recorded
-from dmd2.run import RunId
+from dmd2.run import SAMPLERS, RunId
 from eval.claims import Measurements, judge, show
 from eval.differences import Arm, difference, influences, shown
 
-TEACHER_METRICS = Path("results/teachers")
 FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
 PAPER_NAME = {"fd": "fid"}  # the paper's metric that ours stands in for
 LABELS = {
@@ -57,7 +56,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
 
 def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> Row:
     """The same for one sampler of the teacher: one deterministic value, repeated for no seed."""
-    folder = TEACHER_METRICS / table.base / sampler
+    folder = SAMPLERS / table.base / sampler
     metrics = read_json(folder / "metrics.json")
     values = {metric: {0: metrics["snapshots"][0][metric]} for metric in table.metrics}
     return {
