@@ -92,8 +92,10 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "pixels": cfg.data.channels in (1, 3), "network": type(network).__name__,
         "scheduler": type(scheduler_of(student)).__name__, "times": times if edm else [int(t) for t in times],
         "shape": (cfg.data.channels, cfg.data.resolution, cfg.data.resolution), "classes": cfg.data.classes,
-        "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS, "labels": how["labels"],
-        "offset": "128" if how["rounding"] == "round" else "127.5",
+        "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS,
+        "labels": "random" if how["labels"] == "random" else "cyclic",
+        "rounding": how["rounding"],
+        "levels": "127.5 * images + 128" if how["rounding"] == "round" else "127.5 * (images + 1)",
         "tensors": ", ".join(["noise", *fresh, *conditions]),
         "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if text else None,
     }  # fmt: skip
@@ -125,8 +127,7 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
     found = f"largest difference {difference:.2g} where the largest value is {float(ours.abs().max()):.3g}"
     if sampling["pixels"]:
         plain["save_grid"](theirs, script.with_name("samples.png"))
-        rounding = "round" if sampling["offset"] == "128" else "trunc"
-        changed = int((quantise(theirs, rounding) != quantise(ours, rounding)).sum())
+        changed = int((quantise(theirs, sampling["rounding"]) != quantise(ours, sampling["rounding"])).sum())
         found += f", {changed} of {ours.numel()} 8-bit values differ"
     grid = "`python sample.py` makes this grid. " if sampling["pixels"] else ""
     columns = "One column a class. " if sampling["pixels"] and sampling["labels"] == "cyclic" else ""

@@ -103,8 +103,7 @@ def _metrics(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
     """The run's metrics.json unless it is missing or measures an earlier training of that name."""
     path = run.folder / "metrics.json"
     metrics = read_json(path) if path.exists() else None
-    same = metrics and (metrics["train_commit"], metrics["seconds"]) == (record["commit"], record["seconds"])
-    return metrics if same else None
+    return metrics if metrics and metrics.get("key") == record["key"] else None
 
 
 def _best(run: RunId, metrics: dict[str, Any] | None) -> tuple[int, str]:

@@ -84,7 +84,8 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
     _save_grid(cfg, students.sample, out.with_name("grid.png"))
     log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
     write_json(out, {
-        "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": protocol.names,
+        "kind": "metrics", "run": str(run), "key": record["key"], "row": run.name, "seed": run.seed,
+        "protocol": protocol.names,
         "brightness_std": float(np.std([line["probe/brightness"] for line in log])), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),

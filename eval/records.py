@@ -139,9 +139,7 @@ def _training(run: str, folder: Folder, train: Row, record: Row) -> Row:
 
 def _same(record: Row, metrics: Row) -> bool:
     """Whether these are the metrics of this training; no record is no contradiction."""
-    config = {name: part for name, part in metrics["config"].items() if name != "eval"}
-    ours = (record.get("config"), record.get("seconds"), record.get("commit"))
-    return not record or ours == (config, metrics.get("seconds"), metrics.get("train_commit"))
+    return not record or record.get("key") == metrics.get("key")
 
 
 def _of_sampler(metrics: Row) -> list[Row]:

@@ -10,7 +10,7 @@ from dmd2.data import load_shard, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.files import listing, read_json, write_json
 from dmd2.inputs import Inputs
-from dmd2.run import RunId
+from dmd2.run import Goal, RunId
 from dmd2.teachers import adopt_teacher, wrap
 from dmd2.trainer import Hardware, Training
 from dmd2.wait import publish
@@ -40,7 +40,8 @@ def trained(kind: str, steps: int = 1, first: float | None = None, **changes) ->
     cfg = tiny.config(kind, generator=generator, **{**train, **changes})
     run = RunId("tiny", "student", 0)
     record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
-    publish(run, json.loads(record.read_text()))
+    finished = json.loads(record.read_text())
+    publish(Goal(run, finished["key"], "", {}), finished)
     return run
 
 
@@ -72,6 +73,6 @@ def measured(run: RunId, values: dict[int, float], labels: str = "cyclic", round
     write_json(run.folder / "metrics.json", {
         "protocol": {"detector": "d@1", "reference": "r@2", "labels": labels, "rounding": rounding},
         "snapshots": [{"step": s, "fd": v, "estimates": {"fd": estimate(v)}} for s, v in values.items()],
-        "train_commit": record["commit"], "seconds": record["seconds"], "eval_commit": "abc",
+        "key": record["key"], "train_commit": record["commit"], "seconds": record["seconds"], "eval_commit": "abc",
         "config": {"eval": {"metrics": ["fd"]}},
     })  # fmt: skip

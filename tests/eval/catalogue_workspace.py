@@ -10,7 +10,7 @@ from dmd2.config import Teacher, TrainConfig
 from dmd2.data import save_shard
 from dmd2.files import listing, read_json, write_json
 from dmd2.inputs import Inputs
-from dmd2.run import RunId
+from dmd2.run import Goal, RunId
 from dmd2.teachers import adopt_teacher
 from dmd2.trainer import Hardware, Training
 from dmd2.wait import publish
@@ -37,7 +37,7 @@ def evaluate(run: RunId) -> None:
     write_json(run.folder / "metrics.json", {
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
         "brightness_std": 0.01, "snapshots": snapshots,
-        **{key: record[key] for key in ("student_updates", "seconds", "device", "cost")},
+        **{key: record[key] for key in ("key", "student_updates", "seconds", "device", "cost")},
         "train_commit": record["commit"], "eval_commit": "abc", "eval_seconds": 1.5, "files": [],
         "config": {**record["config"], "eval": tiny.values()["eval"]},
     })  # fmt: skip
@@ -63,7 +63,8 @@ def build(folder: Path) -> Path:
             cfg = tiny.config("edm", dm__weight=1.0 if run.name == "few" else 0.0, **changes)
             cfg = TrainConfig.model_validate(cfg.model_dump(exclude={"eval"}))
             done = Training(run, cfg, Hardware(), Inputs(teacher, Path("real.json"), None, None)).run()
-            publish(run, read_json(done))
+            record = read_json(done)
+            publish(Goal(run, record["key"], "", {}), record)
             evaluate(run)
         sampler("ode")
     return folder

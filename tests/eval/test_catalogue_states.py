@@ -71,10 +71,12 @@ def test_a_run_without_metrics_is_one_line_with_its_state(
 
 
 def test_metrics_of_an_earlier_training_are_outdated_and_borrow_nothing_from_the_new_one(place: Path) -> None:
+    old = read_json(RUN.folder / "metrics.json")["key"]
     edit(RUN.folder / "train.json", key="0123abcd", seconds=99.0)
     lines = of(RUN)
     assert lines.state.tolist() == ["outdated"] * 3 + ["trained"]
-    assert lines.digest.isna().tolist() == lines.weights_path.isna().tolist() == [True] * 3 + [False]
+    assert lines.digest.tolist() == [old] * 3 + ["0123abcd"]
+    assert lines.weights_path.isna().tolist() == [True] * 3 + [False]
     assert lines.fd.isna().tolist() == [False] * 3 + [True]
 
 

@@ -13,7 +13,8 @@ import dmd2.export
 from dmd2.condition import Condition
 from dmd2.errors import UserError
 from dmd2.export import atomic_folder, export
-from dmd2.sample import quantise, student_sample
+from dmd2.quantise import quantise
+from dmd2.sample import student_sample
 from dmd2.samplers import few_step
 from dmd2.snapshot import find_snapshot
 from tests import tiny
