@@ -16,7 +16,6 @@ from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.made import recorded
 from dmd2.rng import Draws, stream
-from eval.clip import ClipImages
 from eval.networks import NETWORKS, FeatureNetwork, load_network
 from eval.weights import WEIGHTS
 
@@ -115,6 +114,8 @@ def load_detector(
     if name in NETWORKS:
         return load_network(name, weights, device, random_weights=random_weights)
     if name.startswith("clip-"):
+        from eval.clip import ClipImages  # open_clip: 46 MB that no other detector needs
+
         return ClipImages(weights / name).on(device)
     manifest = weights / name / "manifest.json"
     if not manifest.exists():

@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE, inception_v3
 from torchvision.transforms.functional import normalize
@@ -23,6 +21,8 @@ from torchvision.transforms.functional import normalize
 from dmd2.errors import UserError
 from eval import resize
 from eval.weights import WEIGHTS, Weights, fid_checksums, load_state, locate
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 
 
 class FeatureNetwork(nn.Module):
@@ -191,7 +191,7 @@ class Lite0(FeatureNetwork):
     def __init__(self, name: str, weights: Weights, features: int, size: int) -> None:
         layer = {112: "blocks.4", 320: "blocks.6", 1280: "conv_head"}[features]
         super().__init__(name, _about(weights, "clean", size, layer, features, {1280: "ImageNet-1k"}.get(features)))
-        self.net: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        self.net = _timm("tf_efficientnet_lite0")
         _load(self.net, by_position(load_state(weights.path), self.net, weights.path), weights.path)
         self.to(memory_format=torch.channels_last)
         self.features, self.size = features, size
@@ -216,8 +216,7 @@ class DinoV2(FeatureNetwork):
     SIZE, GRID = 224, 16
 
     def __init__(self, name: str, weights: Weights, **reduced: Any) -> None:
-        architecture = {"img_size": self.SIZE, "num_classes": 0, **reduced}
-        net: Any = timm.create_model("vit_large_patch14_dinov2", pretrained=False, **architecture)
+        net = _timm("vit_large_patch14_dinov2", **{"img_size": self.SIZE, "num_classes": 0, **reduced})
         super().__init__(name, _about(weights, "antialiased-bicubic", self.SIZE, "class token", net.num_features, None))
         state = {key: value for key, value in load_state(weights.path).items() if key != "mask_token"}
         if "pos_embed" in state:
@@ -228,7 +227,13 @@ class DinoV2(FeatureNetwork):
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Class token after the last normalisation."""
         x = F.interpolate(images.float(), size=(self.SIZE, self.SIZE), mode="bicubic", antialias=True)
-        return self.net(normalize(x / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)), None
+        return self.net(normalize(x / 255, *IMAGENET)), None
+
+
+def _timm(name: str, **architecture: Any) -> Any:
+    import timm  # 37 MB that an evaluation by Inception does not need
+
+    return timm.create_model(name, pretrained=False, **architecture)
 
 
 def position_embedding(embedding: Tensor, grid: int) -> Tensor:
@@ -283,13 +288,9 @@ NETWORKS: dict[str, tuple[str, Callable[[str, Weights], FeatureNetwork]]] = {
 def load_network(
     name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu", *, random_weights: bool = False
 ) -> FeatureNetwork:
-    """The network `name` of `NETWORKS`, its weights verified.
+    """The network `name` of `NETWORKS` on `device`, its weights from a folder in `folder` verified.
 
-    Args:
-        name: one of `NETWORKS`.
-        folder: parent of the weights' folders.
-        device: where it runs.
-        random_weights: for tests only: accept any weights; the name then ends in ``-random`` and is never FID.
+    `random_weights` is for tests only: any weights are accepted; the name then ends in ``-random`` and is never FID.
 
     Raises:
         UserError: the weights are missing or changed.
