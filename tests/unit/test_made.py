@@ -80,9 +80,9 @@ def test_metrics_are_their_numbers_not_only_their_files(folder) -> None:
 
 
 def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
-    with recorded(folder / "last.json", None, ["out.json"]):
+    with recorded(folder / "last.json", None, ["out.json"], beside=["last.md"]):
         write_json(folder / "last.json", {})
-    (folder / "last.md").write_text("table")
+        (folder / "last.md").write_text("table")
     for name, moment in (("in.json", 300), ("out.json", 200), ("last.json", 100), ("last.md", 50)):
         os.utime(folder / name, (moment, moment))
     found = Outdated()
