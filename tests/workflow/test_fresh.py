@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.files import digest_of, write_json
 from tests.workspace import Workspace
 
 
@@ -76,6 +77,16 @@ def test_what_was_not_pulled_is_not_made_again(pulled: Workspace, missing: str) 
     for folder in pulled.path.glob(missing):
         shutil.rmtree(folder)
     assert pulled.planned("demo") == {}
+
+
+def test_retraining_that_was_killed_goes_on(pulled: Workspace) -> None:
+    (manifest,) = (pulled.path / "data/pairs").glob("*/*/manifest.json")
+    entry = json.loads(manifest.read_text())
+    entry["files"][0]["sha256"] = "0" * 64
+    entry["made_from"]["content"] = digest_of({key: value for key, value in entry.items() if key != "made_from"})
+    write_json(manifest, entry)  # other pairs; Snakemake then deletes what the training will make, which is killed
+    (pulled.path / "results/runs/digits/dmd/seed0/train.json").unlink()
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
 
 
 def test_damaged_record_is_made_again(pulled: Workspace) -> None:
