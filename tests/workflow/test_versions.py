@@ -88,7 +88,7 @@ def test_repro_after_a_change_records_the_new_result_and_shows_the_difference(fr
     assert "up to date" in call(fresh, "dvc", "status") and fresh.planned("demo") == {}
     table = "results/tables/demo.metrics.json"
     assert json.loads(call(fresh, "dvc", "metrics", "show", "--json"))[""]["data"][table]["data"]["dmd2"]["fd"] > 0
-    changed = json.loads(call(fresh, "dvc", "metrics", "diff", "--json"))["diff"][table]
+    changed = json.loads(call(fresh, "dvc", "metrics", "diff", "--json"))[table]
     assert {name.split(".")[0] for name in changed} == {"dmd"} and changed["dmd.fd"]["diff"] != 0
     call(fresh, "dvc", "plots", "diff", "-o", "plots")
     page = (fresh.path / "plots/index.html").read_text()
