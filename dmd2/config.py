@@ -207,10 +207,10 @@ class TrainConfig(Section):
 
     @property
     def pair_set(self) -> str:
-        """Name of the pair set this run would use: shared by all runs with the same teacher, solver and count."""
+        """``TEACHER/SOLVERSTEPS-COUNT-KEY``, the pair set this run would use: shared by all runs that would make it."""
         key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.model_dump(mode="json")})
         pairs = self.regression.pairs
-        return f"{self.teacher.name}-{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
+        return f"{self.teacher.name}/{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
 
     def teacher_identity(self) -> dict[str, Any]:
         """What determines the teacher's weights."""

@@ -53,7 +53,7 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
     """
     inputs = Inputs.of(run, cfg)
     made = made_from(cfg.model_dump(mode="json"), inputs.paths())
-    return Goal(run, inputs.key(cfg, run.seed), made["config"], made["inputs"])
+    return Goal(run, inputs.key(cfg, run.seed), made["config"], made)
 
 
 def measured_with(cfg: RunConfig) -> dict[str, Path]:

@@ -1,14 +1,14 @@
 """What an artefact was made from, recorded in it, and whether that is still what would be made.
 
 Clocks lie after a clone, a pull or a copy, and Snakemake's own records stay behind, so neither decides here what is out
-of date: every manifest, train.json, metrics.json and table carries the digest of its settings and of the content of its
-inputs.
+of date: every manifest, train.json, metrics.json and table carries the digest of its settings, of the content of all
+that it was made from, of itself and of the files made beside it.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,8 +23,40 @@ COMMENT = re.compile(r"<!-- made from (\{.*\}) -->")
 
 
 def made_from(config: Any, inputs: Iterable[Path | str]) -> dict[str, Any]:
-    """Record for an artefact: digest of its settings (JSON values) and content of each of its inputs by path."""
-    return {"config": digest_of(config), "inputs": {str(path): content(path) for path in sorted(map(str, inputs))}}
+    """Record for an artefact: digest of its settings (JSON values), content of each of its inputs by path, and origins.
+
+    Origins are the inputs and all that those were made from, by path: digest of the settings (None for what a person
+    brought) and content. An input may be absent later, not pulled or deleted by a job that was killed; its origins
+    still tell. A join, which has no settings, hands on the origins of its inputs only: its checksums stand for them.
+    """
+    paths, records = sorted(map(str, inputs)), {}
+    for path in paths:
+        entry = _document(Path(path))
+        records[path] = (isinstance(entry, dict) and entry.get("made_from")) or {}
+    origins: dict[str, Any] = {}
+    for record in records.values():
+        origins |= record.get("origins", {})
+    if config is not None:
+        origins |= {path: [record.get("config"), content(path)] for path, record in records.items()}
+    return {"config": digest_of(config), "inputs": {path: content(path) for path in paths}, "origins": origins}
+
+
+def signed(entry: dict[str, Any], record: dict[str, Any], beside: Iterable[Path | str] = ()) -> dict[str, Any]:
+    """An artefact's JSON with its record, which also knows the rest of the JSON and the files made `beside` it."""
+    record = {**record, "beside": {str(path): sha256(Path(path))[:12] for path in beside}}
+    return {**entry, "made_from": {**record, "content": _digest(entry)}}
+
+
+def altered(path: Path) -> bool:
+    """Whether a JSON file holds something else than what its record was made for."""
+    entry = _document(path)
+    record = entry.get("made_from") if isinstance(entry, dict) else None
+    return isinstance(record, dict) and record.get("content", _digest(entry)) != _digest(entry)
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    """Digest of an artefact's JSON, without its record, as it is read back."""
+    return digest_of(json.loads(json.dumps({key: value for key, value in entry.items() if key != "made_from"})))
 
 
 def content(path: Path | str) -> str:
@@ -53,11 +85,11 @@ def _document(path: Path) -> Any:
 
 
 @contextmanager
-def recorded(out: Path, config: Any, inputs: Iterable[Path | str] = ()) -> Iterator[dict[str, Any]]:
-    """Put the record of `out`, taken before the block writes it, into that JSON file after the block."""
+def recorded(out: Path, config: Any, inputs: Iterable[Path | str] = (), beside: Iterable[Path] = ()) -> Iterator[None]:
+    """Put the record of `out`, taken before the block writes it and what lies `beside` it, into it after the block."""
     record = made_from(config, inputs)
-    yield record
-    write_json(out, {**read_json(out), "made_from": record})
+    yield
+    write_json(out, signed(read_json(out), record, beside))
 
 
 @dataclass(frozen=True)
@@ -68,22 +100,39 @@ class Artefact:
     config: Any
     inputs: Sequence[str]
 
-    def outdated(self) -> str | None:
-        """Why it would be made again, or None. Inputs that are not here (not pulled, pruned) count as unchanged."""
+    def outdated(self, settings: Mapping[str, str] | None = None) -> str | None:
+        """Why it would be made again, or None.
+
+        What it was made from and is not here (not pulled, or deleted by a job that was killed) counts as unchanged if
+        it would be made with the same of the `settings`, digests by path.
+        """
         entry = _document(Path(self.outputs[0]))
-        if entry is None:
+        if not isinstance(entry, dict):
             return "is damaged"
         record = entry.get("made_from")
         if record is None:
             return None if entry.get("kind") in ADOPTED else "does not say what it was made from"
+        try:
+            return self._contradicted(entry, record, settings or {})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return "has a damaged record of what it was made from"
+
+    def _contradicted(self, entry: Any, record: Any, settings: Mapping[str, str]) -> str | None:
         if record["config"] != digest_of(self.config):
             return "was made with other settings"
         if missing := set(self.inputs) - record["inputs"].keys():
             return f"was made without {min(missing)}"
-        for path, known in record["inputs"].items():
-            if Path(path).exists() and content(path) != known:
-                return f"was made from another {path}"
-        return None
+        if "content" in record and record["content"] != _digest(entry):  # a page has none
+            return "was changed after it was made"
+        contents = {path: known for path, (_, known) in record.get("origins", {}).items()} | record["inputs"]
+        if other := [path for path, known in contents.items() if Path(path).exists() and content(path) != known]:
+            return f"was made from another {other[-1]}"
+        for path, (config, _) in record.get("origins", {}).items():
+            if not Path(path).exists() and config is not None and settings.get(path, config) != config:
+                return f"was made from a {path} of other settings"
+        beside = [Path(path) for path in self.outputs[1:] if Path(path).exists()]
+        foreign = [path for path in beside if sha256(path)[:12] != record["beside"].get(str(path))]
+        return f"was not made together with {foreign[0]}" if foreign else None
 
     def touch(self) -> None:
         """Make every output younger than every input: the content says that they belong together."""
@@ -98,13 +147,15 @@ class Outdated:
     """Every artefact that exists but is not what would be made now, by its first output, with the reason."""
 
     reasons: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)  # digests by path, of absent ones too
 
     def review(self, artefacts: Iterable[Artefact]) -> None:
         """Compare artefacts with their records, inputs before what is made from them."""
         for artefact in artefacts:
+            self.settings[artefact.outputs[0]] = digest_of(artefact.config)
             if not Path(artefact.outputs[0]).exists():
                 continue
-            if reason := artefact.outdated():
+            if reason := artefact.outdated(self.settings):
                 self.reasons[artefact.outputs[0]] = reason
             else:
                 artefact.touch()

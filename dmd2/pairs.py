@@ -52,7 +52,7 @@ def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: in
     shape = (data.channels, data.resolution, data.resolution)
     null = null_condition(cfg.data, spec.guidance)
     noise, images, labels = [], [], []
-    progress = Progress(f"pairs {out.parent.name} shard {index}", len(seeds))
+    progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))
     for start in range(0, len(seeds), BATCH):
         chunk = seeds[start : start + BATCH]
         z = sample_noise(chunk, shape, "noise")

@@ -1,5 +1,6 @@
 """What a run is called, where it lives, and the facts recorded about it."""
 
+import json
 import re
 import subprocess
 from dataclasses import dataclass
@@ -39,25 +40,32 @@ class RunId:
 
 @dataclass(frozen=True)
 class Goal:
-    """Exactly one training: a run, the key of its config and inputs, the digest of its complete config, its inputs."""
+    """Exactly one training: a run, the key of its config and inputs, the digest of its complete config."""
 
     run: RunId
     key: str
     config: str
-    inputs: dict[str, str]  # content by path
+    made: dict[str, Any]  # what train.json will record (dmd2.made)
 
     def reached(self) -> dict[str, Any] | None:
         """Record of the completed training, if it is complete.
 
         The job writes it as finished.json. Snakemake knows train.json, which it deletes whenever it reruns the rule;
-        this file survives that, so a training that ended while nobody waited is not started again.
+        this file survives that, so a training that ended while nobody waited is not started again. Only if its log
+        is still there: one of another config may have been begun and given up since.
         """
         path = self.run.folder / "finished.json"
         if not path.exists():
             return None
         record = read_json(path)
         same = record["key"] == self.key and digest_of(record["config"]) == self.config
-        return record if same and all((self.run.folder / f["path"]).exists() for f in record["files"]) else None
+        whole = all((self.run.folder / f["path"]).exists() for f in record["files"])
+        return record if same and whole and json.dumps(record.get("last", {})) == self._last_logged() else None
+
+    def _last_logged(self) -> str:
+        path = self.run.folder / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return lines[-1] if lines else "{}"
 
 
 def commit() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from dmd2.cost import slurm_cost, wall_clock_cost
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import read_json, write_json
+from dmd2.made import signed
 from dmd2.run import Goal, RunId
 from dmd2.slurm_queue import Entry, Queue, slurm
 
@@ -136,17 +137,17 @@ def say(run: RunId, text: str) -> None:
 
 def publish(goal: Goal, record: dict[str, Any]) -> None:
     """Write train.json, the node of the DAG that says this run is complete, with what it cost and was made from."""
-    run, made = goal.run, {"config": goal.config, "inputs": goal.inputs}
+    run = goal.run
     submissions = run.folder / "job.json"
     jobs = read_json(submissions)["jobs"] if submissions.exists() else []
     cost = (slurm_cost(jobs) if jobs else None) or wall_clock_cost(record)
-    write_json(run.folder / "train.json", {**record, "cost": cost, "made_from": made})
+    write_json(run.folder / "train.json", signed({**record, "cost": cost}, goal.made))
 
 
-def main(name: str, job: str, key: str, config: str, inputs: str, poll_seconds: str) -> None:
+def main(name: str, job: str, key: str, config: str, made: str, poll_seconds: str) -> None:
     """Wait and publish; Ctrl-C leaves the job running."""
     run = RunId.parse(name)
-    goal = Goal(run, key, config, json.loads(inputs))
+    goal = Goal(run, key, config, json.loads(made))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with readable_errors():
         try:

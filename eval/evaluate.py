@@ -144,7 +144,8 @@ def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 
     with readable_errors():
         run, cfg, device = RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto")
         if part is None:
-            with recorded(out, json.loads(config), [*measured_with(cfg).values(), run.folder / "train.json"]):
+            inputs = [*measured_with(cfg).values(), run.folder / "train.json"]
+            with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
                 evaluate_run(run, cfg, device, out)
             return
         protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
@@ -161,7 +162,7 @@ def teacher(sampler: str, out: Path, config: Config, part: Part = None, threads:
         cfg, device = RunConfig.model_validate(json.loads(config)), local_device("auto")
         spec = cfg.eval.teacher_samplers[sampler]
         if part is None:
-            with recorded(out, json.loads(config), measured_with(cfg).values()):
+            with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
                 evaluate_teacher(cfg, sampler, spec, device, out)
             return
         Protocol.of(cfg, device).fill(*teacher_sampler(cfg, spec, device), out.with_name(SCRATCH), part)

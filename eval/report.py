@@ -257,7 +257,7 @@ def main(
     """Write one HTML page over TABLES: numbers beside the paper's, verdicts, curves and samples."""
     with readable_errors():
         shown = list(dict.fromkeys(tables))
-        record = made_from(None, shown)
+        record = {key: value for key, value in made_from(None, shown).items() if key != "origins"}
         write_text(out, f"<!-- made from {json.dumps(record)} -->\n{render(shown)}")
 
 

@@ -27,6 +27,8 @@ LABELS = {
     "brightness": "Brightness", "brightness_std": "Brightness SD",
 }  # fmt: skip
 
+BESIDE = ("md", "csv", "curves.csv", "metrics.json")  # suffixes of what is written beside the table's JSON
+
 Row = dict[str, Any]
 
 
@@ -147,6 +149,19 @@ def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def means(bundle: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean of every metric over seeds, by row: what ``dvc metrics diff`` compares."""
+    return {row["run"]: {m: fmean(values.values()) for m, values in row["values"].items()} for row in bundle["rows"]}
+
+
+def curves(bundle: dict[str, Any]) -> pd.DataFrame:
+    """First metric of every snapshot of every run and seed: what ``dvc plots diff`` draws."""
+    metric = bundle["metrics"][0]
+    lines = [(row["run"], seed, point["step"], point[metric])
+             for row in bundle["rows"] for seed, points in row["curves"].items() for point in points]  # fmt: skip
+    return pd.DataFrame(lines, columns=["run", "seed", "step", "value"])
+
+
 def summary(values: dict[Any, float]) -> str:
     """``mean ± SD`` over seeds, or the single value."""
     return show(np.array(list(values.values())))
@@ -258,14 +273,16 @@ def markdown(bundle: dict[str, Any]) -> str:
 
 
 def main(name: str, out: Annotated[Path, typer.Option(help="folder")] = Path("results/tables")) -> None:
-    """Write the table NAME as Markdown, CSV and JSON from the metrics of its runs."""
+    """Write the table NAME as Markdown, CSV and JSON from the metrics of its runs, and what DVC compares."""
     with readable_errors():
         experiment = load_experiment()
-        with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name)):
+        beside = [out / f"{name}.{suffix}" for suffix in BESIDE]
+        with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name), beside):
             bundle = build(name)
+            texts = [markdown(bundle), tidy(bundle).to_csv(index=False), curves(bundle).to_csv(index=False)]
+            for path, text in zip(beside, [*texts, json.dumps(means(bundle), indent=1) + "\n"], strict=True):
+                write_text(path, text)
             write_json(out / f"{name}.json", bundle)
-        write_text(out / f"{name}.csv", tidy(bundle).to_csv(index=False))
-        write_text(out / f"{name}.md", markdown(bundle))
 
 
 if __name__ == "__main__":

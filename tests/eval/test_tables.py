@@ -15,7 +15,7 @@ from dmd2.ablations import load_experiment
 from dmd2.files import read_json, write_json, write_text
 from dmd2.run import RunId
 from eval import evaluate, report
-from eval.tables import build, cells, markdown, tidy
+from eval.tables import build, cells, curves, markdown, means, tidy
 from tests.browser import fake_results
 
 
@@ -109,6 +109,19 @@ def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, mo
     write_text(run.folder / "log.jsonl", '{"step": 10, "probe/brightness": 0.5}\n')
     evaluate.evaluate_run(run, cfg, torch.device("cpu"), run.folder / "metrics.json")
     assert read_json(run.folder / "metrics.json")["cost"] == cost
+
+
+def test_what_dvc_compares_are_means_over_seeds_and_points_of_curves(place: Path) -> None:
+    by_gpu()
+    bundle = build("digits-table3")
+    row = next(row for row in bundle["rows"] if row["run"] == "dmd2")
+    values = row["values"]["fd"]
+    assert means(bundle)["dmd2"]["fd"] == pytest.approx(sum(values.values()) / len(values))
+    assert set(means(bundle)) == {row["run"] for row in bundle["rows"]}
+    points = curves(bundle)
+    mine = points[(points["run"] == "dmd2") & (points["seed"] == 0)]
+    assert list(points.columns) == ["run", "seed", "step", "value"]
+    assert list(mine["value"]) == [point["fd"] for point in row["curves"][0]]
 
 
 def test_a_bundle_read_back_gives_the_same_cells(place: Path) -> None:

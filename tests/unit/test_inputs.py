@@ -4,7 +4,7 @@ import pytest
 
 from dmd2.ablations import load_experiment
 from dmd2.errors import UserError
-from dmd2.files import write_json, write_text
+from dmd2.files import read_json, write_json, write_text
 from dmd2.inputs import Inputs, goal_of
 from dmd2.job import TrainingJob
 from dmd2.run import Goal, RunId
@@ -54,6 +54,19 @@ def test_changed_inputs_are_not():
 
 def test_a_record_whose_files_are_gone_does_not_count():
     (RUN.folder / "weights").unlink()
+    assert goal_of(RUN, CONFIG).reached() is None
+
+
+def test_a_record_beside_the_log_of_another_training_does_not_count():
+    record = read_json(RUN.folder / "finished.json") | {"last": {"step": 2, "loss": 0.5}}
+    write_json(RUN.folder / "finished.json", record)
+    log = RUN.folder / "log.jsonl"
+    for text, reached in (
+        ('{"step": 1}\n{"step": 2, "loss": 0.5}\n', True), ('{"step": 1}\n', False), ('{"step": 2, "lo', False),
+    ):  # fmt: skip
+        log.write_text(text)
+        assert (goal_of(RUN, CONFIG).reached() is not None) == reached
+    log.unlink()
     assert goal_of(RUN, CONFIG).reached() is None
 
 

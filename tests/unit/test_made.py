@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from dmd2.files import read_json, write_json
-from dmd2.made import Artefact, Outdated, content, made_from, recorded
+from dmd2.files import digest_of, read_json, write_json
+from dmd2.made import Artefact, Outdated, altered, content, made_from, recorded
 
 
 @pytest.fixture
@@ -45,6 +45,75 @@ def test_missing_input_counts_as_unchanged(folder) -> None:
     assert out().outdated() is None
 
 
+def chain(folder) -> list[Artefact]:
+    """first.json <- second.json <- third.json; settings of the first are 1."""
+    for name, config, inputs in (("first", 1, []), ("second", {}, ["first.json"]), ("third", {}, ["second.json"])):
+        with recorded(folder / f"{name}.json", config, inputs):
+            write_json(folder / f"{name}.json", {"kind": name})
+    return chained(1)
+
+
+def chained(first: int) -> list[Artefact]:
+    second, third = Artefact(["second.json"], {}, ["first.json"]), Artefact(["third.json"], {}, ["second.json"])
+    return [Artefact(["first.json"], first, []), second, third]
+
+
+def reasons(artefacts: list[Artefact]) -> dict[str, str]:
+    found = Outdated()
+    found.review(artefacts)
+    return found.reasons
+
+
+def test_absent_link_of_the_chain_counts_as_unchanged(folder) -> None:
+    artefacts = chain(folder)
+    (folder / "first.json").unlink()
+    (folder / "second.json").unlink()
+    assert reasons(artefacts) == {}
+
+
+def test_change_behind_a_link_that_a_killed_job_deleted_is_seen(folder) -> None:
+    artefacts = chain(folder)
+    (folder / "second.json").unlink()  # Snakemake deletes an output before its job starts
+    with recorded(folder / "first.json", 1, []):
+        write_json(folder / "first.json", {"kind": "remade"})
+    assert reasons(artefacts) == {"third.json": "was made from another first.json"}
+
+
+def test_changed_settings_of_what_is_not_here_are_seen(folder) -> None:
+    chain(folder)
+    (folder / "first.json").unlink()
+    (folder / "second.json").unlink()
+    assert reasons(chained(2)) == {"third.json": "was made from a first.json of other settings"}
+
+
+def test_join_hands_on_origins_but_not_its_parts(folder) -> None:
+    chain(folder)
+    assert set(made_from(None, ["third.json"])["origins"]) == {"first.json", "second.json"}
+
+
+@pytest.mark.parametrize("change", [{"kind": "tampered"}, {"more": 1}])
+def test_edited_json_is_seen(folder, change) -> None:
+    assert not altered(folder / "out.json")
+    write_json(folder / "out.json", read_json(folder / "out.json") | change)
+    assert out().outdated() == "was changed after it was made" and altered(folder / "out.json")
+
+
+def test_file_beside_that_is_of_another_time_is_seen(folder) -> None:
+    with recorded(folder / "t.json", {}, [], beside=["t.md"]):
+        (folder / "t.md").write_text("new")
+        write_json(folder / "t.json", {})
+    artefact = Artefact(["t.json", "t.md"], {}, [])
+    assert artefact.outdated() is None
+    (folder / "t.md").write_text("old")
+    assert artefact.outdated() == "was not made together with t.md"
+
+
+@pytest.mark.parametrize("record", [{}, 3, {"config": "x"}, {"config": digest_of({"x": 1}), "inputs": []}])
+def test_damaged_record_is_named(folder, record) -> None:
+    write_json(folder / "out.json", {"kind": "run", "made_from": record})
+    assert out().outdated() in ("has a damaged record of what it was made from", "was made with other settings")
+
+
 def test_record_is_of_the_inputs_before_the_work(folder) -> None:
     with recorded(folder / "out.json", {"x": 1}, ["in.json"]):
         write_json(folder / "in.json", {"kind": "real", "files": [{"sha256": "changed meanwhile"}]})
@@ -80,9 +149,9 @@ def test_metrics_are_their_numbers_not_only_their_files(folder) -> None:
 
 
 def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
-    with recorded(folder / "last.json", None, ["out.json"]):
+    with recorded(folder / "last.json", None, ["out.json"], beside=["last.md"]):
         write_json(folder / "last.json", {})
-    (folder / "last.md").write_text("table")
+        (folder / "last.md").write_text("table")
     for name, moment in (("in.json", 300), ("out.json", 200), ("last.json", 100), ("last.md", 50)):
         os.utime(folder / name, (moment, moment))
     found = Outdated()

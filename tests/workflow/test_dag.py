@@ -25,7 +25,7 @@ def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
 
 
 def test_pairs_come_in_shards_that_cover_every_seed_once(finished: Workspace) -> None:
-    manifest = next((finished.path / "data/pairs").glob("*/manifest.json"))
+    manifest = next((finished.path / "data/pairs").glob("*/*/manifest.json"))
     shards = [json.loads(path.read_text()) for path in sorted(manifest.parent.glob("shard-*.json"))]
     assert json.loads(manifest.read_text())["count"] == 40
     assert shards[0]["seeds"][1] + 1 == shards[1]["seeds"][0]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.files import write_json
+from dmd2.made import signed
 from tests.workspace import Workspace
 
 
@@ -22,6 +24,14 @@ def pulled(edited: Workspace) -> Workspace:
             moment = 1.7e9 + order.random() * 1e6
             os.utime(path, (moment, moment))
     return edited
+
+
+def remake(manifest: Path) -> None:
+    """As if the same settings had given other files."""
+    entry = json.loads(manifest.read_text())
+    record = entry.pop("made_from")
+    entry["files"][0]["sha256"] = "0" * 64
+    write_json(manifest, signed(entry, record))
 
 
 def change_weight_of_dmd(workspace: Workspace) -> None:
@@ -52,10 +62,7 @@ def test_changed_value_trains_once_and_then_nothing_is_to_do(pulled: Workspace) 
 
 
 def test_another_teacher_runs_what_was_made_from_the_old_one(pulled: Workspace) -> None:
-    manifest = pulled.path / "data/teachers/digits-edm/manifest.json"
-    entry = json.loads(manifest.read_text())
-    entry["files"][0]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(entry))
+    remake(pulled.path / "data/teachers/digits-edm/manifest.json")
     planned = pulled.planned("demo")
     assert {rule: planned[rule] for rule in ("pairs_shard", "train", "evaluate", "evaluate_teacher", "table")} == {
         "pairs_shard": 2, "train": 2, "evaluate": 2, "evaluate_teacher": 2, "table": 1,
@@ -76,6 +83,13 @@ def test_what_was_not_pulled_is_not_made_again(pulled: Workspace, missing: str) 
     for folder in pulled.path.glob(missing):
         shutil.rmtree(folder)
     assert pulled.planned("demo") == {}
+
+
+def test_retraining_that_was_killed_goes_on(pulled: Workspace) -> None:
+    (manifest,) = (pulled.path / "data/pairs").glob("*/*/manifest.json")
+    remake(manifest)  # Snakemake then deletes what the training will make, which is killed
+    (pulled.path / "results/runs/digits/dmd/seed0/train.json").unlink()
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
 
 
 def test_damaged_record_is_made_again(pulled: Workspace) -> None:

@@ -54,7 +54,7 @@ def test_changed_snapshot_is_named_and_not_evaluated(edited: Workspace) -> None:
 
 
 def test_truncated_pairs_shard_is_named(edited: Workspace) -> None:
-    shard = next((edited.path / "data/pairs").glob("*/shard-00001.safetensors"))
+    shard = next((edited.path / "data/pairs").glob("*/*/shard-00001.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     result = edited.run(sys.executable, "-m", "dmd2.launch", "train", "digits/dmd/seed5")
     assert result.returncode == 1

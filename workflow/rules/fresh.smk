@@ -33,7 +33,8 @@ def artefacts():
             folder, inputs = f"results/teachers/{base}/{sampler}", eval_inputs(cfg).values()
             yield Artefact([f"{folder}/metrics.json", f"{folder}/grid.png"], json.loads(as_json(cfg)), list(inputs))
     for name in TABLES:
-        outputs = [f"results/tables/{name}.{suffix}" for suffix in ("json", "md", "csv")]
+        suffixes = ("json", "md", "csv", "metrics.json", "curves.csv")
+        outputs = [f"results/tables/{name}.{suffix}" for suffix in suffixes]
         yield Artefact(outputs, EXPERIMENT.shown(name), EXPERIMENT.measured(name))
 
 

@@ -1,0 +1,40 @@
+# Targets of each base for the stages of dvc.yaml (digits-data, digits-teacher, digits-runs), and what needs no versions.
+def on_base(base, wanted):
+    """Files that the runs of the tables on a base want, given each run's config."""
+    configs = [cfg for (name, _), cfg in RUNS.items() if name == base]
+    return sorted({path for cfg in [EXPERIMENT.bases[base], *configs] for path in wanted(cfg)})
+
+
+def measured_on(base):
+    """Metrics of every run of every table on a base, and of the teacher's samplers that they show."""
+    return sorted({path for name, table in TABLES.items() if table.base == base for path in EXPERIMENT.measured(name)})
+
+
+for base in EXPERIMENT.bases:
+
+    rule:
+        name:
+            f"{base}-data"
+        input:
+            on_base(base, lambda cfg: [real_manifest(cfg), eval_inputs(cfg)["detector"], eval_inputs(cfg)["reference"]]),
+
+    rule:
+        name:
+            f"{base}-teacher"
+        input:
+            on_base(base, lambda cfg: [teacher_manifest(cfg)]),
+            on_base(base, lambda cfg: [f"data/pairs/{cfg.pair_set}/manifest.json"] if cfg.needs_pairs else []),
+
+    rule:
+        name:
+            f"{base}-runs"
+        input:
+            measured_on(base),
+
+
+rule prune:
+    localrule: True
+    message:
+        "delete the checkpoints of finished trainings"
+    shell:
+        "python -m dmd2.prune"
