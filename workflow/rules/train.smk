@@ -9,10 +9,17 @@ def train_inputs(w):
     return inputs
 
 
+def lpips_weights(w):
+    """Weights of the regression's distance: fetched before a training, no part of what it is made from."""
+    cfg = RUNS[w.base, w.run]
+    return [WEIGHTS_OF["lpips-vgg16"]] if cfg.needs_pairs and cfg.regression.distance == "lpips" else []
+
+
 rule train:
     input:
         outdated("results/runs/{base}/{run}/seed{seed}/train.json"),
         train_inputs,
+        lpips_weights,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",
     params:
