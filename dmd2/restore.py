@@ -111,11 +111,15 @@ def _cached(cache: Path, digest: str) -> Path:
 
 
 def with_manifests(listed: dict[Path, Listed], partial: bool) -> dict[Path, Listed]:
-    """Add the SHA-256 of every manifest that is here; files that a partial pull left out are no damage."""
+    """Add the SHA-256 of every manifest that is here.
+
+    Files that a partial pull left out, or that were not versioned with their manifest (.dvcignore), are no damage.
+    """
+    versioned = set(listed)
     for manifest in sorted(path for pattern in MANIFESTS for path in Path().glob(pattern)):
         for entry in _entries(manifest):
             path = manifest.parent / entry["path"]
-            if path in listed or path.exists() or not partial:
+            if path in listed or path.exists() or not (partial or manifest in versioned):
                 about = listed.setdefault(path, Listed())
                 about.sha256, about.manifest = entry["sha256"], manifest
     return listed

@@ -25,10 +25,10 @@ def cached(name: str) -> Path:
     return CACHE / "files/md5" / name[:2] / name[2:]
 
 
-def version() -> None:
-    """Do what dvc commit does with the runs and one table."""
+def version(files=FILES) -> None:
+    """Do what dvc commit does with files of the run and one table."""
     entries = []
-    for name in FILES:
+    for name in files:
         raw = (RUN / name).read_bytes()
         cached(digest(raw)).parent.mkdir(parents=True, exist_ok=True)
         cached(digest(raw)).write_bytes(raw)
@@ -115,8 +115,24 @@ def test_targets_are_stages_folders_and_files(target: str, count: int) -> None:
 def test_what_a_partial_restore_left_out_is_no_damage() -> None:
     (RUN / FILES[2]).unlink()
     (RUN / FILES[1]).unlink()
-    assert told("tables", str(RUN / FILES[0])) == []
+    assert told("tables", str(RUN / FILES[0])) == [] and told("tables") == []
     assert len(told("runs")) == 2
+
+
+def test_snapshot_that_was_not_versioned_is_no_damage() -> None:
+    version(FILES[:2])
+    (RUN / FILES[2]).unlink()
+    assert verify() == (3, [])
+
+
+def test_missing_file_of_a_manifest_that_is_not_versioned_is_named() -> None:
+    folder = Path("data/teachers/mine")
+    write_text(folder / "weights", "w")
+    write_json(folder / "manifest.json", {"kind": "teacher", "files": listing([folder / "weights"], folder)})
+    assert told() == []
+    (folder / "weights").unlink()
+    (sentence,) = told()
+    assert sentence.startswith(f"{folder / 'weights'} is missing although {folder / 'manifest.json'} lists it")
 
 
 def test_unknown_target_and_no_versions_are_said() -> None:
