@@ -11,7 +11,7 @@ demo: $(READY)
 
 test: $(READY)
 	@sh tests/install_browser.sh
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	ruff check .

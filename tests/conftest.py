@@ -17,15 +17,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers (Makefile): one file's tests stay together, as do those that share Slurm or the finished workspace."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        shares = "finished" in getattr(item, "fixturenames", ()) and folder != "slurm"
-        group = "slurm" if folder == "slurm" else "finished" if shares else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Folder of the repository."""
