@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+import yaml
 
 from dmd2.ablations import Experiment, Table, load_experiment
 from dmd2.changes import dotted_keys
@@ -27,7 +28,7 @@ LABELS = {
     "brightness": "Brightness", "brightness_std": "Brightness SD",
 }  # fmt: skip
 
-BESIDE = ("md", "csv", "curves.csv", "metrics.json")  # suffixes of what is written beside the table's JSON
+BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")  # suffixes of what is written beside the table's JSON
 
 Row = dict[str, Any]
 
@@ -280,7 +281,7 @@ def main(name: str, out: Annotated[Path, typer.Option(help="folder")] = Path("re
         with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name), beside):
             bundle = build(name)
             texts = [markdown(bundle), tidy(bundle).to_csv(index=False), curves(bundle).to_csv(index=False)]
-            for path, text in zip(beside, [*texts, json.dumps(means(bundle), indent=1) + "\n"], strict=True):
+            for path, text in zip(beside, [*texts, yaml.safe_dump(means(bundle), sort_keys=False)], strict=True):
                 write_text(path, text)
             write_json(out / f"{name}.json", bundle)
 

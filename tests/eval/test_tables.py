@@ -104,7 +104,7 @@ def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, mo
     monkeypatch.setattr(evaluate, "load_teacher", Mock())
     monkeypatch.setattr(evaluate, "_save_grid", Mock())
     run, cost = RunId("digits", "dmd2", 0), {"source": "sacct", "gpu_hours": 1.5, "cpu_hours": 6.0, "starts": 2}
-    write_json(run.folder / "train.json", {"files": [], "steps": 10, "student_updates": 2, "seconds": 9.0,
+    write_json(run.folder / "train.json", {"files": [], "key": "k", "steps": 10, "student_updates": 2, "seconds": 9.0,
                                            "device": "cpu", "commit": "abc", "cost": cost})  # fmt: skip
     write_text(run.folder / "log.jsonl", '{"step": 10, "probe/brightness": 0.5}\n')
     evaluate.evaluate_run(run, cfg, torch.device("cpu"), run.folder / "metrics.json")

@@ -86,7 +86,7 @@ def test_repro_after_a_change_records_the_new_result_and_shows_the_difference(fr
     train = json.loads((fresh.path / "results/runs/digits/dmd/seed0/train.json").read_text())
     assert train["config"]["regression"]["weight"] == 4.0
     assert "up to date" in call(fresh, "dvc", "status") and fresh.planned("demo") == {}
-    table = "results/tables/demo.metrics.json"
+    table = "results/tables/demo.metrics.yaml"
     assert json.loads(call(fresh, "dvc", "metrics", "show", "--json"))[""]["data"][table]["data"]["dmd2"]["fd"] > 0
     changed = json.loads(call(fresh, "dvc", "metrics", "diff", "--json"))[table]
     assert {name.split(".")[0] for name in changed} == {"dmd"} and changed["dmd.fd"]["diff"] != 0
