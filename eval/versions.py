@@ -136,7 +136,8 @@ def _revision(name: str, scratch: Path) -> Side:
 
     def listed(place: str) -> list[str]:
         try:
-            return list(fs.find(place)) if fs.isdir(place) else []
+            found = fs.find(place, detail=True) if fs.isdir(place) else {}
+            return [path for path, about in found.items() if _recorded(about)]
         except (DataIndexError, DvcException, OSError) as error:
             if place != "results":
                 return []  # data only tells which inputs changed
@@ -159,6 +160,12 @@ def _revision(name: str, scratch: Path) -> Side:
         if any(map(PurePosixPath(p).match, PATTERNS))
     }
     return _checked(Side(name, f"revision {commit[:9]}", frozenset(files), fetch))
+
+
+def _recorded(about: dict[str, Any]) -> bool:
+    """Whether a file of a revision is in git or in dvc.lock, and not only an output that dvc.yaml names."""
+    entry = about.get("dvc_info", {}).get("entry")
+    return entry is None or bool(entry.hash_info)
 
 
 def _checked(side: Side) -> Side:
