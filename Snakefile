@@ -3,7 +3,7 @@
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from dmd2.ablations import load_experiment
+from dmd2.ablations import BESIDE, load_experiment
 from dmd2.cluster import load_cluster
 from dmd2.errors import UserError
 from dmd2.slurm_queue import slurm

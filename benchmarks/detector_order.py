@@ -18,7 +18,7 @@ from eval.frechet import FrechetReference, moments
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSIFIER = "fashion-classifier"
-DETECTORS = ["lite0-320@32", "lite0-1280@64", "lite0-112@64", CLASSIFIER]
+DETECTORS = ["lite0-320@32", "lite0-320@64", "lite0-1280@64", "lite0-112@64", CLASSIFIER]
 IMAGES = 4000
 
 

@@ -13,13 +13,12 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from dmd2.ablations import load_experiment
+from dmd2.ablations import BESIDE, load_experiment
 from dmd2.config import RunConfig
 from dmd2.files import listing, write_json, write_text
 from dmd2.inputs import REAL, TEACHERS, WEIGHTS, goal_of, measured_with
 from dmd2.made import made_from, recorded, signed
 from dmd2.run import SAMPLERS, RunId
-from eval.tables import BESIDE
 from tests.workspace import REPO, Workspace, copy_repository
 
 RUNS, SNAPSHOTS, SIZE = 1000, 2, 20_000  # bytes of a snapshot

@@ -15,6 +15,8 @@ from dmd2.yaml_file import YamlFile, read_yaml
 from eval.protocols import named
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
+# Suffixes of what is written beside the JSON of a table.
+BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 

@@ -52,8 +52,7 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
         UserError: an input is missing.
     """
     inputs = Inputs.of(run, cfg)
-    made = made_from(cfg.model_dump(mode="json"), inputs.paths())
-    return Goal(run, inputs.key(cfg, run.seed), made["config"], made)
+    return Goal(run, inputs.key(cfg, run.seed), made_from(cfg.model_dump(mode="json"), inputs.paths()))
 
 
 def measured_with(cfg: RunConfig) -> dict[str, Path]:

@@ -60,7 +60,7 @@ def train_on_slurm(training: SlurmTraining) -> None:
         assert record is not None
         return publish(goal, record)
     poll = str(training.cluster.training.poll_seconds)
-    words = [str(training.run), job, goal.key, goal.config, json.dumps(goal.made), poll]
+    words = [str(training.run), job, goal.key, json.dumps(goal.made), poll]
     os.execv(sys.executable, [sys.executable, "-m", "dmd2.wait", *words])
 
 

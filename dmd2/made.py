@@ -43,6 +43,7 @@ def made_from(config: Any, inputs: Iterable[Path | str]) -> dict[str, Any]:
 
 def signed(entry: dict[str, Any], record: dict[str, Any], beside: Iterable[Path | str] = ()) -> dict[str, Any]:
     """An artefact's JSON with its record, which also knows the rest of the JSON and the files made `beside` it."""
+    entry = json.loads(json.dumps(entry))  # as it is read back
     record = {**record, "beside": {str(path): sha256(Path(path))[:12] for path in beside}}
     return {**entry, "made_from": {**record, "content": _digest(entry)}}
 
@@ -55,8 +56,8 @@ def altered(path: Path) -> bool:
 
 
 def _digest(entry: dict[str, Any]) -> str:
-    """Digest of an artefact's JSON, without its record, as it is read back."""
-    return digest_of(json.loads(json.dumps({key: value for key, value in entry.items() if key != "made_from"})))
+    """Digest of an artefact's JSON, without its record."""
+    return digest_of({key: value for key, value in entry.items() if key != "made_from"})
 
 
 def content(path: Path | str) -> str:

@@ -40,12 +40,16 @@ class RunId:
 
 @dataclass(frozen=True)
 class Goal:
-    """Exactly one training: a run, the key of its config and inputs, the digest of its complete config."""
+    """Exactly one training: a run, the key of its config and inputs, and what train.json will record (dmd2.made)."""
 
     run: RunId
     key: str
-    config: str
-    made: dict[str, Any]  # what train.json will record (dmd2.made)
+    made: dict[str, Any]
+
+    @property
+    def config(self) -> str:
+        """Digest of the complete config."""
+        return self.made["config"]
 
     def reached(self) -> dict[str, Any] | None:
         """Record of the completed training, if it is complete.

@@ -144,10 +144,10 @@ def publish(goal: Goal, record: dict[str, Any]) -> None:
     write_json(run.folder / "train.json", signed({**record, "cost": cost}, goal.made))
 
 
-def main(name: str, job: str, key: str, config: str, made: str, poll_seconds: str) -> None:
+def main(name: str, job: str, key: str, made: str, poll_seconds: str) -> None:
     """Wait and publish; Ctrl-C leaves the job running."""
     run = RunId.parse(name)
-    goal = Goal(run, key, config, json.loads(made))
+    goal = Goal(run, key, json.loads(made))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with readable_errors():
         try:

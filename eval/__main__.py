@@ -16,13 +16,13 @@ import typer
 
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import write_json, write_text
+from dmd2.inputs import WEIGHTS
 from eval.asked import VALUES, Asked, Inputs
 from eval.call import Call, engine_of
 from eval.measure import METRICS, PAIRED, provenance, verdict
 from eval.prompted import Machine
 from eval.protocols import named, names
 from eval.reference import FEATURES, part_of, save_moments
-from eval.weights import WEIGHTS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 

@@ -93,10 +93,7 @@ class Asked:
 
     def title(self) -> str | None:
         """Name of the protocol and what differs from it."""
-        if self.protocol is None:
-            return None
-        shown = [f"{k} {','.join(v) if k == 'metrics' else v}" for k, v in self.overridden.items()]
-        return self.protocol.name + (f", but {', '.join(shown)}" if shown else "")
+        return self.protocol.title(self.overridden) if self.protocol else None
 
     def about(self) -> dict[str, Any] | None:
         """The protocol for a record; what it says of labels, rounding and reference cannot be seen in the images."""

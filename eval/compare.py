@@ -54,7 +54,7 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
         "tables": {"both": sorted(tables[0].keys() & tables[1].keys()),
                    "only_a": sorted(tables[0].keys() - tables[1].keys()),
                    "only_b": sorted(tables[1].keys() - tables[0].keys())},
-"notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
+        "notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
     }  # fmt: skip
 
 

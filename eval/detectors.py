@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dmd2.data import TensorSet, load_set, load_shard, save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
+from dmd2.inputs import WEIGHTS
 from dmd2.made import recorded
 from dmd2.rng import Draws, stream
 from eval.networks import NETWORKS, FeatureNetwork, load_network
-from eval.weights import WEIGHTS
 
 FEATURES = 64
 TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3

@@ -20,7 +20,7 @@ from dmd2.denoisers import Denoiser
 from dmd2.distributed import local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
-from dmd2.inputs import TEACHERS, measured_with
+from dmd2.inputs import measured_with
 from dmd2.made import recorded
 from dmd2.progress import Progress
 from dmd2.quantise import quantise
@@ -51,8 +51,7 @@ class Students:
         Raises:
             UserError: the run or its teacher is missing or damaged.
         """
-        manifest = TEACHERS / cfg.teacher.name / "manifest.json"
-        network = load_teacher(manifest, cfg.teacher.parameterisation).to(device)  # same network, other weights
+        network = teacher_of(cfg, device)  # same network, other weights
         return Students(run, cfg, device, network, read_json(run.folder / "train.json")["files"])
 
     def sample(self, seeds: list[int]) -> Tensor:
@@ -113,11 +112,16 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+def teacher_of(cfg: RunConfig, device: torch.device) -> Denoiser:
+    """The teacher that a config names."""
+    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation).to(device)
+
+
 def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tuple[Sample, dict[str, Any]]:
     """Images of seeds by one of the teacher's samplers, and what they depend on."""
-    manifest = TEACHERS / cfg.teacher.name / "manifest.json"
-    teacher = load_teacher(manifest, cfg.teacher.parameterisation).to(device)
-    identity = {"teacher": read_json(manifest)["files"], "sampler": spec.model_dump(mode="json")}
+    teacher = teacher_of(cfg, device)
+    files = read_json(measured_with(cfg)["teacher"])["files"]
+    identity = {"teacher": files, "sampler": spec.model_dump(mode="json")}
     return lambda seeds: sample_teacher(teacher, cfg, spec, seeds, device), identity
 
 

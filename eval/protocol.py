@@ -14,19 +14,19 @@ from dmd2.data import save_shard
 from dmd2.errors import UserError
 from dmd2.eval_config import Eval
 from dmd2.files import digest_of, listing
+from dmd2.inputs import REAL, measured_with
 from dmd2.quantise import quantise
 from dmd2.rng import sample_labels
 from eval.detectors import Detector, load_detector
 from eval.estimate import Estimate
 from eval.features import FeatureSet, Sampled, account, extract, join, share
-from eval.measure import METRICS
+from eval.measure import METRICS, from_ones
 from eval.protocols import named, ranks_of
 from eval.reference import FEATURES, Engine, Reference
 from eval.resize import Geometry
 from eval.scores import mean_estimate
-from eval.stats import FeatureStats, describe, frechet_distance, ones_initialised
+from eval.stats import describe
 
-REFS = Path("data/refs")
 # What eval.metrics may name, and the engine's metric behind it.
 KNOWN = {"fd": "fd", "fid": "fd", "kid": "kid", "prdc": "prdc", "is": "is", "accuracy": "accuracy", "brightness": ""}
 NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
@@ -84,14 +84,14 @@ class Protocol:
             if name in ("fd", "fid") and (name == "fid") != detector.is_fid:
                 right = "fid" if detector.is_fid else "fd: only the canonical Inception features give an FID"
                 raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}")
-        moments = REFS / cfg.eval.statistics / "manifest.json"
-        images = Path("data/real") / cfg.eval.reference / "manifest.json"
+        read = measured_with(cfg)
+        moments, images = read["reference"], REAL / cfg.eval.reference / "manifest.json"
         geometry = Geometry(cfg.eval.geometry)
         engine = Engine(detector, geometry, FEATURES, cfg.eval.batch)
         reference = engine.reference(images if NEEDS_IMAGES & set(cfg.eval.metrics) else moments)
         names = {
             "protocol": spoken(cfg.eval), "geometry": geometry.name,
-            "detector": describe(Path("data/weights") / cfg.eval.detector / "manifest.json"),
+            "detector": describe(read["detector"]),
             "reference": f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)",
             "images": cfg.eval.images, "draws": cfg.eval.draws, "labels": cfg.eval.labels,
             "rounding": cfg.eval.rounding, "covariance_init": cfg.eval.covariance_init,
@@ -154,7 +154,7 @@ class Protocol:
                 values = METRICS[KNOWN[name]](drawn, self.reference, strata)
                 found |= {key.split()[0].lower() if len(values) > 1 else name: e for key, e in values.items()}
         if ranks := ranks_of(spec.covariance_init):
-            quirk = frechet_distance(ones_initialised(FeatureStats.of(features), ranks), self.reference.stats)
+            (quirk,) = (estimate.value for estimate in from_ones(drawn, self.reference, ranks).values())
             found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
         return Measured(found, influence)
 
@@ -163,9 +163,9 @@ def spoken(spec: Eval) -> str | None:
     """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
     if spec.protocol is None:
         return None
-    wanted = named(spec.protocol).for_a_base()
-    changed = [f"{key} {getattr(spec, key)}" for key in wanted if getattr(spec, key) != wanted[key]]
-    return ", but ".join([spec.protocol, ", ".join(changed)]) if changed else spec.protocol
+    protocol = named(spec.protocol)
+    wanted = protocol.for_a_base()
+    return protocol.title({key: getattr(spec, key) for key in wanted if getattr(spec, key) != wanted[key]})
 
 
 def average(draws: list[Estimate]) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,11 @@ class NamedProtocol(BaseModel):
     def ranks(self) -> int:
         """Processes of the official evaluator whose ones are in the covariance; 0: none, as is right."""
         return ranks_of(self.covariance_init)
+
+    def title(self, changed: Mapping[str, Any]) -> str:
+        """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
+        shown = [f"{k} {','.join(v) if isinstance(v, tuple) else v}" for k, v in changed.items()]
+        return self.name + (f", but {', '.join(shown)}" if shown else "")
 
     def for_a_base(self) -> dict[str, Any]:
         """Values of the eval section of a base that names this protocol."""

@@ -112,11 +112,6 @@ def diversities(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], T
     return np.array(values)
 
 
-def lpips_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
-    """Mean over prompts of `diversities`; its standard error is that of the prompts."""
-    return mean_estimate(diversities(groups, distance))
-
-
 def _vector(values: Features) -> np.ndarray:
     x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():

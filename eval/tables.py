@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 import yaml
 
-from dmd2.ablations import Experiment, Table, load_experiment
+from dmd2.ablations import BESIDE, Experiment, Table, load_experiment
 from dmd2.changes import dotted_keys
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
@@ -27,8 +27,6 @@ LABELS = {
     "fd": "FD", "fid": "FID", "patch_fid": "Patch FID", "clip_score": "CLIP", "accuracy": "Class accuracy",
     "brightness": "Brightness", "brightness_std": "Brightness SD",
 }  # fmt: skip
-
-BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")  # suffixes of what is written beside the table's JSON
 
 Row = dict[str, Any]
 

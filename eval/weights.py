@@ -20,8 +20,7 @@ from torch import Tensor
 from dmd2.data import load_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import sha256
-
-WEIGHTS = Path("data/weights")
+from dmd2.inputs import WEIGHTS
 
 
 @dataclass(frozen=True)

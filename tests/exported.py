@@ -41,7 +41,7 @@ def trained(kind: str, steps: int = 1, first: float | None = None, **changes) ->
     run = RunId("tiny", "student", 0)
     record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
     finished = json.loads(record.read_text())
-    publish(Goal(run, finished["key"], "", {}), finished)
+    publish(Goal(run, finished["key"], {}), finished)
     return run
 
 

@@ -64,7 +64,7 @@ def build(folder: Path) -> Path:
             cfg = TrainConfig.model_validate(cfg.model_dump(exclude={"eval"}))
             done = Training(run, cfg, Hardware(), Inputs(teacher, Path("real.json"), None, None)).run()
             record = read_json(done)
-            publish(Goal(run, record["key"], "", {}), record)
+            publish(Goal(run, record["key"], {}), record)
             evaluate(run)
         sampler("ode")
     return folder

@@ -2,7 +2,6 @@
 
 import doctest
 import json
-import shutil
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,8 @@ from eval.catalogue import catalogue, training_logs
 from eval.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.estimate import Estimate
 from eval.protocol import KNOWN
-from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, build, edit, of
+from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, edit, of
 from tests.workspace import Workspace
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A private copy of it as the current folder."""
-    shutil.copytree(built / "results", tmp_path / "w/results")
-    monkeypatch.chdir(tmp_path / "w")
-    return tmp_path / "w"
 
 
 def test_every_snapshot_is_a_line_with_what_its_records_say(place: Path) -> None:

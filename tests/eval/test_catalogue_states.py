@@ -14,20 +14,7 @@ from dmd2.files import read_json, write_json
 from dmd2.interrupts import single_writer
 from dmd2.progress import Progress
 from eval.catalogue import catalogue
-from tests.eval.catalogue_workspace import RUN, RUNS, STEPS, build, edit, of
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A private copy of it as the current folder."""
-    shutil.copytree(built / "results", tmp_path / "w/results")
-    monkeypatch.chdir(tmp_path / "w")
-    return tmp_path / "w"
+from tests.eval.catalogue_workspace import RUN, RUNS, STEPS, edit, of
 
 
 @pytest.mark.parametrize(

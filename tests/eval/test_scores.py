@@ -9,7 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dmd2.errors import UserError
 from eval.estimate import Estimate
-from eval.scores import accuracy, diversities, inception_score, lpips_diversity, mean_estimate, paired_mean
+from eval.scores import accuracy, diversities, inception_score, mean_estimate, paired_mean
 
 RNG = np.random.default_rng(0)
 
@@ -81,10 +81,10 @@ def test_diversity_is_the_mean_over_prompts_of_all_pairs() -> None:
         torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         for levels in ([0, 255, 0], [9, 9, 9])
     ]
-    got = lpips_diversity(groups, distance)
+    got = mean_estimate(diversities(groups, distance))
     assert got.value == pytest.approx((4 / 3 + 0) / 2) and got.n == 2
     with pytest.raises(UserError, match="prompt 1 has 1"):
-        lpips_diversity([groups[0], groups[0][:1]], distance)
+        diversities([groups[0], groups[0][:1]], distance)
 
 
 def test_diversity_of_many_images_is_summed_in_parts_of_bounded_size() -> None:

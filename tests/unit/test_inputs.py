@@ -44,7 +44,7 @@ def test_another_length_config_or_seed_is_not():
     assert key(LONGER) == key()  # it continues from the same checkpoints
     assert goal_of(RUN, LONGER).reached() is None
     assert goal_of(RUN, OTHER).reached() is None
-    assert Goal(RUN, key(seed=1), goal_of(RUN, CONFIG).config, {}).reached() is None
+    assert Goal(RUN, key(seed=1), goal_of(RUN, CONFIG).made).reached() is None
 
 
 def test_changed_inputs_are_not():

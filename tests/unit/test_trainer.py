@@ -108,7 +108,7 @@ def test_the_record_counts_student_updates(inputs):
 
 def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs, monkeypatch):
     record, folder = train(inputs, 4, run=RunId("tiny", "first", 0))
-    publish(Goal(RunId("tiny", "first", 0), record["key"], "", {}), record)
+    publish(Goal(RunId("tiny", "first", 0), record["key"], {}), record)
     second = Inputs(inputs.teacher, inputs.real, None, folder / "train.json")
     first = Training(RunId("tiny", "first", 0), config(4), Hardware(), inputs)
     first.resume()

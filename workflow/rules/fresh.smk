@@ -33,8 +33,7 @@ def artefacts():
             folder, inputs = f"results/teachers/{base}/{sampler}", eval_inputs(cfg).values()
             yield Artefact([f"{folder}/metrics.json", f"{folder}/grid.png"], json.loads(as_json(cfg)), list(inputs))
     for name in TABLES:
-        suffixes = ("json", "md", "csv", "metrics.yaml", "curves.csv")
-        outputs = [f"results/tables/{name}.{suffix}" for suffix in suffixes]
+        outputs = [f"results/tables/{name}.{suffix}" for suffix in ("json", *BESIDE)]
         yield Artefact(outputs, EXPERIMENT.shown(name), EXPERIMENT.measured(name))
 
 

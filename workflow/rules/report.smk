@@ -11,7 +11,7 @@ rule table:
         outdated("results/tables/{table}.json"),
         lambda w: EXPERIMENT.measured(w.table),
     output:
-        multiext("results/tables/{table}", ".md", ".csv", ".json", ".metrics.yaml", ".curves.csv"),
+        multiext("results/tables/{table}", ".json", *(f".{suffix}" for suffix in BESIDE)),
     localrule: True
     message:
         "table {wildcards.table}"
