@@ -44,18 +44,24 @@ class TeacherTraining(Section):
 
 
 class Teacher(Section):
-    """The frozen denoiser R. Made here from `network` by `train`, or a diffusers UNet folder of the user."""
+    """The frozen denoiser R: made here by `train`, converted from `source`, or a diffusers UNet folder of the user.
+
+    `network` is its architecture (a diffusers config): what `train` builds, and what a loaded one must be.
+    """
 
     name: str
     parameterisation: Literal["edm", "eps"]
     guidance: Annotated[float, Field(ge=1)]
     network: dict[str, Any] | None = None
     train: TeacherTraining | None = None
+    source: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.network is None) != (self.train is None):
-            raise ValueError("network and train go together: give both to train a teacher here, neither to load one")
+        if self.train is not None and self.network is None:
+            raise ValueError("train needs network: the architecture to train")
+        if self.train is not None and self.source is not None:
+            raise ValueError("train and source exclude each other: a teacher is trained here or converted from a file")
         return self
 
     def check(self, name: str, sampler: Sampler) -> None:
@@ -214,7 +220,9 @@ class TrainConfig(Section):
 
     def teacher_identity(self) -> dict[str, Any]:
         """What determines the teacher's weights."""
-        teacher = self.teacher.model_dump(mode="json", include={"name", "parameterisation", "network", "train"})
+        teacher = self.teacher.model_dump(
+            mode="json", include={"name", "parameterisation", "network", "train", "source"}
+        )
         return {"data": self.data.model_dump(mode="json"), **teacher}
 
     def identity(self) -> dict[str, Any]:

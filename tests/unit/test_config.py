@@ -123,7 +123,12 @@ WRONG = {
     "nothing trains the student": {"dm__weight": 0.0, "gan__lambda_g": 0.0},
     "generator GAN without discriminator": {"gan__lambda_d": 0.0},
     "guidance below 1": {"teacher__guidance": 0.5},
-    "network without train": {"teacher__network": {"sample_size": 8}},
+    "train without network": {"teacher__train": {"steps": 1, "batch": 1, "lr": 1.0, "warmup": 0, "ema": 0.5}},
+    "train and source": {
+        "teacher__train": {"steps": 1, "batch": 1, "lr": 1.0, "warmup": 0, "ema": 0.5},
+        "teacher__network": {},
+        "teacher__source": "a.pkl",
+    },
     "no metric": {"eval__metrics": []},
     "unknown weighting": {"critic__weighting": "snr"},
     "VP solver for an edm teacher": {"regression__pairs__sampler": {"solver": "ddim", "steps": 4}},
