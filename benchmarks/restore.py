@@ -49,7 +49,7 @@ def manifest(folder: Path, kind: str, config: object, inputs: list[Path]) -> Pat
 
 def metrics(folder: Path, cfg: RunConfig, inputs: list[Path]) -> None:
     grid = random_file(folder / "grid.png")
-    with recorded(folder / "metrics.json", cfg.model_dump(mode="json"), inputs, beside=[grid]):
+    with recorded(folder / "metrics.json", cfg.settings(), inputs, beside=[grid]):
         files = listing([random_file(folder / "influence.safetensors")], folder)
         write_json(folder / "metrics.json", {"kind": "metrics", "snapshots": [{"step": 1, "fd": 1.0}], "files": files})
 
@@ -72,7 +72,7 @@ def make_sweep(count: int) -> None:
     Path("workflow/tables/sweep.yaml").write_text(yaml.safe_dump(table))
     experiment = load_experiment()
     cfg = experiment.runs["digits", "sweep"]
-    sections = cfg.model_dump(mode="json")
+    sections = cfg.settings()
     real = manifest(REAL / cfg.data.name, "real", sections["data"], [])
     detector = manifest(WEIGHTS / cfg.eval.detector, "classifier", cfg.eval.detector, [real])
     reference = measured_with(cfg)["reference"].parent

@@ -17,6 +17,7 @@ from eval.protocols import named
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 # Suffixes of what is written beside the JSON of a table.
 BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")
+ClaimName = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12"]  # tests: eval/claims.py
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
@@ -45,7 +46,8 @@ class Table(Section):
     change: dict[str, Any] = {}
     row_change: dict[str, dict[str, Any]] = {}
     teachers: dict[str, dict[str, float | None]] = {}
-    claims: list[Literal["C1", "C2", "C3", "C7", "C8", "C9", "C10"]] = []  # tests in eval/claims.py
+    published: dict[str, dict[str, float]] = {}
+    claims: list[ClaimName] = []
     reference_row: str | None = None
     notes: str = ""
 
@@ -61,8 +63,8 @@ class Experiment:
 
     def shown(self, table: str) -> Any:
         """All of a table that its text shows: an edited number of the paper remakes the table and nothing else."""
-        rows = [row.model_dump(mode="json") for row in self.rows[table]]
-        return [self.tables[table].model_dump(mode="json"), rows]
+        rows = [row.settings() for row in self.rows[table]]
+        return [self.tables[table].settings(), rows]
 
     def measured(self, table: str) -> list[str]:
         """Files of metrics that a table is made from."""

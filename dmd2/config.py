@@ -161,7 +161,11 @@ class Optim(Section):
 
 
 class Train(Section):
-    """Length in critic updates (as in the paper), precision, and another run's name to start weights from."""
+    """Length in critic updates (as in the paper), precision, and another run's name to start weights from.
+
+    `released` names a file with this student's weights as its authors published them: nothing is trained then, and
+    `steps` is what they trained.
+    """
 
     steps: Positive
     precision: Literal["fp32", "bf16"]
@@ -169,6 +173,13 @@ class Train(Section):
     snapshot_every: Positive
     checkpoint_every: Positive
     log_every: Positive
+    released: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.released is not None and self.init_from is not None:
+            raise ValueError("released and init_from exclude each other: a released student is not trained here")
+        return self
 
 
 # What may change without making other weights: how long and how often, and everything that only looks at the result.
@@ -198,37 +209,39 @@ class TrainConfig(Section):
             raise ValueError("critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic")
         if self.teacher.parameterisation == "eps" and (self.generator.time > 999 or self.generator.time % 1):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
+        if self.train.released is not None and self.teacher.network is None:
+            raise ValueError("train.released needs teacher.network: the architecture of the weights in the file")
         self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self
 
     @property
     def needs_real(self) -> bool:
         """Whether training reads the real set: for the GAN, for multi-step inputs, or for its captions."""
+        if self.train.released is not None:
+            return False
         return self.gan.on or self.generator.input != "noise" or self.data.classes == 0
 
     @property
     def needs_pairs(self) -> bool:
         """Whether training reads teacher pairs."""
-        return self.regression.weight > 0
+        return self.regression.weight > 0 and self.train.released is None
 
     @property
     def pair_set(self) -> str:
         """``TEACHER/SOLVERSTEPS-COUNT-KEY``, the pair set this run would use: shared by all runs that would make it."""
-        key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.model_dump(mode="json")})
+        key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.settings()})
         pairs = self.regression.pairs
         return f"{self.teacher.name}/{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
 
     def teacher_identity(self) -> dict[str, Any]:
         """What determines the teacher's weights."""
-        teacher = self.teacher.model_dump(
-            mode="json", include={"name", "parameterisation", "network", "train", "source"}
-        )
-        return {"data": self.data.model_dump(mode="json"), **teacher}
+        teacher = self.teacher.settings(include={"name", "parameterisation", "network", "train", "source"})
+        return {"data": self.data.settings(), **teacher}
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the student's weights, for `digest_of`."""
         unused = {} if self.needs_pairs else {"regression": True}
-        return self.model_dump(mode="json", exclude=NOT_IDENTITY | unused)
+        return self.settings(exclude=NOT_IDENTITY | unused)
 
 
 class RunConfig(TrainConfig):

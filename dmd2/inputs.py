@@ -52,13 +52,14 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
         UserError: an input is missing.
     """
     inputs = Inputs.of(run, cfg)
-    return Goal(run, inputs.key(cfg, run.seed), made_from(cfg.model_dump(mode="json"), inputs.paths()))
+    return Goal(run, inputs.key(cfg, run.seed), made_from(cfg.settings(), inputs.paths()))
 
 
 def measured_with(cfg: RunConfig) -> dict[str, Path]:
-    """Manifests that an evaluation reads besides what it evaluates."""
+    """Manifests that an evaluation reads besides what it evaluates; a released student does without its teacher."""
+    teacher = {} if cfg.train.released else {"teacher": TEACHERS / cfg.teacher.name / "manifest.json"}
     return {
-        "teacher": TEACHERS / cfg.teacher.name / "manifest.json",
+        **teacher,
         "detector": WEIGHTS / cfg.eval.detector / "manifest.json",
         "reference": REFS / cfg.eval.statistics / "manifest.json",
     }

@@ -46,7 +46,11 @@ def train(run: Run, config: Config = None, cluster: ClusterName = "local") -> No
     with readable_errors():
         run_id, machine = RunId.parse(run), load_cluster(cluster)
         cfg = run_config(run_id, config)
-        if machine.launcher == "slurm":
+        if cfg.train.released:
+            from dmd2.released import publish_released  # needs torch, which the launcher of a Slurm job does not
+
+            publish_released(run_id, cfg)
+        elif machine.launcher == "slurm":
             train_on_slurm(SlurmTraining(run_id, cfg, machine))
         else:
             train_here(run_id, cfg, machine)

@@ -60,7 +60,7 @@ def _of_run(run: RunId, experiment: Experiment) -> Prunable:
         return Prunable(run.folder, [], "it is not finished")
     train = read_json(record)
     config, submitted = train.get("made_from", {}).get("config"), run.folder / "job.json"
-    if cfg is not None and config != digest_of(cfg.training().model_dump(mode="json")):
+    if cfg is not None and config != digest_of(cfg.training().settings()):
         return Prunable(run.folder, [], "it is to be trained with other settings, and may continue from there")
     if submitted.exists() and read_json(submitted)["config"] != config:
         return Prunable(run.folder, [], "a Slurm job was sent for another training of it")

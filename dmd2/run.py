@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import UserError
-from dmd2.files import digest_of, read_json
+from dmd2.files import read_json
 
 RUNS, SAMPLERS = Path("results/runs"), Path("results/teachers")
 
@@ -62,7 +62,7 @@ class Goal:
         if not path.exists():
             return None
         record = read_json(path)
-        same = record["key"] == self.key and digest_of(record["config"]) == self.config
+        same = record["key"] == self.key and record.get("settings") == self.config
         whole = all((self.run.folder / f["path"]).exists() for f in record["files"])
         return record if same and whole and json.dumps(record.get("last", {})) == self._last_logged() else None
 

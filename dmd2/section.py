@@ -1,6 +1,6 @@
 """What every section of a configuration is made of."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -22,3 +22,9 @@ class Section(BaseModel):
     """A frozen section: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def settings(self, **which: Any) -> dict[str, Any]:
+        """JSON values that identify it, for digests: a key at its default is left out, so that a later version's new
+        switch leaves everything made before it as it is. `which` is that of ``model_dump``: include, exclude.
+        """
+        return self.model_dump(mode="json", exclude_defaults=True, **which)

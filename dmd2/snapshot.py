@@ -82,6 +82,8 @@ def find_snapshot(run: RunId, step: int | None = None, select: str | None = None
     if step is not None and select is not None:
         raise UserError("give either --step or --select, not both")
     record = read_json(path)
+    if source := record.get("released", {}).get("path"):
+        raise UserError(f"{run} is its authors' to publish; for a diffusers folder: python -m dmd2.convert {source} OUT")
     try:
         cfg = TrainConfig.model_validate(record["config"])
     except ValidationError as error:

@@ -16,7 +16,7 @@ from dmd2.config import Data, Optim, Teacher, TeacherTraining, digest_of
 from dmd2.data import TensorSet, load_set
 from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.errors import UserError, readable_errors
-from dmd2.files import listing, read_json, verified, write_json
+from dmd2.files import listing, read_json, sha256, verified, write_json
 from dmd2.losses import denoising_loss
 from dmd2.made import recorded
 from dmd2.optimiser import Optimiser
@@ -81,7 +81,7 @@ def train_teacher(data: Data, teacher: Teacher, real: TensorSet, folder: Path) -
     )  # fmt: skip
     optimiser = Optimiser([denoiser], optim, spec.lr)
     images = hashlib.sha256(real.tensors["images"].numpy().tobytes()).hexdigest()
-    identity = digest_of([teacher.model_dump(mode="json", include={"parameterisation", "network", "train"}), images])
+    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), images])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
     if state := checkpoints.load_latest():
@@ -123,15 +123,26 @@ def _denoising_step(
 
 
 def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
-    """Write the manifest of a diffusers UNet folder the user placed at ``folder/unet``.
+    """Write the manifest of the diffusers UNet at ``folder/unet``: the user's, or converted from ``teacher.source``.
 
     Raises:
-        UserError: it is not there.
+        UserError: neither is there, or the network is not what ``teacher.network`` says.
     """
-    unet = folder / "unet"
+    unet, extra = folder / "unet", {}
     if not (unet / "config.json").exists():
-        raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json and safetensors) at {unet}")
-    return _manifest(folder, "unet", {})
+        source = Path(teacher.source) if teacher.source else None
+        if source is None or not source.exists():
+            place = f", or {source.name} at {source}" if source else ""
+            raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json, safetensors) at {unet}{place}")
+        from dmd2.convert import convert  # reads formats that no other teacher needs
+
+        convert(source, unet)
+        extra = {"source": {"path": str(source), "sha256": sha256(source)}}
+    config = read_json(unet / "config.json")
+    for key, wanted in (teacher.network or {}).items():
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
+    return _manifest(folder, "unet", extra)
 
 
 def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:

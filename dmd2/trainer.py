@@ -21,7 +21,7 @@ from dmd2.config import TrainConfig
 from dmd2.data import load_set, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError
-from dmd2.files import listing, write_json, write_text
+from dmd2.files import digest_of, listing, write_json, write_text
 from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
 from dmd2.progress import Progress
@@ -208,7 +208,8 @@ class Training:
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "processes": distributed.world_size(), "threads": self.hardware.threads, "torch": torch.__version__,
             "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "config": self.cfg.model_dump(mode="json"), "last": self.log[-1] if self.log else {},
+            "config": self.cfg.model_dump(mode="json"), "settings": digest_of(self.cfg.settings()),
+            "last": self.log[-1] if self.log else {},
             "files": listing(files, self.folder),
         }  # fmt: skip
         write_json(self.folder / "finished.json", record)

@@ -20,7 +20,7 @@ from dmd2.files import write_json, write_text
 from eval.compare_page import html, markdown
 from eval.contrasts import BETTER, Contrast, Pair, Seeds, judge
 from eval.differences import shown
-from eval.tables import LABELS
+from eval.table_text import LABELS
 from eval.versions import WORKSPACE, Rows, Side, open_side, read_published, read_rows, read_tables
 
 Tables = Mapping[str, dict[str, Any]]

@@ -12,7 +12,7 @@ from PIL import Image
 from eval.contrasts import BETTER, EQUAL, Verdict
 from eval.differences import shown
 from eval.report import TEMPLATES, code, sample_grid
-from eval.tables import LABELS, summary
+from eval.table_text import LABELS, summary
 from eval.versions import Side
 
 Document = Mapping[str, Any]

@@ -16,7 +16,7 @@ from scipy.stats import t, ttest_ind
 from dmd2.config import NOT_IDENTITY
 from eval.differences import Arm, difference, influences
 from eval.report import HIGHER, LOWER
-from eval.tables import FRECHET
+from eval.table_text import FRECHET
 from eval.versions import Seed, Side, inputs
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums

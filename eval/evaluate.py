@@ -26,7 +26,7 @@ from dmd2.progress import Progress
 from dmd2.quantise import quantise
 from dmd2.run import RunId, commit
 from dmd2.sample import sample_teacher, student_sample
-from dmd2.teachers import load_teacher
+from dmd2.teachers import build_network, load_teacher, wrap
 from eval.claims import SETTLED
 from eval.protocol import Protocol, Sample, save_influence
 
@@ -51,7 +51,11 @@ class Students:
         Raises:
             UserError: the run or its teacher is missing or damaged.
         """
-        network = teacher_of(cfg, device)  # same network, other weights
+        spec = cfg.teacher
+        if cfg.train.released:
+            network = wrap(build_network(spec.network or {}, seed=0), spec.parameterisation).eval().to(device)
+        else:
+            network = teacher_of(cfg, device)  # same network, other weights
         return Students(run, cfg, device, network, read_json(run.folder / "train.json")["files"])
 
     def sample(self, seeds: list[int]) -> Tensor:
@@ -81,17 +85,24 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         snapshots.append({"step": step, "student_updates": -(-step // cfg.critic.ratio), **measured.as_json()})
         progress.update(len(snapshots), {name: e.value for name, e in measured.estimates.items()})
     _save_grid(cfg, students.sample, out.with_name("grid.png"))
-    log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
     write_json(out, {
         "kind": "metrics", "run": str(run), "key": record["key"], "row": run.name, "seed": run.seed,
         "protocol": protocol.names,
-        "brightness_std": float(np.std([line["probe/brightness"] for line in log])), "snapshots": snapshots,
+        **brightness_stability(run, record), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
         "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
         "files": save_influence(out.with_name("influence.safetensors"), influence),
     })  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]:
+    """SD of the fixed-noise brightness over training; nothing for a released student, whose training is unknown."""
+    if "released" in record:
+        return {}
+    log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
+    return {"brightness_std": float(np.std([line["probe/brightness"] for line in log]))}
 
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:
@@ -103,7 +114,7 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
     _save_grid(cfg, sample, out.with_name("grid.png"))
     calls = 2 * spec.steps - 1 if spec.solver == "heun" else spec.steps
     write_json(out, {
-        "kind": "metrics", "run": f"{cfg.data.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
+        "kind": "metrics", "run": f"{out.parent.parent.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
         "protocol": protocol.names, "network_calls": calls, "sampler": spec.model_dump(mode="json"),
         "snapshots": [{"step": 0, "student_updates": 0, **measured.as_json()}], "eval_commit": commit(),
         "seconds": round(time.monotonic() - started, 1),

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from eval.claims import SETTLED
-from eval.tables import LABELS, Row
+from eval.table_text import LABELS, Row
 
 LOG_RANGE = 10.0  # a curve spanning more than this factor is drawn on a log axis
 MAX_POINTS = 600  # of a line, about two per pixel

@@ -23,7 +23,7 @@ from dmd2.made import made_from
 from dmd2.run import commit
 from eval import figures
 from eval.claims import MIN_SEEDS, SETTLED
-from eval.tables import FRECHET, LABELS, PAPER_NAME, cells, certainty, explained, hours, summary
+from eval.table_text import FRECHET, LABELS, PAPER_NAME, cells, certainty, explained, hours, published, summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
@@ -92,6 +92,7 @@ def view(bundle: Bundle) -> dict[str, Any]:
         "header": header(bundle),
         "certainty": certainty(bundle) if first in FRECHET else None,
         "explained": explained(bundle),
+        "others": published(bundle),
         "lines": lines(bundle),
         "protocol": bundle["rows"][0]["protocol"],
         "verdicts": [(mark, sum(c["verdict"] == mark for c in bundle["claims"])) for mark in MARKS],

@@ -70,3 +70,27 @@ def test_tables_may_name_exactly_the_claims_that_have_a_test() -> None:
 def test_claims_use_the_metric_of_their_table() -> None:
     m = Measurements({("dmd2", "fid"): {0: 1.0}, ("ttur", "fid"): {0: 2.0}})
     assert "dmd2 1, ttur 2" in judge(["C7"], m, "fid")[0]["evidence"]
+
+
+def over_time(**runs: list[tuple[float, float]]) -> Measurements:
+    """The same curve in three seeds, as one seed's values differ from another's by 0.01 only."""
+    named = {(name.replace("_", "-"), "fd"): curve for name, curve in runs.items()}
+    return Measurements({}, {k: {s: [(t, v + 0.01 * s) for t, v in c] for s in range(3)} for k, c in named.items()})
+
+
+def test_runs_are_compared_when_the_quicker_one_ended() -> None:
+    slow = [(100.0, 9.0), (200.0, 5.0), (400.0, 1.0)]  # better in the end, 4.0 after 250 s
+    assert CLAIMS["C4"].test(over_time(ttur=[(100.0, 8.0), (250.0, 3.0)], dmd=slow), "fd").verdict == "supported"
+    assert CLAIMS["C4"].test(over_time(ttur=[(100.0, 8.0), (250.0, 5.0)], dmd=slow), "fd").verdict == "refuted"
+    x, y = over_time(a=[(100.0, 8.0), (250.0, 3.0)], b=slow).at_equal_time("fd", "a", "b")
+    assert x == pytest.approx([3.0, 3.01, 3.02]) and y == pytest.approx([4.0, 4.01, 4.02])
+
+
+def test_a_run_without_a_training_has_no_time() -> None:
+    [verdict] = judge(["C6"], over_time(ttur=[(1.0, 2.0)]), "fd")
+    assert (verdict["verdict"], verdict["evidence"]) == ("undecided", "not measured: fd of async-lr")
+
+
+def test_the_best_published_number_is_one_value_for_every_seed() -> None:
+    values = {("dmd2", "fid"): {0: 1.5, 1: 1.6, 2: 1.4}, ("published best", "fid"): {0: 1.92}}
+    assert CLAIMS["C12"].test(Measurements(values), "fid").verdict == "supported"

@@ -15,7 +15,8 @@ from dmd2.ablations import load_experiment
 from dmd2.files import read_json, write_json, write_text
 from dmd2.run import RunId
 from eval import evaluate, report
-from eval.tables import build, cells, curves, markdown, means, tidy
+from eval.table_text import cells, markdown
+from eval.tables import build, curves, means, tidy
 from tests.browser import fake_results
 
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dmd2.config import RunConfig, Sampler, digest
+from dmd2.config import RunConfig, Sampler, TrainConfig, digest
 from tests import tiny
 
 OUTSIDE = {"train.steps", "train.snapshot_every", "train.checkpoint_every", "train.log_every"}
@@ -183,3 +183,12 @@ def test_json_round_trip_keeps_the_config():
 def test_a_run_needs_only_the_data_its_terms_read(changes, real, pairs):
     cfg = tiny.config("edm", **changes)
     assert (cfg.needs_real, cfg.needs_pairs) == (real, pairs)
+
+
+def test_a_switch_that_a_later_version_adds_leaves_earlier_runs_as_they_are():
+    class Later(TrainConfig):
+        added: float = 0.0
+
+    values = tiny.config().training().model_dump(mode="json")
+    assert digest(Later.model_validate(values)) == digest(TrainConfig.model_validate(values))
+    assert digest(Later.model_validate({**values, "added": 1.0})) != digest(Later.model_validate(values))

@@ -24,7 +24,7 @@ def workspace(tmp_path, monkeypatch):
     make(inputs.teacher, "teacher")
     make(inputs.real, "real")
     write_text(RUN.folder / "weights", "")
-    record = {"key": key(), "config": CONFIG.model_dump(mode="json"), "files": [{"path": "weights"}]}
+    record = {"key": key(), "settings": goal_of(RUN, CONFIG).config, "files": [{"path": "weights"}]}
     write_json(RUN.folder / "finished.json", record)
 
 

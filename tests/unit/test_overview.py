@@ -289,5 +289,7 @@ def test_an_unknown_name_gets_the_nearest_known_one(place: Path, name: str, sent
 
 
 def test_a_name_like_no_other_gets_the_list_of_tables(place: Path) -> None:
-    with pytest.raises(UserError, match=r"^no run or table is called \?; tables: demo, digits-multistep, "):
+    with pytest.raises(
+        UserError, match=r"^no run or table is called \?; tables: cifar10-table3, demo, digits-multistep, "
+    ):
         chosen_runs(["?"])

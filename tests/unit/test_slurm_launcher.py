@@ -1,6 +1,5 @@
 """A training as a Slurm job: what is sent, that it is sent once, and what is said when it fails."""
 
-import json
 import re
 import sys
 import time
@@ -13,7 +12,7 @@ import dmd2.wait
 from dmd2.ablations import load_experiment
 from dmd2.cluster import Cluster
 from dmd2.errors import UserError
-from dmd2.files import read_json, write_json
+from dmd2.files import digest_of, read_json, write_json
 from dmd2.inputs import Inputs, goal_of
 from dmd2.run import RunId
 from dmd2.slurm import SlurmTraining, extra_options
@@ -53,7 +52,7 @@ def queued(fake, job="7", state="RUNNING"):
 def finish(seed=RUN.seed):
     """The record of a finished training, as its job would write it."""
     key = Inputs.of(RUN, CONFIG).key(CONFIG, seed)
-    record = {"key": key, "config": CONFIG.model_dump(mode="json"), "files": []}
+    record = {"key": key, "settings": digest_of(CONFIG.settings()), "files": []}
     write_json(RUN.folder / "finished.json", record)
     return record
 
@@ -281,7 +280,7 @@ def test_a_job_that_never_started_is_told_even_without_accounting(fake):
 def test_a_result_that_appears_while_waiting_ends_the_wait(fake, monkeypatch):
     queued(fake)
     whenever_it_sleeps(monkeypatch, finish)
-    assert wait(goal_of(RUN, CONFIG), "7", 15)["config"] == json.loads(CONFIG.model_dump_json())
+    assert wait(goal_of(RUN, CONFIG), "7", 15)["settings"] == goal_of(RUN, CONFIG).config
 
 
 def test_a_silent_controller_is_said_once_and_waited_for(fake, monkeypatch, capsys):

@@ -64,12 +64,12 @@ def outdated(pattern):
 
 def as_json(section):
     """A config section as canonical JSON: what Snakemake tracks is what runs."""
-    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    return json.dumps(section.settings(), sort_keys=True)
 
 
 def pairs_config(cfg):
     """What pairs depend on, and nothing else of the rows that use them."""
-    sections = cfg.model_dump(mode="json", include={"data": True, "teacher": True, "regression": {"pairs"}})
+    sections = cfg.settings(include={"data": True, "teacher": True, "regression": {"pairs"}})
     return json.dumps(sections, sort_keys=True)
 
 

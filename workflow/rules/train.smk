@@ -1,8 +1,8 @@
-# One training per row and seed. Hardware is no param: another micro-batch or device must not restart a finished run.
+# One training per row and seed; a released student is only converted. Hardware is no param: another micro-batch or device must not restart a finished run.
 # Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
 def train_inputs(w):
     cfg = RUNS[w.base, w.run]
-    inputs = [teacher_manifest(cfg)]
+    inputs = [] if cfg.train.released else [teacher_manifest(cfg)]
     inputs += [real_manifest(cfg)] if cfg.needs_real else []
     inputs += [f"data/pairs/{cfg.pair_set}/manifest.json"] if cfg.needs_pairs else []
     inputs += [f"results/runs/{w.base}/{cfg.train.init_from}/seed{w.seed}/train.json"] if cfg.train.init_from else []

@@ -1,0 +1,145 @@
+"""The text of a table: cells for Markdown and the report, and the Markdown itself."""
+
+from collections.abc import Iterable
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from eval.claims import show
+from eval.differences import shown
+
+FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
+PAPER_NAME = {"fd": "fid"}  # the paper's metric that ours stands in for
+LABELS = {
+    "fd": "FD", "fid": "FID", "patch_fid": "Patch FID", "clip_score": "CLIP", "accuracy": "Class accuracy",
+    "brightness": "Brightness", "brightness_std": "Brightness SD",
+}  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def paper_value(row: Row, metric: str) -> float | None:
+    """The paper's number for a metric, or for the one ours stands in for."""
+    return row["paper"].get(metric, row["paper"].get(PAPER_NAME.get(metric, metric)))
+
+
+def summary(values: dict[Any, float]) -> str:
+    """``mean ± SD`` over seeds, or the single value."""
+    return show(np.array(list(values.values())))
+
+
+def hours(values: Iterable[float]) -> str:
+    """Mean of hours over seeds, with three digits."""
+    return show(np.array([fmean(values)]))
+
+
+def gap(bundle: dict[str, Any], row: Row) -> str:
+    """Distance to the paper: a difference when the metric is the paper's own, else both ratios to the reference row."""
+    metric = bundle["metrics"][0]
+    value, paper = float(np.mean(list(row["values"][metric].values()))), paper_value(row, metric)
+    if metric in row["paper"] and paper is not None:
+        return f"{value - paper:+.2f}"
+    reference = next((r for r in bundle["rows"] if r["run"] == bundle["reference_row"]), None)
+    if reference is None:
+        return "–"
+    ours = value / float(np.mean(list(reference["values"][metric].values())))
+    base = paper_value(reference, metric)
+    return f"×{ours:.2f}" + (f" (paper ×{paper / base:.2f})" if paper is not None and base else "")
+
+
+def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and text cells of the table, for Markdown and for the report."""
+    first = bundle["metrics"][0]
+    own = first in PAPER_NAME
+    gap_name = f"gap to `{bundle['reference_row']}`" if own else "gap"
+    header = ["run", *bundle["columns"], LABELS.get(first, first), f"paper's {LABELS[PAPER_NAME.get(first, first)]}"]
+    rest = [m for m in [*bundle["metrics"][1:], "brightness_std"]]
+    header += [gap_name, *(LABELS.get(m, m) for m in rest), "student updates", "wall time"]
+    gpu = any(cost["gpu_hours"] for row in bundle["rows"] for cost in row["cost"].values())
+    header.append("GPU-hours" if gpu else "CPU-hours")
+    lines = []
+    for row in bundle["rows"]:
+        paper = paper_value(row, first)
+        ticks = ["✓" if row["ticks"].get(c) else "" for c in bundle["columns"]]
+        others = [summary(row["values"][m]) if m in row["values"] else "–" for m in rest]
+        seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
+        updates = str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
+        papers = "–" if paper is None else f"{paper:.2f}"
+        spent = [cost["gpu_hours" if gpu else "cpu_hours"] for cost in row["cost"].values()]
+        lines.append([f"`{row['run']}`", *ticks, summary(row["values"][first]), papers, gap(bundle, row), *others,
+                      updates, f"{fmean(seconds):.0f} s" if seconds else "–",
+                      hours(spent) if spent else "–"])  # fmt: skip
+    return header, lines
+
+
+def certainty(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the second table: how sure the first metric is, and the paired differences."""
+    metric, base = bundle["metrics"][0], bundle["reference_row"]
+    label = LABELS.get(metric, metric)
+    header = ["run", label, "SE of the images", "bias at this n", f"{label} without bias"]
+    header += [f"minus `{base}`, paired, 95 %"] if base else []
+    lines = []
+    for row in bundle["rows"]:
+        found = [estimates[metric] for estimates in row["estimates"].values()]
+        value = float(np.mean([e["value"] for e in found]))
+        error = _root_mean_square([e["se"] for e in found])
+        bias = None if any(e["bias"] is None for e in found) else float(np.mean([e["bias"] for e in found]))
+        numbers = [value, error, bias, None if bias is None else value - bias]
+        lines.append([f"`{row['run']}`", *("–" if x is None else f"{x:.3g}" for x in numbers),
+                      *([shown(row["difference"])] if base else [])])  # fmt: skip
+    return header, lines
+
+
+def _root_mean_square(errors: list[float | None]) -> float | None:
+    known = [e for e in errors if e is not None]
+    return float(np.sqrt(np.mean(np.square(known)))) if len(known) == len(errors) else None
+
+
+def explained(bundle: dict[str, Any]) -> str:
+    """What the intervals of the second table cover."""
+    seeds = len(bundle["seeds"])
+    noise = (f"a t-interval over {seeds} training seeds, so it covers the noise of training and of sampling"
+             if seeds > 1 else "of one run: it covers the finite sample of images, not another training")  # fmt: skip
+    return ("SE and bias are those of the finite number of images at one training seed (root mean square over "
+            "seeds). Differences are taken at equal training seeds, sample seeds and labels; the interval is "
+            f"{noise}.")  # fmt: skip
+
+
+def published(bundle: dict[str, Any]) -> str:
+    """Numbers of other methods on the same data, lowest first; empty if there are none."""
+    metric, others = bundle["metrics"][0], bundle.get("published", {})
+    known = sorted((numbers[metric], name) for name, numbers in others.items() if metric in numbers)
+    if not known:
+        return ""
+    listed = ", ".join(f"{name} {value:g}" for value, name in known)
+    return f"Published {LABELS.get(metric, metric)} of other one-step methods: {listed}."
+
+
+def markdown(bundle: dict[str, Any]) -> str:
+    """The table as Markdown with its protocol, claims and warnings."""
+    header, lines = cells(bundle)
+    protocol = bundle["rows"][0]["protocol"]
+    text = [f"# {bundle['title']}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
+    seeds = bundle["seeds"]
+    spread = "one seed" if len(seeds) == 1 else f"mean ± SD over seeds {', '.join(map(str, seeds))}"
+    chosen = "the last snapshot" if bundle["select"] == "last" else "the best snapshot by the reported metric itself"
+    text += ["", f"{spread[0].upper()}{spread[1:]}; {chosen}; {protocol['images']} images per number, labels "
+             f"{protocol['labels']}, rounding {protocol['rounding']}; detector {protocol['detector']}; reference "
+             f"{protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."]  # fmt: skip
+    if bundle["metrics"][0] in PAPER_NAME:
+        text += ["", "FD is the Fréchet distance in this detector's features: it is not FID, and the paper's column "
+                 "is FID on its own dataset, so only ratios and orders can be compared."]  # fmt: skip
+    if bundle["metrics"][0] in FRECHET:
+        header, lines = certainty(bundle)
+        text += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        text += ["| " + " | ".join(line) + " |" for line in lines] + ["", explained(bundle)]
+    text += ["", others] if (others := published(bundle)) else []
+    text += ["", bundle["notes"]] if bundle["notes"] else []
+    text += ["", *(f"**Warning:** {warning}." for warning in bundle["warnings"])] if bundle["warnings"] else []
+    if bundle["claims"]:
+        text += ["", "| claim | paper | verdict | evidence |", "|---|---|---|---|"]
+        text += [f"| {c['id']}: {c['claim']} | {c['paper']} | **{c['verdict']}** | {c['evidence']} |"
+                 for c in bundle["claims"]]  # fmt: skip
+    return "\n".join(text) + "\n"
