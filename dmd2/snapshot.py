@@ -83,7 +83,7 @@ def find_snapshot(run: RunId, step: int | None = None, select: str | None = None
         raise UserError("give either --step or --select, not both")
     record = read_json(path)
     if source := record.get("released", {}).get("path"):
-        raise UserError(f"{run} is its authors' to publish; for a diffusers folder: python -m dmd2.convert {source} OUT")
+        raise UserError(f"{run} is its authors'; a diffusers folder of it: python -m dmd2.convert {source} FOLDER")
     try:
         cfg = TrainConfig.model_validate(record["config"])
     except ValidationError as error:
