@@ -63,15 +63,17 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
     noise = np.convolve(rng.standard_normal(len(at) + 20), np.ones(21) / 21, "valid") * (0.25 if unstable else 0.012)
     probe = 0.305 - 0.12 * np.exp(-at / steps * 14) + noise
     log = [json.dumps({"step": int(s), "probe/brightness": float(p)}) for s, p in zip(at, probe, strict=True)]
-    write_text(run.folder / "log.jsonl", "\n".join(log) + "\n")
+    unknown = {} if cfg.train.released is None else {"seconds": None, "cost": {}, "device": "released"}
+    if not unknown:
+        write_text(run.folder / "log.jsonl", "\n".join(log) + "\n")
     _grid(run.folder / "grid.png", 0.1 + (0.8 if unstable else 0.25 * (cfg.dm.weight == 0)), number)
     write_json(run.folder / "metrics.json", {
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
-        "brightness_std": float(probe[at >= SETTLED * steps].std()), "snapshots": snapshots,
+        **({} if unknown else {"brightness_std": float(probe[at >= SETTLED * steps].std())}), "snapshots": snapshots,
         "student_updates": -(-steps // ratio), "seconds": round(90 + 40 * rng.random(), 1), "device": "1 x CPU thread",
         "cost": {"source": "sacct", "gpu_hours": 0.0, "cpu_hours": (120 + number) / 3600, "starts": 1 + run.seed},
         "train_commit": "4be1c02d9", "eval_commit": "4be1c02d9", "config": cfg.model_dump(mode="json"),
-        "eval_seconds": 12.3, "files": _influence(run.folder, [s["step"] for s in snapshots], number),
+        "eval_seconds": 12.3, **unknown, "files": _influence(run.folder, [s["step"] for s in snapshots], number),
     })  # fmt: skip
 
 

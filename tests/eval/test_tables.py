@@ -129,3 +129,21 @@ def test_a_bundle_read_back_gives_the_same_cells(place: Path) -> None:
     by_gpu()
     bundle = build("digits-table3")
     assert cells(json.loads(json.dumps(bundle))) == cells(bundle)
+
+
+def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) -> None:
+    fake_results.workplace(tmp_path, root)
+    with chdir(tmp_path):
+        path = fake_results.bundle("released-imagenet64")
+        header, lines = cells(read_json(path))
+        shown = dict(zip(header, lines[1], strict=True))
+        assert (shown["run"], shown["wall time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
+        assert (shown["student updates"], shown["paper's FID"]) == ("38700", "1.51")
+        assert report.render([path]).count("released-dmd2") > 3
+
+
+def test_published_numbers_stand_below_the_table(place: Path) -> None:
+    others = {"published": {"CTM": {"fd": 1.92}, "BOOT": {"fd": 16.3}, "unmeasured": {"accuracy": 1.0}}}
+    write_json(place, read_json(place) | others)
+    sentence = "Published FD of other one-step methods: CTM 1.92, BOOT 16.3."
+    assert sentence in markdown(read_json(place)) and sentence in report.render([place])
