@@ -75,7 +75,7 @@ def _chosen(snapshots: list[dict[str, Any]], table: Table) -> dict[str, Any]:
 
 
 def _changed(base: RunConfig, cfg: RunConfig) -> dict[str, Any]:
-    old, new = base.model_dump(mode="json"), cfg.model_dump(mode="json")
+    old, new = base.complete(), cfg.complete()
     return {key: _at(new, key) for key in dotted_keys(new) if key.count(".") == 1 and _at(old, key) != _at(new, key)}
 
 
