@@ -50,10 +50,10 @@ class Batches:
             yield self._slice(Draws(self.seed, iteration, total, start, stop, self.device))
 
     def _slice(self, draws: Draws) -> Batch:
-        cfg, source, cond, real = self.cfg, None, None, None
-        if cfg.gan.on or cfg.generator.conditions == "real":
-            real = self._real(draws, "gan/real")
-        if cfg.generator.conditions == "real":
+        cfg, source, cond = self.cfg, None, None
+        conditions_real = cfg.generator.conditions == "real"
+        real = self._real(draws, "gan/real") if cfg.gan.on or conditions_real else None
+        if real is not None and conditions_real:
             source, cond = real
         elif cfg.generator.input != "noise" or cfg.data.classes == 0:
             # Multi-step runs, and text-conditioned ones, take their conditions from the real set.

@@ -236,7 +236,7 @@ class TrainConfig(Section):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
         ranges = (self.gan.noise_range, self.dm.index_range, self.critic.index_range)
         if self.gan.on and self.gan.shares_noise and len(set(ranges)) > 1:
-            told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(list, ranges))
+            told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*ranges)
             raise ValueError(f"gan.shares_noise needs one range of noise levels, not {told}")
         self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self
