@@ -3,6 +3,7 @@
 Hardware is not here (see workflow/cluster): the same config gives the same weights on one GPU or eight.
 """
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -145,12 +146,6 @@ class Gan(Section):
     r1_alpha: Weight = 0.1
     shares_noise: bool = later(False)
 
-    @model_validator(mode="after")
-    def _has_noise_to_share(self) -> Self:
-        if self.shares_noise and self.noise_range is None:
-            raise ValueError("shares_noise with noise_range null: clean images have no noise to share")
-        return self
-
     @property
     def on(self) -> bool:
         """Whether any GAN term is active."""
@@ -236,7 +231,7 @@ class TrainConfig(Section):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
         ranges = (self.gan.noise_range, self.dm.index_range, self.critic.index_range)
         if self.gan.on and self.gan.shares_noise and len(set(ranges)) > 1:
-            told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*ranges)
+            told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(json.dumps, ranges))
             raise ValueError(f"gan.shares_noise needs one range of noise levels, not {told}")
         self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self

@@ -153,11 +153,11 @@ def test_refuses(name):
         tiny.config("edm", **WRONG[name])
 
 
-def test_shared_noise_names_the_three_ranges_that_differ():
-    with pytest.raises(
-        ValidationError, match=r"noise_range \(0, 999\), dm.index_range \(20, 980\), critic.index_range"
-    ):
-        tiny.config("edm", gan__shares_noise=True)
+@pytest.mark.parametrize(("gan", "text"), [([0, 999], r"\[0, 999\]"), (None, "null")])
+def test_shared_noise_names_the_three_ranges_that_differ(gan, text):
+    told = rf"gan.noise_range {text}, dm.index_range \[20, 980\], critic.index_range \[0, 999\]"
+    with pytest.raises(ValidationError, match=told):
+        tiny.config("edm", gan__shares_noise=True, gan__noise_range=gan)
 
 
 def test_ranges_may_differ_where_no_gan_would_share_their_noise():
