@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dmd2.changes import apply_change, holds, validate
+from dmd2.changes import Change, apply_change, holds, validate
 from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
 from dmd2.run import SAMPLERS, RunId
@@ -22,18 +22,29 @@ NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 class Row(Section):
-    """One run of a table: its name, the change against the base, and what the paper reports for it."""
+    """One run of a table: its name, the change against the base, and what the paper reports for it.
+
+    `preset` names a file in workflow/presets whose change is applied before the row's own.
+    """
 
     run: Annotated[str, Field(pattern=NAME)]
+    preset: str | None = None
     change: dict[str, Any] = {}
     paper: dict[str, float | None] = {}
+
+
+class Preset(Section):
+    """A recipe: a change with a name, for rows of any table."""
+
+    title: str
+    change: dict[str, Any]
 
 
 class Table(Section):
     """One table or figure.
 
     `rows` lists rows or names another table whose rows (with the paper's numbers) are taken; `change` applies to all
-    of them before their own change, `row_change` to single ones after it.
+    of them before their preset and their own change, `row_change` to single ones after it.
     """
 
     title: str
@@ -60,11 +71,13 @@ class Experiment:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     runs: dict[tuple[str, str], RunConfig] = field(default_factory=dict)
     bases: dict[str, RunConfig] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=dict)
 
     def shown(self, table: str) -> Any:
         """All of a table that its text shows: an edited number of the paper remakes the table and nothing else."""
         rows = [row.settings() for row in self.rows[table]]
-        return [self.tables[table].settings(), rows]
+        presets = {row.preset: self.presets[row.preset].change for row in self.rows[table] if row.preset is not None}
+        return [self.tables[table].settings(), rows, presets]
 
     def measured(self, table: str) -> list[str]:
         """Files of metrics that a table is made from."""
@@ -80,13 +93,18 @@ class Experiment:
 
 def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
     """A base as plain values, defaults included, and validated."""
+    source = read_yaml(_named("base", name, folder))
+    cfg = validate(RunConfig, _with_protocol(source), source)
+    return cfg.model_dump(mode="json"), cfg
+
+
+def _named(kind: str, name: str, folder: Path) -> Path:
+    """The file of a base or preset; UserError with the nearest name if there is none."""
     path = folder / f"{name}.yaml"
     if not path.exists():
         near = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.yaml")], n=1)
-        raise UserError(f"there is no base {path}" + (f", did you mean {near[0]}?" if near else ""))
-    source = read_yaml(path)
-    cfg = validate(RunConfig, _with_protocol(source), source)
-    return cfg.model_dump(mode="json"), cfg
+        raise UserError(f"there is no {kind} {path}" + (f", did you mean {near[0]}?" if near else ""))
+    return path
 
 
 def _with_protocol(source: YamlFile) -> Any:
@@ -101,7 +119,7 @@ def _with_protocol(source: YamlFile) -> Any:
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
-    """Read every table, merge each row over its base and validate it.
+    """Read every table, merge each row over its base and validate it; presets lie beside the folder of bases.
 
     Raises:
         UserError: one sentence with file, line and key for the first problem found.
@@ -161,20 +179,21 @@ def _add_runs(
         if row.run in seen:
             raise UserError(f"{place}: row {row.run} appears twice in the table")
         seen.add(row.run)
+        changes = [
+            Change(table.change, sources[name], ("change",)),
+            *_preset(experiment, row, source.where("rows", i, "preset"), bases.with_name("presets")),
+            Change(row.change, source, ("rows", i, "change")),
+            Change(table.row_change.get(row.run, {}), sources[name], ("row_change", row.run)),
+        ]
         try:
-            changed = apply_change(values, table.change, row.change, table.row_change.get(row.run, {}))
+            changed = apply_change(values, *(change.values for change in changes))
         except KeyError as error:
             key = error.args[0].removeprefix("no key ").split(",")[0]
-            places = [
-                (table.row_change.get(row.run, {}), sources[name], ("row_change", row.run, key)),
-                (table.change, sources[name], ("change", key)),
-                (row.change, source, ("rows", i, "change", key)),
-            ]
-            where = next(file.where(*keys) for change, file, keys in places if key in change)
+            where = next(change.where(key) for change in changes if key in change.values)
             raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
         if changed["eval"]["protocol"] != values["eval"]["protocol"]:
             raise UserError(f"{place}: row {row.run}: eval.protocol belongs to the base: the rows of a table share one")
-        cfg = validate(RunConfig, changed, source, "rows", i, "change")
+        cfg = validate(RunConfig, changed, source, "rows", i, "change", changes=changes)
         earlier = experiment.runs.setdefault((table.base, row.run), cfg)
         if earlier != cfg:
             same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]
@@ -183,10 +202,21 @@ def _add_runs(
             raise UserError(f"{place}: row {row.run} contradicts the row of that name in table {other} ({keys})")
 
 
+def _preset(experiment: Experiment, row: Row, place: str, folder: Path) -> list[Change]:
+    """The change of the row's preset, which the experiment then knows; none without one."""
+    if row.preset is None:
+        return []
+    try:
+        source = read_yaml(_named("preset", row.preset, folder))
+    except UserError as error:
+        raise UserError(f"{place}: row {row.run}: {error}") from None
+    experiment.presets[row.preset] = preset = validate(Preset, source.value, source)
+    return [Change(preset.change, source, ("change",))]
+
+
 def _differences(a: RunConfig, b: RunConfig) -> str:
     def leaves(cfg: RunConfig) -> dict[str, Any]:
-        values = cfg.model_dump(mode="json")
-        return {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()}
+        return {f"{s}.{k}": v for s, section in cfg.model_dump(mode="json").items() for k, v in section.items()}
 
     left, right = leaves(a), leaves(b)
     return "; ".join(f"{key}: {left[key]} there, {right[key]} here" for key in left if left[key] != right[key])

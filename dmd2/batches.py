@@ -17,7 +17,7 @@ from dmd2.rng import Draws
 class Batch:
     """A slice of one iteration's global batch.
 
-    cond: what the student generates for. real, real_cond: real images of the GAN. source: real images that
+    cond: what the student generates for. real: real images of the GAN with their condition. source: real images that
     ``noised_real`` starts from (their condition is `cond`). pairs: (noise, image, condition) of the regression.
     share: this slice's part of the global batch, so that shares of all slices sum to 1.
     """
@@ -51,7 +51,11 @@ class Batches:
 
     def _slice(self, draws: Draws) -> Batch:
         cfg, source, cond = self.cfg, None, None
-        if cfg.generator.input != "noise" or cfg.data.classes == 0:
+        conditions_real = cfg.generator.conditions == "real"
+        real = self._real(draws, "gan/real") if cfg.gan.on or conditions_real else None
+        if real is not None and conditions_real:
+            source, cond = real
+        elif cfg.generator.input != "noise" or cfg.data.classes == 0:
             # Multi-step runs, and text-conditioned ones, take their conditions from the real set.
             source, cond = self._real(draws, "source")
         else:
@@ -60,7 +64,7 @@ class Batches:
             draws,
             share=(draws.stop - draws.start) / draws.total,
             cond=cond,
-            real=self._real(draws, "gan/real") if cfg.gan.on else None,
+            real=real,
             source=source,
             pairs=self._pairs(draws) if cfg.needs_pairs else None,
         )

@@ -36,7 +36,9 @@ def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.devi
     return Models(
         student, teacher, critic, head,
         student_optimiser=Optimiser([student], cfg.optim, cfg.optim.lr),
-        critic_optimiser=Optimiser([critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier),
+        critic_optimiser=Optimiser(
+            [critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic
+        ),
         null=None if null is None else null.to(device),
         distance=regression_distance(cfg.regression.distance) if cfg.needs_pairs else None,
     )  # fmt: skip

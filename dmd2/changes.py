@@ -3,7 +3,9 @@
 import difflib
 import operator as op
 import re
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import yaml
@@ -16,6 +18,19 @@ from dmd2.yaml_file import YamlFile
 Model = TypeVar("Model", bound=Section)
 _CONDITION = re.compile(r"^([a-z_]+(?:\.[a-z_0-9]+)+)\s*(==|!=|>=|<=|>|<)\s*(\S+)$")
 _COMPARE = {"==": op.eq, "!=": op.ne, ">": op.gt, "<": op.lt, ">=": op.ge, "<=": op.le}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Dotted keys with their new values, and where they are written."""
+
+    values: dict[str, Any]
+    source: YamlFile
+    keys: tuple[str | int, ...]
+
+    def where(self, key: str) -> str:
+        """``file:line`` of one of its keys."""
+        return self.source.where(*self.keys, key)
 
 
 def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
@@ -59,20 +74,33 @@ def dotted_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def validate(model: type[Model], values: dict[str, Any], source: YamlFile, *prefix: str | int) -> Model:
-    """Validate values; the first problem becomes one sentence with file, line and key."""
+def validate(
+    model: type[Model], values: dict[str, Any], source: YamlFile, *prefix: str | int, changes: Sequence[Change] = ()
+) -> Model:
+    """Validate values; the first problem becomes one sentence with file, line and key.
+
+    `changes` are what was applied to the values, in order: a key is blamed on the last of them that gives it, and
+    anything else on `prefix` in `source`.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(model, error, source, prefix)) from None
+        raise UserError(_sentence(model, error, source, prefix, changes)) from None
 
 
-def _sentence(model: type[Section], error: ValidationError, source: YamlFile, prefix: tuple[str | int, ...]) -> str:
+def _sentence(
+    model: type[Section],
+    error: ValidationError,
+    source: YamlFile,
+    prefix: tuple[str | int, ...],
+    changes: Sequence[Change],
+) -> str:
     errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = tuple(k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function")))
     dotted = ".".join(str(k) for k in keys)
-    place = source.where(*prefix, dotted) if (*prefix, dotted) in source.lines else source.where(*prefix, *keys)
+    blamed = ((c, key) for c in reversed(changes) for key in c.values if f"{dotted}.".startswith(f"{key}."))
+    place = next((change.where(key) for change, key in blamed), source.where(*prefix, *keys))
     if first["type"] == "extra_forbidden":
         siblings = [k for k in _known_keys(model) if k.count(".") == dotted.count(".")]
         near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)

@@ -3,6 +3,7 @@
 Hardware is not here (see workflow/cluster): the same config gives the same weights on one GPU or eight.
 """
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -71,11 +72,16 @@ class Teacher(Section):
 
 
 class Generator(Section):
-    """What the student is fed: its input, number of steps and first time (a sigma for edm, a step for eps)."""
+    """What the student is fed: its input, number of steps and first time (a sigma for edm, a step for eps).
+
+    conditions: drawn apart from the GAN's real batch (labels uniformly, captions from the real set), or those of that
+    real batch, whose images then are also what ``noised_real`` starts from (FastGen).
+    """
 
     input: Literal["noise", "noised_real", "backward_simulation"]
     steps: Annotated[int, Field(ge=1, le=1000)]
     time: Annotated[float, Field(gt=0)]
+    conditions: Literal["drawn", "real"] = "drawn"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -94,13 +100,29 @@ class DistributionMatching(Section):
 
 
 class Critic(Section):
-    """K: `ratio` critic updates per student update (TTUR). shares_iteration False makes the two exclusive (FastGen)."""
+    """K: in each iteration one update, in every `ratio`-th one of the student too (TTUR), from iteration 0 on.
+
+    shares_iteration false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
+    index_range: noise levels of the denoising loss, inclusive.
+    """
 
     ratio: Positive
     denoise_weight: Weight
     weighting: Literal["edm", "eps", "x0"]
     lr_multiplier: Annotated[float, Field(gt=0)]
     shares_iteration: bool = True
+    index_range: IndexRange = (0, 999)
+
+    def turns(self, it: int) -> tuple[bool, bool]:
+        """Whether iteration `it`, counted from 0, updates the student and whether it updates the critic."""
+        if self.shares_iteration:
+            return it % self.ratio == 0, True
+        student = it % self.ratio == self.ratio - 1
+        return student, not student
+
+    def student_updates(self, iterations: int) -> int:
+        """Updates of the student in the first `iterations`."""
+        return -(-iterations // self.ratio) if self.shares_iteration else iterations // self.ratio
 
     @model_validator(mode="after")
     def _gets_turns(self) -> Self:
@@ -110,7 +132,11 @@ class Critic(Section):
 
 
 class Gan(Section):
-    """Head on a denoiser's bottleneck; noise_range null classifies clean images."""
+    """Head on a denoiser's bottleneck; noise_range null classifies clean images.
+
+    shares_noise: the student's GAN term judges the very sample that L_DM noised, and the discriminator the student
+    images that L_K noised (FastGen); real images keep a draw of their own. Otherwise all are noised independently.
+    """
 
     lambda_g: Weight
     lambda_d: Weight
@@ -118,6 +144,7 @@ class Gan(Section):
     noise_range: IndexRange | None
     r1_weight: Weight = 0.0
     r1_alpha: Weight = 0.1
+    shares_noise: bool = False
 
     @property
     def on(self) -> bool:
@@ -148,7 +175,10 @@ class Regression(Section):
 
 
 class Optim(Section):
-    """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update."""
+    """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update.
+
+    clip bounds the gradient norm of the student and, unless clip_critic is false, that of critic and head together.
+    """
 
     lr: Annotated[float, Field(gt=0)]
     batch: Positive
@@ -158,10 +188,11 @@ class Optim(Section):
     weight_decay: Weight
     betas: Annotated[tuple[float, float], Field(strict=False)]
     ema: Annotated[float, Field(gt=0, lt=1)] | None
+    clip_critic: bool = True
 
 
 class Train(Section):
-    """Length in critic updates (as in the paper), precision, and another run's name to start weights from.
+    """Length in iterations (the paper's count: critic updates), precision, another run's name to start weights from.
 
     `released` names a file with this student's weights as its authors published them: nothing is trained then, and
     `steps` is what they trained.
@@ -211,15 +242,20 @@ class TrainConfig(Section):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
         if self.train.released is not None and self.teacher.network is None:
             raise ValueError("train.released needs teacher.network: the architecture of the weights in the file")
+        ranges = (self.gan.noise_range, self.dm.index_range, self.critic.index_range)
+        if self.gan.on and self.gan.shares_noise and len(set(ranges)) > 1:
+            told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(json.dumps, ranges))
+            raise ValueError(f"gan.shares_noise needs one range of noise levels, not {told}")
         self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self
 
     @property
     def needs_real(self) -> bool:
-        """Whether training reads the real set: for the GAN, for multi-step inputs, or for its captions."""
+        """Whether training reads the real set: for the GAN, for multi-step inputs, or for its conditions."""
         if self.train.released is not None:
             return False
-        return self.gan.on or self.generator.input != "noise" or self.data.classes == 0
+        conditions = self.data.classes == 0 or self.generator.conditions == "real"
+        return self.gan.on or self.generator.input != "noise" or conditions
 
     @property
     def needs_pairs(self) -> bool:

@@ -183,7 +183,7 @@ def facts(snapshot: Snapshot) -> dict[str, str]:
         "config": f"digest `{digest(cfg)}`; with its inputs `{record['key']}`",
         "commit": f"`{record['commit']}`",
         "snapshot": f"step {snapshot.step} of {record['steps']} critic updates, "
-                    f"{-(-snapshot.step // cfg.critic.ratio)} student updates; sha256 `{snapshot.entry['sha256']}`",
+                    f"{cfg.critic.student_updates(snapshot.step)} student updates; sha256 `{snapshot.entry['sha256']}`",
         "teacher": f"`{cfg.teacher.name}` ({cfg.teacher.parameterisation}, {teacher}), "
                    f"guidance {cfg.teacher.guidance:g}",
         "data": f"`{cfg.data.name}`: {ORIGINS.get(cfg.data.source.kind, cfg.data.source.kind)}",

@@ -17,11 +17,11 @@ class Optimiser:
     in iterations even for the student, which is not updated in each.
     """
 
-    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
+    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float, clips: bool = True) -> None:
         self.parameters = [
             p for module in modules if module is not None for p in module.parameters() if p.requires_grad
         ]
-        self.cfg, self.lr = cfg, lr
+        self.cfg, self.lr, self.clips = cfg, lr, clips
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay, eps=1e-8, fused=True
         )
@@ -33,7 +33,9 @@ class Optimiser:
     def step(self, it: int) -> Tensor:
         """Sum gradients over processes, clip their joint norm, update, clear; returns the norm before clipping."""
         sum_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clips:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr_at(it)
         self.adamw.step()

@@ -21,10 +21,12 @@ from dmd2.losses import (
     generator_gan_loss,
 )
 from dmd2.optimiser import Optimiser
-from dmd2.schedules import LEVELS, add_noise, loss_weight, spread
+from dmd2.schedules import add_noise, loss_weight, spread
 from dmd2.student_input import student_input
 
 Logs = dict[str, Tensor]
+# Whose level and noise the GAN takes under gan.shares_noise: draws are addressed, so an equal name is an equal draw.
+SHARED_NOISE = {"gan/generator": "dm", "gan/fake": "critic"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Models:
 
 
 def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainConfig) -> Logs:
-    """Iteration `it`: the student is updated when ``it % ratio == 0``, the critic always, on the same images."""
+    """Iteration `it`: every `ratio`-th updates the student, each the critic on the same images (`Critic.turns`)."""
     logs: Logs = {}
-    update_student = it % cfg.critic.ratio == 0
+    update_student, update_critic = cfg.critic.turns(it)
     generated: list[tuple[Batch, Tensor]] = []
     for batch in micro_batches:
         x_t, t = student_input(m.student, batch, cfg.generator, image_shape(cfg))
@@ -55,7 +57,7 @@ def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainCon
         generated.append((batch, x.detach()))
     if update_student:
         logs["student/grad_norm"] = m.student_optimiser.step(it)
-    if cfg.critic.shares_iteration or not update_student:
+    if update_critic:
         for batch, x in generated:
             (batch.share * critic_loss(m, x, batch, cfg, logs)).backward()
         logs["critic/grad_norm"] = m.critic_optimiser.step(it)
@@ -117,7 +119,7 @@ def _regression(m: Models, batch: Batch, cfg: TrainConfig) -> Tensor:
 
 
 def _critic_denoising(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig) -> Tensor:
-    x_t, t = _noised(m.critic, x, batch, "critic", (0, LEVELS - 1))
+    x_t, t = _noised(m.critic, x, batch, "critic", cfg.critic.index_range)
     return denoising_loss(m.critic(x_t, t, batch.cond), x, loss_weight(m.critic.schedule, t, cfg.critic.weighting))
 
 
@@ -140,6 +142,8 @@ def _discriminator(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: L
 def _logits(m: Models, images: Tensor, cond: Condition, batch: Batch, name: str, cfg: Gan) -> Tensor:
     """Head on the bottleneck of diffused images ("diffusion GAN"); level and noise are drawn per `name`."""
     assert m.head is not None
+    if cfg.shares_noise:
+        name = SHARED_NOISE.get(name, name)
     network = m.critic if cfg.features_from == "critic" else m.teacher
     if cfg.noise_range is None:
         images_tau, tau = (

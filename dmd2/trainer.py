@@ -109,7 +109,7 @@ class Training:
         it = self.step
         self.recent.append((it, train_step(self.models, self.batches.at(it), it, self.cfg)))
         self.step += 1
-        if self.ema is not None and self.cfg.optim.ema and it % self.cfg.critic.ratio == 0:
+        if self.ema is not None and self.cfg.optim.ema and self.cfg.critic.turns(it)[0]:
             targets = [p.detach() for p in self.models.student.parameters()]
             torch._foreach_lerp_(list(self.ema.parameters()), targets, 1 - self.cfg.optim.ema)
         if self.step % self.cfg.train.log_every == 0 or self.step == self.cfg.train.steps:
@@ -204,7 +204,7 @@ class Training:
         files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
         record = {
             "kind": "run", "run": str(self.run_id), "key": self.key, "steps": self.step,
-            "student_updates": -(-self.step // self.cfg.critic.ratio), "seconds": round(self.seconds, 1),
+            "student_updates": self.cfg.critic.student_updates(self.step), "seconds": round(self.seconds, 1),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "processes": distributed.world_size(), "threads": self.hardware.threads, "torch": torch.__version__,
             "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),

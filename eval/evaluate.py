@@ -82,7 +82,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
     for step, identity in students.loaded():
         measured = protocol.measure(students.sample, identity, scratch)
         influence[step] = measured.influence
-        snapshots.append({"step": step, "student_updates": -(-step // cfg.critic.ratio), **measured.as_json()})
+        snapshots.append({"step": step, "student_updates": cfg.critic.student_updates(step), **measured.as_json()})
         progress.update(len(snapshots), {name: e.value for name, e in measured.estimates.items()})
     _save_grid(cfg, students.sample, out.with_name("grid.png"))
     write_json(out, {

@@ -135,6 +135,15 @@ WRONG = {
     "more shards than pairs": {"regression__pairs__shards": 17},
     "reversed index range": {"dm__index_range": [980, 20]},
     "reversed GAN noise range": {"gan__noise_range": [999, 0]},
+    "shared noise of clean images": {"gan__shares_noise": True, "gan__noise_range": None},
+    "shared noise without one range": {"gan__shares_noise": True},
+    "shared noise but another range of the critic": {
+        "gan__shares_noise": True,
+        "gan__noise_range": [20, 980],
+        "critic__index_range": [0, 980],
+    },
+    "reversed critic range": {"critic__index_range": [5, 4]},
+    "unknown conditions": {"generator__conditions": "fake"},
 }
 
 
@@ -142,6 +151,17 @@ WRONG = {
 def test_refuses(name):
     with pytest.raises(ValidationError):
         tiny.config("edm", **WRONG[name])
+
+
+@pytest.mark.parametrize(("gan", "text"), [([0, 999], r"\[0, 999\]"), (None, "null")])
+def test_shared_noise_names_the_three_ranges_that_differ(gan, text):
+    told = rf"gan.noise_range {text}, dm.index_range \[20, 980\], critic.index_range \[0, 999\]"
+    with pytest.raises(ValidationError, match=told):
+        tiny.config("edm", gan__shares_noise=True, gan__noise_range=gan)
+
+
+def test_ranges_may_differ_where_no_gan_would_share_their_noise():
+    tiny.config("edm", gan__shares_noise=True, gan__lambda_g=0.0, gan__lambda_d=0.0)
 
 
 @pytest.mark.parametrize("section", sorted(tiny.values("edm")))
@@ -179,6 +199,7 @@ def test_json_round_trip_keeps_the_config():
     ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0}, False, False),
     ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "generator__input": "noised_real"}, True, False),
     ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "regression__weight": 1.0}, False, True),
+    ({"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "generator__conditions": "real"}, True, False),
 ])  # fmt: skip
 def test_a_run_needs_only_the_data_its_terms_read(changes, real, pairs):
     cfg = tiny.config("edm", **changes)

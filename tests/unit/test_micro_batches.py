@@ -6,6 +6,8 @@ import torch
 from dmd2.step import train_step
 from tests import tiny
 
+ONE_RANGE = {"dm__index_range": [2, 998], "critic__index_range": [2, 998], "gan__noise_range": [2, 998]}
+FASTGEN = {**ONE_RANGE, "gan__shares_noise": True, "critic__shares_iteration": False, "critic__ratio": 2}
 SETTINGS = {
     "full method": ("edm", {}),
     "regression": ("edm", {"regression__weight": 0.25}),
@@ -13,13 +15,17 @@ SETTINGS = {
     "backward simulation": ("eps-text", {"generator": {"input": "backward_simulation", "steps": 4, "time": 999.0}}),
     "noised real": ("eps-sdxl", {"generator": {"input": "noised_real", "steps": 4, "time": 999.0}}),
     "R1": ("edm", {"gan__r1_weight": 10.0}),
+    "FastGen": (
+        "edm",
+        {**FASTGEN, "generator__conditions": "real", "gan__features_from": "teacher", "optim__clip_critic": False},
+    ),
 }
 
 
 def updates(setting, micro_batch, iterations=2):
     """Change of the weights of student, critic and head after some iterations, each as one vector."""
     kind, changes = SETTINGS[setting]
-    cfg = tiny.config(kind, optim__batch=16, critic__ratio=1, **changes)
+    cfg = tiny.config(kind, **{"optim__batch": 16, "critic__ratio": 1, **changes})
     m, b = tiny.models(kind, cfg), tiny.batches(kind, cfg, micro_batch)
     modules = (m.student, m.critic, m.head)
     before = [torch.cat([p.detach().flatten() for p in module.parameters()]).clone() for module in modules]

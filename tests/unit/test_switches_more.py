@@ -71,7 +71,7 @@ def test_shared_iterations_update_the_critic_every_time():
 
 
 def test_exclusive_iterations_give_4_critic_updates_per_student_update():
-    assert turns(False) == "GKKKK" * 2
+    assert turns(False) == "KKKKG" * 2
 
 
 def test_exclusive_turns_with_ratio_1_are_refused_since_the_critic_would_never_train():
