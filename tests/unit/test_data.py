@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dmd2.config import Data
-from dmd2.data import TensorSet, load_set, prepare, read_idx, save_shard
+from dmd2.data import TensorSet, load_set, prepare, save_shard
 from dmd2.errors import UserError
 from dmd2.files import content_of, listing, write_json
+from dmd2.readers import read_idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 PIXELS = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)
@@ -181,7 +182,7 @@ def test_images_that_do_not_fit_the_resolution_are_told(source, tmp_path, resolu
 
 def test_a_source_without_reader_says_where_to_put_shards(tmp_path):
     with pytest.raises(UserError, match="put safetensors shards"):
-        prepare(data("lmdb", "x"), tmp_path / "out")
+        prepare(data("latents", "x"), tmp_path / "out")
 
 
 def test_a_failed_preparation_leaves_no_manifest(source, tmp_path):
