@@ -115,36 +115,44 @@ def hub(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
     import datasets  # four seconds
 
-    source = data.source
+    source, place = data.source, Path(data.source.path or "")
     image, label = source.image or "image", source.label or "label"
     try:
-        rows = _opened(datasets, Path(source.path or ""), source.split or "train")
+        rows = _opened(datasets, place, source.split or "train")
         columns: Any = rows.features or next(iter(rows), {})
         if lacking := {image, label} - set(columns):
             raise UserError(
-                f"data {data.name}: {source.path} has no column {min(lacking)}, only {', '.join(columns)}: name them "
-                "with data.source.image and data.source.label"
+                f"data {data.name}: {place} has no column {min(lacking)}, only {', '.join(columns)}: name them with "
+                "data.source.image and data.source.label"
             )
         rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         yield from decoded(data, _rows(data, rows, image, label))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"data {data.name}: the hub set {source.path} cannot be read ({_first_line(error)}); nothing is downloaded "
-            "unless asked: download it to a folder that you name as path, or prepare it with HF_HUB_OFFLINE=0 set"
-        ) from None
+    except (OSError, ValueError, KeyError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data {data.name}: the hub set {place} cannot be read ({reason}); {_advice(place)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _advice(place: Path) -> str:
+    if place.exists():
+        return "check data.source, or fetch it again"
+    return (
+        "nothing is downloaded unless asked: download it to a folder that you name as path, or prepare it with "
+        "HF_HUB_OFFLINE=0 in the environment"
+    )
 
 
 def _opened(datasets: Any, place: Path, split: str) -> Any:
-    """The rows, of files streamed: without a copy in the cache."""
+    """The rows; those of local files are streamed, without a copy in the cache."""
     if (place / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(place))[split]
+        parts = datasets.load_from_disk(str(place))
+        if split not in parts:
+            raise ValueError(f"it has no split {split}, only {', '.join(parts)}")
+        return parts[split]
     if (place / "state.json").exists():
         return datasets.load_from_disk(str(place))
     if place.is_file():
+        if place.suffix not in (".parquet", ".arrow"):
+            raise ValueError("a file has to be .parquet or .arrow")
         return datasets.load_dataset(place.suffix[1:], data_files=str(place), split="train", streaming=True)
     return datasets.load_dataset(str(place), split=split, streaming=place.is_dir())
 
