@@ -64,7 +64,7 @@ class TensorSet:
     def images(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Images in [-1, 1] (or latents), float32 ``(B, C, H, W)``."""
         images = self.tensor("images", indices, device)
-        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+        return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
 
     def condition(self, indices: Tensor, device: torch.device | str = "cpu") -> Condition:
         """Conditions of the same rows."""
