@@ -172,9 +172,9 @@ def test_many_images_are_read_in_order(tmp_path, monkeypatch):
     assert_read(write_files(tmp_path, edm_files()))
 
 
-def as_png(image):
+def as_png(image, form="png"):
     buffer = io.BytesIO()
-    image.save(buffer, "png")
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -217,6 +217,7 @@ BROKEN_IMAGES = {
     "no image": (b"hello", "is not a readable image"),
     "empty": (b"", "is not a readable image"),
     "16 bits": (as_png(Image.fromarray(np.zeros((8, 8), np.uint16))), "has more than 8 bits"),
+    "floats": (as_png(Image.fromarray(np.ones((8, 8), np.float32)), "tiff"), "has more than 8 bits"),
     "transparent": (as_png(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "is transparent"),
 }
 
@@ -362,6 +363,7 @@ BROKEN_BATCHES = {
     "labels that are none": python2({"labels": ["a", "b"], "data": CIFAR[:2]}),
     "too few labels": python2({"labels": [1], "data": CIFAR[:2]}),
     "floats": python2({"labels": [1, 2], "data": CIFAR[:2].astype(np.float32)}),
+    "signed bytes": python2({"labels": [1, 2], "data": CIFAR[:2].astype(np.int8)}),
     "another size": python2({"labels": [1, 2], "data": CIFAR[:2, :48]}),
 }
 
