@@ -1,11 +1,12 @@
 """Tensor sets on disk: real images and teacher pairs, as safetensors shards behind a checksummed manifest."""
 
-import gzip
 import json
-import zlib
-from dataclasses import dataclass
+import math
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,31 +20,55 @@ from dmd2.config import Data
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import atomic, listing, read_json, verified, write_json
 from dmd2.made import recorded
+from dmd2.readers import read
 
+SHARD_BYTES = 1 << 28  # of images: what preparing a set holds in memory
 CONDITIONS = ("labels", "text", "pooled", "time_ids")
 
 
-@dataclass(frozen=True)
 class TensorSet:
-    """Tensors of equal length: ``images`` (uint8, or float latents), conditions, and ``noise`` for pairs."""
+    """Tensors of equal length: ``images`` (uint8, or float latents), conditions, and ``noise`` for pairs.
 
-    tensors: dict[str, Tensor]
+    Args:
+        shards: the same tensors by name, one part of the rows after the other; never joined here, so that shards
+            mapped from files stay on disk.
+    """
+
+    def __init__(self, *shards: dict[str, Tensor]) -> None:
+        self.shards = shards
+        self.ends = torch.tensor([len(shard["images"]) for shard in shards]).cumsum(0)
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1]])
 
     def __len__(self) -> int:
-        return len(self.tensors["images"])
+        return int(self.ends[-1])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Whole tensors; those of several shards are copied into memory, so only for small sets."""
+        if len(self.shards) == 1:
+            return self.shards[0]
+        return {name: torch.cat([shard[name] for shard in self.shards]) for name in self.shards[0]}
 
     def tensor(self, name: str, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """Rows of one tensor on `device`."""
-        return self.tensors[name][indices].to(device)
+        """Rows of one tensor on `device`; `indices` are int64 ``(B,)`` from 0 to the length - 1."""
+        if len(self.shards) == 1 or not len(indices):
+            return self.shards[0][name][indices].to(device)
+        shard = torch.bucketize(indices, self.ends, right=True)
+        if indices.min() < 0 or shard.max() == len(self.shards):
+            raise IndexError(f"rows {int(indices.min())} to {int(indices.max())} are not all in a set of {len(self)}")
+        rows = indices - self.starts[shard]
+        # A row is a contiguous piece of one file; per-shard gathers would be ten times slower with sixty shards.
+        found = zip(shard.tolist(), rows.tolist(), strict=True)
+        return torch.stack([self.shards[number][name][row] for number, row in found]).to(device)
 
     def images(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Images in [-1, 1] (or latents), float32 ``(B, C, H, W)``."""
         images = self.tensor("images", indices, device)
-        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+        return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
 
     def condition(self, indices: Tensor, device: torch.device | str = "cpu") -> Condition:
         """Conditions of the same rows."""
-        present = [name for name in CONDITIONS if name in self.tensors]
+        present = [name for name in CONDITIONS if name in self.shards[0]]
         return Condition(**{name: self.tensor(name, indices, device) for name in present})
 
 
@@ -68,81 +93,98 @@ def load_shard(path: Path) -> dict[str, Tensor]:
 
 
 def load_set(manifest: Path) -> TensorSet:
-    """Load every shard a manifest lists, each verified against its checksum."""
-    shards = [load_shard(verified(manifest.parent, entry)) for entry in read_json(manifest)["files"]]
-    return TensorSet({name: torch.cat([shard[name] for shard in shards]) for name in shards[0]})
+    """Map every shard a manifest lists into memory, each verified against its checksum once per process.
+
+    Pages are read when used and are the system's to drop again: a set may be larger than memory.
+
+    Raises:
+        UserError: a shard is missing, changed, or of other tensors than the first.
+    """
+    paths = [_verified(manifest.parent, entry) for entry in read_json(manifest)["files"]]
+    shards = [load_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if _rows_of(shard) != _rows_of(shards[0]):
+            raise UserError(f"{path} holds {_rows_of(shard)}, but {paths[0].name} {_rows_of(shards[0])}: make it again")
+    return TensorSet(*shards)
+
+
+def _rows_of(shard: dict[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    return {name: (str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(shard.items())}
+
+
+_VERIFIED: set[tuple[str, int, int, str]] = set()  # files of this process, as of a time: 16 GB take ten seconds
+
+
+def _verified(folder: Path, entry: dict[str, Any]) -> Path:
+    path = folder / entry["path"]
+    if path.exists():
+        known = path.stat()
+        key = (str(path.resolve()), known.st_mtime_ns, known.st_size, entry["sha256"])
+        if key not in _VERIFIED:
+            verified(folder, entry)
+            _VERIFIED.add(key)
+        return path
+    return verified(folder, entry)
 
 
 def prepare(data: Data, folder: Path) -> Path:
-    """Bring a source of real images into ``folder/manifest.json`` and its shard.
+    """Bring a source of real images into shards and, last of all, ``folder/manifest.json``.
+
+    The same source gives the same bytes. Memory: one shard and one block of the reader, whatever the set's size.
 
     Raises:
-        UserError: the source is missing, truncated, or of a kind this version cannot read itself.
+        UserError: the source is missing or damaged, of a kind this version cannot read, or not what the config says.
     """
-    readers = {"sklearn-digits": _digits, "idx": _idx}
-    if data.source.kind not in readers:
-        raise UserError(
-            f"data {data.name}: no reader for source {data.source.kind} in this version; put safetensors shards with "
-            f"images and labels and their manifest.json under {folder} (see README, 'Your own data')"
-        )
-    images, labels = readers[data.source.kind](data)
-    expected = (data.channels, data.resolution, data.resolution)
-    if tuple(images.shape[1:]) != expected:
-        raise UserError(f"data {data.name}: images are {tuple(images.shape[1:])} but the config says {expected}")
-    shard = folder / "shard-00000.safetensors"
-    save_shard(shard, {"images": images, "labels": labels})
-    manifest = {
-        "kind": "real", "name": data.name, "count": len(images), "shape": list(expected), "classes": data.classes,
-        "source": data.source.model_dump(), "files": listing([shard], folder),
-    }  # fmt: skip
-    write_json(folder / "manifest.json", manifest)
-    return folder / "manifest.json"
+    manifest = folder / "manifest.json"
+    counts = np.zeros(data.classes, np.int64)
+    shards: list[Path] = []
+    for images, labels in _filled(read(data), data):
+        counts += np.bincount(labels, minlength=data.classes)
+        manifest.unlink(missing_ok=True)  # that of an earlier set, whose shards are replaced from here on
+        shards.append(folder / f"shard-{len(shards):05d}.safetensors")
+        save_shard(shards[-1], {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
+        print(f"real data {data.name}  {counts.sum()} images in {len(shards)} shards", file=sys.stderr, flush=True)
+    if not shards:
+        raise UserError(f"data {data.name}: {data.source.path} holds no images")
+    for stale in set(folder.glob("shard-[0-9][0-9][0-9][0-9][0-9].safetensors")) - set(shards):
+        stale.unlink()
+    write_json(manifest, {
+        "kind": "real", "name": data.name, "count": int(counts.sum()),
+        "shape": [data.channels, data.resolution, data.resolution], "classes": data.classes,
+        "class_counts": counts.tolist(), "source": data.source.model_dump(), "files": listing(shards, folder),
+    })  # fmt: skip
+    return manifest
 
 
-def _digits(data: Data) -> tuple[Tensor, Tensor]:
-    """UCI handwritten digits, 1,797 images of 8x8 with 17 grey levels, from the scikit-learn wheel."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    grey = np.rint(images.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
-    return torch.from_numpy(grey), torch.from_numpy(labels.astype(np.int64))
-
-
-def _idx(data: Data) -> tuple[Tensor, Tensor]:
-    """MNIST-style idx files (train set), padded with zeros to the resolution."""
-    folder = Path(data.source.path or "")
-    images = read_idx(folder / "train-images-idx3-ubyte.gz", data.name)
-    labels = read_idx(folder / "train-labels-idx1-ubyte.gz", data.name)
-    if len(images) != len(labels):
-        raise UserError(f"data {data.name}: {len(images)} images but {len(labels)} labels in {folder}")
-    margin = (data.resolution - images.shape[-1]) // 2
-    if margin < 0:
-        raise UserError(f"data {data.name}: images are {images.shape[1:]}, larger than resolution {data.resolution}")
-    padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))[:, None]
-    return torch.from_numpy(padded), torch.from_numpy(labels.astype(np.int64))
-
-
-def read_idx(path: Path, name: str) -> np.ndarray:
-    """Array of a gzipped idx file (uint8).
-
-    Raises:
-        UserError: missing, truncated or not idx.
-    """
-    if not path.exists():
-        raise UserError(f"data {name}: {path} is missing (Debian: apt-get install dataset-fashion-mnist)")
-    try:
-        raw = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"data {name}: {path} is truncated or not gzip ({error}); fetch it again") from None
-    dims = raw[3] if len(raw) > 3 else 0
-    shape = tuple(np.frombuffer(raw, ">i4", dims, 4).tolist()) if len(raw) >= 4 + 4 * dims and dims else ()
-    if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * dims + int(np.prod(shape)):
-        raise UserError(f"data {name}: {path} is not a whole idx file of bytes; fetch it again")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
+def _filled(blocks: Iterator[tuple[np.ndarray, np.ndarray]], data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of a reader, checked, as full shards; a shard is valid until the next one is asked for."""
+    shape = (data.channels, data.resolution, data.resolution)
+    rows = max(SHARD_BYTES // math.prod(shape), 1)
+    images, labels, filled, done = np.empty((rows, *shape), np.uint8), np.empty(rows, np.int64), 0, 0
+    for some_images, some_labels in blocks:
+        if some_images.shape[1:] != shape:
+            raise UserError(f"data {data.name}: images are {some_images.shape[1:]} but the config says {shape}")
+        if len(wrong := np.flatnonzero((some_labels < 0) | (some_labels >= data.classes))):
+            raise UserError(
+                f"data {data.name}: image {done + wrong[0]} has label {some_labels[wrong[0]]}, but data.classes is "
+                f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
+            )
+        start, done = 0, done + len(some_images)
+        while start < len(some_images):
+            part = slice(start, start + rows - filled)
+            stop = filled + len(some_images[part])
+            images[filled:stop], labels[filled:stop] = some_images[part], some_labels[part]
+            start, filled = part.stop, stop
+            if filled == rows:
+                yield images, labels
+                filled = 0
+    if filled:
+        yield images[:filled], labels[:filled]
 
 
 def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path) -> None:
     """Prepare real data: write OUT (a manifest.json) and its shards."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     with readable_errors():
         with recorded(out, json.loads(config)):
             prepare(Data.model_validate(json.loads(config)), out.parent)

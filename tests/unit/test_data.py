@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmd2.config import Data
-from dmd2.data import TensorSet, load_set, prepare, read_idx, save_shard
+from dmd2.data import TensorSet, load_set, prepare, save_shard
 from dmd2.errors import UserError
-from dmd2.files import content_of, listing, write_json
+from dmd2.files import content_of, listing, read_json, verified, write_json
+from dmd2.readers import read_idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 PIXELS = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)
@@ -21,7 +25,7 @@ def idx(array):
     return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
 
 
-def data(kind="idx", path=None, **changes):
+def data(kind="idx", path="x", **changes):
     values = {"name": "set", "resolution": 8, "channels": 1, "classes": 10, **changes}
     return Data(source={"kind": kind, "path": path}, **values)
 
@@ -41,7 +45,7 @@ def manifest(source, tmp_path):
 
 # Reading.
 def test_digits_are_1797_images_of_8_by_8(tmp_path):
-    real = load_set(prepare(data("sklearn-digits"), tmp_path))
+    real = load_set(prepare(data("sklearn-digits", None), tmp_path))
     images = real.images(torch.arange(1797))
     assert (len(real), images.shape) == (1797, (1797, 1, 8, 8))
     assert (images.min(), images.max()) == (-1, 1)
@@ -96,6 +100,132 @@ def test_content_identifies_the_data_and_not_when_or_where_it_was_made(source, t
     assert content_of(one) == content_of(two)
     (source / LABELS).write_bytes(gzip.compress(idx(np.array([3, 1, 1], np.uint8))))
     assert content_of(prepare(data(path=str(source)), tmp_path / "c")) != content_of(one)
+
+
+# Sets of several shards.
+@pytest.fixture
+def shards(source, tmp_path, monkeypatch):
+    """The three images in shards of two and one."""
+    monkeypatch.setattr("dmd2.data.SHARD_BYTES", 2 * 64 + 63)
+    return prepare(data(path=str(source)), tmp_path / "shards")
+
+
+def test_shards_hold_the_images_in_order(shards, manifest):
+    many, one = load_set(shards), load_set(manifest)
+    assert [len(shard["images"]) for shard in many.shards] == [2, 1]
+    assert [entry["path"] for entry in read_json(shards)["files"]] == [
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    for name in ("images", "labels"):
+        assert torch.equal(many.tensors[name], one.tensors[name])
+    assert len(many) == 3
+
+
+@pytest.mark.parametrize("indices", [[0], [2], [2, 0, 1, 2], []])
+def test_rows_are_those_of_the_whole_set(shards, manifest, indices):
+    many, one, rows = load_set(shards), load_set(manifest), torch.tensor(indices, dtype=torch.long)
+    assert torch.equal(many.images(rows), one.images(rows))
+    assert torch.equal(many.condition(rows).labels, one.condition(rows).labels)
+    assert many.images(rows).shape == (len(indices), 1, 8, 8)
+
+
+@pytest.mark.parametrize("indices", [[3], [-1], [0, 3]])
+def test_rows_outside_the_set_are_errors(shards, indices):
+    with pytest.raises(IndexError):
+        load_set(shards).images(torch.tensor(indices))
+
+
+def anonymous_mib():
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_shards_stay_on_disk(tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for path in paths:
+        save_shard(path, {"images": torch.full((1 << 12, 3, 64, 64), 7, dtype=torch.uint8)})
+    write_json(tmp_path / "manifest.json", {"files": listing(paths, tmp_path)})
+    before = anonymous_mib()
+    real = load_set(tmp_path / "manifest.json")
+    assert real.images(torch.arange(0, len(real), 100)).mean() == pytest.approx(7 / 127.5 - 1)
+    assert anonymous_mib() - before < 48  # of 192 on disk
+
+
+def test_a_file_is_verified_once_per_process_and_again_when_it_changed(manifest, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "dmd2.data.verified", lambda folder, entry: read.append(entry["path"]) or verified(folder, entry)
+    )
+    for _ in range(2):
+        load_set(manifest)
+    assert read == ["shard-00000.safetensors"]
+    shard = shard_of(manifest)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(UserError, match="does not match the checksum"):
+        load_set(manifest)
+
+
+def test_shards_of_different_tensors_are_told(tmp_path):
+    save_shard(tmp_path / "0.safetensors", {"images": torch.zeros(2, 1, 8, 8)})
+    save_shard(tmp_path / "1.safetensors", {"images": torch.zeros(2, 1, 4, 4)})
+    write_json(tmp_path / "manifest.json", {"files": listing(sorted(tmp_path.glob("*.safetensors")), tmp_path)})
+    with pytest.raises(UserError, match=r"1\.safetensors holds .*, but 0\.safetensors .*: make it again"):
+        load_set(tmp_path / "manifest.json")
+
+
+def test_a_set_made_anew_leaves_no_shard_of_the_earlier_one(shards, source, monkeypatch):
+    monkeypatch.undo()
+    prepare(data(path=str(source)), shards.parent)
+    assert sorted(path.name for path in shards.parent.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    assert len(load_set(shards)) == 3
+
+
+@pytest.mark.parametrize("wrong", [10, 255])
+def test_labels_outside_the_classes_are_told_and_leave_no_manifest(shards, source, wrong):
+    (source / LABELS).write_bytes(gzip.compress(idx(np.array([3, 1, wrong], np.uint8))))
+    with pytest.raises(UserError, match=f"image 2 has label {wrong}, but data.classes is 10"):
+        prepare(data(path=str(source)), shards.parent)
+
+
+def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("dmd2.image_files.BLOCK", 2)
+    (tmp_path / "pngs/a").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"pngs/a/{i}.png")
+    config = data("image-folder", str(tmp_path / "pngs"), classes=1)
+    (tmp_path / "pngs/a/2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2\.png is not a readable image"):
+        prepare(config, shards.parent)
+    assert not shards.exists()
+
+
+def test_the_manifest_counts_classes(shards):
+    assert read_json(shards)["class_counts"] == [0, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
+# What the config may say of a source.
+def test_keys_of_few_kinds_stay_out_of_what_identifies_the_others():
+    assert data("idx", "x").model_dump()["source"] == {"kind": "idx", "path": "x"}
+    assert data("sklearn-digits", None).model_dump(mode="json")["source"] == {"kind": "sklearn-digits", "path": None}
+    named = Data(**data().model_dump(exclude={"source"}), source={"kind": "hub", "path": "a/b", "label": "fine_label"})
+    assert named.model_dump()["source"] == {"kind": "hub", "path": "a/b", "label": "fine_label"}
+    assert Data.model_validate(named.model_dump()) == named
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ({"kind": "lmdb"}, "lmdb needs a path"),
+        ({"kind": "lmdb", "path": "x", "split": "train"}, "split, image and label are of kind hub, not of lmdb"),
+        ({"kind": "cifar10", "path": "x", "resize": "center-crop"}, "resize is of kinds image-folder and hub"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_told(source, match):
+    with pytest.raises(ValueError, match=match):
+        Data(name="set", source=source, resolution=8, channels=1, classes=10)
 
 
 # Broken shards.
@@ -180,8 +310,8 @@ def test_images_that_do_not_fit_the_resolution_are_told(source, tmp_path, resolu
 
 
 def test_a_source_without_reader_says_where_to_put_shards(tmp_path):
-    with pytest.raises(UserError, match="put safetensors shards"):
-        prepare(data("lmdb", "x"), tmp_path / "out")
+    with pytest.raises(UserError, match="no reader for source latents .* put safetensors shards"):
+        prepare(data("latents", "x"), tmp_path / "out")
 
 
 def test_a_failed_preparation_leaves_no_manifest(source, tmp_path):

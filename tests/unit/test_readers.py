@@ -1,0 +1,504 @@
+"""Sources of real images, each made here by the library that users make it with; and what a broken one is told."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import lmdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmd2.config import Data
+from dmd2.data import main
+from dmd2.errors import UserError
+from dmd2.readers import read
+
+SIZE, COUNT = 8, 5
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (COUNT, 3, SIZE, SIZE), dtype=np.uint8)
+LABELS = np.array([3, 0, 2, 2, 1])
+
+
+def data(kind, path, **changes):
+    source = {key: changes.pop(key) for key in ("split", "image", "label", "resize") if key in changes}
+    values = {"name": "set", "resolution": SIZE, "channels": 3, "classes": 4, **changes}
+    return Data(source={"kind": kind, "path": str(path), **source}, **values)
+
+
+def whole(config):
+    """All images and labels of a source."""
+    images, labels = zip(*((block.copy(), numbers) for block, numbers in read(config)), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def assert_read(config, images=PIXELS, labels=LABELS):
+    found = whole(config)
+    assert [array.dtype for array in found] == [np.uint8, np.int64]
+    np.testing.assert_array_equal(found[0], images)
+    np.testing.assert_array_equal(found[1], labels)
+
+
+def told(config, match):
+    with pytest.raises(UserError, match=match) as raised:
+        whole(config)
+    assert str(raised.value).startswith("data set: ") and "\n" not in str(raised.value)
+
+
+# LMDB, the official convention.
+def write_lmdb(place, changes=None, **options):
+    rows = {f"images_{i}_data": image.tobytes() for i, image in enumerate(PIXELS)}
+    rows |= {f"labels_{i}_data": np.int64(label).tobytes() for i, label in enumerate(LABELS)}
+    rows |= {"images_shape": b"5 3 8 8", "labels_shape": b"5", **(changes or {})}
+    with (
+        lmdb.open(str(place), map_size=1 << 26, **options) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for key, value in rows.items():
+            if value is not None:
+                transaction.put(key.encode(), value)
+    return data("lmdb", place)
+
+
+@pytest.mark.parametrize("shape", [b"5", b"5 1"])
+def test_lmdb_rows_are_read_in_the_order_of_their_numbers(tmp_path, shape):
+    assert_read(write_lmdb(tmp_path / "set", {"labels_shape": shape}))
+
+
+def test_an_lmdb_of_one_file_is_read(tmp_path):
+    assert_read(write_lmdb(tmp_path / "set.mdb", subdir=False))
+
+
+def test_an_lmdb_may_be_read_only(tmp_path):
+    config = write_lmdb(tmp_path / "set")
+    (tmp_path / "set/lock.mdb").unlink()
+    assert_read(config)
+    assert not (tmp_path / "set/lock.mdb").exists()
+
+
+def test_lmdb_blocks_join_without_a_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmd2.readers.BLOCK", 2)
+    assert_read(write_lmdb(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"images_shape": b"5 3 64 64"}, r"images_shape says rows of \(3, 64, 64\), but the config says \(3, 8, 8\)"),
+        ({"labels_shape": b"6"}, "images_shape says 5 rows but labels_shape 6"),
+        ({"labels_shape": b"5 2"}, r"labels_shape says rows of \(2,\)"),
+        ({"images_shape": b"4 3 8 8", "labels_shape": b"4"}, "there is a key images_4_data although .* says 4 rows"),
+        ({"images_shape": None}, "there is no key images_shape"),
+        ({"labels_shape": None}, "there is no key labels_shape"),
+        ({"images_shape": b"\x05\x00"}, r"images_shape is '\\x05\\x00' instead of numbers"),
+        ({"images_3_data": None}, "there is no key images_3_data"),
+        ({"labels_3_data": None}, "there is no key labels_3_data"),
+        ({"images_3_data": bytes(191)}, "images_3_data has 191 bytes instead of 192, a row of uint8 images"),
+        ({"labels_3_data": bytes(4)}, "labels_3_data has 4 bytes instead of 8, a row of int64 labels"),
+    ],
+)
+def test_a_wrong_lmdb_names_its_key(tmp_path, changes, match):
+    told(write_lmdb(tmp_path / "set", changes), f"/set: {match}")
+
+
+def test_an_lmdb_that_is_none_is_told(tmp_path):
+    told(data("lmdb", tmp_path / "absent"), "absent does not exist: put the LMDB there")
+    told(data("lmdb", tmp_path), "is not a readable LMDB")
+    (tmp_path / "data.mdb").write_bytes(bytes(9000))
+    told(data("lmdb", tmp_path), "is not a readable LMDB")
+
+
+def test_a_truncated_lmdb_is_told_instead_of_killing_the_process(tmp_path):
+    config = write_lmdb(tmp_path / "set", {"filler": bytes(4 << 20)})
+    os.truncate(tmp_path / "set/data.mdb", 2 << 20)
+    told(config, r"set/data\.mdb has 2097152 bytes of \d+: it is truncated")
+
+
+# Folders and zips of image files.
+def png(image, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def edm_files(labels=LABELS):
+    """The layout of EDM's dataset tool."""
+    names = [f"{i // 2:05d}/img{i:08d}.png" for i in range(COUNT)]
+    listed = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+    return dict(zip(names, map(png, PIXELS), strict=True)) | {"dataset.json": json.dumps({"labels": listed}).encode()}
+
+
+def write_files(place, files):
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    return data("image-folder", place)
+
+
+def write_zip(place, files, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(place, "w", method) as archive:
+        for name in reversed(files):
+            archive.writestr(name, files[name])
+    return data("image-folder", place)
+
+
+def test_a_folder_of_edms_tool_is_read(tmp_path):
+    assert_read(write_files(tmp_path, edm_files()))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_of_edms_tool_is_read(tmp_path, method):
+    assert_read(write_zip(tmp_path / "set.zip", edm_files(), method))
+
+
+def test_class_folders_are_classes_in_sorted_order(tmp_path):
+    files = {f"{name}/{i}.png": png(PIXELS[i]) for i, name in enumerate(["n02", "n01", "n10", "n03", "n01"])}
+    write_files(tmp_path, files | {"n01/.hidden.png": b"", "n01/notes.txt": b"", "__MACOSX/n01/1.png": b""})
+    order = [1, 4, 0, 3, 2]
+    assert_read(data("image-folder", tmp_path), PIXELS[order], [0, 0, 1, 2, 3])
+
+
+def test_many_images_are_read_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmd2.image_files.BLOCK", 2)
+    assert_read(write_files(tmp_path, edm_files()))
+
+
+def as_png(image, form="png"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def one(tmp_path, content, **changes):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(content)
+    return data("image-folder", tmp_path, classes=1, **changes)
+
+
+def test_a_palette_becomes_rgb(tmp_path):
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3, "P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    expected = np.eye(3, dtype=np.uint8)[np.arange(64).reshape(8, 8) % 3].transpose(2, 0, 1) * 255
+    assert_read(one(tmp_path, as_png(palette)), expected[None], [0])
+
+
+def test_grey_becomes_rgb_in_a_set_of_rgb(tmp_path):
+    assert_read(one(tmp_path, png(PIXELS[0, :1])), PIXELS[0, :1].repeat(3, 0)[None], [0])
+
+
+def test_grey_stays_grey_in_a_set_of_grey(tmp_path):
+    assert_read(one(tmp_path, png(PIXELS[0, :1]), channels=1), PIXELS[:1, :1], [0])
+
+
+def test_an_opaque_alpha_channel_is_dropped(tmp_path):
+    opaque = Image.fromarray(PIXELS[0].transpose(1, 2, 0)).convert("RGBA")
+    assert_read(one(tmp_path, as_png(opaque)), PIXELS[:1], [0])
+
+
+def test_center_crop_takes_the_central_square_and_lanczos(tmp_path):
+    wide = RNG.integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    expected = Image.fromarray(wide[:, 6:26]).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    config = one(tmp_path, as_png(Image.fromarray(wide)), resize="center-crop")
+    assert_read(config, np.asarray(expected).transpose(2, 0, 1)[None], [0])
+
+
+BROKEN_IMAGES = {
+    "another size": (png(RNG.integers(0, 256, (3, 9, 8), dtype=np.uint8)), "is 8x9, but data.resolution is 8"),
+    "cut short": (png(PIXELS[0])[:-30], "is not a readable image"),
+    "no image": (b"hello", "is not a readable image"),
+    "empty": (b"", "is not a readable image"),
+    "16 bits": (as_png(Image.fromarray(np.zeros((8, 8), np.uint16))), "has more than 8 bits"),
+    "floats": (as_png(Image.fromarray(np.ones((8, 8), np.float32)), "tiff"), "has more than 8 bits"),
+    "transparent": (as_png(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "is transparent"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_IMAGES)
+def test_a_broken_image_is_named(tmp_path, name):
+    content, match = BROKEN_IMAGES[name]
+    told(one(tmp_path, content), rf"a/1\.png {match}")
+
+
+def test_rgb_in_a_grey_set_is_told(tmp_path):
+    told(one(tmp_path, png(PIXELS[0]), channels=1), r"a/1\.png is RGB, but data.channels is 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"00001/img00000009.png": b""}, r"00001/img00000009\.png has no label in dataset\.json \(1 such\)"),
+        ({"00002/img00000004.png": None}, r"dataset\.json lists 00002/img00000004\.png, which .* lacks \(1 such\)"),
+        ({"dataset.json": b'{"labels": null}'}, r"dataset\.json is not \{\"labels\": "),
+        ({"dataset.json": b"[]"}, r"dataset\.json is not"),
+        ({"dataset.json": b"{"}, r"dataset\.json is not"),
+        ({"dataset.json": None}, r"has no dataset\.json but 3 folders of images, and data\.classes is 4"),
+        ({"dataset.json": None, "loose.png": b""}, r"/loose\.png has no label: add a dataset\.json"),
+    ],
+)
+def test_labels_that_do_not_fit_the_files_are_told(tmp_path, changes, match):
+    files = {name: content for name, content in {**edm_files(), **changes}.items() if content is not None}
+    told(write_files(tmp_path / "a", files), match)
+    told(write_zip(tmp_path / "a.zip", files), match)
+
+
+def test_a_folder_or_zip_that_is_none_is_told(tmp_path):
+    told(data("image-folder", tmp_path / "absent"), "absent does not exist")
+    told(data("image-folder", tmp_path), "holds no images")
+    config = write_zip(tmp_path / "set.zip", edm_files())
+    content = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(content[:-50])
+    told(config, r"set\.zip is not a whole zip")
+    at = content.index(png(PIXELS[0]))
+    (tmp_path / "set.zip").write_bytes(content[: at + 60] + b"????" + content[at + 64 :])
+    told(config, r"set\.zip/00000/img00000000\.png cannot be read \(Bad CRC")
+
+
+# CIFAR-10.
+CIFAR = RNG.integers(0, 256, (10, 3072), dtype=np.uint8)
+CLASSES = np.arange(10)[::-1]
+
+
+class Python2(pickle._Pickler):
+    """Writes what Python 2 wrote: byte strings, and numpy's old module names."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        value = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_bytes
+
+
+def python2(value):
+    buffer = io.BytesIO()
+    Python2(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
+
+
+def pickled(rows, dump=python2):
+    return dump({"batch_label": "training batch", "labels": CLASSES[rows].tolist(), "data": CIFAR[rows]})
+
+
+def binary(rows):
+    return np.concatenate([CLASSES[rows, None].astype(np.uint8), CIFAR[rows]], 1).tobytes()
+
+
+def batches(version, make=pickled):
+    """Files of five batches of two images; and of the test images, which are not read."""
+    suffix = ".bin" if version == "bin" else ""
+    make = binary if version == "bin" else make
+    files = {f"cifar-10-batches-{version}/data_batch_{i + 1}{suffix}": make(slice(2 * i, 2 * i + 2)) for i in range(5)}
+    return files | {f"cifar-10-batches-{version}/test_batch{suffix}": b"never read"}
+
+
+def cifar(place):
+    return data("cifar10", place, resolution=32, classes=10)
+
+
+def assert_cifar(place):
+    assert_read(cifar(place), CIFAR.reshape(-1, 3, 32, 32), CLASSES)
+
+
+def write_tar(place, files):
+    with tarfile.open(place, "w:gz") as archive:
+        for name in sorted(files, reverse=True):  # as published: not in the order of the batches
+            member = tarfile.TarInfo(name)
+            member.size = len(files[name])
+            archive.addfile(member, io.BytesIO(files[name]))
+
+
+@pytest.mark.parametrize("version", ["bin", "py"])
+def test_cifar10_is_read_from_either_version_unpacked_or_not(tmp_path, version):
+    write_files(tmp_path / "unpacked", batches(version))
+    assert_cifar(tmp_path / "unpacked")
+    assert_cifar(tmp_path / f"unpacked/cifar-10-batches-{version}")
+    archive = tmp_path / f"cifar-10-{ {'bin': 'binary', 'py': 'python'}[version] }.tar.gz"
+    write_tar(archive, batches(version))
+    assert_cifar(tmp_path)
+    assert_cifar(archive)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_batches_that_python_3_wrote_are_read(tmp_path, protocol):
+    write_files(tmp_path, batches("py", lambda rows: pickled(rows, lambda value: pickle.dumps(value, protocol))))
+    assert_cifar(tmp_path)
+
+
+class Evil:
+    """Runs a command when a plain unpickler reads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_batch_that_asks_for_anything_else_runs_nothing(tmp_path, protocol):
+    files = batches("py") | {"cifar-10-batches-py/data_batch_2": pickle.dumps(Evil(tmp_path / "made"), protocol)}
+    write_files(tmp_path, files)
+    told(cifar(tmp_path), r"data_batch_2: it asks for posix\.mkdir, which no batch of CIFAR-10 needs")
+    assert not (tmp_path / "made").exists()
+
+
+BROKEN_BATCHES = {
+    "cut short": pickled(slice(2, 4))[:-100],
+    "no pickle": b"hello",
+    "empty": b"",
+    "no data": python2({"labels": [1, 2]}),
+    "no labels": python2({"data": CIFAR[:2]}),
+    "no dict": python2([1, 2]),
+    "labels that are none": python2({"labels": ["a", "b"], "data": CIFAR[:2]}),
+    "too few labels": python2({"labels": [1], "data": CIFAR[:2]}),
+    "floats": python2({"labels": [1, 2], "data": CIFAR[:2].astype(np.float32)}),
+    "signed bytes": python2({"labels": [1, 2], "data": CIFAR[:2].astype(np.int8)}),
+    "another size": python2({"labels": [1, 2], "data": CIFAR[:2, :48]}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BATCHES)
+def test_a_broken_batch_is_named(tmp_path, name):
+    write_files(tmp_path, batches("py") | {"cifar-10-batches-py/data_batch_2": BROKEN_BATCHES[name]})
+    told(cifar(tmp_path), "data_batch_2: it is no whole batch of data")
+
+
+def test_broken_files_of_cifar10_are_told(tmp_path):
+    told(cifar(tmp_path), "there is no CIFAR-10 at .*: put cifar-10-binary.tar.gz or cifar-10-python.tar.gz there")
+    write_files(tmp_path / "cut", batches("bin") | {"cifar-10-batches-bin/data_batch_5.bin": binary(slice(2))[:-1]})
+    told(cifar(tmp_path / "cut"), r"data_batch_5\.bin: 6145 bytes are not rows of 3073")
+    (tmp_path / "cut/cifar-10-batches-bin/data_batch_3.bin").unlink()
+    told(cifar(tmp_path / "cut"), r"data_batch_3\.bin is missing beside the other batches")
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    write_tar(archive, {name: content for name, content in batches("bin").items() if "4" not in name})
+    told(cifar(tmp_path), r"tar\.gz has no data_batch_4")
+    write_tar(archive, batches("bin"))
+    archive.write_bytes(archive.read_bytes()[:9000])
+    told(cifar(tmp_path), r"tar\.gz is truncated or no tar archive")
+
+
+# Hugging Face sets.
+@pytest.fixture(scope="module")
+def hub_set():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)})
+    images = [Image.fromarray(image.transpose(1, 2, 0)) for image in PIXELS]
+    return datasets.Dataset.from_dict({"image": images, "label": LABELS.tolist()}, features=features)
+
+
+def test_parquet_files_are_read(hub_set, tmp_path):
+    for i, rows in enumerate([range(3), range(3, 5)]):
+        hub_set.select(rows).to_parquet(tmp_path / f"data/train-{i:05d}-of-00002.parquet")
+    hub_set.select([1]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    assert_read(data("hub", tmp_path))
+    assert_read(data("hub", tmp_path, split="test"), PIXELS[1:2], LABELS[1:2])
+    assert_read(data("hub", tmp_path / "data/train-00001-of-00002.parquet"), PIXELS[3:], LABELS[3:])
+
+
+def test_columns_may_have_other_names(hub_set, tmp_path):
+    hub_set.rename_columns({"image": "img", "label": "fine_label"}).to_parquet(tmp_path / "train.parquet")
+    assert_read(data("hub", tmp_path, image="img", label="fine_label"))
+    told(data("hub", tmp_path, image="img"), "has no column label, only img, fine_label: name them with data.source")
+
+
+def test_what_save_to_disk_wrote_is_read(hub_set, tmp_path):
+    hub_set.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=hub_set).save_to_disk(tmp_path / "parts")
+    assert_read(data("hub", tmp_path / "one"))
+    assert_read(data("hub", tmp_path / "parts"))
+    told(data("hub", tmp_path / "parts", split="dev"), r"cannot be read \(it has no split dev, only train\)")
+
+
+def test_class_folders_are_a_hub_set_too(tmp_path):
+    write_files(tmp_path, {f"{'abcd'[label]}/{i}.png": png(PIXELS[i]) for i, label in enumerate(LABELS)})
+    order = np.argsort(LABELS, kind="stable")
+    assert_read(data("hub", tmp_path), PIXELS[order], LABELS[order])
+
+
+def test_a_hub_set_is_resized_and_checked_like_a_folder(hub_set, tmp_path):
+    hub_set.to_parquet(tmp_path / "train.parquet")
+    told(data("hub", tmp_path, resolution=4), r"row 0 is 8x8, but data\.resolution is 4")
+    assert whole(data("hub", tmp_path, resolution=4, resize="center-crop"))[0].shape == (COUNT, 3, 4, 4)
+
+
+def test_labels_that_are_no_numbers_are_told(hub_set, tmp_path):
+    named = hub_set.remove_columns("label").add_column("label", ["a", None, "b", "b", "c"])
+    named.to_parquet(tmp_path / "train.parquet")
+    told(data("hub", tmp_path), "row 0 has no image or no whole-number label: 'a'")
+
+
+def test_a_column_that_holds_no_images_is_told(hub_set, tmp_path):
+    hub_set.to_parquet(tmp_path / "train.parquet")
+    told(data("hub", tmp_path, image="label", label="image"), r"cannot be read \(.*\); check data\.source")
+
+
+def test_a_broken_parquet_file_is_told(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    told(data("hub", tmp_path / "train.parquet"), r"cannot be read \(.*\); check data\.source, or fetch it again")
+    (tmp_path / "set.csv").write_text("image,label\n")
+    told(data("hub", tmp_path / "set.csv"), r"a file has to be \.parquet or \.arrow")
+
+
+def prepared(path, cache, out, **environment):
+    """The command of the rule, in a process of its own: the hub's libraries read the environment when imported."""
+    config = json.dumps(data("hub", path).model_dump())
+    command = [sys.executable, "-m", "dmd2.data", "--config", config, str(out)]
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {**keep, "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+def test_a_set_in_the_hubs_cache_is_read_without_a_network(hub_set, tmp_path):
+    hub_set.to_parquet(tmp_path / "train.parquet")
+    made = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train",
+                                 cache_dir=tmp_path / "made")  # fmt: skip
+    (folder,) = (tmp_path / "made/parquet").glob("default-*")
+    cached = tmp_path / "cache/acme___tiny"
+    cached.mkdir(parents=True)
+    del made
+    folder.rename(cached / "default")
+    (arrow,) = cached.rglob("*.arrow")
+    arrow.rename(arrow.with_name("tiny-train.arrow"))
+    result = prepared("acme/tiny", tmp_path / "cache", tmp_path / "out/manifest.json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["class_counts"] == [1, 1, 2, 1]
+
+
+def test_nothing_is_downloaded_unless_asked(tmp_path):
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    result = prepared("acme/tiny", tmp_path, tmp_path / "out/manifest.json", **nowhere)
+    assert result.returncode == 1 and "OfflineModeIsEnabled" in result.stderr and "Traceback" not in result.stderr
+    assert "nothing is downloaded unless asked" in result.stderr.splitlines()[-1]
+
+
+def test_who_asks_in_the_environment_is_not_overruled(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    digits = Data(name="d", source={"kind": "sklearn-digits"}, resolution=8, channels=1, classes=10)
+    main(digits.model_dump_json(), tmp_path / "manifest.json")
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+# idx, as Debian and torchvision lay it out.
+GREY = PIXELS[:3, :1, :6, :6]
+
+
+@pytest.mark.parametrize("pack", [lambda content: content, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("folder", ["", "raw", "FashionMNIST/raw", "MNIST/raw"])
+def test_idx_files_are_found_where_torchvision_puts_them(tmp_path, folder, pack):
+    suffix = ".gz" if pack is gzip.compress else ""
+    for name, array in {"images-idx3": GREY[:, 0], "labels-idx1": np.array([3, 1, 2], np.uint8)}.items():
+        header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
+        path = tmp_path / folder / f"train-{name}-ubyte{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pack(header + array.tobytes()))
+    assert_read(data("idx", tmp_path, channels=1), np.pad(GREY, ((0, 0), (0, 0), (1, 1), (1, 1))), [3, 1, 2])
