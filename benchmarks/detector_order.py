@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dmd2.data import TensorSet, read_idx
+from dmd2.data import TensorSet
+from dmd2.readers import read_idx
 from eval.detectors import Detector, load_detector, train_classifier
 from eval.frechet import FrechetReference, moments
 

@@ -6,7 +6,7 @@ Hardware is not here (see workflow/cluster): the same config gives the same weig
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from dmd2.eval_config import Eval, Sampler
 from dmd2.files import digest_of
@@ -36,11 +36,6 @@ class Source(Section):
         if self.kind not in ("hub", "image-folder") and self.resize:
             raise ValueError(f"resize is of kinds image-folder and hub, not of {self.kind}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What few kinds have stays out where it is not given: digests of all other sets are those from before it.
-        return {key: value for key, value in dump(self).items() if value is not None or key in ("kind", "path")}
 
 
 class Data(Section):

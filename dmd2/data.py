@@ -151,7 +151,7 @@ def prepare(data: Data, folder: Path) -> Path:
     write_json(manifest, {
         "kind": "real", "name": data.name, "count": int(counts.sum()),
         "shape": [data.channels, data.resolution, data.resolution], "classes": data.classes,
-        "class_counts": counts.tolist(), "source": data.source.model_dump(), "files": listing(shards, folder),
+        "class_counts": counts.tolist(), "source": data.source.settings(), "files": listing(shards, folder),
     })  # fmt: skip
     return manifest
 
