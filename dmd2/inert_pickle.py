@@ -36,7 +36,9 @@ def read_pickle(path: Path) -> Any:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] == b"PK\x03\x04":
-                raise UserError(f"{path} is a zip archive, as torch.save writes, and no pickle: name it .bin if it is one")
+                raise UserError(
+                    f"{path} is a zip archive, as torch.save writes, and no pickle: name it .bin if it is one"
+                )
             return _Machine().run(data)
     except Refused as refused:
         raise UserError(
@@ -84,8 +86,8 @@ class _Machine:
 
     def _extend(self, kind: type, items: list[Any], keys: list[Any]) -> None:
         """Add to the container on top, which must be one that the pickle made."""
-        target = self.stack[-1]
-        if type(target) is not kind:
+        target: Any = self.stack[-1]
+        if not isinstance(target, kind):
             raise Refused(f"would add to a {type(target).__name__}")
         if kind is list:
             target.extend(items)

@@ -10,6 +10,8 @@ Beside torch and diffusers this file imports nothing: an exported student carrie
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -29,6 +31,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 class Fourier(nn.Module):
     """Random Fourier features ``(B, 2 n)`` of times ``(B,)``: sines, then cosines, of n fixed frequencies (NCSN++)."""
 
+    freqs: Tensor
+
     def __init__(self, count: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(count))
@@ -41,6 +45,8 @@ class Fourier(nn.Module):
 
 class Filter(nn.Module):
     """The separable low-pass filter around a change of resolution, applied to each channel."""
+
+    kernel: Tensor
 
     def __init__(self, taps: Sequence[int]) -> None:
         super().__init__()
@@ -81,7 +87,13 @@ class Block(nn.Module):
     """Residual block, conditioned by adding a projection of the embedding; it may change the resolution and attend."""
 
     def __init__(
-        self, width_in: int, width: int, embedding: int, taps: Sequence[int], resample: str = "", attention: bool = False
+        self,
+        width_in: int,
+        width: int,
+        embedding: int,
+        taps: Sequence[int],
+        resample: str = "",
+        attention: bool = False,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(width_in), _norm(width)
@@ -122,6 +134,10 @@ class PyramidLevel(nn.Module):
 
 class Level(nn.Module):
     """The blocks of one resolution, after a resampling one at all but the first level."""
+
+    resampling: Block | None
+    pyramid: PyramidLevel | None
+    blocks: Any  # nn.ModuleList of Block
 
     def __init__(self, resampling: Block | None, blocks: list[Block], pyramid: PyramidLevel | None = None) -> None:
         super().__init__()
@@ -177,7 +193,8 @@ class SongUNet(ModelMixin, ConfigMixin):
         )  # fmt: skip
         common = (embedding_channels, tuple(resample_filter))
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
-        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        self.encoder: Any = nn.ModuleList()  # of Level
+        self.decoder: Any = nn.ModuleList()
         width, above, skips = model_channels, in_channels, [model_channels]
         for level, width_out in enumerate(block_out_channels):
             attend = sample_size >> level in attention_resolutions
@@ -185,7 +202,7 @@ class SongUNet(ModelMixin, ConfigMixin):
             pyramid = PyramidLevel(above, width, common[1]) if level and encoder_type == "residual" else None
             above = width if level else above
             widths = [width, *[width_out] * layers_per_block]
-            blocks = [Block(a, b, *common, attention=attend) for a, b in zip(widths, widths[1:], strict=False)]
+            blocks = [Block(a, b, *common, attention=attend) for a, b in pairwise(widths)]
             self.encoder.append(Level(down, blocks, pyramid))
             skips += widths if level else widths[1:]
             width = width_out
@@ -195,7 +212,9 @@ class SongUNet(ModelMixin, ConfigMixin):
             up = None if level == len(block_out_channels) - 1 else Block(width, width, *common, "up")
             blocks = []
             for i in range(layers_per_block + 1):
-                blocks.append(Block(width + skips.pop(), width_out, *common, attention=attend and i == layers_per_block))
+                blocks.append(
+                    Block(width + skips.pop(), width_out, *common, attention=attend and i == layers_per_block)
+                )
                 width = width_out
             self.decoder.append(Level(up, blocks))
         self.norm_out = _norm(width)
