@@ -84,7 +84,7 @@ class _Machine:
             raise IndexError("empty stack")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def _extend(self, kind: type, items: list[Any], keys: list[Any]) -> None:
+    def _extend(self, kind: Any, items: list[Any], keys: list[Any]) -> None:
         """Add to the container on top, which must be one that the pickle made."""
         target: Any = self.stack[-1]
         if not isinstance(target, kind):
