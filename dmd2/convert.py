@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from dmd2.edm_pickle import EdmNetwork, read_edm
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import sha256
 from dmd2.folders import atomic_folder
+from dmd2.song_unet import SongUNet
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 PREFIX = "model."  # of EDM's network in its preconditioning
@@ -56,7 +58,7 @@ def student_state(source: Path, network: nn.Module) -> State:
     """
     state, _ = _read(source)
     own = network.state_dict()
-    if len(own.keys() & state.keys()) * 2 < len(own):
+    if isinstance(network, UNet2DModel | SongUNet) and not own.keys() & state.keys():
         return from_edm(_bare(state), network, source)
     if odd := sorted(own.keys() ^ state.keys()):
         what = "is missing" if odd[0] in own else f"does not belong to a {type(network).__name__} of its settings"
@@ -81,12 +83,15 @@ def export_edm(folder: Path, file: Path) -> Path:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in ("UNet2DModel", "SongUNet"):
         raise UserError(f"{folder / CONFIG}: EDM has no {kind}, only what is here a UNet2DModel (its ADM) or SongUNet")
-    network = empty(config)
+    try:
+        network = empty({**config, "sample_size": int(config["sample_size"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} is not the config of a network that EDM has ({error})") from None
     own = network.state_dict()
     if odd := sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]:
         raise UserError(f"{folder / WEIGHTS}: {odd[0]} does not fit {CONFIG}: the folder is not whole")
     network.load_state_dict(weights, assign=True)
-    state = to_edm(network)
+    state = to_edm(network, folder)
     _same_network(network, empty(infer(state, folder)), folder)
     save_shard(file, {f"{PREFIX}{name}": tensor for name, tensor in state.items()})
     return file

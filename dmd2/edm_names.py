@@ -121,7 +121,7 @@ def from_edm(state: State, network: EdmAble, where: Path) -> State:
     Raises:
         UserError: one is missing, superfluous, of another shape, or a filter is not the network's.
     """
-    pairs, filters = _pairs(network), _filters(network)
+    pairs, filters = _pairs(network, where), _filters(network)
     own = network.state_dict()
     shapes = {pair.edm: pair.back(*(own[name].to("meta") for name in pair.ours)).shape for pair in pairs}
     shapes |= {name: tensor.shape for name, tensor in filters.items()}
@@ -144,10 +144,14 @@ def from_edm(state: State, network: EdmAble, where: Path) -> State:
     }
 
 
-def to_edm(network: EdmAble) -> State:
-    """The network's tensors in EDM's names and layout, with the filters; an augmentation layer is gone for good."""
+def to_edm(network: EdmAble, where: Path) -> State:
+    """The network's tensors in EDM's names and layout, with the filters; an augmentation layer is gone for good.
+
+    Raises:
+        UserError: the network has tensors that EDM's have not.
+    """
     own = network.state_dict()
-    state = {pair.edm: pair.back(*(own[name] for name in pair.ours)).contiguous() for pair in _pairs(network)}
+    state = {pair.edm: pair.back(*(own[name] for name in pair.ours)).contiguous() for pair in _pairs(network, where)}
     return state | _filters(network)
 
 
@@ -187,11 +191,12 @@ def _blocks(network: EdmAble) -> Iterator[tuple[str, str, int, int]]:
         yield from ((f"dec.{r}_block{i}", "decoder", level, i) for i in range(layers + 1))
 
 
-def _pairs(network: EdmAble) -> list[Pair]:
+def _pairs(network: EdmAble, where: Path) -> list[Pair]:
     """Every tensor of the network with its counterpart."""
     own = network.state_dict().keys()
     pairs = [pair for pair in (_song if isinstance(network, SongUNet) else _unet2d)(network) if pair.ours[0] in own]
-    assert {name for pair in pairs for name in pair.ours} == set(own)
+    if more := set(own) - {name for pair in pairs for name in pair.ours}:
+        raise UserError(f"{where}: {min(more)} has no counterpart in EDM: this {type(network).__name__} is none of its")
     return pairs
 
 

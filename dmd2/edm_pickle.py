@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dmd2.errors import UserError
-from dmd2.inert_objects import Record
+from dmd2.inert_objects import Record, shown
 from dmd2.inert_pickle import read_pickle
 from dmd2.schedules import SIGMA_DATA
 
@@ -55,7 +55,7 @@ def read_edm(path: Path) -> EdmNetwork:
     if not isinstance(holds, dict):
         raise UserError(f"{path} holds a {_kind(holds)} and not the dict of EDM's training with the network under ema")
     if "ema" not in holds:
-        raise UserError(f"{path} has no key ema: it holds {', '.join(map(str, holds)) or 'nothing'}; name a snapshot "
+        raise UserError(f"{path} has no key ema: it holds {', '.join(map(shown, holds)) or 'nothing'}; name a snapshot "
                         "of a network")  # fmt: skip
     ema = holds["ema"]
     if not isinstance(ema, Record) or ema.kind != "EDMPrecond":
@@ -91,14 +91,14 @@ def _kind(value: Any) -> str:
 def _count(path: Path, ema: Record, key: str) -> int:
     value = ema.state.get(key)
     if type(value) is not int or value < 0:
-        raise UserError(f"{path}: ema.{key} is {str(value)[:50]!r} and no number")
+        raise UserError(f"{path}: ema.{key} is {shown(value)} and no number")
     return value
 
 
 def _dict(path: Path, name: str, state: dict[str, Any], key: str) -> dict[Any, Any]:
     value = state.get(key, {})
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {name}.{key} is a {_kind(value)} and not a dict")
+    if not isinstance(value, dict) or not all(isinstance(own, str) and own.isprintable() for own in value):
+        raise UserError(f"{path}: {name}.{key} is a {_kind(value)} and not a dict with names")
     return value
 
 
@@ -137,4 +137,4 @@ def _check(path: Path, name: str, module: Record, network: str) -> None:
     for key, value in wanted.items():
         found = state.get(key, value)
         if not isinstance(found, int | float) or value is None or not math.isclose(found, value, rel_tol=1e-6):
-            raise UserError(f"{path}: ema.{name}.{key} is {str(found)[:50]}, in EDM's {network} it is {value}")
+            raise UserError(f"{path}: ema.{name}.{key} is {shown(found)}, in EDM's {network} it is {value}")

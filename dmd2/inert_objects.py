@@ -46,6 +46,11 @@ class Storage:
     dtype: torch.dtype
 
 
+def shown(text: Any) -> str:
+    """Text from a file for a one-line message."""
+    return repr(str(text)[:100])[1:-1]
+
+
 def keyed(kind: Callable[..., Any], items: Iterable[Any], keys: Iterable[Any]) -> Any:
     """A dict or set; a container as key is refused, since hashing nested tuples can take for ever."""
     if not all(isinstance(key, SCALAR) for key in keys):
@@ -75,7 +80,7 @@ def _text_bytes(args: tuple[Any, ...]) -> bytes:
 def _persistent(args: tuple[Any, ...]) -> Record:
     """An object of NVlabs' persistence: class name and state are kept, the source text beside them is not looked at."""
     (meta,) = args
-    if meta["type"] != "class" or not isinstance(meta["class_name"], str) or type(meta["state"]) is not dict:
+    if meta["type"] != "class" or not str(meta["class_name"]).isidentifier() or type(meta["state"]) is not dict:
         raise Refused("has a persistent object that is no class with a state")
     return Record(meta["class_name"], meta["state"])
 
@@ -176,10 +181,12 @@ def named(module: Any, name: Any) -> Name:
     Raises:
         Refused: it is not.
     """
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise Refused("would run something without a name")
     full = f"{OLD.get(module, module)}.{name}"
     if full in FUNCTIONS or full in DICTS or full == "builtins.object" or MODULE.fullmatch(full):
         return Name(full)
-    raise Refused(f"would run {full[:200]}")
+    raise Refused(f"would run {shown(full)}")
 
 
 def called(function: Any, args: Any) -> Any:

@@ -277,7 +277,7 @@ def tree(spec, state, name=""):
         heads = {"num_heads": 1 if song else len(state[f"{name}.norm2.weight"]) // 64} if "qkv" in children else {}
         scale = np.sqrt(0.5) if song else 1
         return module("UNetBlock", own, children, skip_scale=scale, adaptive_scale=not song, **heads,
-                      out_channels=len(state[f"{name}.conv1.bias"]))  # fmt: skip
+                      out_channels=len(state[f"{name}.norm1.weight"]))  # fmt: skip
     if "norm" in name:
         groups = min(32, len(own["weight"]) // 4)
         return module("GroupNorm", own, children, num_groups=groups, eps=1e-6 if song else 1e-5)
