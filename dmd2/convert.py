@@ -5,6 +5,7 @@ A source is one of NVlabs' pickles, which is read without running anything of it
 """
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.data import save_shard
-from dmd2.edm_names import EdmAble, State, empty, from_edm, infer, to_edm
+from dmd2.edm_names import AUGMENTATION, EdmAble, State, empty, from_edm, infer, to_edm
 from dmd2.edm_pickle import EdmNetwork, read_edm
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import sha256
@@ -41,6 +42,8 @@ def convert(source: Path, folder: Path) -> Path:
     if edm is not None:
         _compare(edm, config, source)
     network = _filled(config, bare, source)
+    if AUGMENTATION in bare:
+        print(f"{source}: {AUGMENTATION} is left out: it adds nothing without augmentation labels", file=sys.stderr)
     with atomic_folder(
         folder, _is_conversion(folder), "exists and is no network folder: name a new folder"
     ) as temporary:
@@ -200,7 +203,9 @@ def _is_conversion(folder: Path) -> bool:
 def main(
     source: Annotated[Path, typer.Argument(help=f"network: {KINDS}; with --to-edm a diffusers folder")],
     folder: Annotated[Path | None, typer.Argument(help="diffusers folder to write")] = None,
-    to_edm_file: Annotated[Path | None, typer.Option("--to-edm", help="safetensors file to write instead")] = None,
+    to_edm_file: Annotated[
+        Path | None, typer.Option("--to-edm", help="safetensors file to write (an augmentation layer is gone)")
+    ] = None,
 ) -> None:
     """Convert a network of NVlabs' EDM, or a released DMD2 student, to a diffusers folder; or such a folder back."""
     with readable_errors():

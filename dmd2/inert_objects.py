@@ -91,7 +91,8 @@ def _storage(args: tuple[Any, ...]) -> Storage:
     if not isinstance(data, bytes) or data[:2] == b"PK":
         raise Refused("has a storage of an unknown form")
     try:
-        made = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        stream = io.BytesIO(data)
+        made = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader's own exceptions are of many types
         named = re.search(r"GLOBAL ([\w.]+)|global.{0,20}?`?([a-z_]\w*(?:\.\w+)+)", str(error))
         if named:

@@ -5,10 +5,10 @@ said by `inert_objects`.
 """
 
 import mmap
-import pickletools
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from pickletools import genops
 from typing import Any
 
 from dmd2.errors import UserError
@@ -61,7 +61,7 @@ class _Machine:
 
     def run(self, data: Any) -> Any:
         """The object that STOP leaves."""
-        for opcode, arg, position in pickletools.genops(data):
+        for opcode, arg, position in genops(data):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in PUSHED:

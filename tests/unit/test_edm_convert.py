@@ -44,6 +44,13 @@ def inputs(spec, seed=1):
     return x, labels, torch.nn.functional.one_hot(labels, spec["labels"]).float() if spec["labels"] else None
 
 
+def test_the_augmentation_layer_is_left_out_and_that_is_said(tmp_path, capsys):
+    convert(edm.write(tmp_path / "net.pkl", edm.VP, edm.random_state(edm.VP, augment=9)), tmp_path / "out")
+    assert "map_augment.weight is left out" in capsys.readouterr().err
+    convert(edm.write(tmp_path / "net.pkl", edm.VP, edm.random_state(edm.VP)), tmp_path / "out")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_a_converted_network_denoises_as_edm_and_goes_back_bit_by_bit(tmp_path, name):
     spec, augment = NETS[name], 0 if "adm" in name else 9

@@ -66,6 +66,9 @@ def test_plain_values_are_those_of_pickle(tmp_path):
         assert read_pickle(tmp_path / "v.pkl") == value
     (tmp_path / "v.pkl").write_bytes(pickle.dumps([np.float64(0.1), np.int64(-3), np.bool_(True)]))
     assert read_pickle(tmp_path / "v.pkl") == [0.1, -3, True]
+    older = pickle.dumps(np.float64(0.1), 2).replace(b"numpy._core", b"numpy.core")  # before numpy 2
+    (tmp_path / "v.pkl").write_bytes(older)
+    assert read_pickle(tmp_path / "v.pkl") == 0.1
 
 
 def test_classes_become_records_and_their_source_is_not_run(tmp_path):

@@ -125,3 +125,10 @@ def test_an_exported_student_samples_alone_with_its_module_beside_it(tmp_path, m
     theirs = load_file(out / "floats.safetensors")["images"]
     assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max()))
     assert "`song_unet.py`, which defines the network" in (out / "README.md").read_text()
+
+
+def test_an_unconditional_student_of_labelled_data_exports_without_labels_in_its_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(tiny.KINDS, "edm", tiny.KINDS["edm-unlabelled"])
+    export(find_snapshot(trained("edm")), tmp_path / "out")
+    assert "class_labels" not in (tmp_path / "out/sample.py").read_text()
