@@ -23,6 +23,7 @@ from dmd2.edm_pickle import EdmNetwork, read_edm
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import sha256
 from dmd2.folders import atomic_folder
+from dmd2.inert_objects import foreign
 from dmd2.song_unet import SongUNet
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -132,7 +133,9 @@ def _torch_file(source: Path) -> dict[str, Any]:
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader's own exceptions are of many types
-        detail = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).split("\n")[0])
+        if name := foreign(error):
+            raise UserError(f"{source} would run {name}: refused; a state dict holds only tensors") from None
+        detail = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source} is truncated or no plain state dict ({detail.strip()[:200]}): download it again"
                         ) from None  # fmt: skip
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):

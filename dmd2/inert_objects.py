@@ -51,6 +51,12 @@ def shown(text: Any) -> str:
     return repr(str(text)[:100])[1:-1]
 
 
+def foreign(error: Exception) -> str | None:
+    """The name that made torch.load with weights_only give up, if its message has one."""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return match[1] if match else None
+
+
 def keyed(kind: Callable[..., Any], items: Iterable[Any], keys: Iterable[Any]) -> Any:
     """A dict or set; a container as key is refused, since hashing nested tuples can take for ever."""
     if not all(isinstance(key, SCALAR) for key in keys):
@@ -94,9 +100,8 @@ def _storage(args: tuple[Any, ...]) -> Storage:
         stream = io.BytesIO(data)
         made = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader's own exceptions are of many types
-        named = re.search(r"GLOBAL ([\w.]+)|global.{0,20}?`?([a-z_]\w*(?:\.\w+)+)", str(error))
-        if named:
-            raise Refused(f"would run {named[1] or named[2]} inside a tensor") from None
+        if name := foreign(error):
+            raise Refused(f"would run {name} inside a tensor") from None
         raise ValueError(f"a tensor's bytes: {error}") from None
     if not isinstance(made, torch.storage.TypedStorage):
         raise Refused("has a storage that is none")

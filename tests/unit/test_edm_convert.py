@@ -220,7 +220,7 @@ def test_files_of_other_kinds_are_told(tmp_path):
     torch.save({"a": 1}, tmp_path / "b.bin")
     assert "a is a int and no plain tensor" in said("b.bin", (tmp_path / "b.bin").read_bytes())
     torch.save({"a": UserError}, tmp_path / "b.bin")
-    assert "UserError" in said("b.bin", (tmp_path / "b.bin").read_bytes())
+    assert "would run dmd2.errors.UserError: refused" in said("b.bin", (tmp_path / "b.bin").read_bytes())
     with pytest.raises(UserError, match="absent.pkl is missing"):
         convert(tmp_path / "absent.pkl", tmp_path / "out")
     with pytest.raises(UserError, match="is no file"):
