@@ -45,7 +45,10 @@ def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.devi
 
 
 def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
-    """A head fitting the denoiser's bottleneck, its initial weights a function of the seed."""
+    """A head fitting the denoiser's bottleneck, its initial weights a function of the seed.
+
+    The bottleneck of every class of network is as wide as its last level and as small.
+    """
     config = denoiser.network.config
     width = config["block_out_channels"][-1]
     resolution = cfg.data.resolution // 2 ** (len(config["block_out_channels"]) - 1)

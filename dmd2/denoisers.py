@@ -14,22 +14,29 @@ from torch import Tensor, nn
 
 from dmd2.condition import Condition
 from dmd2.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
+from dmd2.song_unet import SongUNet
 
-Network: TypeAlias = "UNet2DModel | UNet2DConditionModel"
+Network: TypeAlias = "UNet2DModel | SongUNet | UNet2DConditionModel"
+
+
+def _labels(network: Network, cond: Condition) -> Tensor | None:
+    """The class labels, or None for an unconditional network, which also serves on labelled data."""
+    return None if network.class_embedding is None else cond.labels
 
 
 def call_network(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """Run a diffusers UNet on ``sample`` ``(B, C, H, W)`` with its conditioning; returns its raw output."""
-    if isinstance(network, UNet2DModel):
-        return network(sample, time, class_labels=cond.labels).sample
+    """Run a UNet on ``sample`` ``(B, C, H, W)`` with its conditioning; returns its raw output."""
+    labels = _labels(network, cond)
+    if not isinstance(network, UNet2DConditionModel):
+        return network(sample, time, class_labels=labels).sample
     extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    return network(
-        sample, time, encoder_hidden_states=cond.text, class_labels=cond.labels, added_cond_kwargs=extra
-    ).sample
+    return network(sample, time, encoder_hidden_states=cond.text, class_labels=labels, added_cond_kwargs=extra).sample
 
 
 def encode(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """Bottleneck features ``(B, C, h, w)``: last encoder block of a `UNet2DModel`, mid block of the conditional one."""
+    """Bottleneck features ``(B, C, h, w)``: last encoder block, or mid block of the `UNet2DConditionModel`."""
+    if isinstance(network, SongUNet):
+        return network.encode(sample, time, _labels(network, cond))
     if isinstance(network, UNet2DModel):
         emb = network.time_embedding(network.time_proj(time).to(network.dtype))
         if network.class_embedding is not None:
@@ -54,7 +61,7 @@ def encode(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> T
 
 
 class Denoiser(nn.Module):
-    """A diffusers UNet seen as a denoiser.
+    """A UNet seen as a denoiser.
 
     With ``precision="bf16"`` on a GPU the network body runs under bfloat16 autocast; parameters stay float32.
     """

@@ -1,11 +1,10 @@
 """Publish a finished student: a folder of diffusers parts with a model card and a script that needs only diffusers."""
 
-import os
+import inspect
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,52 +12,28 @@ from typing import Annotated, Any
 import diffusers
 import torch
 import typer
-from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DModel
-from safetensors import SafetensorError
+from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
 
 from dmd2.denoisers import Denoiser, EdmDenoiser, Network
 from dmd2.errors import UserError, readable_errors
+from dmd2.folders import atomic_folder
 from dmd2.model_card import model_card, render
 from dmd2.quantise import quantise
 from dmd2.run import RunId
 from dmd2.sample import student_sample
 from dmd2.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
 from dmd2.snapshot import Snapshot, find_snapshot
+from dmd2.song_unet import SongUNet
 
 GRID_ROWS, GRID_COLUMNS = 6, 10
 TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
 
 
-@contextmanager
-def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` only once the block ended and its bytes reached the disk.
-
-    Raises:
-        UserError: `target` exists and may not be replaced, or a file cannot be written; `target` is then as before.
-    """
-    target = target.absolute()
-    if target.exists() and not (force and (target / "unet/config.json").exists() and (target / "sample.py").exists()):
-        reason = "is no export" if force else "exists"
-        raise UserError(f"{target} {reason}: name a new folder" + ("" if force else ", or replace it with --force"))
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors creates its files readable by the owner only
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {target}: {error}; nothing was changed there") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def export_folder(target: Path, force: bool = False) -> AbstractContextManager[Path]:
+    """An `atomic_folder` that replaces an earlier export, and only by `force`."""
+    is_export = (target / "unet/config.json").exists() and (target / "sample.py").exists()
+    refusal = "is no export: name a new folder" if force else "exists: name a new folder, or replace it with --force"
+    return atomic_folder(target, force and is_export, refusal)
 
 
 def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
@@ -103,8 +78,8 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
 
 def _arguments(network: Network, labelled: bool) -> str:
     """Source text of the network's conditions in the script's call."""
-    labels = ', class_labels=draws["labels"]' if labelled else ""
-    if isinstance(network, UNet2DModel):
+    labels = ', class_labels=draws["labels"]' if labelled and network.class_embedding is not None else ""
+    if not isinstance(network, UNet2DConditionModel):
         return labels
     text = "None" if labelled else 'draws["text"]'
     added = ", added_cond_kwargs=sizes" if network.config["addition_embed_type"] == "text_time" else ""
@@ -142,11 +117,13 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
     Raises:
         UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
     """
-    with atomic_folder(out, force) as folder:
+    with export_folder(out, force) as folder:
         student = snapshot.denoiser()
         sampling = sampling_of(snapshot, student)
         student.network.save_pretrained(folder / "unet", safe_serialization=True)
         scheduler_of(student).save_pretrained(folder / "scheduler")
+        if isinstance(student.network, SongUNet):  # which diffusers lacks
+            shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
         script = render("sample.py.j2", sampling)
         (folder / "sample.py").write_text(script, encoding="utf-8")
         checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else ""

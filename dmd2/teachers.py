@@ -23,8 +23,11 @@ from dmd2.optimiser import Optimiser
 from dmd2.progress import Progress
 from dmd2.rng import Draws, stream
 from dmd2.schedules import LEVELS, add_noise, loss_weight
+from dmd2.song_unet import SongUNet
 
-NETWORKS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+NETWORKS: dict[str, type[Network]] = {
+    "UNet2DModel": UNet2DModel, "SongUNet": SongUNet, "UNet2DConditionModel": UNet2DConditionModel
+}  # fmt: skip
 CHECKPOINT_EVERY = 500
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import dmd2.export
 from dmd2.condition import Condition
 from dmd2.errors import UserError
-from dmd2.export import atomic_folder, export
+from dmd2.export import export, export_folder
 from dmd2.quantise import quantise
 from dmd2.sample import student_sample
 from dmd2.samplers import few_step
@@ -177,11 +177,11 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path):
     before = (out / "README.md").read_bytes()
     for failure, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError("no space"), UserError)):
         with pytest.raises(seen):
-            with atomic_folder(out, force=True) as folder:
+            with export_folder(out, force=True) as folder:
                 (folder / "half").write_text("x")
                 raise failure
     with pytest.raises(UserError, match="cannot write"):
-        with atomic_folder(out, force=True) as folder:
+        with export_folder(out, force=True) as folder:
             folder.rmdir()  # the new folder cannot take its place once the earlier one was moved aside
     assert (out / "README.md").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "results"]
