@@ -1,8 +1,8 @@
-"""Full-size networks of a base (random weights) through a student update and a critic-only iteration: time and memory.
+"""Full-size networks of a base (random weights) through student updates and a critic-only iteration: time and memory.
 
-Beside each measured peak stands what dmd2/memory.py predicts for the same settings: the peak of what PyTorch's allocator
-handed out, and of the whole process (less what it had before), which has the workspaces of the convolutions on top. On the
-CPU float32 and two images (ImageNet-64: 12 GB); on a GPU bf16 and 40 images (`--batch`), also with compiled bodies.
+Beside each measured peak stands what dmd2/memory.py predicts for the same settings. On the CPU (float32, two images;
+12 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
+top, and once that of the tensors alone. On a GPU (bf16, 40 images, see `--batch`) also with compiled network bodies.
 The weights are random, so the losses mean nothing; no data and no teacher are needed.
 """
 
@@ -48,24 +48,33 @@ def main(
 
 
 def on_cpu(cfg: RunConfig, manifest: Path) -> None:
-    """Peaks of every phase: of tensors as PyTorch's profiler saw them, of the process as /proc tells it."""
+    """Peaks of every phase as /proc tells them, and of the tensors as PyTorch's profiler saw them."""
     counted, device, ratio, count = Counted(cfg), torch.device("cpu"), cfg.critic.ratio, cfg.optim.batch
     print(f"{cfg.data.name}, batch {count}, float32, {torch.get_num_threads()} threads on the CPU")
     print("parameters: " + ", ".join(f"{name} {parameters:,}" for name, parameters in counted.parameters.items()))
+    predicted = [
+        counted.iteration(count, update_student=True).peak,
+        counted.iteration(count, update_student=False).peak,
+    ]
     before = _status("VmRSS")
     models, batches = _models(cfg, manifest, device), _batches(cfg, device)
-    print(f"{'':<22}{'seconds':>8}{'predicted':>11}{'tensors':>9}{'ratio':>7}{'process':>9}{'ratio':>7}   (GB)")
+    print(f"{'':<22}{'seconds':>8}{'predicted':>11}{'measured':>10}{'ratio':>7}   (GB)")
+
+    def row(name: str, seconds: float, expected: int, measured: int) -> None:
+        told = f"{expected / GB:>11.2f}{measured / GB:>10.2f}{measured / expected:>7.2f}"
+        print(f"{name:<22}{seconds:>8.1f}{told}", flush=True)
+
+    # The first update makes AdamW's moments, which the prediction takes for granted.
     phases = [("first student update", 0), ("critic-only iteration", 1), ("student update", ratio)]
-    for name, it in phases:  # the first one makes AdamW's moments
+    for name, it in phases:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident
-        standing, started = _standing(models), time.monotonic()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train_step(models, batches.at(it), it, cfg)
-        seconds, process = time.monotonic() - started, _status("VmHWM") - before
-        tensors = standing + allocated_peak(profiler)
-        predicted = counted.iteration(count, update_student=it % ratio == 0).peak
-        told = f"{tensors / GB:>9.2f}{tensors / predicted:>7.2f}{process / GB:>9.2f}{process / predicted:>7.2f}"
-        print(f"{name:<22}{seconds:>8.1f}{predicted / GB:>11.2f}{told}", flush=True)
+        started = time.monotonic()
+        train_step(models, batches.at(it), it, cfg)
+        row(name, time.monotonic() - started, predicted[it % ratio > 0], _status("VmHWM") - before)
+    standing, started = _standing(models), time.monotonic()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_step(models, batches.at(ratio), ratio, cfg)
+    row("  tensors alone", time.monotonic() - started, predicted[0], standing + allocated_peak(profiler))
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"interpreter and libraries before: {before / GB:.2f} GB; peak of the whole process: {whole / GB:.2f} GB")
 
@@ -108,8 +117,8 @@ def on_gpu(cfg: RunConfig, manifest: Path) -> None:
         seconds = (time.monotonic() - started) / (BLOCKS * ratio)
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         print(
-            f"{'compiled' if compiled else 'plain':<10}{seconds:>7.3f} s/iteration{count / seconds:>8.1f} images/s"
-            f"  peak {peak / GB:.2f} GB, {peak / predicted.peak:.2f} of the prediction; reserved {reserved / GB:.2f} GB",
+            f"{'compiled' if compiled else 'plain':<10}{seconds:>7.3f} s/iteration{count / seconds:>8.1f} images/s  "
+            f"peak {peak / GB:.2f} GB, {peak / predicted.peak:.2f} of the prediction; reserved {reserved / GB:.2f} GB",
             flush=True,
         )
         del models

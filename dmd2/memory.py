@@ -1,34 +1,28 @@
 """Memory and arithmetic of a training iteration, counted on PyTorch's meta device: shapes run, no weights exist.
 
-`Counted` runs the real `train_step` on networks without data; a dispatch mode adds up what is alive and what is computed.
+`Counted` runs the real `train_step` on networks without data; `dmd2.meta` adds up what is alive and what is computed.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from dmd2.batches import Batch, Batches
 from dmd2.build import build_head
 from dmd2.condition import Condition
-from dmd2.config import TrainConfig
+from dmd2.config import Optim, TrainConfig
 from dmd2.data import TensorSet
 from dmd2.denoisers import Denoiser, EdmDenoiser
-from dmd2.distributed import _buckets
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.inputs import TEACHERS
 from dmd2.lpips import LAYERS, Lpips
+from dmd2.meta import GpuFunctions, Ledger, rounded
 from dmd2.optimiser import Optimiser
 from dmd2.rng import Draws
 from dmd2.samplers import few_step
@@ -37,147 +31,9 @@ from dmd2.teachers import NETWORKS, build_network, wrap
 from dmd2.trainer import PROBE_SEEDS
 
 META = torch.device("meta")
-BLOCK = 512  # bytes; the CUDA allocator rounds every tensor up to it
 TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
 LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LPIPS compares
-
-# What CUDA's autocast runs in the lower precision and in float32, of the functions that diffusers' UNets call
-# (ATen/autocast_mode.h); all others take what they get.
-LOWERED = {
-    "conv1d", "conv2d", "linear", "matmul", "__matmul__", "einsum", "bmm", "baddbmm", "addmm", "mm",
-    "scaled_dot_product_attention",
-}  # fmt: skip
-RAISED = {"group_norm", "layer_norm", "rms_norm", "softmax", "interpolate", "exp", "log", "pow", "rsqrt", "reciprocal"}
-
-
-class Ledger(TorchDispatchMode):
-    """Bytes alive (every storage once, rounded as CUDA's allocator does), their peak, and floating-point operations."""
-
-    def __init__(self, standing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live, self.peak, self.flops = 0, 0, 0
-        self._known: set[int] = set()
-        for tensor in standing:
-            self._enter(tensor)
-        self.standing = self.peak = self.live
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = _run(func, args, kwargs or {})
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self._enter(value)
-        self.peak = max(self.peak, self.live)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
-        if key not in self._known:
-            self._known.add(key)
-            self.live += size
-            weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-class _Form(NamedTuple):
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Value(NamedTuple):
-    kind: type  # since 1, 1.0 and True are equal
-    value: Any
-
-
-_outputs: dict[Any, Any] = {}  # form of what an operation returned, by it and the form of its arguments
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on meta tensors, or repeat what it returned for tensors like these: most are Python, and slow."""
-    if func.namespace != "aten":  # of the profiler
-        return func(*args, **kwargs)
-    key = (func, _form(args), _form(tuple(kwargs.items())))
-    if (known := _outputs.get(key)) is not None:
-        return _like(known)
-    out = func(*args, **kwargs)
-    if _storages((args, kwargs)).isdisjoint(_storages(out)):  # a view, or an update in place, is of its argument
-        _outputs[key] = _form(out)
-    return out
-
-
-def _storages(values: Any) -> set[int]:
-    return {value.untyped_storage()._cdata for value in tree_leaves(values) if isinstance(value, Tensor)}
-
-
-def _form(value: Any) -> Any:
-    """All that the forms of an operation's results depend on, hashable."""
-    if isinstance(value, Tensor):
-        return _Form(value.shape, value.stride(), value.dtype, value.device)
-    return tuple(map(_form, value)) if isinstance(value, tuple | list) else _Value(type(value), value)
-
-
-def _like(form: Any) -> Any:
-    """New values of a form."""
-    if isinstance(form, _Form):
-        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=form.device)
-    return form.value if isinstance(form, _Value) else tuple(map(_like, form))
-
-
-class GpuFunctions(TorchFunctionMode):
-    """A GPU's fused attention and bfloat16 autocast, which the meta device lacks.
-
-    Fused attention keeps its inputs, its output and one number per query, never the matrix of weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lowered = False
-        self._copies: dict[int, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.lowered and (name := getattr(func, "__name__", "")) in LOWERED | RAISED:
-            to = self._lower if name in LOWERED else _raise
-            args = tuple(to(value) for value in args)
-            kwargs = {key: to(value) for key, value in kwargs.items()}
-        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            query, key, value = (*args[:3], *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return func(*args, **kwargs)
-
-    @contextmanager
-    def autocast(self, enabled: bool) -> Iterator[None]:
-        """Bfloat16 inside, if enabled; copies of trained weights are kept to the end, as CUDA's autocast does."""
-        self.lowered = enabled
-        try:
-            yield
-        finally:
-            self.lowered = False
-            self._copies.clear()
-
-    def _lower(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if not (value.is_leaf and value.requires_grad):
-            return value.to(torch.bfloat16)
-        if id(value) not in self._copies:
-            self._copies[id(value)] = value.to(torch.bfloat16)
-        return self._copies[id(value)]
-
-
-def _raise(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
 
 
 @dataclass(frozen=True)
@@ -212,19 +68,14 @@ class ShapeBatches(Batches):
 
 
 class ShapeOptimiser(Optimiser):
-    """AdamW as it lies in memory. Its fused update needs nothing more, the sum over processes one bucket."""
+    """AdamW as it lies in memory: two moments per parameter. Its fused update needs nothing more."""
 
-    processes = 1
-
-    def __init__(self, modules: Iterable[nn.Module | None], cfg: Any, lr: float) -> None:
+    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
         super().__init__(modules, cfg, lr)
         self.moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
 
     def step(self, it: int) -> Tensor:
         """Clear the gradients, as after an update."""
-        if self.processes > 1:
-            for bucket in _buckets([p.grad for p in self.parameters if p.grad is not None]):
-                torch.cat([gradient.flatten() for gradient in bucket])
         self.adamw.zero_grad(set_to_none=True)
         return torch.empty((), device=META)
 
@@ -237,17 +88,49 @@ class Iteration:
     flops: int
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What lies in the memory of one GPU, in bytes, and how it grows with the images of one forward pass.
+
+    standing: weights by network and AdamW's moments. gradients: of the larger of the two updates. points: micro-batch
+    and counted peak, linear between and beyond. probe: peak of the images that are made for every line of the log.
+    """
+
+    standing: dict[str, int]
+    gradients: int
+    points: tuple[tuple[int, int], ...]
+    probe: int
+
+    def at(self, micro_batch: int, accumulated: bool = False) -> int:
+        """Peak with so many images per forward pass; gradients of earlier passes stay where they are accumulated."""
+        pairs = list(pairwise(self.points))
+        (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
+        peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)
+        return max(round(peak) + accumulated * self.gradients, self.probe)
+
+    @property
+    def per_image(self) -> float:
+        """Bytes that one more image takes, at large micro-batches."""
+        (x0, y0), (x1, y1) = self.points[-2:]
+        return (y1 - y0) / (x1 - x0)
+
+    def largest(self, available: float, share: int) -> int:
+        """Images per forward pass that fit, at most the GPU's share of a batch; less than the share is accumulated."""
+        if self.at(share) <= available:
+            return share
+        return next((count for count in range(share - 1, 0, -1) if self.at(count, True) <= available), 0)
+
+
 class Counted:
     """Models of a run on the meta device, and what its iterations take."""
 
-    def __init__(self, cfg: TrainConfig, processes: int = 1) -> None:
+    def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
-        spec = architecture(cfg)
         self.functions = GpuFunctions()
-        self.models = self._models(spec, processes)
+        self.models = self._models(architecture(cfg))
         self.ema = deepcopy(self.models.student) if cfg.optim.ema else None
 
-    def _models(self, spec: dict[str, Any], processes: int) -> Models:
+    def _models(self, spec: dict[str, Any]) -> Models:
         cfg = self.cfg
         with META:
             network = build_network(spec, 0).requires_grad_(False)
@@ -261,8 +144,7 @@ class Counted:
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
-        for optimiser in made:
-            optimiser.processes = processes
+        self._moments = [moment for optimiser in made for moment in optimiser.moments]
         null = self.condition(teacher, 1) if cfg.teacher.guidance > 1 else None
         return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
 
@@ -296,8 +178,8 @@ class Counted:
 
     @property
     def moments(self) -> int:
-        """Bytes of both AdamW states."""
-        return _size(self._moments())
+        """Bytes of the states of both AdamW."""
+        return _size(self._moments)
 
     @property
     def gradients(self) -> int:
@@ -311,15 +193,25 @@ class Counted:
         Args:
             micro_batch: images per forward pass. micro_batches: forward passes before an update, 2 standing for more.
         """
-        it = 0 if update_student else 1
-        cfg = self.cfg
+        cfg, it = self.cfg, 0 if update_student else 1
         if not update_student and cfg.critic.ratio == 1:
-            return Iteration(0, 0)
+            return Iteration(0, 0)  # there is none
         rows = self._rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         with Ledger(self._standing()) as ledger, self.functions:
             train_step(self.models, batches.some(micro_batches), it, cfg)
         return Iteration(ledger.peak, ledger.flops)
+
+    def memory(self) -> Memory:
+        """Memory of one process at any micro-batch."""
+        turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
+        points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
+        return Memory({**self.weights, "AdamW": self.moments}, self.gradients, points, self.probe().peak)
+
+    def flops(self) -> float:
+        """Of one image in one iteration, averaged over the iterations with and without a student update."""
+        ratio = self.cfg.critic.ratio
+        return (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
 
     def probe(self) -> Iteration:
         """Images from fixed noise that the trainer makes for every line of its log, all at once."""
@@ -358,13 +250,9 @@ class Counted:
         noise = torch.empty(shape, device=META)
         return TensorSet({**tensors, "images": torch.empty(shape, dtype=kind, device=META), "noise": noise})
 
-    def _moments(self) -> list[Tensor]:
-        made = (self.models.student_optimiser, self.models.critic_optimiser)
-        return [moment for optimiser in made for moment in cast(ShapeOptimiser, optimiser).moments]
-
     def _standing(self) -> list[Tensor]:
         """What lies in memory from the first iteration to the last."""
-        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self._moments()
+        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self._moments
 
 
 def architecture(cfg: TrainConfig) -> dict[str, Any]:
@@ -407,4 +295,4 @@ def _distance(cfg: TrainConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(-(-prod(t.shape) * t.element_size() // BLOCK) * BLOCK for t in tensors)
+    return sum(rounded(tensor.nbytes) for tensor in tensors)
