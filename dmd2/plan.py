@@ -4,6 +4,7 @@ Nothing of full size is allocated, and no data, teacher or GPU is needed (see dm
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,13 @@ from dmd2.eval_config import Sampler
 from dmd2.files import read_json
 from dmd2.inputs import REAL
 from dmd2.memory import Counted, Memory
-from dmd2.rates import PUBLISHED_IMAGES, Rate, rate_of
+from dmd2.rates import PUBLISHED_IMAGES, Rate, given, rate_of
 
 GIB = 2.0**30  # bytes
 CARDS = (24.0, 40.0, 80.0)  # GiB
 RESERVE, FRAGMENTED = 2.0, 0.1  # GiB of CUDA's context, workspaces and NCCL; share of the rest that fragments
 FLOAT, LABEL = 4, 8  # bytes
+FEATURES = {"inception": 2048, "dinov2-vitl14": 1024, "-classifier": 64}
 KEPT = Checkpoints(Path()).keep
 
 
@@ -56,6 +58,7 @@ class Disk:
 
     snapshots: int
     checkpoint: int
+    features: int
     pairs: int
     real: int | None
 
@@ -69,12 +72,21 @@ class Disk:
         pairs = cfg.regression.pairs.count * (2 * pixels * FLOAT + LABEL) if cfg.needs_pairs else 0
         count = real_images(cfg)
         real = None if count is None else count * (pixels + LABEL)
-        return Disk(snapshots(cfg) * counted.parameters["student"] * FLOAT, weights * FLOAT, pairs, real)
+        features = snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT
+        student = snapshots(cfg) * counted.parameters["student"] * FLOAT
+        return Disk(student, weights * FLOAT, features, pairs, real)
 
     @property
     def run(self) -> int:
         """Of one run: its snapshots, and the checkpoints it keeps with one more being written."""
         return self.snapshots + (KEPT + 1) * self.checkpoint
+
+
+def _features(detector: str) -> int:
+    """Features of one image, 0 of a detector whose number is not known here."""
+    if found := re.fullmatch(r"lite0-(\d+)@\d+", detector):
+        return int(found[1])
+    return next((count for start, count in FEATURES.items() if start in detector), 0)
 
 
 def snapshots(cfg: RunConfig) -> int:
@@ -112,11 +124,10 @@ class Plan:
     rate: Rate
 
     @staticmethod
-    def of(base: str, run: str, cfg: RunConfig, counts: Counts, given: tuple[float, int] | None = None) -> "Plan":
-        """Count a run."""
+    def of(base: str, run: str, cfg: RunConfig, counts: Counts, rate: Rate | None = None) -> "Plan":
+        """Count a run, at `rate` or at the best that is known."""
         counted, flops = counts.of(cfg), counts.flops(cfg)
-        rate = rate_of(base, run, cfg, counts.flops, given)
-        return Plan(run, cfg, counted, flops, rate)
+        return Plan(run, cfg, counted, flops, rate or rate_of(base, run, cfg, counts.flops))
 
     @cached_property
     def memory(self) -> Memory:
@@ -144,21 +155,27 @@ class Plan:
         return self.rate.hours(images * calls(sampler) * self.counted.forward_flops())
 
 
-def fit(memory: Memory, card: float, batch: int, gpus: int, micro_batch: int) -> list[str]:
-    """What a GPU of `card` GiB can do: cells of the table, or one sentence about what is missing."""
+def binary(size: float) -> str:
+    """Bytes of memory, in GiB or MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def fit(memory: Memory, card: float, batch: int, gpus: int, micro_batch: int = 0) -> list[str]:
+    """What GPUs of `card` GiB can do, as cells of the table.
+
+    The card; what of it tensors can take; the most images of a pass; the GPUs that need no accumulation; how a batch
+    is done on `gpus` of them, in passes of `micro_batch` images or of as many as fit.
+    """
     room, share = available(card), -(-batch // gpus)
-    largest = memory.largest(room, batch)
-    if largest == 0:
-        need = memory.at(1, accumulated=share > 1)
-        return [f"{card:g}", f"{room / GIB:.1f}", f"does not fit: one image needs {(need - room) / GIB:.1f} GiB more"]
-    alone = next(n for n in range(1, batch + 1) if n == batch or memory.at(-(-batch // n)) <= room)
-    images = min(micro_batch or memory.largest(room, share), share)
+    cells = [f"{card:g} GiB", binary(room)]
+    largest = memory.largest(room, share)
+    alone = next((n for n in range(1, batch + 1) if memory.at(-(-batch // n)) <= room), None)
+    images = min(micro_batch or largest or 1, share)
     passes = -(-share // images)
     need = memory.at(images, accumulated=passes > 1)
-    how = "in one pass" if passes == 1 else f"in {passes} passes, micro_batch {images}"
-    missing = f", {(need - room) / GIB:.1f} GiB too much" if need > room else ""
-    unaided = f"{alone}" if memory.at(-(-batch // alone)) <= room else "none"
-    return [f"{card:g}", f"{room / GIB:.1f}", f"{largest}", unaided, f"{how}: {need / GIB:.1f} GiB{missing}"]
+    how = "one pass" if passes == 1 else f"{passes} passes, micro_batch {images}"
+    missing = f": does not fit, {binary(need - room)} more is needed" if need > room else f": {binary(need)}"
+    return [*cells, f"{memory.largest(room, batch)}", f"{alone or 'none'}", how + missing]
 
 
 @dataclass(frozen=True)
@@ -202,8 +219,8 @@ def chosen(base: str, run: str | None) -> tuple[str, RunConfig]:
     return run, runs[run]
 
 
-def table_plan(base: str, table: str, counts: Counts, given: tuple[float, int] | None) -> TablePlan:
-    """All rows of a table.
+def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
+    """Number of seeds and the rows of a table.
 
     Raises:
         UserError: there is no such table, or it is of another base.
@@ -214,9 +231,8 @@ def table_plan(base: str, table: str, counts: Counts, given: tuple[float, int] |
         raise UserError(f"there is no table {table}{_hint(table, tables, 'tables of ' + base)}")
     if table not in tables:
         raise UserError(f"table {table} is of base {experiment.tables[table].base}, not {base}")
-    names = [row.run for row in experiment.rows[table]]
-    rows = [Plan.of(base, name, experiment.runs[base, name], counts, given) for name in names]
-    return TablePlan(table, len(experiment.tables[table].seeds), rows)
+    rows = {row.run: experiment.runs[base, row.run] for row in experiment.rows[table]}
+    return len(experiment.tables[table].seeds), rows
 
 
 def _hint(name: str, known: list[str], what: str) -> str:
@@ -229,7 +245,7 @@ def main(
     table: Annotated[str | None, typer.Option(help="also all rows and seeds of a table of that base")] = None,
     run: Annotated[str | None, typer.Option(help="a row, by its name in any table; default: the base itself")] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB; default: 24, 40 and 80", min=1)] = None,
-    gpus: Annotated[int, typer.Option(help="processes that share the batch", min=1)] = 8,
+    gpus: Annotated[int, typer.Option(help="that share the batch; 0: 8, or the batch if it is less", min=0)] = 0,
     micro_batch: Annotated[int, typer.Option(help="images of one forward pass; 0: as many as fit", min=0)] = 0,
     seconds_per_iteration: Annotated[float, typer.Option(help="known rate on these GPUs; 0: look for one", min=0)] = 0,
 ) -> None:
@@ -238,16 +254,20 @@ def main(
 
     with readable_errors():
         name, cfg = chosen(base, run)
+        gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
-        counts, given = Counts(), (seconds_per_iteration, gpus) if seconds_per_iteration else None
-        plan, page = Plan.of(base, name, cfg, counts, given), Page(gpus)
+        seeds, rows = rows_of(base, table) if table else (0, {})
+        counts, rate = Counts(), None
+        if seconds_per_iteration:
+            rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
+        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus)
         page.head(base, plan)
         page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
         page.time(plan)
         page.disk(plan)
         if table is not None:
-            page.table(table_plan(base, table, counts, None))
+            page.table(TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()]))
 
 
 if __name__ == "__main__":

@@ -55,22 +55,24 @@ class Rate:
         """What an hour of one process is called."""
         return "CPU" if self.device == "cpu" else "GPU"
 
+    @property
+    def kind(self) -> str:
+        """``given``, ``measured``, ``published`` or ``assumed``."""
+        return self.source.split(" ")[0].rstrip(":")
+
     def hours(self, operations: float) -> float:
         """Hours of one process."""
         return operations / self.flops / 3600
 
 
-def rate_of(base: str, run: str, cfg: RunConfig, flops: Flops, given: tuple[float, int] | None = None) -> Rate:
-    """The best rate there is for a run.
-
-    Args:
-        given: seconds per iteration and the number of processes they are of, if the user knows them.
-    """
-    if given:
-        seconds, processes = given
-        speed = flops(cfg) * cfg.optim.batch / seconds / processes
-        return Rate(speed, "GPU", f"given: {seconds:g} s per iteration on {processes} GPUs")
+def rate_of(base: str, run: str, cfg: RunConfig, flops: Flops) -> Rate:
+    """The best rate there is for a run that nobody gave one for."""
     return measured(base, run, cfg, flops) or published(base, cfg, flops) or assumed()
+
+
+def given(seconds: float, processes: int, operations: float) -> Rate:
+    """Rate of processes that together take so many seconds for an iteration of so many operations."""
+    return Rate(operations / seconds / processes, "GPU", f"given: {seconds:g} s per iteration on {processes} GPUs")
 
 
 def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None:
@@ -88,7 +90,9 @@ def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None
     _, _, path, record, trained = max(found, key=lambda entry: entry[:2])
     seconds, processes = record["seconds"] / record["steps"], record.get("processes", 1)
     speed = flops(cfg if digest(cfg) == digest(trained) else trained) * trained.optim.batch / seconds / processes
-    where = f"{processes} x {record['device']}" + (f", {record['threads']} threads" * (record["device"] == "cpu"))
+    where = f"{processes} x {record['device']}"
+    if record["device"] == "cpu":
+        where += f" with {record['threads']} thread{'s' * (record['threads'] > 1)}"
     name = "/".join(path.parts[-4:-1])
     return Rate(speed, record["device"], f"measured: {name}, {seconds:.3g} s per iteration on {where}")
 
