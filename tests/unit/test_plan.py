@@ -48,7 +48,8 @@ def page(tmp_path, monkeypatch):
 def test_the_page_names_the_source_of_its_numbers(page):
     code, text = page("tiny", "--gpus", "2", "--table", "both")
     assert code == 0, text
-    assert "(computed)" in text and "assumed: an A100 at 20% of its 312 TFLOP/s" in text
+    assert text.count("(computed)") == 3  # memory, arithmetic, disk
+    assert "assumed: an A100 at 20% of its 312 TFLOP/s" in text
     assert "2 GPUs, 2 images each" in text
     assert "Table both: 2 rows x 2 seeds" in text
 
@@ -163,6 +164,7 @@ def test_a_table_makes_its_shared_work_once():
     rows = [Plan(name, cfg, counts.of(cfg), 1.0, rate) for name, cfg in [("a", full), ("b", pairs), ("c", pairs)]]
     hours = TablePlan("t", 3, rows).hours()
     assert hours["training"] == pytest.approx(9 * rows[0].training())
+    assert hours["snapshots' images"] == pytest.approx(9 * rows[0].evaluation())
     assert hours["pairs"] == pytest.approx(rows[1].pairs())
     assert hours["teacher's images"] == pytest.approx(rows[0].teachers())
     disks = [Disk.of(row.cfg, row.counted) for row in rows]
