@@ -1,7 +1,7 @@
 """Full-size networks of a base (random weights) through student updates and a critic-only iteration: time and memory.
 
 Beside each measured peak stands what dmd2/memory.py predicts for the same settings. On the CPU (float32, two images;
-12 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
+14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
 top, and once that of the tensors alone. On a GPU (bf16, 40 images, see `--batch`) also with compiled network bodies.
 The weights are random, so the losses mean nothing; no data and no teacher are needed.
 """
