@@ -1,0 +1,158 @@
+"""Full-size networks of a base (random weights) through student updates and a critic-only iteration: time and memory.
+
+Beside each measured peak stands what dmd2/memory.py predicts for the same settings. On the CPU (float32, two images;
+14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
+top, and once that of the tensors alone. On a GPU (bf16, 40 images, see `--batch`) also with compiled network bodies.
+The weights are random, so the losses mean nothing; no data and no teacher are needed.
+"""
+
+import resource
+import sys
+import tempfile
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from dmd2.ablations import load_base
+from dmd2.batches import Batches
+from dmd2.build import build_models
+from dmd2.config import RunConfig
+from dmd2.data import TensorSet
+from dmd2.errors import readable_errors
+from dmd2.inputs import Inputs
+from dmd2.memory import Counted, architecture
+from dmd2.step import Models, train_step
+from dmd2.teachers import adopt_teacher, build_network
+
+GB = 1e9
+BLOCKS = 3  # timed on a GPU, each of critic.ratio iterations
+
+
+def main(
+    base: str = "imagenet64", batch: Annotated[int, typer.Option(help="0: 2 on the CPU, 40 on a GPU")] = 0,
+    threads: int = 2,
+) -> None:  # fmt: skip
+    torch.set_num_threads(threads)
+    with readable_errors(), tempfile.TemporaryDirectory() as folder:
+        _, cfg = load_base(base)
+        manifest = _teacher(cfg, Path(folder))
+        if torch.cuda.is_available():
+            on_gpu(_changed(cfg, batch or 40, "bf16"), manifest)
+        else:
+            on_cpu(_changed(cfg, batch or 2, "fp32"), manifest)
+
+
+def on_cpu(cfg: RunConfig, manifest: Path) -> None:
+    """Peaks of every phase as /proc tells them, and of the tensors as PyTorch's profiler saw them."""
+    counted, device, ratio, count = Counted(cfg), torch.device("cpu"), cfg.critic.ratio, cfg.optim.batch
+    print(f"{cfg.data.name}, batch {count}, float32, {torch.get_num_threads()} threads on the CPU")
+    print("parameters: " + ", ".join(f"{name} {parameters:,}" for name, parameters in counted.parameters.items()))
+    predicted = [
+        counted.iteration(count, update_student=True).peak,
+        counted.iteration(count, update_student=False).peak,
+    ]
+    before = _status("VmRSS")
+    models, batches = _models(cfg, manifest, device), _batches(cfg, device)
+    print(f"{'':<22}{'seconds':>8}{'predicted':>11}{'measured':>10}{'ratio':>7}   (GB)")
+
+    def row(name: str, seconds: float, expected: int, measured: int) -> None:
+        told = f"{expected / GB:>11.2f}{measured / GB:>10.2f}{measured / expected:>7.2f}"
+        print(f"{name:<22}{seconds:>8.1f}{told}", flush=True)
+
+    # The first update makes AdamW's moments, which the prediction takes for granted.
+    phases = [("first student update", 0), ("critic-only iteration", 1), ("student update", ratio)]
+    for name, it in phases:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident
+        started = time.monotonic()
+        train_step(models, batches.at(it), it, cfg)
+        row(name, time.monotonic() - started, predicted[it % ratio > 0], _status("VmHWM") - before)
+    standing, started = _standing(models), time.monotonic()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_step(models, batches.at(ratio), ratio, cfg)
+    row("  tensors alone", time.monotonic() - started, predicted[0], standing + allocated_peak(profiler))
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"interpreter and libraries before: {before / GB:.2f} GB; peak of the whole process: {whole / GB:.2f} GB")
+
+
+def allocated_peak(profiler: profile) -> int:
+    """Most bytes that PyTorch's allocator had handed out since the profiler started, less those given back."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
+
+
+def _standing(models: Models) -> int:
+    modules = [models.student, models.teacher, models.critic, models.head]
+    states = [*models.student_optimiser.adamw.state.values(), *models.critic_optimiser.adamw.state.values()]
+    tensors = [p for module in modules if module is not None for p in module.parameters()]
+    return sum(t.nbytes for t in [*tensors, *(value for state in states for value in state.values())])
+
+
+def on_gpu(cfg: RunConfig, manifest: Path) -> None:
+    """Images per second and the peak of what tensors take, plain and with compiled bodies."""
+    device, count, ratio = torch.device("cuda"), cfg.optim.batch, cfg.critic.ratio
+    predicted = Counted(cfg).iteration(count)
+    print(
+        f"{cfg.data.name}, batch {count}, bf16, {torch.cuda.get_device_name()}, predicted {predicted.peak / GB:.2f} GB"
+    )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for compiled in (False, True):
+        models, batches = _models(cfg, manifest, device), _batches(cfg, device)
+        if compiled:
+            for denoiser in (models.student, models.teacher, models.critic):
+                denoiser.network.compile()
+        for it in range(ratio + 1):  # moments, cuDNN's choices, compilation of both kinds of iteration
+            train_step(models, batches.at(it), it, cfg)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        for it in range(ratio, (1 + BLOCKS) * ratio):
+            train_step(models, batches.at(it), it, cfg)
+        torch.cuda.synchronize()
+        seconds = (time.monotonic() - started) / (BLOCKS * ratio)
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        print(
+            f"{'compiled' if compiled else 'plain':<10}{seconds:>7.3f} s/iteration{count / seconds:>8.1f} images/s  "
+            f"peak {peak / GB:.2f} GB, {peak / predicted.peak:.2f} of the prediction; reserved {reserved / GB:.2f} GB",
+            flush=True,
+        )
+        del models
+        torch.cuda.empty_cache()
+
+
+def _changed(cfg: RunConfig, batch: int, precision: str) -> RunConfig:
+    optim, train = cfg.optim.model_copy(update={"batch": batch}), cfg.train.model_copy(update={"precision": precision})
+    return cfg.model_copy(update={"optim": optim, "train": train})
+
+
+def _teacher(cfg: RunConfig, folder: Path) -> Path:
+    """Manifest of a teacher of that architecture with random weights."""
+    build_network(architecture(cfg), 0).save_pretrained(folder / "unet")
+    return adopt_teacher(cfg.teacher, folder)
+
+
+def _models(cfg: RunConfig, manifest: Path, device: torch.device) -> Models:
+    return build_models(cfg, 0, Inputs(manifest, None, None, None), device)
+
+
+def _batches(cfg: RunConfig, device: torch.device) -> Batches:
+    """Batches over as many random images as one batch has."""
+    data, count = cfg.data, cfg.optim.batch
+    images = torch.randint(256, (count, data.channels, data.resolution, data.resolution), dtype=torch.uint8)
+    real = TensorSet({"images": images, "labels": torch.randint(data.classes, (count,))})
+    return Batches(cfg, 0, device, count, real)
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))

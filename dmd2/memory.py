@@ -1,0 +1,298 @@
+"""Memory and arithmetic of a training iteration, counted on PyTorch's meta device: shapes run, no weights exist.
+
+`Counted` runs the real `train_step` on networks without data; `dmd2.meta` adds up what is alive and what is computed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.batches import Batch, Batches
+from dmd2.build import build_head
+from dmd2.condition import Condition
+from dmd2.config import Optim, TrainConfig
+from dmd2.data import TensorSet
+from dmd2.denoisers import Denoiser, EdmDenoiser
+from dmd2.errors import UserError
+from dmd2.files import read_json
+from dmd2.inputs import TEACHERS
+from dmd2.lpips import LAYERS, Lpips
+from dmd2.meta import GpuFunctions, Ledger, rounded
+from dmd2.optimiser import Optimiser
+from dmd2.rng import Draws
+from dmd2.samplers import few_step
+from dmd2.step import Models, image_shape, train_step
+from dmd2.teachers import NETWORKS, build_network, wrap
+from dmd2.trainer import PROBE_SEEDS
+
+META = torch.device("meta")
+TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
+LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LPIPS compares
+SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
+
+
+@dataclass(frozen=True)
+class ShapeDraws(Draws):
+    """Draws without numbers; a step shared by the batch is the last one, which costs most."""
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Draws.normal`."""
+        return torch.empty((self.total, *shape), device=META)[self.start : self.stop]
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """See `Draws.integers`."""
+        return torch.empty((self.total,), dtype=torch.long, device=META)[self.start : self.stop]
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        """See `Draws.shared_integer`."""
+        return high
+
+    def shuffled(self, name: str, size: int) -> Tensor:
+        """See `Draws.shuffled`."""
+        return torch.empty((self.stop - self.start,), dtype=torch.long, device=META)
+
+
+class ShapeBatches(Batches):
+    """Equal micro-batches of one process, out of `ShapeDraws`."""
+
+    def some(self, count: int) -> Iterator[Batch]:
+        """The first `count` micro-batches of an iteration."""
+        total = max(self.cfg.optim.batch, count * self.micro_batch)
+        for i in range(count):
+            yield self._slice(ShapeDraws(0, 0, total, i * self.micro_batch, (i + 1) * self.micro_batch, META))
+
+
+class ShapeOptimiser(Optimiser):
+    """AdamW as it lies in memory: two moments per parameter. Its fused update needs nothing more."""
+
+    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
+        super().__init__(modules, cfg, lr)
+        self.moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
+
+    def step(self, it: int) -> Tensor:
+        """Clear the gradients, as after an update."""
+        self.adamw.zero_grad(set_to_none=True)
+        return torch.empty((), device=META)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of one process: bytes alive at its worst moment, and floating-point operations."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What lies in the memory of one GPU, in bytes, and how it grows with the images of one forward pass.
+
+    standing: weights by network and AdamW's moments. gradients: of the larger of the two updates. points: micro-batch
+    and counted peak, linear between and beyond. probe: peak of the images that are made for every line of the log.
+    """
+
+    standing: dict[str, int]
+    gradients: int
+    points: tuple[tuple[int, int], ...]
+    probe: int
+
+    def at(self, micro_batch: int, accumulated: bool = False) -> int:
+        """Peak with so many images per forward pass; gradients of earlier passes stay where they are accumulated."""
+        pairs = list(pairwise(self.points))
+        (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
+        peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)
+        return max(round(peak) + accumulated * self.gradients, self.probe)
+
+    @property
+    def per_image(self) -> float:
+        """Bytes that one more image takes, at large micro-batches."""
+        (x0, y0), (x1, y1) = self.points[-2:]
+        return (y1 - y0) / (x1 - x0)
+
+    def largest(self, available: float, share: int) -> int:
+        """Images per forward pass that fit, at most the GPU's share of a batch; less than the share is accumulated."""
+        if self.at(share) <= available:
+            return share
+        return next((count for count in range(share - 1, 0, -1) if self.at(count, True) <= available), 0)
+
+
+class Counted:
+    """Models of a run on the meta device, and what its iterations take."""
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.functions = GpuFunctions()
+        self.models = self._models(architecture(cfg))
+        self.ema = deepcopy(self.models.student) if cfg.optim.ema else None
+
+    def _models(self, spec: dict[str, Any]) -> Models:
+        cfg = self.cfg
+        with META:
+            network = build_network(spec, 0).requires_grad_(False)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
+        student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
+        if cfg.train.precision == "bf16" and cfg.teacher.parameterisation == "eps":
+            teacher.network.to(torch.bfloat16)
+        with META:
+            head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
+        made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
+        self._moments = [moment for optimiser in made for moment in optimiser.moments]
+        null = self.condition(teacher, 1) if cfg.teacher.guidance > 1 else None
+        return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
+
+    def _on_gpu(self, denoiser: Denoiser) -> Denoiser:
+        """Give it the autocast that `Denoiser.autocast` is on a GPU."""
+        always = isinstance(denoiser, EdmDenoiser)
+
+        def autocast(x_t: Tensor) -> Any:
+            return self.functions.autocast(denoiser.precision == "bf16" and (always or torch.is_grad_enabled()))
+
+        denoiser.autocast = autocast  # type: ignore[method-assign]
+        return denoiser
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks that a training holds, by name."""
+        m = self.models
+        found = {"student": m.student, "teacher": m.teacher, "critic": m.critic, "head": m.head, "EMA": self.ema}
+        distance = m.distance if isinstance(m.distance, nn.Module) else None
+        return {name: module for name, module in {**found, "LPIPS": distance}.items() if module is not None}
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters by network."""
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of parameters and buffers by network."""
+        return {name: _size([*m.parameters(), *m.buffers()]) for name, m in self.modules.items()}
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the states of both AdamW."""
+        return _size(self._moments)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the larger of the two sets of gradients; they are never alive together."""
+        optimisers = (self.models.student_optimiser, self.models.critic_optimiser)
+        return max(_size(optimiser.parameters) for optimiser in optimisers)
+
+    def iteration(self, micro_batch: int, update_student: bool = True, micro_batches: int = 1) -> Iteration:
+        """What one iteration of one process takes, with AdamW's states in place.
+
+        Args:
+            micro_batch: images per forward pass. micro_batches: forward passes before an update, 2 standing for more.
+        """
+        cfg, it = self.cfg, 0 if update_student else 1
+        if not update_student and cfg.critic.ratio == 1:
+            return Iteration(0, 0)  # there is none
+        rows = self._rows(micro_batch)
+        batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
+        with Ledger(self._standing()) as ledger, self.functions:
+            train_step(self.models, batches.some(micro_batches), it, cfg)
+        return Iteration(ledger.peak, ledger.flops)
+
+    def memory(self) -> Memory:
+        """Memory of one process at any micro-batch."""
+        turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
+        points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
+        return Memory({**self.weights, "AdamW": self.moments}, self.gradients, points, self.probe().peak)
+
+    def flops(self) -> float:
+        """Of one image in one iteration, averaged over the iterations with and without a student update."""
+        ratio = self.cfg.critic.ratio
+        return (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
+
+    def probe(self) -> Iteration:
+        """Images from fixed noise that the trainer makes for every line of its log, all at once."""
+        student, count = self.ema or self.models.student, len(PROBE_SEEDS)
+        times = student.schedule.step_times(self.cfg.generator.steps, self.cfg.generator.time)
+        with Ledger(self._standing()) as ledger, self.functions, torch.no_grad():
+            z = torch.empty(count, *image_shape(self.cfg), device=META)
+            few_step(student, z, times, self.condition(student, count), lambda _: torch.empty_like(z))
+        return Iteration(ledger.peak, ledger.flops)
+
+    def forward_flops(self) -> int:
+        """Of one call of the network with one image."""
+        with Ledger() as ledger, self.functions, torch.no_grad():
+            z = torch.empty(1, *image_shape(self.cfg), device=META)
+            self.models.teacher(z, torch.empty(1, device=META), self.condition(self.models.teacher, 1))
+        return ledger.flops
+
+    def condition(self, denoiser: Denoiser, count: int) -> Condition:
+        """A condition of `count` samples, of the sizes that the network's config names."""
+        config: Mapping[str, Any] = denoiser.network.config
+        if self.cfg.data.classes > 0:
+            return Condition(labels=torch.empty(count, dtype=torch.long, device=META))
+        text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
+        if config.get("addition_embed_type") != "text_time":
+            return Condition(text=text)
+        pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+        sizes = (torch.empty(count, width, device=META) for width in (pooled, SIZES))
+        return Condition(None, text, *sizes)
+
+    def _rows(self, count: int) -> TensorSet:
+        """A real set and a pair set, which stay in host memory."""
+        shape = (count, *image_shape(self.cfg))
+        kind = torch.float32 if self.cfg.data.classes == 0 else torch.uint8
+        cond = self.condition(self.models.teacher, count)
+        tensors = {name: value for name, value in vars(cond).items() if value is not None}
+        noise = torch.empty(shape, device=META)
+        return TensorSet({**tensors, "images": torch.empty(shape, dtype=kind, device=META), "noise": noise})
+
+    def _standing(self) -> list[Tensor]:
+        """What lies in memory from the first iteration to the last."""
+        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self._moments
+
+
+def architecture(cfg: TrainConfig) -> dict[str, Any]:
+    """The diffusers config of a run's networks: of its base, else of the teacher that lies in data/teachers.
+
+    Raises:
+        UserError: neither says what the network is, or it is of a class that cannot be built.
+    """
+    teacher = cfg.teacher
+    manifest = TEACHERS / teacher.name / "manifest.json"
+    if teacher.network is not None:
+        spec = teacher.network
+    elif manifest.exists():
+        spec = read_json(manifest.parent / read_json(manifest)["folder"] / "config.json")
+    else:
+        raise UserError(
+            f"teacher {teacher.name}: its base has no teacher.network and {manifest} does not exist, so its size is "
+            "unknown: write the UNet's config there, or put the teacher in place"
+        )
+    if (kind := spec.get("_class_name", "UNet2DModel")) not in NETWORKS:
+        raise UserError(f"teacher {teacher.name}: there is no network class {kind}: {' or '.join(NETWORKS)}")
+    return spec
+
+
+def _distance(cfg: TrainConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The regression's distance; LPIPS with VGG16 on the meta device, for which no weights need to be there."""
+    if not cfg.needs_pairs or cfg.regression.distance == "l2":
+        return nn.functional.mse_loss if cfg.needs_pairs else None
+    from piq.perceptual import ContentLoss
+    from torchvision.models import vgg16
+
+    distance = Lpips.__new__(Lpips)
+    nn.Module.__init__(distance)
+    with META:
+        weights = [torch.empty(1, channels, 1, 1) for channels in LPIPS_CHANNELS]
+        vgg = vgg16(weights=None).features
+        loss = ContentLoss(vgg, layers=LAYERS, weights=weights, replace_pooling=True, normalize_features=True)
+    distance.loss = loss.requires_grad_(False)
+    return distance
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(rounded(tensor.nbytes) for tensor in tensors)

@@ -1,0 +1,158 @@
+"""What PyTorch's meta device lacks to stand for a GPU: a ledger of memory and arithmetic, autocast, fused attention."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+BLOCK = 512  # bytes; the CUDA allocator rounds every tensor up to it
+
+# What CUDA's autocast runs in the lower precision and in float32, of the functions that diffusers' UNets call
+# (ATen/autocast_mode.h); all others take what they get.
+LOWERED = {
+    "conv1d", "conv2d", "linear", "matmul", "__matmul__", "einsum", "bmm", "baddbmm", "addmm", "mm",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+RAISED = {"group_norm", "layer_norm", "rms_norm", "softmax", "interpolate", "exp", "log", "pow", "rsqrt", "reciprocal"}
+
+
+def rounded(size: int) -> int:
+    """Bytes that the CUDA allocator takes for `size` bytes."""
+    return -(-size // BLOCK) * BLOCK
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive (every storage once, rounded as CUDA's allocator does), their peak, and floating-point operations."""
+
+    def __init__(self, standing: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live, self.peak, self.flops = 0, 0, 0
+        self._known: set[int] = set()
+        for tensor in standing:
+            self._enter(tensor)
+        self.standing = self.peak = self.live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = _run(func, args, kwargs or {})
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self._enter(value)
+        self.peak = max(self.peak, self.live)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, rounded(storage.nbytes())
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _Form(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Value(NamedTuple):
+    kind: type  # since 1, 1.0 and True are equal
+    value: Any
+
+
+_outputs: dict[Any, Any] = {}  # form of what an operation returned, by it and the form of its arguments
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on meta tensors, or repeat what it returned for such tensors: most are Python, and slow."""
+    if func.namespace != "aten":  # of the profiler
+        return func(*args, **kwargs)
+    key = (func, _form(args), _form(tuple(kwargs.items())))
+    if (known := _outputs.get(key)) is not None:
+        return _like(known)
+    out = func(*args, **kwargs)
+    if _storages((args, kwargs)).isdisjoint(_storages(out)):  # a view, or an update in place, is of its argument
+        _outputs[key] = _form(out)
+    return out
+
+
+def _storages(values: Any) -> set[int]:
+    return {value.untyped_storage()._cdata for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+
+def _form(value: Any) -> Any:
+    """All that the forms of an operation's results depend on, hashable."""
+    if isinstance(value, Tensor):
+        return _Form(value.shape, value.stride(), value.dtype, value.device)
+    return tuple(map(_form, value)) if isinstance(value, tuple | list) else _Value(type(value), value)
+
+
+def _like(form: Any) -> Any:
+    """New values of a form."""
+    if isinstance(form, _Form):
+        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=form.device)
+    return form.value if isinstance(form, _Value) else tuple(map(_like, form))
+
+
+class GpuFunctions(TorchFunctionMode):
+    """A GPU's fused attention and bfloat16 autocast, which the meta device lacks.
+
+    Fused attention keeps its inputs, its output and one number per query, never the matrix of weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowered = False
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.lowered and (name := getattr(func, "__name__", "")) in LOWERED | RAISED:
+            to = self._lower if name in LOWERED else _raise
+            args = tuple(to(value) for value in args)
+            kwargs = {key: to(value) for key, value in kwargs.items()}
+        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+            query, key, value = (*args[:3], *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def autocast(self, enabled: bool) -> Iterator[None]:
+        """Bfloat16 inside, if enabled; copies of trained weights are kept to the end, as CUDA's autocast does."""
+        self.lowered = enabled
+        try:
+            yield
+        finally:
+            self.lowered = False
+            self._copies.clear()
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(torch.bfloat16)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.to(torch.bfloat16)
+        return self._copies[id(value)]
+
+
+def _raise(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

@@ -1,0 +1,177 @@
+"""What is counted on the meta device: against built networks, and against what PyTorch's allocator really hands out."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.full_size import allocated_peak
+from dmd2 import memory, meta
+from dmd2.ablations import load_base
+from dmd2.errors import UserError
+from dmd2.memory import META, Counted, Memory, architecture
+from dmd2.meta import GpuFunctions, Ledger
+from dmd2.step import train_step
+from tests import tiny
+
+
+def config(kind="edm", **changes):
+    cfg = tiny.config(kind, **changes)
+    spec = {**tiny.KINDS[kind][2], "_class_name": tiny.KINDS[kind][1].__name__}
+    return cfg.model_copy(update={"teacher": cfg.teacher.model_copy(update={"network": spec})})
+
+
+@pytest.mark.parametrize("kind", list(tiny.KINDS))
+def test_parameters_are_those_of_the_built_networks(kind):
+    cfg = config(kind)
+    built = tiny.models(kind, cfg)
+    expected = {"student": built.student, "teacher": built.teacher, "critic": built.critic, "head": built.head}
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in expected.items()}
+    assert Counted(cfg).parameters == counts
+
+
+def test_imagenet64_is_counted_without_its_weights():
+    counted = Counted(load_base("imagenet64")[1])
+    assert counted.parameters == {"student": 295_899_267, "teacher": 295_899_267, "critic": 295_899_267,
+                                  "head": 18_879_745}  # fmt: skip
+    assert all(p.is_meta for module in counted.modules.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["edm", "edm-attention", "eps-text", "eps-sdxl"])
+@pytest.mark.parametrize("count", [4, 16])
+def test_the_peak_is_that_of_the_allocator(kind, count, monkeypatch):
+    monkeypatch.setattr(meta, "BLOCK", 1)  # the CPU's allocator does not round up
+    monkeypatch.setattr(memory, "TOKENS", tiny.TOKENS)
+    cfg = config(kind, optim__batch=count)
+    models, batches = tiny.models(kind, cfg), tiny.batches(kind, cfg)
+    train_step(models, batches.at(0), 0, cfg)  # makes AdamW's moments
+    counted = Counted(cfg)
+    standing = sum(counted.weights.values()) + counted.moments
+    for it in (1, 5):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            train_step(models, batches.at(it), it, cfg)
+        predicted = counted.iteration(count, update_student=it == 5).peak - standing
+        assert predicted == pytest.approx(allocated_peak(profiler), rel=0.05)
+
+
+def test_accumulation_keeps_the_gradients_of_earlier_passes():
+    counted = Counted(config("edm", optim__batch=64))
+    one, two = (counted.iteration(32, micro_batches=n).peak for n in (1, 2))
+    assert one + 0.8 * counted.gradients < two <= one + 1.1 * counted.gradients
+
+
+def test_every_term_of_the_loss_has_its_memory_and_arithmetic():
+    full = Counted(config())
+    no_gan = Counted(config(gan__lambda_g=0.0, gan__lambda_d=0.0))
+    pairs = Counted(config(regression__weight=1.0))
+    averaged = Counted(config(optim__ema=0.99))
+    assert "head" not in no_gan.parameters
+    assert no_gan.moments < full.moments
+    assert no_gan.iteration(8).flops < full.iteration(8).flops < pairs.iteration(8).flops
+    assert no_gan.iteration(32).peak < full.iteration(32).peak
+    assert pairs.iteration(8, update_student=False).flops == full.iteration(8, update_student=False).flops
+    assert averaged.weights == {**full.weights, "EMA": full.weights["student"]}
+    assert averaged.iteration(8).peak == full.iteration(8).peak + full.weights["student"]
+
+
+def test_lpips_is_counted_without_its_weights():
+    counted = Counted(config("edm", regression__weight=1.0, regression__distance="lpips"))
+    assert counted.parameters["LPIPS"] == 14_714_688  # of VGG16's convolutions
+    assert counted.iteration(2).flops > 20 * Counted(config("edm")).iteration(2).flops
+
+
+def test_arithmetic_is_linear_in_images_and_averaged_over_the_ratio():
+    counted = Counted(config(critic__ratio=5))
+    student, critic = counted.iteration(1).flops, counted.iteration(1, update_student=False).flops
+    assert counted.iteration(6).flops == 6 * student
+    assert counted.flops() == (student + 4 * critic) / 5
+    assert Counted(config(critic__ratio=1)).flops() == student
+
+
+def test_bfloat16_bodies_take_less_and_an_eps_teacher_half():
+    wide, narrow = (Counted(config("edm", train__precision=p)).memory().per_image for p in ("fp32", "bf16"))
+    assert 0.6 * wide < narrow < wide
+    text = Counted(config("eps-text", train__precision="bf16")).weights
+    assert text["teacher"] < 0.8 * text["student"]  # every tensor is rounded up to 512 bytes
+
+
+def test_autocast_does_what_cuda_does():
+    functions, conv, norm = GpuFunctions(), torch.nn.Conv2d(8, 8, 3, device=META), torch.nn.GroupNorm(2, 8, device=META)
+    x = torch.empty(2, 8, 4, 4, device=META)
+    with functions:
+        with functions.autocast(True):
+            y = conv(x)
+            again = conv(x)
+            assert y.dtype == torch.bfloat16
+            assert norm(y).dtype == torch.float32
+            assert y.grad_fn.next_functions[1][0] is again.grad_fn.next_functions[1][0]  # one copy of the weight
+        assert conv(x).dtype == torch.float32
+        with functions.autocast(False):
+            assert conv(x).dtype == torch.float32
+
+
+def test_fused_attention_keeps_no_matrix_of_weights():
+    query = torch.empty(1, 1, 4096, 8, device=META, requires_grad=True)
+    with Ledger([query]) as ledger, GpuFunctions():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert ledger.peak < 4096 * 4096
+    assert ledger.flops == 7 * 2 * 4096 * 4096 * 8  # two products forward, five backward
+
+
+def test_the_ledger_counts_a_storage_once_and_forgets_it_when_it_goes():
+    x = torch.empty(256, 4, device=META)
+    with Ledger([x]) as ledger:
+        y = x.view(4, 256).t()
+        assert ledger.live == 4096
+        z = y @ x.view(4, 256)
+        assert (ledger.live, ledger.flops) == (4096 + 256 * 256 * 4, 2 * 256 * 256 * 4)
+        z.add_(1)
+        del z
+        assert (ledger.live, ledger.peak) == (4096, 4096 + 256 * 256 * 4)
+
+
+def test_memory_between_and_beyond_what_was_counted():
+    law = Memory({}, gradients=5, points=((1, 100), (11, 200), (21, 400)), probe=130)
+    assert [law.at(n) for n in (1, 6, 11, 16, 31)] == [130, 150, 200, 300, 600]
+    assert law.at(11, accumulated=True) == 205
+    assert law.largest(600, share=31) == 31
+    assert law.largest(599, share=31) == 30  # 580 and the gradients of earlier passes
+    assert law.largest(129, share=31) == 0
+
+
+@pytest.mark.parametrize("kind", ["edm-attention", "eps-sdxl"])
+def test_the_law_holds_at_a_micro_batch_that_was_not_counted(kind):
+    counted = Counted(config(kind))
+    assert counted.memory().at(40) == pytest.approx(counted.iteration(40).peak, rel=0.02)
+
+
+def test_several_steps_and_guidance_are_counted():
+    one = Counted(config("eps-labels"))
+    guided = Counted(config("eps-labels", teacher__guidance=2.0))
+    several = Counted(config("eps-labels", generator__input="backward_simulation", generator__steps=4))
+    karras = Counted(config("edm", generator__input="backward_simulation", generator__steps=4))
+    forward = one.forward_flops()
+    assert guided.iteration(2).flops == one.iteration(2).flops + 2 * forward
+    assert several.iteration(2).flops == one.iteration(2).flops + 2 * 3 * forward
+    assert karras.iteration(1).flops == Counted(config("edm")).iteration(1).flops + 3 * karras.forward_flops()
+    assert karras.probe().flops == 4 * 100 * karras.forward_flops()
+
+
+def test_an_unknown_network_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no teacher\.network and .*tiny/manifest\.json does not exist"):
+        architecture(tiny.config("edm"))
+    cfg = config("edm")
+    cfg.teacher.network["_class_name"] = "Transformer2DModel"
+    with pytest.raises(UserError, match="no network class Transformer2DModel"):
+        architecture(cfg)
+
+
+def test_the_teacher_in_its_place_says_what_the_network_is(tmp_path, monkeypatch):
+    from dmd2.teachers import adopt_teacher
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/teachers/tiny"
+    tiny.network("eps-text", 0).save_pretrained(folder / "unet")
+    cfg = tiny.config("eps-text")
+    adopt_teacher(cfg.teacher, folder)
+    assert Counted(cfg).parameters == Counted(config("eps-text")).parameters

@@ -1,0 +1,213 @@
+"""What a user reads before submitting: GPUs, hours and bytes that follow from the counts, and sentences for mistakes."""
+
+import json
+import os
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dmd2 import plan, rates
+from dmd2.ablations import load_base, load_experiment
+from dmd2.data import load_shard
+from dmd2.eval_config import Sampler
+from dmd2.memory import Memory
+from dmd2.pairs import make_shard
+from dmd2.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, calls, fit, snapshots
+from dmd2.rates import Rate
+from dmd2.step import train_step
+from dmd2.teachers import adopt_teacher
+from tests import tiny
+from tests.unit.test_memory import config
+
+LAW = Memory({}, gradients=GIB, points=((1, 11 * GIB), (2, 12 * GIB)), probe=0)  # 10 GiB and one for each image
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Run the command in a folder with one small base, a table of it, and nothing else."""
+    values = tiny.values("edm")
+    values["teacher"]["network"] = tiny.KINDS["edm"][2]
+    (tmp_path / "workflow/base").mkdir(parents=True)
+    (tmp_path / "workflow/tables").mkdir()
+    (tmp_path / "workflow/base/tiny.yaml").write_text(json.dumps(values))
+    rows = [{"run": "full"}, {"run": "dmd", "change": {"regression.weight": 1.0, "critic.ratio": 1}}]
+    table = {"title": "t", "base": "tiny", "rows": rows, "seeds": [0, 1]}
+    (tmp_path / "workflow/tables/both.yaml").write_text(json.dumps(table))
+    monkeypatch.chdir(tmp_path)
+    app = plan.typer.Typer()
+    app.command()(plan.main)
+
+    def run(*args):
+        result = CliRunner().invoke(app, list(args))
+        return result.exit_code, result.output + str(result.exception or "")
+
+    return run
+
+
+def test_the_page_names_the_source_of_its_numbers(page):
+    code, text = page("tiny", "--gpus", "2", "--table", "both")
+    assert code == 0, text
+    assert text.count("(computed)") == 3  # memory, arithmetic, disk
+    assert "assumed: an A100 at 20% of its 312 TFLOP/s" in text
+    assert "2 GPUs, 2 images each" in text
+    assert "Table both: 2 rows x 2 seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["tin"], "no base workflow/base/tin.yaml, did you mean tiny?"),
+        (["tiny", "--run", "fulll"], "no table has the run tiny/fulll, did you mean full?"),
+        (["tiny", "--table", "bot"], "there is no table bot, did you mean both?"),
+        (["tiny", "--gpus", "9"], "9 processes cannot share a batch of 4"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_page(page, args, sentence):
+    code, text = page(*args)
+    assert code == 1 and sentence in text
+    assert "Memory" not in text
+
+
+def test_a_table_of_another_base_is_refused(page, tmp_path):
+    base = (tmp_path / "workflow/base/tiny.yaml").read_text()
+    (tmp_path / "workflow/base/other.yaml").write_text(base)
+    code, text = page("other", "--table", "both")
+    assert code == 1 and "table both is of base tiny, not other" in text
+
+
+def test_what_fits_into_a_gpu():
+    card = 30 / 0.9 + 2  # GiB, of which the reserve leaves 30
+    assert available(card) == pytest.approx(30 * GIB)
+    assert fit(LAW, card + 1e-6, 100, 4) == [
+        f"{card:g} GiB", "30.00 GiB", "19", "5", "2 passes, micro_batch 19: 30.00 GiB",
+    ]  # fmt: skip
+    assert fit(LAW, card + 1e-6, 100, 5)[4] == "one pass: 30.00 GiB"
+    assert fit(LAW, card + 1e-6, 100, 5, micro_batch=7)[4] == "3 passes, micro_batch 7: 18.00 GiB"
+
+
+def test_a_gpu_that_is_too_small_is_told_by_how_much():
+    cells = fit(LAW, 10 / 0.9 + 2, 100, 4)
+    assert cells[2:4] == ["0", "none"]
+    assert cells[4] == "25 passes, micro_batch 1: does not fit, 2.00 GiB more is needed"
+    assert "does not fit, 3.00 GiB more is needed" in fit(LAW, 20 / 0.9 + 2, 100, 4, micro_batch=12)[4]
+
+
+def test_the_published_hours_come_out_of_the_published_runs():
+    runs = load_experiment().runs
+
+    def flops(cfg):
+        return (5.0 if cfg.gan.on else 3.0) + 4.0 / cfg.critic.ratio
+
+    def hours(row):
+        cfg = runs["imagenet64", row]
+        rate = rates.rate_of("imagenet64", row, cfg, flops)
+        assert rate.kind == "published"
+        return rate.hours(flops(cfg) * cfg.optim.batch) * 1000
+
+    assert hours("dmd2") == pytest.approx(7 * 53 / 200)  # per thousand iterations
+    assert hours("ttur") == pytest.approx(7 * 70 / 410)
+    assert hours("no-regression") == pytest.approx(7 * 70 / 410 * (3 + 4) / (3 + 4 / 5))
+
+
+def record(cfg, seconds, device="NVIDIA A100-SXM4-80GB"):
+    return {"config": cfg.training().model_dump(mode="json"), "seconds": seconds, "steps": 20, "processes": 2,
+            "threads": 1, "device": device}  # fmt: skip
+
+
+def written(folder, run, value, clock):
+    path = folder / "results/runs" / run / "train.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(value))
+    os.utime(path, (clock, clock))
+
+
+def test_a_measured_rate_wins_over_a_published_one_and_the_same_row_over_a_newer_one(tmp_path, monkeypatch):
+    cfg = config()
+    other = config(gan__lambda_g=0.0, gan__lambda_d=0.0)
+    monkeypatch.setattr(rates, "RUNS", tmp_path / "results/runs")
+    counts = Counts()
+    assert rates.rate_of("tiny", "dmd2", cfg, counts.flops).kind == "assumed"
+    written(tmp_path, "tiny/no-gan/seed0", record(other, 40.0), clock=2000)
+    rate = rates.rate_of("tiny", "dmd2", cfg, counts.flops)
+    assert rate.kind == "measured" and "tiny/no-gan/seed0, 2 s per iteration on 2 x NVIDIA A100" in rate.source
+    assert rate.flops == pytest.approx(counts.flops(other) * 4 / 2 / 2)
+    written(tmp_path, "tiny/dmd2/seed0", record(cfg, 60.0), clock=1000)
+    planned = Plan.of("tiny", "dmd2", cfg, counts)
+    assert "tiny/dmd2/seed0, 3 s per iteration" in planned.rate.source
+    assert planned.training() == pytest.approx(2 * 3 * cfg.train.steps / 3600)
+    written(tmp_path, "tiny/dmd2/seed1", record(cfg, 80.0, "cpu"), clock=3000)
+    rate = rates.rate_of("tiny", "dmd2", cfg, counts.flops)
+    assert rate.unit == "CPU" and rate.source.endswith("on 2 x cpu with 1 thread")
+
+
+def test_a_given_rate_is_that_of_all_gpus_together():
+    counts, cfg = Counts(), config()
+    rate = rates.given(0.5, 8, counts.flops(cfg) * cfg.optim.batch)
+    assert Plan.of("tiny", "dmd2", cfg, counts, rate).training() == pytest.approx(8 * 0.5 * cfg.train.steps / 3600)
+
+
+def test_sampling_costs_its_network_calls():
+    assert calls(Sampler(solver="heun", steps=256)) == 511
+    assert calls(Sampler(solver="pndm", steps=50, guidance=3.0)) == 102
+    cfg = config(eval__images=10, train__steps=25)
+    planned = Plan("r", cfg, Counts().of(cfg), 1.0, Rate(3600.0, "GPU", "given"))
+    forward = planned.counted.forward_flops() / 3600 / 3600
+    assert planned.evaluation() == pytest.approx(3 * 10 * forward)  # snapshots of steps 10, 20 and 25
+    assert planned.teachers() == pytest.approx(10 * 7 * forward)
+    assert planned.pairs() == pytest.approx(16 * 7 * forward)
+
+
+def test_a_table_makes_its_shared_work_once():
+    full, pairs = config(), config(regression__weight=1.0)
+    rate, counts = Rate(1.0, "GPU", "given"), Counts()
+    rows = [Plan(name, cfg, counts.of(cfg), 1.0, rate) for name, cfg in [("a", full), ("b", pairs), ("c", pairs)]]
+    hours = TablePlan("t", 3, rows).hours()
+    assert hours["training"] == pytest.approx(9 * rows[0].training())
+    assert hours["snapshots' images"] == pytest.approx(9 * rows[0].evaluation())
+    assert hours["pairs"] == pytest.approx(rows[1].pairs())
+    assert hours["teacher's images"] == pytest.approx(rows[0].teachers())
+    disks = [Disk.of(row.cfg, row.counted) for row in rows]
+    expected = 3 * sum(disk.snapshots + KEPT * disk.checkpoint for disk in disks) + disks[1].pairs
+    assert TablePlan("t", 3, rows).bytes() == expected
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for entry in value.values() for leaf in leaves(entry)]
+    return [leaf for entry in value for leaf in leaves(entry)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gan__lambda_g": 0.0, "gan__lambda_d": 0.0}])
+def test_a_checkpoint_is_as_large_as_its_tensors(changes):
+    cfg = config(**changes)
+    models = tiny.models("edm", cfg)
+    train_step(models, tiny.batches("edm", cfg).at(0), 0, cfg)
+    parts = (models.student, models.critic, models.head, models.student_optimiser, models.critic_optimiser)
+    tensors = leaves([part.state_dict() for part in parts if part is not None])
+    size = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+    assert Disk.of(cfg, Counts().of(cfg)).checkpoint == pytest.approx(size, rel=0.01)
+
+
+def test_pairs_and_features_are_as_large_as_they_are_written(tmp_path):
+    tiny.network("edm", seed=5).save_pretrained(tmp_path / "unet")
+    cfg = config(regression__weight=1.0, eval__detector="lite0-320@32")
+    make_shard(cfg, adopt_teacher(cfg.teacher, tmp_path), 0, tmp_path / "shard.json")
+    disk = Disk.of(cfg, Counts().of(cfg))
+    assert disk.pairs == sum(t.nbytes for t in load_shard(tmp_path / "shard.safetensors").values())
+    assert disk.features == 2 * 8 * 320 * 4
+    assert Disk.of(config(), Counts().of(config())).pairs == 0
+
+
+def test_the_ema_is_in_the_checkpoint_without_moments():
+    cfg, averaged = config(), config(optim__ema=0.9)
+    plain, more = (Disk.of(c, Counts().of(c)).checkpoint for c in (cfg, averaged))
+    assert more - plain == 4 * Counts().of(cfg).parameters["student"]
+
+
+def test_imagenet64_on_paper():
+    _, cfg = load_base("imagenet64")
+    disk = Disk.of(cfg, Counts().of(cfg))
+    assert snapshots(cfg) == 20
+    assert disk.snapshots == 20 * 4 * 295_899_267
+    assert disk.real == 1_281_167 * (3 * 64 * 64 + 8)
