@@ -25,10 +25,8 @@ from dmd2.lpips import LAYERS, Lpips
 from dmd2.meta import GpuFunctions, Ledger, rounded
 from dmd2.optimiser import Optimiser
 from dmd2.rng import Draws
-from dmd2.samplers import few_step
 from dmd2.step import Models, image_shape, train_step
 from dmd2.teachers import NETWORKS, build_network, wrap
-from dmd2.trainer import PROBE_SEEDS
 
 META = torch.device("meta")
 TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
@@ -93,20 +91,19 @@ class Memory:
     """What lies in the memory of one GPU, in bytes, and how it grows with the images of one forward pass.
 
     standing: weights by network and AdamW's moments. gradients: of the larger of the two updates. points: micro-batch
-    and counted peak, linear between and beyond. probe: peak of the images that are made for every line of the log.
+    and counted peak, linear between and beyond.
     """
 
     standing: dict[str, int]
     gradients: int
     points: tuple[tuple[int, int], ...]
-    probe: int
 
     def at(self, micro_batch: int, accumulated: bool = False) -> int:
         """Peak with so many images per forward pass; gradients of earlier passes stay where they are accumulated."""
         pairs = list(pairwise(self.points))
         (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
         peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)
-        return max(round(peak) + accumulated * self.gradients, self.probe)
+        return round(peak) + accumulated * self.gradients
 
     @property
     def per_image(self) -> float:
@@ -193,9 +190,10 @@ class Counted:
         Args:
             micro_batch: images per forward pass. micro_batches: forward passes before an update, 2 standing for more.
         """
-        cfg, it = self.cfg, 0 if update_student else 1
-        if not update_student and cfg.critic.ratio == 1:
-            return Iteration(0, 0)  # there is none
+        cfg = self.cfg
+        it = next((i for i in range(cfg.critic.ratio) if cfg.critic.turns(i)[0] == update_student), None)
+        if it is None:
+            return Iteration(0, 0)  # at ratio 1 the student is always updated
         rows = self._rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         with Ledger(self._standing()) as ledger, self.functions:
@@ -206,21 +204,12 @@ class Counted:
         """Memory of one process at any micro-batch."""
         turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
         points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
-        return Memory({**self.weights, "AdamW": self.moments}, self.gradients, points, self.probe().peak)
+        return Memory({**self.weights, "AdamW": self.moments}, self.gradients, points)
 
     def flops(self) -> float:
         """Of one image in one iteration, averaged over the iterations with and without a student update."""
         ratio = self.cfg.critic.ratio
         return (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
-
-    def probe(self) -> Iteration:
-        """Images from fixed noise that the trainer makes for every line of its log, all at once."""
-        student, count = self.ema or self.models.student, len(PROBE_SEEDS)
-        times = student.schedule.step_times(self.cfg.generator.steps, self.cfg.generator.time)
-        with Ledger(self._standing()) as ledger, self.functions, torch.no_grad():
-            z = torch.empty(count, *image_shape(self.cfg), device=META)
-            few_step(student, z, times, self.condition(student, count), lambda _: torch.empty_like(z))
-        return Iteration(ledger.peak, ledger.flops)
 
     def forward_flops(self) -> int:
         """Of one call of the network with one image."""

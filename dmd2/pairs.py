@@ -10,7 +10,7 @@ import typer
 from dmd2.condition import Condition
 from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.data import save_shard
-from dmd2.distributed import part
+from dmd2.distributed import local_device, part
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.made import recorded
@@ -19,6 +19,7 @@ from dmd2.rng import sample_labels, sample_noise
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
+CPU = torch.device("cpu")
 
 
 class PairSource(Section):
@@ -41,13 +42,15 @@ def shard_seeds(count: int, shards: int, index: int) -> range:
     return range(FIRST_SEED + rows.start, FIRST_SEED + rows.stop)
 
 
-def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path) -> None:
-    """Write shard `index` (noise, images, labels) and its manifest `out`."""
+def make_shard(
+    cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path, device: torch.device = CPU
+) -> None:
+    """Write shard `index` (noise, images, labels) and its manifest `out`; the teacher samples on `device`."""
     from dmd2.samplers import teacher_sample  # diffusers takes seconds to import, which joining shards need not pay
     from dmd2.teachers import load_teacher, null_condition
 
     seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
-    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation)
+    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation).to(device)
     spec, data = cfg.regression.pairs.sampler, cfg.data
     shape = (data.channels, data.resolution, data.resolution)
     null = null_condition(cfg.data, spec.guidance)
@@ -55,14 +58,15 @@ def make_shard(cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: in
     progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))
     for start in range(0, len(seeds), BATCH):
         chunk = seeds[start : start + BATCH]
-        z = sample_noise(chunk, shape, "noise")
-        cond = Condition(labels=sample_labels(chunk, cfg.data.classes, "random"))
-        images.append(teacher_sample(teacher, z, cond, null and null.expand(len(chunk)), spec, _no_noise))
+        z, drawn = sample_noise(chunk, shape, "noise"), sample_labels(chunk, cfg.data.classes, "random")
+        unconditional = null and null.expand(len(chunk)).to(device)
+        cond = Condition(labels=drawn.to(device))
+        images.append(teacher_sample(teacher, z.to(device), cond, unconditional, spec, _no_noise).cpu())
         noise.append(z)
-        labels.append(cond.labels)
+        labels.append(drawn)
         progress.update(start + len(chunk), {})
     path = out.with_suffix(".safetensors")
-    save_shard(path, {"noise": torch.cat(noise), "images": torch.cat(images), "labels": torch.cat(labels)})  # type: ignore[arg-type]
+    save_shard(path, {"noise": torch.cat(noise), "images": torch.cat(images), "labels": torch.cat(labels)})
     write_json(out, {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "files": listing([path], out.parent)})
 
 
@@ -95,7 +99,7 @@ def shard(
     torch.set_num_threads(threads)
     with readable_errors():
         with recorded(out, json.loads(config), [teacher]):
-            make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out)
+            make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out, local_device("auto"))
 
 
 @app.command()

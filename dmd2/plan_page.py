@@ -13,7 +13,6 @@ from dmd2.plan import (
     Disk,
     Plan,
     TablePlan,
-    available,
     binary,
     calls,
     fit,
@@ -21,7 +20,6 @@ from dmd2.plan import (
     snapshots,
 )
 from dmd2.rates import A100, A100_PEAK, Rate
-from dmd2.trainer import PROBE_SEEDS
 
 WIDTH = 118
 
@@ -60,9 +58,6 @@ class Page:
         for card in cards:
             grid.add_row(*fit(memory, card, batch, self.gpus, micro_batch))
         self.console.print(grid)
-        if memory.probe > available(min(cards)):
-            probe = f"{len(PROBE_SEEDS)} images for the log's brightness take {binary(memory.probe)} at once"
-            self.console.print(f"Not only the iterations are too large: {probe}.")
         self.console.print("micro_batch belongs under `training` in the cluster file (workflow/cluster).\n")
 
     def time(self, plan: Plan) -> None:
@@ -108,8 +103,6 @@ class Page:
         if disk.real is not None:
             grid.add_row(f"{real_images(cfg):,} real images, shared", decimal(disk.real))
         self.console.print(grid)
-        if disk.real is not None and cfg.needs_real:
-            self.console.print(f"Each process reads the real images into host memory: {binary(disk.real)}.")
 
     def table(self, plan: TablePlan) -> None:
         """All runs of a table, and their sum."""

@@ -15,6 +15,7 @@ from dmd2.condition import Condition
 from dmd2.config import Data, Optim, Teacher, TeacherTraining, digest_of
 from dmd2.data import TensorSet, load_set
 from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
+from dmd2.distributed import local_device
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, sha256, verified, write_json
 from dmd2.losses import denoising_loss
@@ -69,15 +70,20 @@ def null_condition(data: Data, guidance: float) -> Condition | None:
     return Condition(labels=torch.tensor([data.classes]))
 
 
-def train_teacher(data: Data, teacher: Teacher, real: TensorSet, folder: Path) -> Path:
+def train_teacher(
+    data: Data, teacher: Teacher, real: TensorSet, folder: Path, device: torch.device | str = "cpu"
+) -> Path:
     """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
 
     EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
     """
     spec = teacher.train
     assert spec is not None and teacher.network is not None
-    denoiser = wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).train()
-    ema = wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).requires_grad_(False)
+    denoiser, ema = (
+        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).to(device) for _ in range(2)
+    )
+    denoiser.train()
+    ema.requires_grad_(False)
     optim = Optim(
         lr=spec.lr, batch=spec.batch, warmup=spec.warmup, ticks_per_iteration=1, clip=1.0, weight_decay=0.0,
         betas=(0.9, 0.999), ema=None,
@@ -87,14 +93,14 @@ def train_teacher(data: Data, teacher: Teacher, real: TensorSet, folder: Path) -
     identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), images])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
-    if state := checkpoints.load_latest():
+    if state := checkpoints.load_latest(device):
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         done = state["step"]
     progress, started = Progress(f"teacher {teacher.name}", spec.steps, done), time.monotonic()
     for it in range(done, spec.steps):
-        loss = _denoising_step(denoiser, real, Draws(spec.seed, it, spec.batch, 0, spec.batch), data, spec)
+        loss = _denoising_step(denoiser, real, Draws(spec.seed, it, spec.batch, 0, spec.batch, device), data, spec)
         loss.backward()
         optimiser.step(it)
         decay = min(spec.ema, (1 + it) / (10 + it))
@@ -113,7 +119,7 @@ def _denoising_step(
     denoiser: Denoiser, real: TensorSet, draws: Draws, data: Data, spec: TeacherTraining
 ) -> torch.Tensor:
     indices = draws.shuffled("teacher/real", len(real))
-    x, cond = real.images(indices), real.condition(indices)
+    x, cond = real.images(indices, draws.device), real.condition(indices, draws.device)
     if spec.label_dropout > 0 and cond.labels is not None:
         dropped = draws.integers("teacher/dropout", 0, 9999) < spec.label_dropout * 10000
         cond = Condition(labels=torch.where(dropped, data.classes, cond.labels))
@@ -171,7 +177,9 @@ def main(
             if spec.train is None or real is None:
                 adopt_teacher(spec, out.parent)
             else:
-                train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent)
+                train_teacher(
+                    Data.model_validate(json.loads(data)), spec, load_set(real), out.parent, local_device("auto")
+                )
 
 
 if __name__ == "__main__":

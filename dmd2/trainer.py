@@ -146,10 +146,13 @@ class Training:
 
     def probe(self) -> Tensor:
         """Images of the student from fixed noise; a text run takes the first captions of its real set."""
-        cond, real = None, self.batches.real
-        if self.cfg.data.classes == 0 and real is not None:
-            cond = real.condition(torch.arange(len(PROBE_SEEDS)) % len(real), self.device)
-        return student_sample(self.student, self.cfg, PROBE_SEEDS, self.device, cond=cond)
+        real, size, images = self.batches.real, self.batches.micro_batch, []
+        for start in range(0, len(PROBE_SEEDS), size):  # no more at once than training has
+            seeds, cond = PROBE_SEEDS[start : start + size], None
+            if self.cfg.data.classes == 0 and real is not None:
+                cond = real.condition(torch.tensor(seeds) % len(real), self.device)
+            images.append(student_sample(self.student, self.cfg, seeds, self.device, cond=cond))
+        return torch.cat(images)
 
     @property
     def student(self) -> Denoiser:

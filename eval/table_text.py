@@ -52,7 +52,7 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and text cells of the table, for Markdown and for the report."""
     first = bundle["metrics"][0]
     own = first in PAPER_NAME
-    gap_name = f"gap to `{bundle['reference_row']}`" if own else "gap"
+    gap_name = f"gap to `{bundle['reference_row']}`" if own and bundle["reference_row"] else "gap"
     header = ["run", *bundle["columns"], LABELS.get(first, first), f"paper's {LABELS[PAPER_NAME.get(first, first)]}"]
     rest = [m for m in [*bundle["metrics"][1:], "brightness_std"]]
     header += [gap_name, *(LABELS.get(m, m) for m in rest), "student updates", "wall time"]

@@ -20,7 +20,7 @@ from dmd2.teachers import adopt_teacher
 from tests import tiny
 from tests.unit.test_memory import config
 
-LAW = Memory({}, gradients=GIB, points=((1, 11 * GIB), (2, 12 * GIB)), probe=0)  # 10 GiB and one for each image
+LAW = Memory({}, gradients=GIB, points=((1, 11 * GIB), (2, 12 * GIB)))  # 10 GiB and one for each image
 
 
 @pytest.fixture
