@@ -148,7 +148,7 @@ def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
         convert(source, unet)
         extra = {"source": {"path": str(source), "sha256": sha256(source)}}
     config = read_json(unet / "config.json")
-    for key, wanted in (teacher.network or {}).items():
+    for key, wanted in teacher.settings().get("network", {}).items():
         if config.get(key, wanted) != wanted:
             raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
     return _manifest(folder, "unet", extra)
