@@ -1,0 +1,45 @@
+"""The README's commands about networks, as written: what a base takes, and NVlabs' networks converted and back."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import edm_reference as edm
+from tests.workspace import REPO
+
+README = (REPO / "README.md").read_text()
+PLANS = re.findall(r"^python -m dmd2\.plan .*$", README, re.M)
+CONVERSIONS = re.findall(r"^python -m dmd2\.convert .*$", README, re.M)
+
+
+def run(line: str, folder: Path) -> str:
+    words = shlex.split(line)
+    result = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("line", PLANS)
+def test_a_plan_names_memory_time_and_disk(line: str) -> None:
+    text = run(line, REPO)
+    assert "295,899,267" in text and "Disk" in text and "A100" in text
+    assert ("gan-only-ttur" in text) == ("--table" in line)
+
+
+def test_a_network_is_converted_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(CONVERSIONS) == 2
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    state = edm.random_state(edm.ADM)
+    edm.write(tmp_path / shlex.split(CONVERSIONS[0])[3], edm.ADM, state)
+    assert "UNet2DModel" in run(CONVERSIONS[0], tmp_path)
+    config = json.loads((tmp_path / "data/teachers/edm-imagenet64/unet/config.json").read_text())
+    assert config["num_class_embeds"] == edm.ADM["labels"]
+    run(CONVERSIONS[1], tmp_path)
+    back = load_file(tmp_path / "edm-imagenet64.safetensors")
+    assert all(back[name].equal(value) for name, value in state.items()) and len(back) == len(state)
