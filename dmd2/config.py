@@ -55,17 +55,26 @@ class Teacher(Section):
             raise ValueError(f"{name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")
 
 
+class Lora(Section):
+    """Low-rank student: W + (alpha / rank) up down on every convolution and projection of the UNet (see dmd2.lora)."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+
+
 class Generator(Section):
     """What the student is fed: its input, number of steps and first time (a sigma for edm, a step for eps).
 
     conditions: drawn apart from the GAN's real batch (labels uniformly, captions from the real set), or those of that
     real batch, whose images then are also what ``noised_real`` starts from (FastGen).
+    lora: only low-rank factors on the teacher's weights are trained; the critic is trained whole.
     """
 
     input: Literal["noise", "noised_real", "backward_simulation"]
     steps: Annotated[int, Field(ge=1, le=1000)]
     time: Annotated[float, Field(gt=0)]
     conditions: Literal["drawn", "real"] = "drawn"
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,17 +160,22 @@ class Pairs(Section):
 
 
 class Regression(Section):
-    """Regression of the student on teacher pairs; weight 0 is off and makes no pairs."""
+    """Regression of the student on teacher pairs; weight 0 is off and makes no pairs.
+
+    decoder: what turns latents into the images that lpips compares, the pipeline's autoencoder or its tiny one (taesd).
+    """
 
     weight: Weight
     distance: Literal["lpips", "l2"]
     pairs: Pairs
+    decoder: Literal["vae", "vae_tiny"] = "vae"
 
 
 class Optim(Section):
     """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update.
 
     clip bounds the gradient norm of the student and, unless clip_critic is false, that of critic and head together.
+    states: how AdamW keeps its moments; 8bit quantises them in blocks.
     """
 
     lr: Annotated[float, Field(gt=0)]
@@ -173,17 +187,19 @@ class Optim(Section):
     betas: Annotated[tuple[float, float], Field(strict=False)]
     ema: Annotated[float, Field(gt=0, lt=1)] | None
     clip_critic: bool = True
+    states: Literal["fp32", "8bit"] = "fp32"
 
 
 class Train(Section):
     """Length in iterations (the paper's count: critic updates), precision, another run's name to start weights from.
 
-    `released` names a file with this student's weights as its authors published them: nothing is trained then, and
+    bf16 is what the paper's runs do: on text, passes without a gradient stay float32 (`EpsDenoiser`); bf16-all takes
+    bfloat16 there, too, which is faster. `released` names a file with this student's weights as its authors published them: nothing is trained then, and
     `steps` is what they trained.
     """
 
     steps: Positive
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "bf16-all"]
     init_from: str | None
     snapshot_every: Positive
     checkpoint_every: Positive
@@ -220,7 +236,7 @@ class TrainConfig(Section):
             raise ValueError("dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student")
         if self.gan.lambda_g > 0 and self.gan.lambda_d == 0:
             raise ValueError("gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained")
-        if self.critic.denoise_weight == 0 and self.gan.lambda_d == 0:
+        if self.dm.weight > 0 and not self.trains_critic:
             raise ValueError("critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic")
         if self.teacher.parameterisation == "eps" and (self.generator.time > 999 or self.generator.time % 1):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
@@ -234,11 +250,26 @@ class TrainConfig(Section):
         return self
 
     @property
+    def trains_critic(self) -> bool:
+        """Whether the critic has a loss; a regression alone, as before SDXL's one-step run, needs none."""
+        return self.critic.denoise_weight > 0 or self.gan.lambda_d > 0
+
+    @property
+    def prompts(self) -> str | None:
+        """File of the prompts the student is trained on; None where conditions are labels or captions of real images.
+
+        Several steps start from the captions of the real set, with or without backward simulation, as in the paper's.
+        """
+        text = self.data.text
+        drawn = self.generator.input == "noise" and self.generator.conditions == "drawn"
+        return text.prompts if text is not None and drawn else None
+
+    @property
     def needs_real(self) -> bool:
         """Whether training reads the real set: for the GAN, for multi-step inputs, or for its conditions."""
         if self.train.released is not None:
             return False
-        conditions = self.data.classes == 0 or self.generator.conditions == "real"
+        conditions = self.generator.conditions == "real" or (self.data.text is not None and self.prompts is None)
         return self.gan.on or self.generator.input != "noise" or conditions
 
     @property

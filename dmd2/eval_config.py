@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from dmd2.section import Positive, Section, Weight
 
 RANKS = r"(-on-[1-9]\d*-ranks)"
-GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-299(-skip|-official)?)$"
+GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-[1-9]\d*(-skip|-official)?)$"
 IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
 
 
@@ -41,11 +41,20 @@ def _complete_or_protocol(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"required": ["protocol"]}, {"required": sorted(IN_A_PROTOCOL)}]
 
 
+class Patch(Section):
+    """The second Frechet distance, of the pixels in the centre (patch_fid, patch_fd): its geometry and its reference."""
+
+    geometry: Annotated[str, Field(pattern=GEOMETRIES)]
+    reference: str
+
+
 class Eval(Section):
     """What is measured, on how many images, by which detector, against which reference, with which protocol.
 
     `protocol` names an entry of eval/protocols.yaml, whose values stand where a base gives none. `shards` jobs share
     the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
+    On text: `prompts` is a file of captions, one an image (by default the captions of the real set, in their order and
+    over again), and `clip` the model in data/weights that compares images with them.
     """
 
     model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
@@ -63,6 +72,9 @@ class Eval(Section):
     labels: Annotated[str, Field(pattern=f"^(random|cyclic{RANKS}?)$")]
     rounding: Literal["round", "trunc"]
     covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"
+    prompts: str | None = None
+    clip: str | None = None
+    patch: Patch | None = None
 
     @property
     def statistics(self) -> str:
