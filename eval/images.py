@@ -255,7 +255,7 @@ def _key(path: Path, present: Iterable[str]) -> str:
     for key in KEYS:
         if key in present:
             return key
-    raise UserError(f"{path} has no array {' or '.join(KEYS)}, only {', '.join(present) or 'nothing'}")
+    raise UserError(f"{path} has no array {' or '.join(KEYS[1:])}, only {', '.join(present) or 'nothing'}")
 
 
 def _arrays(paths: list[Path], place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
