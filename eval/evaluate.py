@@ -31,9 +31,10 @@ from dmd2.teachers import build_network, load_teacher, wrap
 from eval.claims import SETTLED
 from eval.protocol import Measured, Protocol, Sample, save_influence
 from eval.resize import resize_uint8
+from eval.table_text import GRID_ROWS
 
 SCRATCH = "features"  # folder of the features beside metrics.json, gone once those are written
-GRID_ROWS, GRID_COLUMNS = 6, 10  # fixed-noise samples shown per class or prompt, and of how many
+GRID_COLUMNS = 10  # classes or prompts whose fixed-noise samples are shown
 GRID_SIDE = 256  # pixels of a larger image there
 
 

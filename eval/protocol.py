@@ -152,7 +152,7 @@ class Protocol:
         def images(indices: list[int]) -> Tensor:
             return quantise(sample([first + i for i in indices]), spec.rounding)
 
-        text = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
+        text: dict[str, Any] = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
         about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels, **text}
         return Sampled(digest_of(about), spec.images, images)
 
@@ -162,7 +162,8 @@ class Protocol:
         joined = join(extract(source, taps, scratch, batch=spec.batch), spec.images)
         texts = None if self.alignment is None else self.alignment.texts(seeds)
         widths: dict[str, int] = {} if self.patch is None else {"patch": len(self.patch.stats.mean)}
-        widths |= {} if texts is None else {"clip": texts.shape[1]}
+        if texts is not None:
+            widths["clip"] = texts.shape[1]
         columns = taps.split(joined.features, len(self.reference.stats.mean), widths)
         drawn = FeatureSet(columns.features, joined.logits, joined.pixels, joined.source, account(self.detector))
         classes = self.cfg.data.classes
