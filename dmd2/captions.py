@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from dmd2.files import read_json, read_json_lines, verified, write_text
 
 COLUMN, OTHER_COLUMNS = "caption", ("prompt", "text")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
-TABLES: dict[str, Callable[[Path, bool], pd.DataFrame]] = {
+TABLES: dict[str, Callable[[Any, bool], pd.DataFrame]] = {
     # "NA" and "None" are captions. A blank line is a missing caption, but nothing in a list of prompts.
-    ".csv": lambda path, skip_blank: pd.read_csv(
-        path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=skip_blank
+    ".csv": lambda file, skip_blank: pd.read_csv(
+        file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=skip_blank
     ),
-    ".jsonl": lambda path, _: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": lambda path, _: pd.read_parquet(path),
+    ".jsonl": lambda file, _: pd.read_json(file, lines=True, dtype=False),
+    ".parquet": lambda file, _: pd.read_parquet(file),
 }
 
 
@@ -101,17 +102,40 @@ def _column(path: Path, skip_blank: bool) -> list[str]:
         table = TABLES[path.suffix.lower()](path, skip_blank)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's parsers raise kinds of ValueError
         raise UserError(f"{path} is not a readable table of captions ({str(error).splitlines()[0]})") from None
+    try:
+        return texts(table)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def texts(table: pd.DataFrame) -> list[str]:
+    """Captions of a table, in order; empty where there is no text.
+
+    Raises:
+        UserError: no column can be it, or a row holds something else.
+    """
     others = [name for name in OTHER_COLUMNS if name in table]
     if COLUMN not in table and len(others) != 1:
         raise UserError(
-            f"{path} has no column {COLUMN}, only {', '.join(map(str, table.columns)) or 'nothing'}: rename the one "
-            f"with the captions to {COLUMN}"
+            f"there is no column {COLUMN}, only {', '.join(map(str, table.columns)) or 'nothing'}: rename the one with "
+            f"the captions to {COLUMN}"
         )
-    values = table[COLUMN if COLUMN in table else others[0]]
-    return [_text(path, number, value) for number, value in enumerate(values)]
+    found = []
+    for number, value in enumerate(table[COLUMN if COLUMN in table else others[0]]):
+        nothing = pd.api.types.is_scalar(value) and pd.isna(value)
+        try:
+            found.append(as_caption(None if nothing else str(value) if isinstance(value, Number) else value))
+        except UserError as error:
+            raise UserError(f"row {number} (from 0) {error}") from None
+    return found
 
 
-def _text(path: Path, number: int, value: Any) -> str:
-    if not pd.api.types.is_scalar(value) or isinstance(value, bytes):
-        raise UserError(f"{path}: row {number} (from 0) is {value!r:.60}: give one caption a row, as text")
-    return "" if pd.isna(value) else str(value)
+def as_caption(value: Any) -> str:
+    """A caption as text; None is the empty one, as in the official lists.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, str | None):
+        raise UserError(f"has {value!r:.60} instead of one text as its caption")
+    return value or ""
