@@ -144,8 +144,9 @@ def _by_table(files: _Files, images: list[str]) -> dict[str, str] | None:
     tables = sorted(n for n in files.names if n.rsplit("/", 1)[-1] in METADATA and not _hidden(n))
     captions: dict[str, str] = {}
     for name in tables:
+        content = io.BytesIO(files.read(name))
         try:
-            table = TABLES[Path(name).suffix](io.BytesIO(files.read(name)), True)
+            table = TABLES[Path(name).suffix](content, True)
             captions |= zip((_path(name, file) for file in table[FILE]), texts(table), strict=True)
         except KeyError:
             raise files.wrong(

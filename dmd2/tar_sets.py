@@ -97,9 +97,10 @@ def _members(data: Data, path: Path) -> Iterator[Member]:
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise EOFError("there is no end mark")
     except BROKEN as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         where = f", in or after {name[1:]}" if name else ""
         raise UserError(
-            f"data {data.name}: {path} is truncated, damaged or no tar archive{where} ({error}); fetch it again"
+            f"data {data.name}: {path} is truncated, damaged or no tar archive{where} ({reason}); fetch it again"
         ) from None
 
 
