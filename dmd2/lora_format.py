@@ -75,9 +75,7 @@ def _why_foreign(name: str, known: bool) -> str:
     if known:
         return "is no part of a plain LoRA, which has lora_down, lora_up and alpha: LoHa, LoKr and DoRA are not read"
     if name.startswith(tuple(PREFIX + block for block in STABILITY)):
-        return (
-            "has the block names of Stability's code: only those of diffusers (down_blocks_0_...) are read"
-        )
+        return "has the block names of Stability's code: only those of diffusers (down_blocks_0_...) are read"
     if not name.startswith(PREFIX):
         return f"is no factor of a UNet in kohya's format ({PREFIX}...): factors of text encoders are not read"
     return "belongs to no linear layer or convolution of the UNet: the file is of another network"
