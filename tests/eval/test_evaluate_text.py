@@ -15,7 +15,9 @@ from dmd2.files import listing, read_json, write_json, write_text
 from dmd2.inputs import eval_prompts, measured_with, pipeline_manifest
 from dmd2.lora import IN_SNAPSHOT
 from dmd2.make_pipeline import make_pipeline
+from dmd2.quantise import quantise
 from dmd2.run import RunId
+from dmd2.sample import student_sample
 from dmd2.teachers import adopt_teacher
 from eval import evaluate
 from eval.detectors import load_detector, record_network
@@ -107,6 +109,14 @@ def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -
         "student_updates": 4, "seconds": 1.0, "device": "cpu", "commit": "abc",
     })  # fmt: skip
     evaluate.evaluate_run(run, cfg, CPU, run.folder / "metrics.json")
+    students = evaluate.Students.of(run, cfg, CPU)
+    assert len(list(students.loaded())) == 1
+    corner = quantise(students.sample([3 + 1]), cfg.eval.rounding)[0].permute(1, 2, 0).numpy()  # row 1, caption 1
+    with Image.open(run.folder / "grid.png") as grid:
+        assert np.abs(np.asarray(grid)[SIDE : 2 * SIDE, SIDE : 2 * SIDE].astype(int) - corner).max() <= 1
+    other = students.prompts.condition([0])
+    drawn = student_sample(students.network, cfg, [4], CPU, cond=other)
+    assert not torch.allclose(students.images(drawn), students.sample([4]), atol=1e-3)
     assert evaluated(run.folder / "metrics.json")["snapshots"][0]["step"] == 20
 
 

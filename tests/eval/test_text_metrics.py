@@ -105,6 +105,7 @@ def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
     for metric, psi in (("fd", found.influence), *found.others.items()):
         np.testing.assert_array_equal(influences(files, tmp_path, 20, metric), psi.astype(np.float32))
     assert found.others.keys() == {"patch_fd", "clip_score"}
+    assert found.others["clip_score"].mean() == pytest.approx(0, abs=1e-7) and found.others["clip_score"].std() > 0
 
 
 def test_captions_go_round_by_sample_seed() -> None:
