@@ -88,6 +88,13 @@ def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, total, strict=True))
 
 
+def sum_over(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def agreed(value: int, device: torch.device) -> int:
     """Process 0's value, on every process."""
     if world_size() == 1:
