@@ -1,9 +1,11 @@
 """The networks of a run: student and critic as copies of the teacher, the head, and their optimisers."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dmd2.checkpoint import Checkpoints
 from dmd2.config import TrainConfig
@@ -18,11 +20,19 @@ from dmd2.rng import stream
 from dmd2.step import Models, regression_distance
 from dmd2.teachers import load_teacher, null_condition
 
+Placing = Callable[[str, nn.Module], None]
 
-def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device) -> Models:
-    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``)."""
+
+def build_models(
+    cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device, place: Placing | None = None
+) -> Models:
+    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
+
+    Networks are made in host memory; `place` puts each, by its name, where it is trained (by default on `device`)
+    once its weights are set, and before there is an optimiser of it.
+    """
     precision = cfg.train.precision
-    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision).to(device)
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision)
     student, critic = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
         _load_weights(inputs.init, student, critic)
@@ -31,7 +41,11 @@ def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.devi
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
-        head = build_head(probe, cfg, seed, device)
+        head = build_head(probe, cfg, seed, torch.device("cpu"))
+    networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
+    for name, network in networks.items():
+        if network is not None:
+            place(name, network) if place is not None else network.to(device)
     null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
         student, teacher, critic, head,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,15 @@ def sum_over(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The JSON object of every process, in their order, on every process; also a point at which all wait."""
+    if world_size() == 1:
+        return [value]
+    found: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def agreed(value: int, device: torch.device) -> int:

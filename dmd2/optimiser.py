@@ -70,8 +70,8 @@ class Optimiser:
 
     def state_dict(self) -> dict[str, Any]:
         """State of AdamW; of sharded parameters, of the rows that this process owns."""
-        state = self.adamw.state_dict()
-        return {**state, "state": quantised.packed(state["state"])} if self.cfg.states == "8bit" else state
+        moments = self.adamw.state_dict()["state"]
+        return {"state": quantised.packed(moments) if self.cfg.states == "8bit" else moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

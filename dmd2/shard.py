@@ -4,12 +4,12 @@ Every process owns rows of dimension 0 of each parameter, of its gradient, its m
 block's whole weights only while it runs that block. Zhao et al. 2023 (PyTorch FSDP), Chen et al. 2016 (checkpointing).
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
 
     Gradients are summed over the processes, not averaged, since each weights its losses by its share of the batch.
     """
+    # The head's logits are a view, which nothing changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     for unit in units(module):
         _wrap(unit, mesh)
@@ -44,7 +46,7 @@ def units(module: nn.Module) -> list[nn.Module]:
     network = getattr(module, "network", module)
     blocks = [*getattr(network, "down_blocks", ()), *getattr(network, "up_blocks", ())]
     blocks += [block for block in [getattr(network, "mid_block", None)] if block is not None]
-    inner = [part for part in network.modules() if isinstance(part, UNITS)]
+    inner = [unit for unit in network.modules() if isinstance(unit, UNITS)]
     return [*inner, *blocks]
 
 
@@ -72,7 +74,21 @@ def span(tensor: Tensor) -> tuple[int, int] | None:
         return None
     size = -(-tensor.shape[0] // world_size())
     start = min(rank() * size, tensor.shape[0])
-    return start, start + tensor.to_local().shape[0]
+    return start, min(start + size, tensor.shape[0])
+
+
+def local_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict, of sharded parameters the rows of this process."""
+    return {name: local(value) for name, value in module.state_dict().items()}
+
+
+def load_local(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Restore what `local_state` returned."""
+    if not is_sharded(module):
+        module.load_state_dict(state)
+        return
+    for name, value in module.state_dict().items():
+        local(value).copy_(state[name])
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,21 +97,8 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if rank() == 0:
-            whole[name] = full.cpu().contiguous() if isinstance(value, DTensor) else full.contiguous()
+            whole[name] = full.contiguous() if full is value else full.cpu()
     return whole
-
-
-@contextmanager
-def unsharded(module: nn.Module) -> Iterator[None]:
-    """Whole parameters inside, in every process, for code that reads them; they are not to be changed."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part_ in parts:
-        part_.unshard()
-    try:
-        yield
-    finally:
-        for part_ in parts:
-            part_.reshard()
 
 
 def equal_passes(batch: int, micro_batch: int) -> bool:
@@ -144,9 +147,3 @@ def _set(parameters: list[nn.Parameter], trained: list[bool]) -> None:
     for parameter, flag in zip(parameters, trained, strict=True):
         if parameter.requires_grad != flag:
             parameter.requires_grad_(flag)
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()
