@@ -83,9 +83,7 @@ def copy_encoder(spec: Spec, folder: Path) -> None:
         shutil.copyfile(source / name, folder / "text_encoder" / name)
 
 
-def main(
-    config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path, threads: int = 1
-) -> None:
+def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path, threads: int = 1) -> None:
     """Write OUT, a pipeline's manifest.json, and the parts that are made here beside it."""
     torch.set_num_threads(threads)
     with readable_errors():
