@@ -1,7 +1,8 @@
 """Networks of NVlabs' EDM and released DMD2 students as diffusers folders, and back to EDM's names.
 
 A source is one of NVlabs' pickles, which is read without running anything of it (`edm_pickle`); the
-``pytorch_model.bin`` of a released DMD2 run; or a safetensors file. All of them name tensors ``model.<EDM's name>``.
+``pytorch_model.bin`` of a released DMD2 run; or a safetensors file. Those on class labels name tensors
+``model.<EDM's name>``; students of Stable Diffusion have the names of diffusers' UNet, or are a LoRA (`lora_format`).
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from dmd2.data import save_shard
 from dmd2.edm_names import AUGMENTATION, EdmAble, State, empty, from_edm, infer, to_edm
 from dmd2.edm_pickle import EdmNetwork, read_edm
 from dmd2.errors import UserError, readable_errors
-from dmd2.files import sha256
+from dmd2.files import read_json, sha256
 from dmd2.folders import atomic_folder
 from dmd2.inert_objects import foreign
+from dmd2.lora_format import from_kohya, is_kohya, merge
 from dmd2.song_unet import SongUNet
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -31,12 +33,29 @@ PREFIX = "model."  # of EDM's network in its preconditioning
 KINDS = ".pkl (NVlabs), .bin or .pt (a state dict written by torch.save) or .safetensors"
 
 
-def convert(source: Path, folder: Path) -> Path:
+def convert(source: Path, folder: Path, base: Path | None = None) -> Path:
     """Write the network of `source` as a diffusers folder, whose path is returned; an earlier conversion is replaced.
+
+    Args:
+        base: for a student of Stable Diffusion, the diffusers folder of its teacher's UNet.
 
     Raises:
         UserError: `source` cannot be read, is not such a network, or is not whole; or `folder` holds something else.
     """
+    network: EdmAble | UNet2DConditionModel
+    if base is None:
+        network = _edm_network(source)
+    else:
+        network = empty_unet(base)
+        network.load_state_dict(student_state(source, network, base), assign=True)
+    with atomic_folder(
+        folder, _is_conversion(folder), "exists and is no network folder: name a new folder"
+    ) as temporary:
+        network.save_pretrained(temporary, safe_serialization=True, max_shard_size="100GB")
+    return folder
+
+
+def _edm_network(source: Path) -> EdmAble:
     state, edm = _read(source)
     bare = _bare(state)
     config = infer(bare, source)
@@ -45,25 +64,42 @@ def convert(source: Path, folder: Path) -> Path:
     network = _filled(config, bare, source)
     if AUGMENTATION in bare:
         print(f"{source}: {AUGMENTATION} is left out: it adds nothing without augmentation labels", file=sys.stderr)
-    with atomic_folder(
-        folder, _is_conversion(folder), "exists and is no network folder: name a new folder"
-    ) as temporary:
-        network.save_pretrained(temporary, safe_serialization=True, max_shard_size="100GB")
-    return folder
+    return network
 
 
-def student_state(source: Path, network: nn.Module) -> State:
+def empty_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a diffusers folder without memory for its weights.
+
+    Raises:
+        UserError: its config.json is missing, or of another class.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("_class_name") != "UNet2DConditionModel":
+        raise UserError(f"{folder / CONFIG} is of a {config.get('_class_name')} and no UNet2DConditionModel")
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
+def student_state(source: Path, network: nn.Module, base: Path | None = None) -> State:
     """Weights of a released checkpoint in the key names of `network`, all of them and in its shapes, float32.
 
-    The file has EDM's names (ImageNet, CIFAR-10) or those of `network` itself (the UNets of Stable Diffusion).
+    The file has EDM's names (ImageNet, CIFAR-10) or those of `network` itself (the UNets of Stable Diffusion), or it
+    is a LoRA in kohya's format, which is merged onto the weights in the diffusers folder `base`.
 
     Raises:
         UserError: `source` cannot be read, or does not fit `network`.
     """
     state, _ = _read(source)
+    if is_kohya(state):
+        if base is None:
+            raise UserError(f"{source} is a LoRA: it needs the weights that it is for, a diffusers folder of them")
+        weights = UNet2DConditionModel.from_pretrained(base, use_safetensors=True).float().state_dict()
+        return merge(weights, from_kohya(state, weights, source))
     own = network.state_dict()
     if isinstance(network, UNet2DModel | SongUNet) and not own.keys() & state.keys():
         return from_edm(_bare(state), network, source)
+    if any(".lora_A." in name for name in state):
+        raise UserError(f"{source} is a checkpoint of a LoRA training: take the file in kohya's format made of it")
     if odd := sorted(own.keys() ^ state.keys()):
         what = "is missing" if odd[0] in own else f"does not belong to a {type(network).__name__} of its settings"
         raise UserError(f"{source}: {odd[0]} {what}: the file is not whole, or of another network")
@@ -209,19 +245,24 @@ def main(
     to_edm_file: Annotated[
         Path | None, typer.Option("--to-edm", help="safetensors file to write (an augmentation layer is gone)")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="diffusers folder of the teacher's UNet, for students of Stable Diffusion")
+    ] = None,
 ) -> None:
     """Convert a network of NVlabs' EDM, or a released DMD2 student, to a diffusers folder; or such a folder back."""
     with readable_errors():
         if (folder is None) == (to_edm_file is None):
             raise UserError("name the folder to write, or with --to-edm the file, and not both")
         if folder is not None:
-            weights = convert(source, folder) / WEIGHTS
+            weights = convert(source, folder, base) / WEIGHTS
             made = folder
         else:
             assert to_edm_file is not None
             weights = made = export_edm(source, to_edm_file)
-        config = json.loads(((source if folder is None else folder) / CONFIG).read_text(encoding="utf-8"))
-        count = sum(parameter.numel() for parameter in empty(config).parameters())
+        written = source if folder is None else folder
+        config = read_json(written / CONFIG)
+        network = empty(config) if base is None else empty_unet(written)
+        count = sum(parameter.numel() for parameter in network.parameters())
         print(f"{made}: {config['_class_name']}, {count:,} parameters, sha256 {sha256(weights)}")
 
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from dmd2.config import TrainConfig
-from dmd2.convert import student_state
+from dmd2.convert import empty_unet, student_state
 from dmd2.data import save_shard
 from dmd2.errors import UserError
-from dmd2.files import digest_of, listing, sha256, write_json
+from dmd2.files import content_of, digest_of, listing, sha256, write_json
+from dmd2.inputs import TEACHERS, Inputs
 from dmd2.made import made_from, signed
 from dmd2.run import RunId, commit
+from dmd2.snapshot import unet_folder
 from dmd2.teachers import build_network
 
 
@@ -16,19 +18,27 @@ def publish_released(run: RunId, cfg: TrainConfig) -> Path:
     """Write the run's train.json and its one snapshot from the file that ``train.released`` names.
 
     The snapshot's number and the count of student updates are those of the authors' training, as ``train.steps`` and
-    ``critic.ratio`` tell them; seconds and cost are unknown.
+    ``critic.ratio`` tell them; seconds and cost are unknown. On text the network is that of the teacher in its place,
+    onto whose weights a LoRA is merged.
 
     Raises:
-        UserError: the file is missing, or its weights are not those of a student with the teacher's architecture.
+        UserError: the file or the teacher is missing, or the weights are not those of a student of its architecture.
     """
-    assert cfg.train.released is not None and cfg.teacher.network is not None
+    assert cfg.train.released is not None
     source = Path(cfg.train.released)
     if not source.exists():
         raise UserError(f"{run}: train.released: {source} is not there: download it and put it in this place")
     checksum = sha256(source)
-    key = digest_of(checksum)
+    inputs = [] if cfg.data.text is None else Inputs.of(run, cfg).paths()
+    if cfg.data.text is None:
+        assert cfg.teacher.network is not None
+        state, key = student_state(source, build_network(cfg.teacher.network, seed=0)), digest_of(checksum)
+    else:
+        teacher = TEACHERS / cfg.teacher.name / "manifest.json"
+        unet = unet_folder(teacher)
+        state, key = student_state(source, empty_unet(unet), unet), digest_of([checksum, content_of(teacher)])
     snapshot = run.folder / f"snapshots-{key}" / f"{cfg.train.steps:07d}.safetensors"
-    save_shard(snapshot, student_state(source, build_network(cfg.teacher.network, seed=0)))
+    save_shard(snapshot, state)
     record = {
         "kind": "run", "run": str(run), "key": key,
         "steps": cfg.train.steps, "student_updates": -(-cfg.train.steps // cfg.critic.ratio), "seconds": None,
@@ -36,5 +46,5 @@ def publish_released(run: RunId, cfg: TrainConfig) -> Path:
         "imported_at": commit(), "config": cfg.model_dump(mode="json"), "last": {},
         "files": listing([snapshot], run.folder),
     }  # fmt: skip
-    write_json(run.folder / "train.json", signed(record, made_from(cfg.settings(), [])))
+    write_json(run.folder / "train.json", signed(record, made_from(cfg.settings(), inputs)))
     return run.folder / "train.json"

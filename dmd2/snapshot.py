@@ -1,17 +1,21 @@
 """One snapshot of a finished run: which one, its network, and what was measured of it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import safe_open
 
 from dmd2.config import TrainConfig
+from dmd2.convert import empty_unet
 from dmd2.data import load_shard
-from dmd2.denoisers import Denoiser
+from dmd2.denoisers import Denoiser, Network
 from dmd2.errors import UserError
 from dmd2.files import read_json, verified
 from dmd2.inputs import TEACHERS
+from dmd2.lora import IN_SNAPSHOT, State, split
 from dmd2.run import RunId
 from dmd2.teachers import NETWORKS, wrap
 
@@ -47,22 +51,56 @@ class Snapshot:
             UserError: the weights are missing or damaged, or do not fit the network of the teacher's config.json.
         """
         name = self.cfg.teacher.name
-        manifest = TEACHERS / name / "manifest.json"
-        if not manifest.exists():
-            raise UserError(f"{manifest} is missing: put the folder of teacher {name} there, it describes the network")
-        teacher = read_json(manifest)
-        path = f"{teacher['folder']}/config.json"
-        config = read_json(verified(manifest.parent, next(file for file in teacher["files"] if file["path"] == path)))
-        weights = load_shard(verified(self.run.folder, self.entry))
-        network = NETWORKS[teacher["class"]].from_config(config)
+        weights, _ = split(load_shard(verified(self.run.folder, self.entry)))
+        network = network_of(TEACHERS / name / "manifest.json")
         try:
-            network.load_state_dict(weights)
+            network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise UserError(
-                f"{self.run.folder / self.entry['path']} does not fit the network in {manifest.parent / path}: put "
-                f"back the teacher this run was trained with ({str(error).splitlines()[-1].strip()})"
+                f"{self.run.folder / self.entry['path']} does not fit the network of the teacher in {TEACHERS / name}: "
+                f"put back the one this run was trained with ({str(error).splitlines()[-1].strip()})"
             ) from None
         return wrap(network, self.cfg.teacher.parameterisation).eval().requires_grad_(False)
+
+    def factors(self) -> State:
+        """The low-rank factors merged into the weights (see `dmd2.lora`), empty if all of them were trained.
+
+        Raises:
+            UserError: the weights are missing or damaged.
+        """
+        path = verified(self.run.folder, self.entry)
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(IN_SNAPSHOT)]  # noqa: SIM118
+            return {name.removeprefix(IN_SNAPSHOT): file.get_tensor(name) for name in names}
+
+
+def network_of(manifest: Path) -> Network:
+    """The network that a teacher's manifest describes: a UNet of text without memory for its weights.
+
+    Raises:
+        UserError: the manifest or the config.json that it lists is missing, or the latter was changed.
+    """
+    if not manifest.exists():
+        name = manifest.parent.name
+        raise UserError(f"{manifest} is missing: put the folder of teacher {name} there, it describes the network")
+    teacher = read_json(manifest)
+    path = f"{teacher['folder']}/config.json"
+    config = verified(manifest.parent, next(file for file in teacher["files"] if file["path"] == path))
+    if teacher["class"] == "UNet2DConditionModel":
+        return empty_unet(config.parent)
+    return NETWORKS[teacher["class"]].from_config(read_json(config))
+
+
+def unet_folder(manifest: Path) -> Path:
+    """Folder of the network that a teacher's manifest lists.
+
+    Raises:
+        UserError: the manifest is missing, or a file of the network is missing or was changed.
+    """
+    teacher = read_json(manifest)
+    for file in teacher["files"]:
+        verified(manifest.parent, file)
+    return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
 def step_of(entry: dict[str, Any]) -> int:
@@ -83,7 +121,11 @@ def find_snapshot(run: RunId, step: int | None = None, select: str | None = None
         raise UserError("give either --step or --select, not both")
     record = read_json(path)
     if source := record.get("released", {}).get("path"):
-        raise UserError(f"{run} is its authors'; a diffusers folder of it: python -m dmd2.convert {source} FOLDER")
+        config = record["config"]
+        command = f"python -m dmd2.convert {source} FOLDER"
+        if config["data"].get("text"):
+            command += f" --base {unet_folder(TEACHERS / config['teacher']['name'] / 'manifest.json')}"
+        raise UserError(f"{run} is its authors'; a diffusers folder of it: {command}")
     try:
         cfg = TrainConfig.model_validate(record["config"])
     except ValidationError as error:

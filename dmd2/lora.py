@@ -1,0 +1,93 @@
+"""Low-rank students: factors on every convolution and projection of a UNet, and the plain weights that follow.
+
+Hu et al. (2021): ``W + (alpha / rank) up down``. A state of factors names them ``PATH.lora_down.weight``
+``(r, C_in[, k, k])``, ``PATH.lora_up.weight`` ``(C_out, r[, 1, 1])`` and ``PATH.alpha``, PATH being the module's.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+TARGETS = (  # the ends of the names of the modules that get factors: those of DMD2's SDXL run
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+ADAPTER, IN_SNAPSHOT = "default", "lora."
+
+
+def add_lora(network: UNet2DConditionModel, rank: int, alpha: float) -> None:
+    """Put factors on the `TARGETS` of `network`, in place; afterwards only they require a gradient.
+
+    ``down`` is drawn by Kaiming's rule from torch's global generator of the CPU, ``up`` is zero: nothing changes yet.
+    """
+    from peft import LoraConfig  # its import takes seconds that runs without factors need not pay
+
+    scaled: Any = alpha  # peft declares whole numbers, and takes others
+    config = LoraConfig(r=rank, lora_alpha=scaled, lora_dropout=0.0, target_modules=list(TARGETS))
+    network.add_adapter(config, ADAPTER)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(_is_factor(name))
+
+
+def count(network: nn.Module) -> tuple[int, int]:
+    """Modules that have factors, and parameters of all these factors."""
+    modules = list(_modules(network))
+    return len(modules), sum(p.numel() for name, p in network.named_parameters() if _is_factor(name))
+
+
+def lora_state(network: nn.Module) -> State:
+    """The factors and their alpha, on the CPU; empty for a network without."""
+    state: State = {}
+    for path, module in _modules(network):
+        state[path + DOWN] = module.lora_A[ADAPTER].weight.detach().cpu()
+        state[path + UP] = module.lora_B[ADAPTER].weight.detach().cpu()
+        state[path + ALPHA] = torch.tensor(float(module.lora_alpha[ADAPTER]))
+    return state
+
+
+def merged_state(network: nn.Module) -> State:
+    """Weights of the plain network that computes the same, on the CPU; `network` stays as it is."""
+    modules = dict(_modules(network))
+    state: State = {}
+    for name, tensor in network.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if _is_factor(name):
+            continue
+        if path in modules and kind == "weight":
+            module = modules[path]
+            down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            tensor = merged(tensor, down.detach(), up.detach(), module.scaling[ADAPTER])
+        state[f"{path}.{kind}"] = tensor.cpu().contiguous()
+    return state
+
+
+def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """``W + scale up down`` of a linear ``(C_out, C_in)`` or convolution ``(C_out, C_in, k, k)``, in W's dtype."""
+    product = up.float().flatten(1) @ down.float().flatten(1)
+    return (weight.float() + scale * product.view_as(weight)).to(weight.dtype)
+
+
+def snapshot_state(network: nn.Module) -> State:
+    """What a snapshot of a student holds: its plain weights and, under ``lora.``, the factors merged into them."""
+    return merged_state(network) | {IN_SNAPSHOT + name: value for name, value in lora_state(network).items()}
+
+
+def split(snapshot: State) -> tuple[State, State]:
+    """Plain weights and factors of what `snapshot_state` returned."""
+    factors = {name.removeprefix(IN_SNAPSHOT): v for name, v in snapshot.items() if name.startswith(IN_SNAPSHOT)}
+    return {name: v for name, v in snapshot.items() if not name.startswith(IN_SNAPSHOT)}, factors
+
+
+def _modules(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, m) for name, m in network.named_modules() if ADAPTER in getattr(m, "lora_A", ()))
+
+
+def _is_factor(name: str) -> bool:
+    return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name

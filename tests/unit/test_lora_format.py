@@ -1,0 +1,141 @@
+"""Factors in kohya's format: diffusers loads what is written here, and files of others are merged or refused."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from dmd2.errors import UserError
+from dmd2.lora import add_lora, lora_state, merged_state
+from dmd2.lora_format import from_kohya, is_kohya, merge, write_kohya
+from tests import full_size, tiny, tiny_pipelines
+
+RANK, ALPHA = 3, 2.0
+PIPELINES = {
+    "sd15": (tiny_pipelines.sd15, StableDiffusionPipeline),
+    "sdxl": (tiny_pipelines.sdxl, StableDiffusionXLPipeline),
+}
+
+
+def with_factors(network, seed=0):
+    """A copy of a UNet with random factors, as after a training."""
+    student = deepcopy(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_lora(student, RANK, ALPHA)
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return student
+
+
+def latents(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(2)
+    size = tiny_pipelines.FACTOR * tiny_pipelines.LATENTS
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": size, "width": size}
+    return pipe("a red house", generator=generator, output_type="latent", **options).images
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_diffusers_own_loader_makes_the_images_of_the_merged_weights(tmp_path, kind):
+    make, pipeline = PIPELINES[kind]
+    pipe = pipeline.from_pretrained(make(tmp_path / kind))
+    before, student = latents(pipe), with_factors(pipe.unet)
+    write_kohya(tmp_path / "lora.safetensors", lora_state(student), torch.float32)
+    merged = deepcopy(pipe.unet)
+    merged.load_state_dict(merged_state(student))
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    theirs = latents(pipe)
+    pipe.unload_lora_weights()
+    pipe.unet = merged
+    ours = latents(pipe)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    assert (ours - before).abs().max() > 0.1
+    assert len(load_file(tmp_path / "lora.safetensors")) == len(lora_state(student))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A network, its student with factors, and the tensors of the student's file."""
+    network = tiny.network("eps-sdxl", 0)
+    student = with_factors(network)
+    write_kohya(tmp_path / "lora.safetensors", lora_state(student), torch.float32)
+    return network, student, load_file(tmp_path / "lora.safetensors")
+
+
+def test_a_file_comes_back_and_merges_to_the_students_weights(tmp_path, written):
+    network, student, state = written
+    factors = from_kohya(state, network.state_dict(), tmp_path)
+    assert is_kohya(state) and not is_kohya(network.state_dict())
+    assert factors.keys() == lora_state(student).keys()
+    base = tiny.weights(network)
+    whole = merge(network.state_dict(), factors)
+    assert tiny.same(base, network)
+    for name, value in merged_state(student).items():
+        torch.testing.assert_close(whole[name], value, rtol=0, atol=1e-7)
+    half = merge(network.state_dict(), factors, 0.5)
+    for name, value in base.items():
+        torch.testing.assert_close(half[name], (value + whole[name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_half_precision_is_what_is_released(tmp_path, written):
+    network, student, state = written
+    write_kohya(tmp_path / "half.safetensors", lora_state(student))
+    half = load_file(tmp_path / "half.safetensors")
+    assert {value.dtype for value in half.values()} == {torch.float16}
+    for name, value in state.items():
+        torch.testing.assert_close(half[name].float(), value, rtol=1e-3, atol=1e-6)
+
+
+def test_the_names_are_those_of_the_released_file(tmp_path):
+    network = full_size.unet(full_size.SDXL)
+    with torch.device("meta"):
+        add_lora(network, 64, 8.0)
+    shapes = {name: (p.shape, p.numel()) for name, p in network.named_parameters() if ".lora_" in name}
+    assert len(shapes) == 1576
+    down = torch.zeros(64, 320, 3, 3)
+    path = "down_blocks.0.resnets.0.conv1"
+    write_kohya(tmp_path / "one.safetensors", {f"{path}.lora_down.weight": down, f"{path}.alpha": torch.tensor(8.0)})
+    [alpha, name] = sorted(load_file(tmp_path / "one.safetensors"))
+    assert (alpha, name) == tuple(
+        f"lora_unet_down_blocks_0_resnets_0_conv1.{kind}" for kind in ("alpha", "lora_down.weight")
+    )
+    assert shapes[f"{path}.lora_A.default.weight"][0] == down.shape
+    assert shapes[f"{path}.lora_B.default.weight"][0] == (320, 64, 1, 1)
+
+
+def test_without_an_alpha_the_rank_is_it(tmp_path, written):
+    network, _, state = written
+    bare = {name: value for name, value in state.items() if not name.endswith(".alpha")}
+    factors = from_kohya(bare, network.state_dict(), tmp_path)
+    assert {float(value) for name, value in factors.items() if name.endswith(".alpha")} == {float(RANK)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": 1}, "block names of Stability's code"),
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": 1}, "text encoders are not read"),
+        ({"lora_unet_down_blocks_9_resnets_0_conv1.lora_down.weight": 1}, "the file is of another network"),
+        ({"lora_unet_mid_block_resnets_0_conv1.dora_scale": 1}, "LoHa, LoKr and DoRA are not read"),
+        ({"lora_unet_mid_block_resnets_0_conv1.lora_up.weight": None}, "conv1.lora_up.weight is missing: the file is not"),
+        ({"lora_unet_mid_block_resnets_0_conv1.lora_down.weight": None}, "conv1.lora_down.weight is missing"),
+        ({"lora_unet_mid_block_resnets_0_conv1.lora_down.weight": (RANK, 8, 3, 3)}, "do not fit a weight of (16, 16, 3, 3)"),
+        ({"lora_unet_mid_block_resnets_0_conv1.lora_up.weight": (16, RANK)}, "do not fit a weight of (16, 16, 3, 3)"),
+        ({"lora_unet_mid_block_resnets_0_conv1.lora_down.weight": ()}, "do not fit a weight of (16, 16, 3, 3)"),
+        ({"lora_unet_mid_block_resnets_0_conv1.alpha": 2}, "conv1.alpha is no single number"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_is_told(tmp_path, written, change, said):
+    network, _, state = written
+    for name, shape in change.items():
+        state.pop(name, None)
+        if shape is not None:
+            state[name] = torch.zeros(shape)
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError) as told:
+        from_kohya(load_file(tmp_path / "lora.safetensors"), network.state_dict(), tmp_path / "lora.safetensors")
+    assert said in str(told.value) and str(tmp_path / "lora.safetensors") in str(told.value)
