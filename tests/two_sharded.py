@@ -26,7 +26,6 @@ from tests import tiny
 
 KIND, STEPS, EVERY = "eps-sdxl", 4, 2
 WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough for 8-bit states
-TEXT = {"pipeline": {"name": "tiny"}, "latents": False}
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
 EIGHT = {"optim__states": "8bit"}
 SHARDED = Hardware(shard=True)
@@ -35,7 +34,7 @@ SHARDED = Hardware(shard=True)
 def training(name: str, hardware: Hardware = SHARDED, **changes: Any) -> Training:
     """A text run with every loss term, a batch that two processes cannot share evenly, and checkpoints in between."""
     every = {"train__snapshot_every": STEPS, "train__checkpoint_every": EVERY, "train__log_every": STEPS}
-    terms = {"regression__weight": 0.5, "gan__r1_weight": 1.0, "optim__ema": 0.9, "data__text": TEXT}
+    terms = {"regression__weight": 0.5, "gan__r1_weight": 1.0, "optim__ema": 0.9}
     size = {"critic__ratio": 2, "train__steps": STEPS, "optim__batch": 7}
     cfg = tiny.config(KIND, **{**size, **every, **terms, **changes})
     return Training(RunId("tiny", name, 0), cfg, hardware, INPUTS)
