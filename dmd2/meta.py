@@ -155,6 +155,12 @@ class GpuFunctions(TorchFunctionMode):
             if not before:
                 self.clear()
 
+    @contextmanager
+    def again(self, lowered: bool) -> Iterator[None]:
+        """What holds when backward runs a part of the forward pass again, within which no mode is active."""
+        with self, self.autocast(lowered):
+            yield
+
     def clear(self) -> None:
         """Forget the copies, as ``torch.clear_autocast_cache`` does."""
         self._copies.clear()

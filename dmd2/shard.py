@@ -66,7 +66,7 @@ def is_sharded(module: nn.Module | None) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process owns, sharing memory with `tensor`: all of them unless it is sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def span(tensor: Tensor) -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough 
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
 EIGHT = {"optim__states": "8bit"}
 SHARDED = Hardware(shard=True)
+PROBES = list(range(4))  # each is a pass through networks that are gathered block by block
 
 
 def training(name: str, hardware: Hardware = SHARDED, **changes: Any) -> Training:
@@ -119,5 +120,6 @@ def second() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    dmd2.trainer.PROBE_SEEDS = PROBES
     with distributed.process_group(torch.device("cpu")):
         {"first": first, "second": second}[sys.argv[1]]()

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+import dmd2.trainer
 from dmd2.config import Teacher
 from dmd2.data import save_shard
 from dmd2.errors import UserError
@@ -50,6 +51,7 @@ def workspace(tmp_path_factory):
     write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(dmd2.trainer, "PROBE_SEEDS", two_sharded.PROBES)
         save_shard(folder / "before.safetensors", two_sharded.trained(two_sharded.training("one", ALONE)))
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
         messages, code = two(folder, "first")
@@ -101,7 +103,10 @@ def test_their_log_is_that_of_one(workspace):
 def test_the_snapshot_is_the_whole_student(workspace):
     record = read_json(workspace / "results/runs/tiny/whole/seed0/finished.json")
     (entry,) = record["files"]
-    snapshot, whole = load_file(workspace / "results/runs/tiny/whole/seed0" / entry["path"]), weights(workspace, "whole")
+    snapshot, whole = (
+        load_file(workspace / "results/runs/tiny/whole/seed0" / entry["path"]),
+        weights(workspace, "whole"),
+    )
     assert all(torch.equal(value, whole[f"ema.network.{name}"]) for name, value in snapshot.items())
     assert len(snapshot) == sum(name.startswith("ema.") for name in whole)
 
