@@ -147,8 +147,8 @@ class Counted:
     def transient(self) -> int:
         """Most bytes of whole weights and gradients that FSDP holds at once; 0 unless networks are split.
 
-        Twice the largest part (one runs, the next is gathered), each also as the flat buffer of its message, and the
-        gradients of one as a flat buffer; what belongs to no part of student and critic is whole while they run.
+        Twice the largest part (one runs, the next is gathered), each also as the flat buffer of its message, and one's
+        gradients in such a buffer; what is in no part of student and critic is whole while they run.
         """
         if self.setup.parts == 1:
             return 0
@@ -199,7 +199,7 @@ class Counted:
         it = next((i for i in range(cfg.critic.ratio) if cfg.critic.turns(i)[0] == update_student), None)
         if it is None:
             return Iteration(0, 0)  # at ratio 1 the student is always updated
-        rows = self._rows(micro_batch)
+        rows = self.rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         parts = self.setup.parts
         with Ledger(self._standing(), parts) as ledger, self.functions:
@@ -245,10 +245,10 @@ class Counted:
         sizes = (torch.empty(count, width, device=META) for width in (pooled, SIZES))
         return Condition(None, text, *sizes)
 
-    def _rows(self, count: int) -> TensorSet:
+    def rows(self, count: int) -> TensorSet:
         """A real set and a pair set, which stay in host memory."""
         shape = (count, *image_shape(self.cfg))
-        kind = torch.float32 if self.cfg.data.classes == 0 else torch.uint8
+        kind = torch.float32 if self.cfg.data.latents else torch.uint8
         cond = self.condition(self.models.teacher, count)
         tensors = {name: value for name, value in vars(cond).items() if value is not None}
         noise = torch.empty(shape, device=META)

@@ -27,8 +27,9 @@ from tests import tiny
 KIND, STEPS, EVERY = "eps-sdxl", 4, 2
 WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough for 8-bit states
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
-EIGHT = {"optim__states": "8bit"}
+EIGHT = {"optim__states": "8bit", "train__steps": 3}
 SHARDED = Hardware(shard=True)
+CUT = Hardware(shard=True, micro_batch=2)
 PROBES = list(range(4))  # each is a pass through networks that are gathered block by block
 
 
@@ -68,7 +69,7 @@ def killed_at(step: int) -> None:
         publish(self, now, manifest)
 
     checkpoint.Checkpoints._publish = publish_or_die
-    training("killed").run()
+    training("killed", CUT).run()
 
 
 def signalled_at(step: int) -> None:
@@ -84,7 +85,7 @@ def signalled_at(step: int) -> None:
 
     dmd2.trainer.train_step = step_until
     try:
-        training("signalled").run()
+        training("signalled", CUT).run()
     except KeyboardInterrupt:
         pass
     finally:
@@ -101,9 +102,9 @@ def refused() -> str:
 
 def first() -> None:
     """Whole trainings, the beginnings of others, and one that is killed."""
-    finish("whole", replace(SHARDED, checkpointing=True, micro_batch=2))
+    finish("whole", replace(CUT, checkpointing=True))
     finish("whole8", **EIGHT)
-    finish("begun8", train__steps=EVERY, **EIGHT)
+    finish("begun8", **{**EIGHT, "train__steps": EVERY})
     signalled_at(3)
     if distributed.rank() == 0:
         Path("refused.txt").write_text(refused())
@@ -113,7 +114,7 @@ def first() -> None:
 def second() -> None:
     """Continue all of them, and one that a single process began."""
     for name in ("killed", "signalled"):
-        finish(name, replace(SHARDED, micro_batch=2))
+        finish(name, CUT)
     finish("begun8", **EIGHT)
     finish("alone")
 

@@ -56,12 +56,12 @@ def workspace(tmp_path_factory):
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
         messages, code = two(folder, "first")
         assert "SIGKILL" in messages or code == -9, messages[-5000:]
-        for name in ("killed", "begun8"):
+        for name in ("signalled", "begun8"):
             shutil.copytree(f"results/runs/tiny/{name}", f"results/runs/tiny/{name}-by-one")
         messages, code = two(folder, "second")
         assert code == 0, messages[-5000:]
         two_sharded.finish("one", ALONE)
-        two_sharded.finish("killed-by-one", ALONE)
+        two_sharded.finish("signalled-by-one", ALONE)
         two_sharded.finish("begun8-by-one", ALONE, **two_sharded.EIGHT)
     return folder
 
@@ -133,10 +133,10 @@ def test_resumed_by_as_many_processes_it_ends_bit_for_bit(workspace, name, step,
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
-@pytest.mark.parametrize("name", ["alone", "killed-by-one"])
+@pytest.mark.parametrize(("name", "step"), [("alone", 2), ("signalled-by-one", 3)])
 @pytest.mark.parametrize("who", EVERYTHING)
-def test_another_number_of_processes_continues(workspace, name, who):
-    assert resumed_at(workspace, name) == 2
+def test_another_number_of_processes_continues(workspace, name, step, who):
+    assert resumed_at(workspace, name) == step
     assert off(workspace, name, "one", who) < WEIGHTS
 
 
@@ -159,7 +159,7 @@ def test_unequal_numbers_of_passes_are_refused(workspace):
 def test_recomputed_activations_change_nothing(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     plain, recomputed = (
-        two_sharded.training(str(on), Hardware(micro_batch=3, checkpointing=on), train__steps=3) for on in (False, True)
+        two_sharded.training(str(on), Hardware(micro_batch=3, checkpointing=on)) for on in (False, True)
     )
     for training in (plain, recomputed):
         for _ in range(3):
