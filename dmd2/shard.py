@@ -5,8 +5,9 @@ block's whole weights only while it runs that block. Zhao et al. 2023 (PyTorch F
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def is_sharded(module: nn.Module | None) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process owns, sharing memory with `tensor`: all of them unless it is sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def span(tensor: Tensor) -> tuple[int, int] | None:
@@ -107,8 +108,10 @@ def equal_passes(batch: int, micro_batch: int) -> bool:
     return len({-(-size // micro_batch) for size in sizes}) == 1
 
 
-def recompute_activations(network: Any) -> None:
+def recompute_activations(network: Any, again: Callable[[], Any] = nullcontext) -> None:
     """Keep only the inputs of a UNet's blocks for backward, which runs the blocks a second time.
+
+    `again`, called in the first pass, makes a context for the second.
 
     Raises:
         UserError: the network's class has no such blocks.
@@ -116,15 +119,15 @@ def recompute_activations(network: Any) -> None:
     if not getattr(network, "_supports_gradient_checkpointing", False):
         kind = type(network).__name__
         raise UserError(f"training.checkpointing: the class {kind} does not support it; leave it out")
-    network.enable_gradient_checkpointing(_recomputed)
+    network.enable_gradient_checkpointing(partial(_recomputed, again))
 
 
-def _recomputed(module: nn.Module, *args: Any) -> Any:
+def _recomputed(again: Callable[[], Any], module: nn.Module, *args: Any) -> Any:
     """``module(*args)``, computed again in backward with the very parameters trained that were in the first pass.
 
     A critic that judges the student is frozen in the first pass only; computed again unfrozen it would save more.
     """
-    trained = [p.requires_grad for p in module.parameters()]
+    trained, around = [p.requires_grad for p in module.parameters()], again()
 
     @contextmanager
     def as_before() -> Iterator[None]:
@@ -132,7 +135,8 @@ def _recomputed(module: nn.Module, *args: Any) -> Any:
         now = [p.requires_grad for p in parameters]
         _set(parameters, trained)
         try:
-            yield
+            with around:
+                yield
         finally:
             _set(parameters, now)
 

@@ -24,18 +24,19 @@ from dmd2.shard import gathered
 from dmd2.trainer import Hardware, Training
 from tests import tiny
 
-KIND, STEPS, EVERY = "eps-sdxl", 6, 2
+KIND, STEPS, EVERY = "eps-sdxl", 4, 2
 WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough for 8-bit states
-TEXT = {"pipeline": {"name": "tiny"}, "latents": False}
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
-EIGHT = {"optim__states": "8bit"}
+EIGHT = {"optim__states": "8bit", "train__steps": 3}
 SHARDED = Hardware(shard=True)
+CUT = Hardware(shard=True, micro_batch=2)
+PROBES = list(range(4))  # each is a pass through networks that are gathered block by block
 
 
 def training(name: str, hardware: Hardware = SHARDED, **changes: Any) -> Training:
     """A text run with every loss term, a batch that two processes cannot share evenly, and checkpoints in between."""
-    every = {"train__snapshot_every": STEPS, "train__checkpoint_every": EVERY, "train__log_every": 2}
-    terms = {"regression__weight": 0.5, "gan__r1_weight": 1.0, "optim__ema": 0.9, "data__text": TEXT}
+    every = {"train__snapshot_every": STEPS, "train__checkpoint_every": EVERY, "train__log_every": STEPS}
+    terms = {"regression__weight": 0.5, "gan__r1_weight": 1.0, "optim__ema": 0.9}
     size = {"critic__ratio": 2, "train__steps": STEPS, "optim__batch": 7}
     cfg = tiny.config(KIND, **{**size, **every, **terms, **changes})
     return Training(RunId("tiny", name, 0), cfg, hardware, INPUTS)
@@ -68,7 +69,7 @@ def killed_at(step: int) -> None:
         publish(self, now, manifest)
 
     checkpoint.Checkpoints._publish = publish_or_die
-    training("killed").run()
+    training("killed", CUT).run()
 
 
 def signalled_at(step: int) -> None:
@@ -84,7 +85,7 @@ def signalled_at(step: int) -> None:
 
     dmd2.trainer.train_step = step_until
     try:
-        training("signalled").run()
+        training("signalled", CUT).run()
     except KeyboardInterrupt:
         pass
     finally:
@@ -101,9 +102,9 @@ def refused() -> str:
 
 def first() -> None:
     """Whole trainings, the beginnings of others, and one that is killed."""
-    finish("whole", replace(SHARDED, checkpointing=True, micro_batch=2))
+    finish("whole", replace(CUT, checkpointing=True))
     finish("whole8", **EIGHT)
-    finish("begun8", train__steps=EVERY, **EIGHT)
+    finish("begun8", **{**EIGHT, "train__steps": EVERY})
     signalled_at(3)
     if distributed.rank() == 0:
         Path("refused.txt").write_text(refused())
@@ -113,13 +114,13 @@ def first() -> None:
 def second() -> None:
     """Continue all of them, and one that a single process began."""
     for name in ("killed", "signalled"):
-        finish(name, replace(SHARDED, micro_batch=2))
+        finish(name, CUT)
     finish("begun8", **EIGHT)
     finish("alone")
-    finish("alone8", **EIGHT)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    dmd2.trainer.PROBE_SEEDS = PROBES
     with distributed.process_group(torch.device("cpu")):
         {"first": first, "second": second}[sys.argv[1]]()
