@@ -53,6 +53,7 @@ for table in TABLES:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/text.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/eval.smk"

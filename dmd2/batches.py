@@ -40,6 +40,7 @@ class Batches:
     micro_batch: int
     real: TensorSet | None = None
     pairs: TensorSet | None = None
+    prompts: TensorSet | None = None
 
     def at(self, iteration: int) -> Iterator[Batch]:
         """Micro-batches that together, over all processes, are the global batch of `iteration`."""
@@ -55,8 +56,10 @@ class Batches:
         real = self._real(draws, "gan/real") if cfg.gan.on or conditions_real else None
         if real is not None and conditions_real:
             source, cond = real
-        elif cfg.generator.input != "noise" or cfg.data.classes == 0:
-            # Multi-step runs, and text-conditioned ones, take their conditions from the real set.
+        elif self.prompts is not None:
+            cond = self.prompts.condition(draws.shuffled("student/prompts", len(self.prompts)), self.device)
+        elif cfg.generator.input != "noise" or cfg.data.text is not None:
+            # Multi-step runs, and text-conditioned ones without prompts, take their conditions from the real set.
             source, cond = self._real(draws, "source")
         else:
             cond = Condition(labels=draws.integers("student/labels", 0, cfg.data.classes - 1))

@@ -1,9 +1,11 @@
 """The networks of a run: student and critic as copies of the teacher, the head, and their optimisers."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dmd2.checkpoint import Checkpoints
 from dmd2.config import TrainConfig
@@ -15,6 +17,7 @@ from dmd2.head import Head
 from dmd2.inputs import Inputs
 from dmd2.optimiser import Optimiser
 from dmd2.rng import stream
+from dmd2.sample import to_images
 from dmd2.step import Models, regression_distance
 from dmd2.teachers import load_teacher, null_condition
 
@@ -26,7 +29,7 @@ def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.devi
     student, critic = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
         _load_weights(inputs.init, student, critic)
-    if precision == "bf16" and cfg.teacher.parameterisation == "eps":
+    if precision != "fp32" and cfg.teacher.parameterisation == "eps":
         teacher.network.to(torch.bfloat16)
     head = None
     if cfg.gan.on:
@@ -40,8 +43,12 @@ def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.devi
             [critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic
         ),
         null=None if null is None else null.to(device),
-        distance=regression_distance(cfg.regression.distance) if cfg.needs_pairs else None,
+        distance=_distance(cfg, device) if cfg.needs_pairs else None,
     )  # fmt: skip
+
+
+def _distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    return regression_distance(cfg.regression.distance, to_images(cfg, device, cfg.regression.decoder), device)
 
 
 def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:

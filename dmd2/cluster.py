@@ -60,6 +60,7 @@ class Jobs(Section):
     """Resources by kind of job: the rule names of the Snakefile."""
 
     real_data: Resources
+    encode: Annotated[Resources, Field(description="prompts and latents of text runs")] = Resources()
     detector: Resources
     reference: Resources
     teacher: Resources

@@ -12,7 +12,7 @@ from torch import Tensor
 class Condition:
     """What a batch is conditioned on; unused fields are None.
 
-    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, 77, D)``. pooled: ``(B, P)`` and time_ids
+    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, L, D)``, L = 77 of CLIP. pooled: ``(B, P)`` and time_ids
     ``(B, 6)``, SDXL only.
     """
 
@@ -30,6 +30,15 @@ class Condition:
         """Repeat a condition of one sample `count` times."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Condition(**{k: None if v is None else v.expand(count, *v.shape[1:]) for k, v in values.items()})
+
+    def where(self, chosen: Tensor, other: Condition) -> Condition:
+        """The samples that `chosen` ``(B,)`` names take the condition of one sample `other`, as far as it has fields."""
+        values = {}
+        for name, mine in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            theirs = getattr(other, name)
+            mask = None if mine is None else chosen.reshape(-1, *[1] * (mine.ndim - 1))
+            values[name] = mine if theirs is None or mask is None else torch.where(mask, theirs.to(mine.dtype), mine)
+        return Condition(**values)
 
     def to(self, device: torch.device) -> Condition:
         """The same condition on `device`."""

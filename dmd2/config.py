@@ -240,7 +240,7 @@ class TrainConfig(Section):
             raise ValueError("critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic")
         if self.teacher.parameterisation == "eps" and (self.generator.time > 999 or self.generator.time % 1):
             raise ValueError(f"generator.time {self.generator.time} is no step of an eps teacher: 0 to 999, whole")
-        if self.train.released is not None and self.teacher.network is None:
+        if self.released_whole and self.teacher.network is None:
             raise ValueError("train.released needs teacher.network: the architecture of the weights in the file")
         ranges = (self.gan.noise_range, self.dm.index_range, self.critic.index_range)
         if self.gan.on and self.gan.shares_noise and len(set(ranges)) > 1:
@@ -248,6 +248,11 @@ class TrainConfig(Section):
             raise ValueError(f"gan.shares_noise needs one range of noise levels, not {told}")
         self.teacher.check("regression.pairs.sampler", self.regression.pairs.sampler)
         return self
+
+    @property
+    def released_whole(self) -> bool:
+        """Whether the student is its authors' and needs no teacher's weights: those of text are UNets or LoRAs of one."""
+        return self.train.released is not None and self.data.text is None
 
     @property
     def trains_critic(self) -> bool:

@@ -27,7 +27,8 @@ CONDITIONS = ("labels", "text", "pooled", "time_ids")
 
 
 class TensorSet:
-    """Tensors of equal length: ``images`` (uint8, or float latents), conditions, and ``noise`` for pairs.
+    """Tensors of equal length: ``images`` (uint8, or float latents), conditions, and ``noise`` for pairs; a set of
+    prompts has conditions only.
 
     Args:
         shards: the same tensors by name, one part of the rows after the other; never joined here, so that shards
@@ -36,7 +37,7 @@ class TensorSet:
 
     def __init__(self, *shards: dict[str, Tensor]) -> None:
         self.shards = shards
-        self.ends = torch.tensor([len(shard["images"]) for shard in shards]).cumsum(0)
+        self.ends = torch.tensor([len(next(iter(shard.values()))) for shard in shards]).cumsum(0)
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1]])
 
     def __len__(self) -> int:
@@ -68,8 +69,8 @@ class TensorSet:
 
     def condition(self, indices: Tensor, device: torch.device | str = "cpu") -> Condition:
         """Conditions of the same rows."""
-        present = [name for name in CONDITIONS if name in self.shards[0]]
-        return Condition(**{name: self.tensor(name, indices, device) for name in present})
+        rows = {name: self.tensor(name, indices, device) for name in CONDITIONS if name in self.shards[0]}
+        return Condition(**{name: row.float() if row.is_floating_point() else row for name, row in rows.items()})
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -93,14 +94,15 @@ def load_shard(path: Path) -> dict[str, Tensor]:
 
 
 def load_set(manifest: Path) -> TensorSet:
-    """Map every shard a manifest lists into memory, each verified against its checksum once per process.
+    """Map every safetensors shard a manifest lists into memory, each verified against its checksum once per process.
 
     Pages are read when used and are the system's to drop again: a set may be larger than memory.
 
     Raises:
         UserError: a shard is missing, changed, or of other tensors than the first.
     """
-    paths = [_verified(manifest.parent, entry) for entry in read_json(manifest)["files"]]
+    listed = [entry for entry in read_json(manifest)["files"] if entry["path"].endswith(".safetensors")]
+    paths = [_verified(manifest.parent, entry) for entry in listed]
     shards = [load_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if _rows_of(shard) != _rows_of(shards[0]):

@@ -16,6 +16,7 @@ from dmd2.condition import Condition
 from dmd2.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
 from dmd2.song_unet import SongUNet
 
+Precision = Literal["fp32", "bf16", "bf16-all"]
 Network: TypeAlias = "UNet2DModel | SongUNet | UNet2DConditionModel"
 
 
@@ -63,12 +64,13 @@ def encode(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> T
 class Denoiser(nn.Module):
     """A UNet seen as a denoiser.
 
-    With ``precision="bf16"`` on a GPU the network body runs under bfloat16 autocast; parameters stay float32.
+    With a precision of ``bf16`` or ``bf16-all`` the network body runs under bfloat16 autocast on a GPU; parameters stay
+    float32.
     """
 
     schedule: Schedule
 
-    def __init__(self, network: Network, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__()
         self.network = network
         self.precision = precision
@@ -95,13 +97,13 @@ class Denoiser(nn.Module):
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
         """Bfloat16 on a GPU when asked for; a no-op otherwise."""
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16" and x_t.is_cuda)
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision != "fp32" and x_t.is_cuda)
 
 
 class EdmDenoiser(Denoiser):
     """EDM preconditioning (Karras et al. 2022, Eq. 7): ``D = c_skip x + c_out F(c_in x, ln(sigma)/4)``; t is sigma."""
 
-    def __init__(self, network: Network, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__(network, precision)
         self.schedule = KarrasSchedule()
 
@@ -122,11 +124,12 @@ class EpsDenoiser(Denoiser):
     """Noise-predicting network on the VP schedule: ``x0 = (x_t - sigma_t eps) / alpha_t``; t is the integer step.
 
     The division runs in float64 and x0 is returned so, since 1 / alpha is 14.6 at t = 999 and the distribution-matching
-    gradient is a small difference of two such values. In bf16 only passes that need a gradient are autocast, as in the
-    paper's runs; a network whose weights are bf16 (the teacher) gets bf16 inputs.
+    gradient is a small difference of two such values. In ``bf16`` only passes that need a gradient are autocast, as in
+    the paper's runs: the student's simulated steps, its passes of critic-only iterations and the critic's inside L_DM
+    are float32. ``bf16-all`` autocasts those, too. A network whose weights are bf16 (the teacher) gets bf16 inputs.
     """
 
-    def __init__(self, network: Network, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__(network, precision)
         self.schedule = VPSchedule()
 
@@ -140,9 +143,9 @@ class EpsDenoiser(Denoiser):
         return (x_t.double() - spread(sigma, x_t) * self.body(x_t, t, cond).double()) / spread(alpha, x_t)
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
-        """Bfloat16 only where a gradient is taken (the paper's authors saw autocast and no-grad interfere)."""
-        enabled = self.precision == "bf16" and x_t.is_cuda and torch.is_grad_enabled()
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=enabled)
+        """Bfloat16 where a gradient is taken (the paper's authors saw autocast and no-grad interfere), or in all passes."""
+        wanted = self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=wanted and x_t.is_cuda)
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:

@@ -79,5 +79,12 @@ class Eval(Section):
     @property
     def statistics(self) -> str:
         """Name of the reference's moments: they depend on the detector and on the geometry."""
-        geometry = "" if self.geometry == "none" else f"-{self.geometry}"
-        return f"{self.reference}-{self.detector}{geometry}"
+        return self._moments(self.reference, self.geometry)
+
+    @property
+    def patch_statistics(self) -> str | None:
+        """The same of the distance over patches."""
+        return None if self.patch is None else self._moments(self.patch.reference, self.patch.geometry)
+
+    def _moments(self, reference: str, geometry: str) -> str:
+        return f"{reference}-{self.detector}" + ("" if geometry == "none" else f"-{geometry}")

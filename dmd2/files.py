@@ -107,7 +107,7 @@ def content_digest(files: list[dict[str, Any]]) -> str:
 def listing(paths: list[Path], folder: Path) -> list[dict[str, Any]]:
     """Manifest entries (path relative to `folder`, bytes, sha256) of heavy files."""
     return [
-        {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        {"path": os.path.relpath(path, folder), "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     ]
 
 

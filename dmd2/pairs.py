@@ -1,6 +1,8 @@
 """Noise-image pairs of the teacher for the regression loss, in shards addressed by seed (DMD Sec. 4.2)."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,16 +11,18 @@ import typer
 
 from dmd2.condition import Condition
 from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
-from dmd2.data import save_shard
+from dmd2.data import load_set, save_shard
 from dmd2.distributed import local_device, part
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
+from dmd2.inputs import pair_inputs, pair_prompts
 from dmd2.made import recorded
 from dmd2.progress import Progress
 from dmd2.rng import sample_labels, sample_noise
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
+ELEMENTS = 1 << 18  # of the large networks of text: 16 latents of 512 pixels at once, 4 of 1024
 CPU = torch.device("cpu")
 
 
@@ -45,7 +49,7 @@ def shard_seeds(count: int, shards: int, index: int) -> range:
 def make_shard(
     cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path, device: torch.device = CPU
 ) -> None:
-    """Write shard `index` (noise, images, labels) and its manifest `out`; the teacher samples on `device`."""
+    """Write shard `index` (noise, images, conditions) and its manifest `out`; the teacher samples on `device`."""
     from dmd2.samplers import teacher_sample  # diffusers takes seconds to import, which joining shards need not pay
     from dmd2.teachers import load_teacher, null_condition
 
@@ -54,20 +58,34 @@ def make_shard(
     spec, data = cfg.regression.pairs.sampler, cfg.data
     shape = (data.channels, data.resolution, data.resolution)
     null = null_condition(cfg.data, spec.guidance)
-    noise, images, labels = [], [], []
+    conditions, rows = _conditions(cfg), list[dict[str, torch.Tensor]]()
     progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))
-    for start in range(0, len(seeds), BATCH):
-        chunk = seeds[start : start + BATCH]
-        z, drawn = sample_noise(chunk, shape, "noise"), sample_labels(chunk, cfg.data.classes, "random")
+    batch = BATCH if data.text is None else max(1, min(BATCH, ELEMENTS // math.prod(shape)))
+    for start in range(0, len(seeds), batch):
+        chunk = seeds[start : start + batch]
+        z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
         unconditional = null and null.expand(len(chunk)).to(device)
-        cond = Condition(labels=drawn.to(device))
-        images.append(teacher_sample(teacher, z.to(device), cond, unconditional, spec, _no_noise).cpu())
-        noise.append(z)
-        labels.append(drawn)
+        images = teacher_sample(teacher, z.to(device), drawn.to(device), unconditional, spec, _no_noise)
+        rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})
         progress.update(start + len(chunk), {})
     path = out.with_suffix(".safetensors")
-    save_shard(path, {"noise": torch.cat(noise), "images": torch.cat(images), "labels": torch.cat(labels)})
+    save_shard(path, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
     write_json(out, {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "files": listing([path], out.parent)})
+
+
+def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Condition]:
+    """Conditions of pair seeds: uniform labels, or prompts drawn uniformly from those the student is trained on."""
+    manifest = pair_prompts(cfg.data)
+    if manifest is None:
+        return lambda seeds: Condition(labels=sample_labels(seeds, cfg.data.classes, "random"))
+    prompts = load_set(manifest)
+    return lambda seeds: prompts.condition(sample_labels(seeds, len(prompts), "random"))
+
+
+def _stored(cond: Condition) -> dict[str, torch.Tensor]:
+    """Fields of a condition as rows of a shard: text states in float16, as in every set."""
+    found = {name: value for name, value in vars(cond).items() if value is not None}
+    return {name: value.half() if name in ("text", "pooled") else value for name, value in found.items()}
 
 
 def _no_noise(step: int) -> torch.Tensor:
@@ -98,8 +116,9 @@ def shard(
     """Make one shard."""
     torch.set_num_threads(threads)
     with readable_errors():
-        with recorded(out, json.loads(config), [teacher]):
-            make_shard(PairsConfig.model_validate(json.loads(config)), teacher, index, out, local_device("auto"))
+        cfg = PairsConfig.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), [teacher, *pair_inputs(cfg.data)]):
+            make_shard(cfg, teacher, index, out, local_device("auto"))
 
 
 @app.command()

@@ -7,18 +7,17 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dmd2.cifar import cifar10
-from dmd2.config import Data
+from dmd2.data_config import Data
 from dmd2.errors import UserError
-from dmd2.image_files import hub, image_folder
+from dmd2.hub_sets import hub
+from dmd2.image_files import image_folder
+from dmd2.lmdb_sets import labelled_lmdb
 
 IDX_FOLDERS = ("", "raw", "FashionMNIST/raw", "MNIST/raw")  # as unpacked, and as torchvision unpacks
-BLOCK = 1000  # LMDB rows read at a time
-SLACK = 1 << 20  # bytes that LMDB may have given to pages at the end of its file without ever writing them
 
 
 def read(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -28,7 +27,7 @@ def read(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         UserError: the source is missing or damaged, or of a kind this version cannot read itself.
     """
     readers = {
-        "sklearn-digits": _digits, "idx": _idx, "lmdb": _lmdb, "image-folder": image_folder, "cifar10": cifar10,
+        "sklearn-digits": _digits, "idx": _idx, "lmdb": labelled_lmdb, "image-folder": image_folder, "cifar10": cifar10,
         "hub": hub,
     }  # fmt: skip
     if data.source.kind not in readers:
@@ -84,85 +83,3 @@ def read_idx(path: Path, name: str) -> np.ndarray:
     if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * dims + int(np.prod(shape)):
         raise UserError(f"data {name}: {path} is not a whole idx file of bytes; fetch it again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
-
-
-def _lmdb(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The convention of the official DMD2 code: a key for every row of `images` (uint8 CHW) and `labels` (int64)."""
-    import lmdb
-
-    place = Path(data.source.path or "")
-    if not place.exists():
-        raise UserError(
-            f"data {data.name}: {place} does not exist: put the LMDB there, name another source in data.source (see "
-            f"README, 'Your own data'), or put safetensors shards with their manifest.json under data/real/{data.name}"
-        )
-    try:
-        with lmdb.open(
-            str(place), subdir=place.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
-        ) as environment:
-            _check_whole(data, place, environment)
-            with environment.begin(buffers=True) as transaction:
-                yield from _LmdbRows(data, place, transaction).blocks()
-    except lmdb.Error as error:
-        raise UserError(f"data {data.name}: {place} is not a readable LMDB ({error}); copy it again") from None
-
-
-def _check_whole(data: Data, place: Path, environment: Any) -> None:
-    """Refuse a file that is shorter than its pages: to read beyond its end would kill the process."""
-    file = place / "data.mdb" if place.is_dir() else place
-    size, needed = file.stat().st_size, environment.stat()["psize"] * (environment.info()["last_pgno"] + 1)
-    if size + SLACK < needed:
-        raise UserError(f"data {data.name}: {file} has {size} bytes of {needed}: it is truncated; copy it again")
-
-
-class _LmdbRows:
-    """Rows of one LMDB; every complaint names file and key."""
-
-    def __init__(self, data: Data, place: Path, transaction: Any) -> None:
-        self.data, self.place, self.transaction = data, place, transaction
-
-    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images and labels in the order of their numbers."""
-        wanted = (self.data.channels, self.data.resolution, self.data.resolution)
-        count, *shape = self.shape("images")
-        labels, *rest = self.shape("labels")
-        if tuple(shape) != wanted:
-            raise self.wrong(
-                f"images_shape says rows of {tuple(shape)}, but the config says {wanted}: set data.resolution and "
-                "data.channels, or correct the key (the official builder takes it from the last folder it read)"
-            )
-        if rest not in ([], [1]):
-            raise self.wrong(f"labels_shape says rows of {tuple(rest)}: labels are one number a row")
-        if labels != count:
-            raise self.wrong(f"images_shape says {count} rows but labels_shape {labels}: build it again")
-        if self.transaction.get(f"images_{count}_data".encode()) is not None:
-            raise self.wrong(f"there is a key images_{count}_data although images_shape says {count} rows: correct it")
-        for start in range(0, count, BLOCK):
-            rows = range(start, min(start + BLOCK, count))
-            images = np.frombuffer(b"".join(self.row("images", i, int(np.prod(wanted))) for i in rows), np.uint8)
-            numbers = np.frombuffer(b"".join(self.row("labels", i, 8) for i in rows), np.int64)
-            yield images.reshape(-1, *wanted), numbers
-
-    def shape(self, array: str) -> list[int]:
-        """Numbers of ``<array>_shape``: rows first."""
-        value = self.transaction.get(f"{array}_shape".encode())
-        if value is None:
-            raise self.wrong(f"there is no key {array}_shape: it is not a set of the official convention")
-        text = bytes(value).decode("ascii", "replace")
-        if not text.split() or not all(number.isdecimal() for number in text.split()):
-            raise self.wrong(f"{array}_shape is {text!r} instead of numbers with blanks between them")
-        return [int(number) for number in text.split()]
-
-    def row(self, array: str, index: int, size: int) -> Any:
-        """Bytes of ``<array>_<index>_data``."""
-        value = self.transaction.get(f"{array}_{index}_data".encode())
-        if value is None:
-            raise self.wrong(f"there is no key {array}_{index}_data although {array}_shape counts it: build it again")
-        if len(value) != size:
-            kind = "uint8 images" if array == "images" else "int64 labels"
-            raise self.wrong(f"{array}_{index}_data has {len(value)} bytes instead of {size}, a row of {kind}")
-        return value
-
-    def wrong(self, what: str) -> UserError:
-        """A complaint about this file."""
-        return UserError(f"data {self.data.name}: {self.place}: {what}")

@@ -1,5 +1,7 @@
 """Images from seeds, a student's or the teacher's; `dmd2.quantise` makes them the uint8 that metrics see."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,20 +9,23 @@ from dmd2.condition import Condition
 from dmd2.config import RunConfig, Sampler, TrainConfig
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError
+from dmd2.inputs import pipeline_manifest
 from dmd2.rng import sample_labels, sample_noise
 from dmd2.samplers import few_step, teacher_sample
 from dmd2.step import image_shape
 from dmd2.teachers import null_condition
 
+DECODED = 1 << 22  # pixels that the autoencoder decodes at once: four images of 1024 x 1024
+
 
 def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
-    """Conditions of sample seeds; `labels` is ``cyclic`` or ``random``.
+    """Class labels of sample seeds; `labels` is ``cyclic`` or ``random``.
 
     Raises:
-        UserError: the run is conditioned on text, which has no prompts to evaluate on yet.
+        UserError: the run is conditioned on text, so that conditions must be given (`dmd2.prompts.EvalPrompts`).
     """
-    if cfg.data.classes == 0:
-        raise UserError(f"data {cfg.data.name}: sampling by seed needs class labels; prompts are not in this version")
+    if cfg.data.text is not None:
+        raise UserError(f"data {cfg.data.name} is conditioned on text: seeds alone do not say which prompts to draw")
     return Condition(labels=sample_labels(seeds, cfg.data.classes, labels).to(device))
 
 
@@ -33,7 +38,7 @@ def student_sample(
     labels: str = "cyclic",
     cond: Condition | None = None,
 ) -> Tensor:
-    """Student images of `seeds` in its configured number of steps, float32 ``(len(seeds), C, H, W)``.
+    """What the student makes of `seeds` in its number of steps, float32 ``(len(seeds), C, H, W)``: images or latents.
 
     Conditions follow from the seeds by the rule `labels`, unless given.
     """
@@ -45,15 +50,39 @@ def student_sample(
     return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
 
 
-def sample_teacher(teacher: Denoiser, cfg: RunConfig, spec: Sampler, seeds: list[int], device: torch.device) -> Tensor:
-    """Teacher images of the same seeds, hence the same starting noise and labels as the students'."""
+def sample_teacher(
+    teacher: Denoiser,
+    cfg: RunConfig,
+    spec: Sampler,
+    seeds: list[int],
+    device: torch.device,
+    cond: Condition | None = None,
+) -> Tensor:
+    """The same of the teacher, from the same seeds, hence the same starting noise and conditions as the students'."""
     shape = image_shape(cfg)
     null = null_condition(cfg.data, spec.guidance)
     return teacher_sample(
         teacher,
         sample_noise(seeds, shape, "noise", device),
-        seed_condition(cfg, seeds, cfg.eval.labels, device),
+        cond or seed_condition(cfg, seeds, cfg.eval.labels, device),
         None if null is None else null.expand(len(seeds)).to(device),
         spec,
         lambda i: sample_noise(seeds, shape, f"step{i}", device),
     )
+
+
+def to_images(cfg: TrainConfig, device: torch.device, decoder: str = "vae") -> Callable[[Tensor], Tensor]:
+    """From what a run diffuses to images in [-1, 1] ``(B, 3, H, W)``: the pipeline's decoder for latents, few at once.
+
+    Raises:
+        UserError: the pipeline or its autoencoder is missing.
+    """
+    if not cfg.data.latents:
+        return lambda images: images
+    from dmd2.pipelines import Pipeline  # diffusers' autoencoders, which pixels need not pay for
+
+    manifest = pipeline_manifest(cfg.data)
+    assert manifest is not None
+    pipeline = Pipeline.load(manifest, device)
+    size = max(1, DECODED // (cfg.data.resolution * pipeline.factor) ** 2)
+    return lambda latents: torch.cat([pipeline.decode(part, decoder) for part in latents.split(size)])

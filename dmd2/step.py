@@ -40,13 +40,14 @@ class Models:
     student_optimiser: Optimiser
     critic_optimiser: Optimiser
     null: Condition | None = None  # the unconditional condition of one sample, when the teacher is guided
-    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # of the regression
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # of the regression, between what the run diffuses
 
 
 def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainConfig) -> Logs:
     """Iteration `it`: every `ratio`-th updates the student, each the critic on the same images (`Critic.turns`)."""
     logs: Logs = {}
     update_student, update_critic = cfg.critic.turns(it)
+    update_critic = update_critic and cfg.trains_critic
     generated: list[tuple[Batch, Tensor]] = []
     for batch in micro_batches:
         x_t, t = student_input(m.student, batch, cfg.generator, image_shape(cfg))
@@ -73,7 +74,8 @@ def student_loss(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Log
             "regression": lambda: _regression(m, batch, cfg),
         }
         weights = {"dm": cfg.dm.weight, "gan": cfg.gan.lambda_g, "regression": cfg.regression.weight}
-        _add(logs, batch.share, {"student/brightness": brightness(x), "student/std": x.detach().std()})
+        level = {"student/mean": x.detach().mean()} if cfg.data.latents else {"student/brightness": brightness(x)}
+        _add(logs, batch.share, {**level, "student/std": x.detach().std()})
         return weighted_sum(terms, weights, "student", batch.share, logs)
 
 
@@ -182,13 +184,22 @@ def brightness(x: Tensor) -> Tensor:
     return (x.detach().float() / 2 + 0.5).clamp(0, 1).mean()
 
 
-def regression_distance(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """``l2`` or ``lpips`` (weights from data/weights)."""
+def regression_distance(
+    kind: str, images: Callable[[Tensor], Tensor], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``l2``, or ``lpips`` (weights from data/weights) of what `images` makes of tensors: for latents, a decoder."""
     if kind == "l2":
         return F.mse_loss
     from dmd2.lpips import Lpips
 
-    return Lpips()
+    lpips = Lpips().to(device)
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = images(target)
+        return lpips(images(x), wanted)
+
+    return distance
 
 
 def image_shape(cfg: TrainConfig) -> tuple[int, int, int]:

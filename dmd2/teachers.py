@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +18,14 @@ from dmd2.config import Data, Optim, Teacher, TeacherTraining, digest_of
 from dmd2.data import TensorSet, load_set
 from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.distributed import local_device
+from dmd2.encode import image_size
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, sha256, verified, write_json
+from dmd2.inputs import pipeline_manifest
 from dmd2.losses import denoising_loss
 from dmd2.made import recorded
 from dmd2.optimiser import Optimiser
+from dmd2.pipelines import Pipeline, belongs, time_ids
 from dmd2.progress import Progress
 from dmd2.rng import Draws, stream
 from dmd2.schedules import LEVELS, add_noise, loss_weight
@@ -62,12 +67,24 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
 
 
 def null_condition(data: Data, guidance: float) -> Condition | None:
-    """Unconditional condition of one sample for class guidance (the index after the last class); None if unguided."""
-    if guidance <= 1:
-        return None
-    if data.classes == 0:
-        raise UserError(f"data {data.name}: text guidance needs the prompt pipeline, which this version lacks")
-    return Condition(labels=torch.tensor([data.classes]))
+    """Unconditional condition of one sample; None if unguided.
+
+    Of classes: the index after the last one. Of text: what the pipeline says, with SDXL's sizes unchanged.
+
+    Raises:
+        UserError: the pipeline's manifest is missing.
+    """
+    return None if guidance <= 1 else unconditional(data)
+
+
+def unconditional(data: Data) -> Condition:
+    """The condition that guidance leads away from, and that a teacher trained here sees in the place of dropped ones."""
+    manifest = pipeline_manifest(data)
+    if manifest is None:
+        return Condition(labels=torch.tensor([data.classes]))
+    pipeline = Pipeline.load(manifest)
+    null = pipeline.null
+    return null if null.pooled is None else replace(null, time_ids=time_ids(image_size(data, pipeline))[None])
 
 
 def train_teacher(
@@ -98,9 +115,10 @@ def train_teacher(
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         done = state["step"]
+    null = unconditional(data).to(torch.device(device)) if spec.label_dropout > 0 else None
     progress, started = Progress(f"teacher {teacher.name}", spec.steps, done), time.monotonic()
     for it in range(done, spec.steps):
-        loss = _denoising_step(denoiser, real, Draws(spec.seed, it, spec.batch, 0, spec.batch, device), data, spec)
+        loss = _denoising_step(denoiser, real, Draws(spec.seed, it, spec.batch, 0, spec.batch, device), null, spec)
         loss.backward()
         optimiser.step(it)
         decay = min(spec.ema, (1 + it) / (10 + it))
@@ -116,13 +134,13 @@ def train_teacher(
 
 
 def _denoising_step(
-    denoiser: Denoiser, real: TensorSet, draws: Draws, data: Data, spec: TeacherTraining
+    denoiser: Denoiser, real: TensorSet, draws: Draws, null: Condition | None, spec: TeacherTraining
 ) -> torch.Tensor:
     indices = draws.shuffled("teacher/real", len(real))
     x, cond = real.images(indices, draws.device), real.condition(indices, draws.device)
-    if spec.label_dropout > 0 and cond.labels is not None:
+    if spec.label_dropout > 0 and null is not None:
         dropped = draws.integers("teacher/dropout", 0, 9999) < spec.label_dropout * 10000
-        cond = Condition(labels=torch.where(dropped, data.classes, cond.labels))
+        cond = cond.where(dropped, null)
     if isinstance(denoiser, EdmDenoiser):
         t, kind = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).exp(), "edm"
     else:
@@ -134,12 +152,16 @@ def _denoising_step(
 def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
     """Write the manifest of the diffusers UNet at ``folder/unet``: the user's, or converted from ``teacher.source``.
 
+    A source that is such a folder already, as of a pipeline, is used where it lies.
+
     Raises:
         UserError: neither is there, or the network is not what ``teacher.network`` says.
     """
     unet, extra = folder / "unet", {}
-    if not (unet / "config.json").exists():
-        source = Path(teacher.source) if teacher.source else None
+    source = Path(teacher.source) if teacher.source else None
+    if source is not None and (source / "config.json").exists():
+        unet = source
+    elif not (unet / "config.json").exists():
         if source is None or not source.exists():
             place = f", or {source.name} at {source}" if source else ""
             raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json, safetensors) at {unet}{place}")
@@ -151,11 +173,11 @@ def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
     for key, wanted in teacher.settings().get("network", {}).items():
         if config.get(key, wanted) != wanted:
             raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
-    return _manifest(folder, "unet", extra)
+    return _manifest(folder, os.path.relpath(unet, folder), extra)
 
 
 def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:
-    files = [p for p in sorted((folder / name).iterdir()) if p.suffix in (".json", ".safetensors")]
+    files = [folder / name / p.name for p in sorted((folder / name).iterdir()) if belongs(p)]
     kind = json.loads((folder / name / "config.json").read_text())["_class_name"]
     value = {"kind": "teacher", "folder": name, "class": kind, **extra, "files": listing(files, folder)}
     write_json(folder / "manifest.json", value)

@@ -26,11 +26,12 @@ from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
-from dmd2.sample import student_sample
+from dmd2.sample import student_sample, to_images
 from dmd2.step import Logs, brightness, train_step
 
 PROBE_SEEDS = list(range(100))  # fixed-noise samples whose brightness is followed during training
-SHOWN = ("critic/denoise", "critic/gan", "student/brightness")  # in the progress line; L_DM is no objective
+LATENT_PROBES = 16  # of them where each must be decoded
+SHOWN = ("critic/denoise", "critic/gan", "probe/brightness")  # in the progress line; L_DM is no objective
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class Training:
         self.ema = deepcopy(self.models.student).requires_grad_(False) if cfg.optim.ema else None
         real = load_set(inputs.real) if inputs.real else None
         pairs = load_set(inputs.pairs) if inputs.pairs else None
-        self.batches = Batches(cfg, run.seed, self.device, hardware.micro_batch or cfg.optim.batch, real, pairs)
+        prompts = load_set(inputs.prompts) if inputs.prompts else None
+        size = hardware.micro_batch or cfg.optim.batch
+        self.batches = Batches(cfg, run.seed, self.device, size, real, pairs, prompts)
+        self.to_images = to_images(cfg, self.device)
         self.step, self.seconds = 0, 0.0
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
         self.log: list[dict[str, float]] = []
@@ -145,13 +149,16 @@ class Training:
                 )
 
     def probe(self) -> Tensor:
-        """Images of the student from fixed noise; a text run takes the first captions of its real set."""
-        real, size, images = self.batches.real, self.batches.micro_batch, []
-        for start in range(0, len(PROBE_SEEDS), size):  # no more at once than training has
-            seeds, cond = PROBE_SEEDS[start : start + size], None
-            if self.cfg.data.classes == 0 and real is not None:
-                cond = real.condition(torch.tensor(seeds) % len(real), self.device)
-            images.append(student_sample(self.student, self.cfg, seeds, self.device, cond=cond))
+        """Images of the student from fixed noise; a text run takes the first prompts that it is trained on."""
+        prompts, size, images = self.batches.prompts or self.batches.real, self.batches.micro_batch, []
+        chosen = PROBE_SEEDS[:LATENT_PROBES] if self.cfg.data.latents else PROBE_SEEDS
+        for start in range(0, len(chosen), size):  # no more at once than training has
+            seeds, cond = chosen[start : start + size], None
+            if self.cfg.data.text is not None:
+                assert prompts is not None
+                cond = prompts.condition(torch.tensor(seeds) % len(prompts), self.device)
+            with torch.no_grad():
+                images.append(self.to_images(student_sample(self.student, self.cfg, seeds, self.device, cond=cond)))
         return torch.cat(images)
 
     @property

@@ -43,7 +43,7 @@ PairedMetrics = Annotated[
 ]
 GeometryName = Annotated[
     str | None,
-    typer.Option(help="none, square-crop+lanczos-S or patch-299, on both sides; clip-score keeps its own"),
+    typer.Option(help="none, square-crop+lanczos-S or patch-S, on both sides; clip-score keeps its own"),
 ]
 Count = Annotated[int | None, typer.Option(help="number of generated images the protocol asks for, exactly")]
 First = Annotated[int | None, typer.Option(min=1, help="use the first this many generated images only")]

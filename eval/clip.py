@@ -6,6 +6,7 @@ The score is the plain mean cosine of image and ``"A photo depicts " + caption``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,28 @@ class ClipScore:
         if len(images) != len(captions):
             raise UserError(f"{len(images)} images and {len(captions)} captions: every image needs its own caption")
         return F.cosine_similarity(self.images(PROTOCOL_GEOMETRY(rgb(images)))[0], self.texts(captions))
+
+
+@dataclass(frozen=True)
+class OpenClipTowers:
+    """An open_clip folder as `eval.alignment.Towers`: DMD2's CLIP score (``clip-dmd2``)."""
+
+    tower: ClipImages
+    score: ClipScore
+    geometry: Geometry = PROTOCOL_GEOMETRY
+
+    @property
+    def images(self) -> ClipImages:
+        """The image tower."""
+        return self.tower
+
+    @staticmethod
+    def load(model_dir: Path, device: torch.device | str = "cpu") -> OpenClipTowers:
+        """The model of a folder; see `load_clip` for errors."""
+        tower = ClipImages(model_dir)
+        tower.on(device)
+        return OpenClipTowers(tower, ClipScore(model_dir, device, tower))
+
+    def texts(self, captions: list[str], states: Tensor) -> Tensor:
+        """Embeddings ``(n, d)`` of the prefixed captions by CLIP's own text tower; `states` are not read."""
+        return self.score.texts(captions)

@@ -77,6 +77,9 @@ SCHEMA = {name: Column(*about) for name, *about in [
 METRICS = {  # unit and meaning
     "fd": ("squared feature units", "Frechet distance in the features of protocol_detector"),
     "fid": ("squared feature units", "Frechet inception distance"),
+    "patch_fd": ("squared feature units", "the same of the centre of the images, as protocol_patch says"),
+    "patch_fid": ("squared feature units", "the same of Inception features"),
+    "clip_score": ("-1..1", "mean cosine of image and caption by protocol_clip, no factor"),
     "kid": ("kernel units", "kernel inception distance, unbiased, not multiplied by 1000"),
     "precision": ("0..1", "share of generated images inside the manifold of the reference"),
     "recall": ("0..1", "share of reference images inside the manifold of the generated"),
@@ -85,6 +88,8 @@ METRICS = {  # unit and meaning
     "is": ("1..classes", "inception score of all images at once"),
     "accuracy": ("0..1", "share of images classified as the class they were drawn for"),
     "brightness": ("0..1", "mean pixel value"),
+    "saturation": ("0..1", "mean of (max - min) / max of a pixel's channels"),
+    "sharpness": ("0..1", "root mean square of luma minus its 3x3 mean, averaged over images"),
 }
 SUFFIXES = {
     "se": Column("float64", "unit of NAME", "standard error of NAME from the finite number of images"),

@@ -20,6 +20,7 @@ from dmd2.files import write_json, write_text
 from eval.compare_page import html, markdown
 from eval.contrasts import BETTER, Contrast, Pair, Seeds, judge
 from eval.differences import shown
+from eval.report import sample_side
 from eval.table_text import LABELS
 from eval.versions import WORKSPACE, Rows, Side, open_side, read_published, read_rows, read_tables
 
@@ -82,7 +83,7 @@ def _row(
         "reason": main.reason or ("" if better else f"{primary} has no better direction"), "seeds": pair.seeds(),
         "a": main.a, "b": main.b, "difference": main.found,
         "others": {m: {"a": c.a, "b": c.b, "difference": c.found} for m, c in found.items() if m != primary and c.a},
-        **pair.changes(), "grids": _grids(pair), "resolution": data.get("resolution"),
+        **pair.changes(), "grids": _grids(pair), "resolution": sample_side(data) if data else None,
     }  # fmt: skip
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from scipy.stats import t, ttest_ind
 
 from dmd2.config import NOT_IDENTITY
-from eval.differences import Arm, difference, influences
+from eval.differences import WITH_INFLUENCES, Arm, difference, influences
 from eval.report import HIGHER, LOWER
-from eval.table_text import FRECHET
 from eval.versions import Seed, Side, inputs
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
@@ -134,12 +133,12 @@ class Pair:
         return _found(y - x, half, "finite sample, unpaired")
 
     def _influence(self, metric: str, i: int, seed: int) -> np.ndarray | None:
-        """Influences of one evaluation on a Frechet distance; None where this side does not have them."""
+        """Influences of one evaluation on a metric; None where this side does not have them."""
         side, record = self.sides[i], (self.a, self.b)[i][seed]
-        if metric not in FRECHET or not record.metrics or not record.metrics.get("files"):
+        if metric not in WITH_INFLUENCES or not record.metrics or not record.metrics.get("files"):
             return None
         path = side.path(f"{record.folder}/{record.metrics['files'][0]['path']}")
-        return None if path is None else influences(record.metrics, path.parent, record.step)
+        return None if path is None else influences(record.metrics, path.parent, record.step, metric)
 
     def refusal(self) -> str:
         """Why no number of this row can be subtracted; empty if they can."""

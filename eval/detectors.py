@@ -18,6 +18,7 @@ from dmd2.inputs import WEIGHTS
 from dmd2.made import recorded
 from dmd2.rng import Draws, stream
 from eval.networks import NETWORKS, FeatureNetwork, load_network
+from eval.small_clip import SmallTowers, train_clip
 
 FEATURES = 64
 TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3
@@ -70,7 +71,13 @@ class Classifier(FeatureNetwork):
 
 
 def train_classifier(name: str, real: TensorSet, out: Path) -> None:
-    """Train the dataset's classifier with a fixed seed; every fifth image is held out to state its accuracy."""
+    """Train the dataset's classifier with a fixed seed; every fifth image is held out to state its accuracy.
+
+    Raises:
+        UserError: the set has no labels.
+    """
+    if "labels" not in real.tensors:
+        raise UserError(f"{name}: its set has captions and no labels; name a network in eval.detector")
     images, labels = real.tensors["images"], real.tensors["labels"]
     held_out = torch.arange(len(images)) % 5 == 0
     shape = {"channels": images.shape[1], "resolution": images.shape[-1], "classes": int(labels.max()) + 1}
@@ -124,6 +131,8 @@ def load_detector(
             f"{', '.join(NETWORKS)} and clip-<model folder>"
         )
     entry = read_json(manifest)
+    if entry["kind"] == "clip":
+        return SmallTowers.load(manifest, device).images
     if entry["kind"] != "classifier":
         raise UserError(f"detector {name}: kind {entry['kind']} of {manifest} is not one this version can run")
     model = Classifier(name, entry["channels"], entry["resolution"], entry["classes"])
@@ -144,12 +153,14 @@ def record_network(name: str, out: Path) -> None:
 
 
 def main(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
-    """Train the classifier NAME on the manifest --real, or verify the network NAME; write the manifest OUT."""
+    """Train NAME (SET-classifier, SET-clip) on the manifest --real, or verify the network NAME; write its manifest."""
     torch.set_num_threads(threads)
     with readable_errors():
         with recorded(out, name, [real] if real else []):
             if real is None:
                 record_network(name, out)
+            elif name.endswith("-clip"):
+                train_clip(name, load_set(real), out)
             else:
                 train_classifier(name, load_set(real), out)
 

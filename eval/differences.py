@@ -55,9 +55,14 @@ def difference(ours: Arm, base: Arm, classes: int | None) -> dict[str, Any]:
     return {"value": mean, "low": mean - half, "high": mean + half, "sampling_se": sampling, "covers": covers}
 
 
-def influences(metrics: Mapping[str, Any], folder: Path, step: int) -> np.ndarray:
-    """Influences of one snapshot, as its evaluation stored them beside metrics.json."""
-    return load_shard(verified(folder, metrics["files"][0]))[f"{step:07d}"].numpy()
+FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
+WITH_INFLUENCES = (*FRECHET, "patch_fd", "patch_fid", "clip_score")
+
+
+def influences(metrics: Mapping[str, Any], folder: Path, step: int, metric: str) -> np.ndarray:
+    """Influences of one snapshot on a metric (see `WITH_INFLUENCES`), as its evaluation stored them."""
+    key = f"{step:07d}" if metric in FRECHET else f"{step:07d}-{metric}"
+    return load_shard(verified(folder, metrics["files"][0]))[key].numpy()
 
 
 def shown(found: Mapping[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,26 +23,32 @@ from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import measured_with
 from dmd2.made import recorded
 from dmd2.progress import Progress
+from dmd2.prompts import EvalPrompts
 from dmd2.quantise import quantise
 from dmd2.run import RunId, commit
-from dmd2.sample import sample_teacher, student_sample
+from dmd2.sample import sample_teacher, student_sample, to_images
 from dmd2.teachers import build_network, load_teacher, wrap
 from eval.claims import SETTLED
-from eval.protocol import Protocol, Sample, save_influence
+from eval.protocol import Measured, Protocol, Sample, save_influence
+from eval.resize import resize_uint8
+from eval.table_text import GRID_ROWS
 
 SCRATCH = "features"  # folder of the features beside metrics.json, gone once those are written
-GRID_ROWS = 6  # fixed-noise samples shown per class
+GRID_COLUMNS = 10  # classes or prompts whose fixed-noise samples are shown
+GRID_SIDE = 256  # pixels of a larger image there
 
 
 @dataclass(frozen=True)
 class Students:
-    """The snapshots of a finished run, one network that takes the weights of each."""
+    """The snapshots of a finished run, one network that takes the weights of each; `images` decodes what it makes."""
 
     run: RunId
     cfg: RunConfig
     device: torch.device
     network: Denoiser
     files: list[dict[str, Any]]
+    images: Callable[[Tensor], Tensor]
+    prompts: EvalPrompts | None
 
     @staticmethod
     def of(run: RunId, cfg: RunConfig, device: torch.device) -> "Students":
@@ -56,11 +62,13 @@ class Students:
             network = wrap(build_network(spec.network or {}, seed=0), spec.parameterisation).eval().to(device)
         else:
             network = teacher_of(cfg, device)  # same network, other weights
-        return Students(run, cfg, device, network, read_json(run.folder / "train.json")["files"])
+        files = read_json(run.folder / "train.json")["files"]
+        return Students(run, cfg, device, network, files, to_images(cfg, device), EvalPrompts.of(cfg))
 
     def sample(self, seeds: list[int]) -> Tensor:
         """Images of the snapshot that was loaded last."""
-        return student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels)
+        cond = None if self.prompts is None else self.prompts.condition(seeds, self.device)
+        return self.images(student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels, cond))
 
     def loaded(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
@@ -76,23 +84,22 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
     protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
     scratch = out.with_name(SCRATCH)
     snapshots: list[dict[str, Any]] = []
-    influence: dict[int, np.ndarray] = {}
+    found: dict[int, Measured] = {}
     progress = Progress(f"evaluate {run}", len(students.files))
     started = time.monotonic()
     for step, identity in students.loaded():
-        measured = protocol.measure(students.sample, identity, scratch)
-        influence[step] = measured.influence
+        found[step] = measured = protocol.measure(students.sample, identity, scratch)
         snapshots.append({"step": step, "student_updates": cfg.critic.student_updates(step), **measured.as_json()})
         progress.update(len(snapshots), {name: e.value for name, e in measured.estimates.items()})
-    _save_grid(cfg, students.sample, out.with_name("grid.png"))
+    captions = _save_grid(cfg, students.sample, out.with_name("grid.png"))
     write_json(out, {
         "kind": "metrics", "run": str(run), "key": record["key"], "row": run.name, "seed": run.seed,
-        "protocol": protocol.names,
+        "protocol": protocol.names, **captions,
         **brightness_stability(run, record), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
         "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
-        "files": save_influence(out.with_name("influence.safetensors"), influence),
+        "files": save_influence(out.with_name("influence.safetensors"), found),
     })  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -111,14 +118,14 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
     sample, identity = teacher_sampler(cfg, spec, device)
     scratch = out.with_name(SCRATCH)
     measured = protocol.measure(sample, identity, scratch)
-    _save_grid(cfg, sample, out.with_name("grid.png"))
+    captions = _save_grid(cfg, sample, out.with_name("grid.png"))
     calls = 2 * spec.steps - 1 if spec.solver == "heun" else spec.steps
     write_json(out, {
         "kind": "metrics", "run": f"{out.parent.parent.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
-        "protocol": protocol.names, "network_calls": calls, "sampler": spec.model_dump(mode="json"),
+        "protocol": protocol.names, **captions, "network_calls": calls, "sampler": spec.model_dump(mode="json"),
         "snapshots": [{"step": 0, "student_updates": 0, **measured.as_json()}], "eval_commit": commit(),
         "seconds": round(time.monotonic() - started, 1),
-        "files": save_influence(out.with_name("influence.safetensors"), {0: measured.influence}),
+        "files": save_influence(out.with_name("influence.safetensors"), {0: measured}),
     })  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -133,18 +140,38 @@ def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tupl
     teacher = teacher_of(cfg, device)
     files = read_json(measured_with(cfg)["teacher"])["files"]
     identity = {"teacher": files, "sampler": spec.model_dump(mode="json")}
-    return lambda seeds: sample_teacher(teacher, cfg, spec, seeds, device), identity
+    images, prompts = to_images(cfg, device), EvalPrompts.of(cfg)
+
+    def sample(seeds: list[int]) -> Tensor:
+        cond = None if prompts is None else prompts.condition(seeds, device)
+        return images(sample_teacher(teacher, cfg, spec, seeds, device, cond))
+
+    return sample, identity
 
 
-def _save_grid(cfg: RunConfig, sample: Sample, out: Path) -> None:
-    """PNG of fixed-noise samples: one column a class (of the first ten), `GRID_ROWS` rows, no margins."""
-    columns = min(10, cfg.data.classes)
-    seeds = [column + row * cfg.data.classes for row in range(GRID_ROWS) for column in range(columns)]
-    images = quantise(sample(seeds), cfg.eval.rounding).cpu().numpy()
+def _save_grid(cfg: RunConfig, sample: Sample, out: Path) -> dict[str, list[str]]:
+    """PNG of fixed-noise samples: one column a class or prompt (of the first ten), `GRID_ROWS` rows, no margins.
+
+    Returns:
+        The ``captions`` of the columns, nothing for classes.
+    """
+    prompts = EvalPrompts.of(cfg)
+    kinds = cfg.data.classes if prompts is None else len(prompts.captions)
+    columns = min(GRID_COLUMNS, kinds)
+    rows = [[column + row * kinds for column in range(columns)] for row in range(GRID_ROWS)]
+    seeds = [seed for row in rows for seed in row]
+    batches = [seeds] if prompts is None else rows  # decoded images are large
+    images = torch.cat([_shown(quantise(sample(batch), cfg.eval.rounding).cpu()) for batch in batches]).numpy()
     c, h, w = images.shape[1:]
     grid = images.reshape(GRID_ROWS, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(GRID_ROWS * h, columns * w, c)
     with atomic(out) as temporary:
         Image.fromarray(grid.squeeze(-1) if c == 1 else grid).save(temporary, format="PNG")
+    return {} if prompts is None else {"captions": prompts.captions[:columns]}
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images as they stand in a grid: those of a thousand pixels would make it a hundred megabytes."""
+    return resize_uint8(images, GRID_SIDE) if images.shape[-1] > GRID_SIDE else images
 
 
 app = typer.Typer(help=__doc__)

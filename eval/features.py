@@ -87,7 +87,7 @@ def account(detector: Detector) -> dict[str, Any]:
 
 
 def identity(source: ImageSource) -> dict[str, Any]:
-    """What identifies the images of a source; `small` counts those without a 299x299 patch."""
+    """What identifies the images of a source; `small` counts those without a patch."""
     return {"id": source.id, "images": len(source), "geometry": source.geometry.name, "small": source.small}
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from dmd2.errors import UserError
 from dmd2.files import read_json, verified
-from eval.resize import NONE, PATCH, Geometry
+from eval.resize import NONE, Geometry
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-KEYS = ("images", "arr_0")
+KEYS = ("pixels", "images", "arr_0")  # where images are latents, pixels are what they are of
+ARRAYS = (".npz", ".npy", ".safetensors")
 BLOCK = 1000  # images hashed at a time
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
@@ -46,7 +47,7 @@ class ImageSource(Protocol):
 
     @property
     def small(self) -> int:
-        """Images found with a side below 299 (counted for the patch geometries only)."""
+        """Images found that are smaller than the patch (counted for the patch geometries only)."""
 
     def __len__(self) -> int: ...
 
@@ -78,12 +79,12 @@ def open_images(path: str | Path, geometry: Geometry | None = None, limit: int |
         raise UserError(f"{place} does not exist: give {kinds}")
     if (place.is_dir() and not (place / "manifest.json").exists()) or place.suffix.lower() == ".zip":
         return _files(place, geometry, limit)
-    if place.suffix.lower() in (".npz", ".npy", ".safetensors"):
+    if place.suffix.lower() in ARRAYS:
         return _arrays([place], place, geometry, limit)
     if place.is_dir() or place.suffix == ".json":
         manifest = place / "manifest.json" if place.is_dir() else place
-        shards = [verified(manifest.parent, entry) for entry in read_json(manifest).get("files", [])]
-        return _arrays(shards, manifest, geometry, limit)
+        listed = (entry for entry in read_json(manifest).get("files", []) if Path(entry["path"]).suffix in ARRAYS)
+        return _arrays([verified(manifest.parent, entry) for entry in listed], manifest, geometry, limit)
     raise UserError(f"{place} is not {kinds}")
 
 
@@ -185,12 +186,11 @@ def _files(place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
     if geometry.is_patch:
         opened = map(_opened, _bytes(place, names), [f"{place}/{name}" for name in names])
         tiny = [geometry.too_small(image.height, image.width) for image in opened]
-        if any(tiny) and geometry.name == "patch-299":
-            raise UserError(
-                f"{place}: {sum(tiny)} of {len(names)} images have a side below {PATCH}, the first is "
-                f"{names[tiny.index(True)]}; choose patch-299-skip or patch-299-official"
-            )
-        if geometry.name == "patch-299-skip":
+        if any(tiny) and not geometry.policy:
+            found = f"{sum(tiny)} of {len(names)} images have a side below {geometry.side}"
+            first, name = names[tiny.index(True)], geometry.name
+            raise UserError(f"{place}: {found}, the first is {first}; choose {name}-skip or {name}-official")
+        if geometry.policy == "skip":
             names = [name for name, out in zip(names, tiny, strict=True) if not out]
     names = names[: _exactly(len(names), limit, place)]
     digest = _digest((hashlib.sha256(data).digest() for data in _bytes(place, names)), geometry)
@@ -241,7 +241,7 @@ def _load(path: Path, changed: int) -> Tensor:
         raise UserError(f"{path} is not a whole array file ({error})") from None
     dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
     if dtype != "uint8":
-        raise UserError(f"{path} holds images of {dtype}, not uint8: quantise them first (dmd2.quantise)")
+        raise UserError(f"{path} holds images of {dtype}, not uint8: quantise them, or set data.text.keep_images")
     last, second = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (-1, 1))
     if last and second and not by_convention:
         raise UserError(f"{path}: {shape} can be read as NHWC and as NCHW; store it as safetensors, which is NCHW")
@@ -255,7 +255,7 @@ def _key(path: Path, present: Iterable[str]) -> str:
     for key in KEYS:
         if key in present:
             return key
-    raise UserError(f"{path} has no array {' or '.join(KEYS)}, only {', '.join(present) or 'nothing'}")
+    raise UserError(f"{path} has no array {' or '.join(KEYS[1:])}, only {', '.join(present) or 'nothing'}")
 
 
 def _arrays(paths: list[Path], place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
@@ -266,8 +266,8 @@ def _arrays(paths: list[Path], place: Path, geometry: Geometry, limit: int | Non
         raise UserError(f"{place}: its shards hold images of different shapes, {' and '.join(map(str, kinds))}")
     found = sum(shape[0] for shape in shapes)
     small = found if found and geometry.too_small(*kinds[0][1:]) else 0
-    if small and not geometry.name.endswith("official"):
-        raise UserError(f"{place}: all {small} images have a side below {PATCH}, so {geometry.name} leaves none")
+    if small and geometry.policy != "official":
+        raise UserError(f"{place}: all {small} images have a side below {geometry.side}: {geometry.name} leaves none")
     count = _exactly(found, limit, place)
     plain = ArrayImages("", NONE, 0, tuple(paths), tuple(shape[0] for shape in shapes), count)
     blocks = (plain.batch(range(start, min(start + BLOCK, count))) for start in range(0, count, BLOCK))

@@ -203,7 +203,7 @@ def warnings(
     if classes is not None and n % classes:
         found.append(f"{n} images are not a multiple of {classes} classes: the classes are not balanced")
     if sample.source["small"]:
-        found.append(f"{sample.source['small']} generated images are smaller than 299 pixels")
+        found.append(f"{sample.source['small']} generated images are smaller than the patch")
     if sample.duplicates:
         found.append(f"{sample.duplicates} generated images repeat an earlier one")
     return found

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmd2.captions import read_captions
 from dmd2.errors import UserError
 from dmd2.files import sha256
 from dmd2.progress import Progress
-from eval.captions import read_captions
 from eval.clip import PROTOCOL_GEOMETRY, ClipImages, ClipScore
 from eval.features import identity, read
 from eval.images import ImageSource, pixel_digest

@@ -1,22 +1,26 @@
 """How a sampler of a run becomes numbers: its evaluation section, applied."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.config import RunConfig
 from dmd2.data import save_shard
 from dmd2.errors import UserError
 from dmd2.eval_config import Eval
-from dmd2.files import digest_of, listing
+from dmd2.files import content_of, digest_of, listing
 from dmd2.inputs import REAL, measured_with
+from dmd2.prompts import EvalPrompts
 from dmd2.quantise import quantise
 from dmd2.rng import sample_labels
+from eval.alignment import Alignment, load_towers
 from eval.detectors import Detector, load_detector
 from eval.estimate import Estimate
 from eval.features import FeatureSet, Sampled, account, extract, join, share
@@ -26,34 +30,28 @@ from eval.reference import FEATURES, Engine, Reference
 from eval.resize import Geometry
 from eval.scores import mean_estimate
 from eval.stats import describe
+from eval.taps import APPEARANCE, Tap, Taps
 
-# What eval.metrics may name, and the engine's metric behind it.
-KNOWN = {"fd": "fd", "fid": "fd", "kid": "kid", "prdc": "prdc", "is": "is", "accuracy": "accuracy", "brightness": ""}
+# What eval.metrics may name, and the engine's metric behind it; empty where it is a mean over images.
+KNOWN = {
+    "fd": "fd", "fid": "fd", "patch_fd": "patch", "patch_fid": "patch", "kid": "kid", "prdc": "prdc", "is": "is",
+    "accuracy": "accuracy", "clip_score": "clip", "brightness": "", **dict.fromkeys(APPEARANCE, ""),
+}  # fmt: skip
 NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
 
 Sample = Callable[[list[int]], Tensor]
 
 
-class WithBrightness:
-    """A detector whose last feature is the image's mean on the scale 0..1, so that one cache holds both."""
-
-    def __init__(self, detector: Detector) -> None:
-        self.inner, self.name, self.label, self.is_fid = detector, detector.name, detector.label, detector.is_fid
-        self.about = {**detector.about, "brightness": "last feature"}
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features ``(n, d + 1)`` and logits."""
-        features, logits = self.inner(images)
-        mean = images.double().mean(dim=(1, 2, 3)) / 255
-        return torch.cat([features.double().cpu(), mean[:, None].cpu()], dim=1).float(), logits
-
-
 @dataclass(frozen=True)
 class Measured:
-    """Estimates by metric, and the influence of every image on the Frechet distance, for paired differences."""
+    """Estimates by metric, and the influence of every image on the Frechet distance, for paired differences.
+
+    `others` are the influences on the metrics that have their own: the patch's distance and the CLIP score.
+    """
 
     estimates: dict[str, Estimate]
     influence: np.ndarray
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Values by metric, and the estimates with standard error, interval and bias."""
@@ -63,12 +61,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything a number depends on besides the weights."""
+    """Everything a number depends on besides the weights.
+
+    `patch` is the reference of the second distance, `alignment` what compares images with their captions; both are
+    None where they are not measured.
+    """
 
     cfg: RunConfig
     detector: Detector
     reference: Reference
     names: dict[str, Any]
+    patch: Reference | None = None
+    alignment: Alignment | None = None
 
     @staticmethod
     def of(cfg: RunConfig, device: torch.device) -> "Protocol":
@@ -77,26 +81,32 @@ class Protocol:
         Raises:
             UserError: a metric is unknown or misnamed, or a detector or reference is missing.
         """
-        detector = load_detector(cfg.eval.detector, device=device)
-        for name in cfg.eval.metrics:
-            if name not in KNOWN:
-                raise UserError(f"eval.metrics: {name} cannot be measured by this version; known: {', '.join(KNOWN)}")
-            if name in ("fd", "fid") and (name == "fid") != detector.is_fid:
-                right = "fid" if detector.is_fid else "fd: only the canonical Inception features give an FID"
-                raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}")
-        read = measured_with(cfg)
-        moments, images = read["reference"], REAL / cfg.eval.reference / "manifest.json"
-        geometry = Geometry(cfg.eval.geometry)
-        engine = Engine(detector, geometry, FEATURES, cfg.eval.batch)
-        reference = engine.reference(images if NEEDS_IMAGES & set(cfg.eval.metrics) else moments)
-        names = {
-            "protocol": spoken(cfg.eval), "geometry": geometry.name,
+        spec, read = cfg.eval, measured_with(cfg)
+        detector = load_detector(spec.detector, device=device)
+        check_metrics(cfg, detector)
+        moments, images = read["reference"], REAL / spec.reference / "manifest.json"
+        engine = Engine(detector, Geometry(spec.geometry), FEATURES, spec.batch)
+        reference = engine.reference(images if NEEDS_IMAGES & set(spec.metrics) else moments)
+        names: dict[str, Any] = {
+            "protocol": spoken(spec), "geometry": spec.geometry,
             "detector": describe(read["detector"]),
-            "reference": f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)",
-            "images": cfg.eval.images, "draws": cfg.eval.draws, "labels": cfg.eval.labels,
-            "rounding": cfg.eval.rounding, "covariance_init": cfg.eval.covariance_init,
+            "reference": counted(moments, reference),
+            "images": spec.images, "draws": spec.draws, "labels": spec.labels,
+            "rounding": spec.rounding, "covariance_init": spec.covariance_init,
         }  # fmt: skip
-        return Protocol(cfg, detector, reference, names)
+        patch = alignment = None
+        if spec.patch is not None and _measures(spec, "patch"):
+            geometry = Geometry(spec.patch.geometry)
+            patch = Engine(detector, geometry, FEATURES, spec.batch).reference(read["patch_reference"])
+            names["patch"] = f"{geometry.name}, {counted(read['patch_reference'], patch)}"
+        if (prompts := EvalPrompts.of(cfg)) is not None:
+            names["labels"] = "by prompt"
+            names |= {n: f"{read[n].parent.name}@{content_of(read[n])[:8]}" for n in ("prompts", "pipeline")}
+            names["prompts"] += f" ({len(prompts.captions)} captions)"
+            if _measures(spec, "clip"):
+                alignment = Alignment(load_towers(read["clip"], device), prompts)
+                names["clip"] = describe(read["clip"])
+        return Protocol(cfg, detector, reference, names, patch, alignment)
 
     def measure(self, sample: Sample, identity: dict[str, Any], scratch: Path) -> Measured:
         """Metrics of a sampler, averaged over draws; draw d uses the sample seeds d*images ... (d+1)*images - 1.
@@ -110,6 +120,7 @@ class Protocol:
         return Measured(
             {name: average([draw.estimates[name] for draw in draws]) for name in draws[0].estimates},
             np.concatenate([draw.influence for draw in draws]),
+            {name: np.concatenate([draw.others[name] for draw in draws]) for name in draws[0].others},
         )
 
     def fill(self, sample: Sample, identity: dict[str, Any], scratch: Path, part: int) -> None:
@@ -117,12 +128,23 @@ class Protocol:
         spec = self.cfg.eval
         rows = share(spec.images, part, spec.shards)
         for first in self._firsts():
-            source = self._source(sample, identity, first)
-            extract(source, WithBrightness(self.detector), scratch, rows, batch=spec.batch)
+            extract(self._source(sample, identity, first), self._taps, scratch, rows, batch=spec.batch)
 
     def _firsts(self) -> range:
         """First sample seed of every draw."""
         return range(0, self.cfg.eval.draws * self.cfg.eval.images, self.cfg.eval.images)
+
+    @cached_property
+    def _taps(self) -> Taps:
+        """All that sees the images."""
+        spec = self.cfg.eval
+        others: dict[str, Tap] = {}
+        if self.patch is not None and spec.patch is not None:
+            others["patch"] = Tap(self.detector, Geometry(spec.patch.geometry))
+        if self.alignment is not None:
+            others["clip"] = Tap(self.alignment.towers.images, self.alignment.towers.geometry)
+        statistics = [name for name in APPEARANCE if name in spec.metrics]
+        return Taps(self.detector, Geometry(spec.geometry), others, statistics)
 
     def _source(self, sample: Sample, identity: dict[str, Any], first: int) -> Sampled:
         spec = self.cfg.eval
@@ -130,24 +152,37 @@ class Protocol:
         def images(indices: list[int]) -> Tensor:
             return quantise(sample([first + i for i in indices]), spec.rounding)
 
-        about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels}
-        return Sampled(digest_of(about), spec.images, images, Geometry(spec.geometry))
+        text: dict[str, Any] = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
+        about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels, **text}
+        return Sampled(digest_of(about), spec.images, images)
 
     def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
-        spec, source = self.cfg.eval, self._source(sample, identity, first)
-        joined = join(extract(source, WithBrightness(self.detector), scratch, batch=spec.batch), spec.images)
-        brightness, features = joined.features[:, -1], np.ascontiguousarray(joined.features[:, :-1])
-        drawn = FeatureSet(features, joined.logits, joined.pixels, joined.source, account(self.detector))
-        labels = sample_labels(list(range(first, first + spec.images)), self.cfg.data.classes, spec.labels)
+        spec, source, taps = self.cfg.eval, self._source(sample, identity, first), self._taps
+        seeds = list(range(first, first + spec.images))
+        joined = join(extract(source, taps, scratch, batch=spec.batch), spec.images)
+        texts = None if self.alignment is None else self.alignment.texts(seeds)
+        widths: dict[str, int] = {} if self.patch is None else {"patch": len(self.patch.stats.mean)}
+        if texts is not None:
+            widths["clip"] = texts.shape[1]
+        columns = taps.split(joined.features, len(self.reference.stats.mean), widths)
+        drawn = FeatureSet(columns.features, joined.logits, joined.pixels, joined.source, account(self.detector))
+        classes = self.cfg.data.classes
+        labels = sample_labels(seeds, classes, spec.labels) if classes else None
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
-        frechet, influence = self.reference.frechet.measured(features, strata)
+        frechet, influence = self.reference.frechet.measured(columns.features, strata)
         found: dict[str, Estimate] = {}
+        others: dict[str, np.ndarray] = {}
         for name in spec.metrics:
             if KNOWN[name] == "fd":
                 found[name] = frechet
-            elif name == "brightness":
-                found[name] = mean_estimate(brightness, strata)
+            elif KNOWN[name] == "patch" and self.patch is not None:
+                found[name], others[name] = self.patch.frechet.measured(columns.others["patch"], strata)
+            elif KNOWN[name] == "clip" and texts is not None:
+                cosines = F.cosine_similarity(torch.from_numpy(columns.others["clip"]), texts).double().numpy()
+                found[name], others[name] = mean_estimate(cosines), cosines - cosines.mean()
+            elif KNOWN[name] == "":
+                found[name] = mean_estimate(columns.statistics[name], strata)
             elif name == "accuracy":
                 found |= METRICS[name](drawn, self.reference, labels)
             else:
@@ -156,7 +191,37 @@ class Protocol:
         if ranks := ranks_of(spec.covariance_init):
             (quirk,) = (estimate.value for estimate in from_ones(drawn, self.reference, ranks).values())
             found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
-        return Measured(found, influence)
+        return Measured(found, influence, others)
+
+
+def check_metrics(cfg: RunConfig, detector: Detector) -> None:
+    """Refuse metrics that this run cannot have, before an image is drawn.
+
+    Raises:
+        UserError: one is unknown, misnamed, or lacks what it needs.
+    """
+    for name in cfg.eval.metrics:
+        if name not in KNOWN:
+            raise UserError(f"eval.metrics: {name} cannot be measured by this version; known: {', '.join(KNOWN)}")
+        if KNOWN[name] in ("fd", "patch") and name.endswith("fid") != detector.is_fid:
+            right = name.replace("fd", "fid").replace("fidid", "fid") if detector.is_fid else name.replace("fid", "fd")
+            why = "" if detector.is_fid else ": only the canonical Inception features give an FID"
+            raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}{why}")
+        if KNOWN[name] == "patch" and cfg.eval.patch is None:
+            raise UserError(f"eval.metrics: {name} needs eval.patch: its geometry and its reference")
+        if KNOWN[name] == "clip" and (cfg.eval.clip is None or cfg.data.text is None):
+            raise UserError(f"eval.metrics: {name} needs captions (data.text) and a model that reads them (eval.clip)")
+        if name == "accuracy" and not cfg.data.classes:
+            raise UserError(f"eval.metrics: accuracy needs classes, and data {cfg.data.name} has captions")
+
+
+def _measures(spec: Eval, kind: str) -> bool:
+    return any(KNOWN[name] == kind for name in spec.metrics)
+
+
+def counted(moments: Path, reference: Reference) -> str:
+    """A reference with its digest and number of images."""
+    return f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)"
 
 
 def spoken(spec: Eval) -> str | None:
@@ -164,8 +229,8 @@ def spoken(spec: Eval) -> str | None:
     if spec.protocol is None:
         return None
     protocol = named(spec.protocol)
-    wanted = protocol.for_a_base()
-    return protocol.title({key: getattr(spec, key) for key in wanted if getattr(spec, key) != wanted[key]})
+    wanted, given = protocol.for_a_base(), spec.model_dump(mode="json")
+    return protocol.title({key: given[key] for key in wanted if given[key] != wanted[key]})
 
 
 def average(draws: list[Estimate]) -> Estimate:
@@ -180,7 +245,9 @@ def average(draws: list[Estimate]) -> Estimate:
     )
 
 
-def save_influence(path: Path, influence: dict[int, np.ndarray]) -> list[dict[str, Any]]:
-    """Write influences by step, as the files of a manifest."""
-    save_shard(path, {f"{step:07d}": torch.from_numpy(psi.astype(np.float32)) for step, psi in influence.items()})
+def save_influence(path: Path, measured: dict[int, Measured]) -> list[dict[str, Any]]:
+    """Write influences by step, and those of further metrics by ``step-metric``; returns entries of a manifest."""
+    psi = {f"{step:07d}": found.influence for step, found in measured.items()}
+    psi |= {f"{step:07d}-{name}": values for step, found in measured.items() for name, values in found.others.items()}
+    save_shard(path, {name: torch.from_numpy(values.astype(np.float32)) for name, values in psi.items()})
     return listing([path], path.parent)

@@ -13,14 +13,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmd2.errors import UserError
+from dmd2.eval_config import Patch
 
 RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
 # What a base takes from its protocol; metrics are the base's own, by the names of the paper's tables.
-IN_A_BASE = ("detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init")
+IN_A_BASE = ("detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch",
+             "clip")  # fmt: skip
 
 
 class NamedProtocol(BaseModel):
-    """One entry of protocols.yaml; labels and classes are None where images follow captions."""
+    """One entry of protocols.yaml; labels and classes are None where images follow captions.
+
+    `patch` and `clip` are what a base measures beside the distance: that over patches, and the CLIP score.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -34,6 +39,8 @@ class NamedProtocol(BaseModel):
     classes: Annotated[int, Field(ge=1)] | None = None
     rounding: Literal["round", "trunc"]
     covariance_init: str = "zeros"
+    patch: Patch | None = None
+    clip: str | None = None
     metrics: Annotated[tuple[str, ...], Field(strict=False)]
 
     @property
@@ -48,7 +55,7 @@ class NamedProtocol(BaseModel):
 
     def for_a_base(self) -> dict[str, Any]:
         """Values of the eval section of a base that names this protocol."""
-        values = self.model_dump(mode="json", include=set(IN_A_BASE))
+        values = self.model_dump(mode="json", include=set(IN_A_BASE), exclude_none=True)
         return {"protocol": self.name, **values, "labels": self.labels or "cyclic"}
 
 

@@ -23,12 +23,14 @@ from dmd2.made import made_from
 from dmd2.run import commit
 from eval import figures
 from eval.claims import MIN_SEEDS, SETTLED
-from eval.table_text import FRECHET, LABELS, PAPER_NAME, cells, certainty, explained, hours, published, summary
+from eval.differences import FRECHET
+from eval.table_text import GRID_ROWS, LABELS, PAPER_NAME, cells, certainty, explained, hours, published, summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
           "notes", "reference_row")  # fmt: skip
-LOWER, HIGHER = {"fd", "fid", "patch_fid", "brightness_std"}, {"accuracy", "clip_score"}  # which direction is better
+# Which direction is better.
+LOWER, HIGHER = {"fd", "fid", "patch_fd", "patch_fid", "brightness_std"}, {"accuracy", "clip_score"}
 MARKS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 GRID_SMALL, GRID_WIDTH = 340, 640  # pixels: shown enlarged up to the first, scaled down beyond the second
 
@@ -101,10 +103,11 @@ def view(bundle: Bundle) -> dict[str, Any]:
         "brightness": figures.brightness(bundle),
         "settled": SETTLED,
         "grids": [
-            (row, sample_grid(Path(next(iter(row["grid"].values()))), data["resolution"])) for row in bundle["rows"]
+            (row, sample_grid(Path(next(iter(row["grid"].values()))), sample_side(data))) for row in bundle["rows"]
         ],
         "students": figures.students(bundle),
         "classes": data["classes"],
+        "captions": bundle["rows"][0].get("captions", []),
     }
 
 
@@ -128,8 +131,15 @@ class Grid:
         return self.width * max(1, 358 // self.width)
 
 
-def sample_grid(path: Path, side: int) -> Grid:
+def sample_side(data: dict[str, Any]) -> int | None:
+    """Side of a sample in pixels, None where only the grid itself tells: of decoded latents."""
+    return None if (data.get("text") or {}).get("latents") else data["resolution"]
+
+
+def sample_grid(path: Path, side: int | None) -> Grid:
     """The grid of `side` x `side` samples: a small one with gaps, a wide one scaled down and as JPEG.
+
+    Without `side` it is that of a grid of `GRID_ROWS` rows.
 
     Raises:
         UserError: the file is missing or is not an image.
@@ -138,7 +148,7 @@ def sample_grid(path: Path, side: int) -> Grid:
     try:
         with Image.open(path) as image:
             if small := image.width <= GRID_SMALL:
-                shown = _spaced(image.convert("LA" if image.mode == "L" else "RGBA"), side)
+                shown = _spaced(image.convert("LA" if image.mode == "L" else "RGBA"), side or image.height // GRID_ROWS)
                 shown.save(buffer, "PNG", optimize=True)
             else:
                 width = min(image.width, GRID_WIDTH)

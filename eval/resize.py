@@ -23,7 +23,7 @@ from torchvision.transforms.functional import center_crop
 from dmd2.errors import UserError
 from dmd2.eval_config import GEOMETRIES
 
-PATCH = 299
+INCEPTION = 299  # side of Inception's input
 PRECISION = 2.0**22  # Pillow's 8-bit filters hold weights as multiples of 2^-22
 ELEMENTS = 1 << 20  # float64 values one matrix product may hold at a time: 8 MiB, whatever the batch
 
@@ -108,7 +108,7 @@ def _to_bytes(sums: Tensor) -> Tensor:
     return ((sums + PRECISION / 2) / PRECISION).floor_().clamp_(0, 255)
 
 
-def clean(images: Tensor, size: int = PATCH) -> Tensor:
+def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
     """clean-fid's resize: antialiased bicubic on float images, clipped to 0..255 and never rounded.
 
     Args:
@@ -130,7 +130,7 @@ def clean_by_matrix(images: Tensor, size: int) -> Tensor:
     return _separable(images, across, down, Tensor.float).clamp_(0, 255)
 
 
-def tf1(images: Tensor, size: int = PATCH) -> Tensor:
+def tf1(images: Tensor, size: int = INCEPTION) -> Tensor:
     """TensorFlow 1 bilinear of the 2015 Inception graph: corner-aligned origin, no antialiasing, not rounded.
 
     Output pixel i samples the input at ``i * W / size``, without the half-pixel shift; coordinates and sums are
@@ -156,7 +156,7 @@ def _lerp(x: Tensor, size: int) -> Tensor:
     return left + (right - left) * (position - low)
 
 
-def pt(images: Tensor, size: int = PATCH) -> Tensor:
+def pt(images: Tensor, size: int = INCEPTION) -> Tensor:
     """pytorch-fid's resize: half-pixel bilinear without antialiasing.
 
     Args:
@@ -179,10 +179,10 @@ def square_crop(images: Tensor) -> Tensor:
 class Geometry:
     """What is done to an image before any network sees it, named in the protocol of every number.
 
-    `name` is ``none``, ``square-crop+lanczos-S``, or ``patch-299``: the centre 299x299 of the original pixels, without
-    resizing. Images with a side below 299 have no patch: ``patch-299`` refuses them, ``patch-299-skip`` omits them,
-    ``patch-299-official`` stretches the whole image by `clean` as DMD2's evaluator does (here rounded to uint8,
-    which moves a pixel by at most half a grey level).
+    `name` is ``none``, ``square-crop+lanczos-S``, or ``patch-S``: the centre SxS of the original pixels, without
+    resizing. Images with a side below S have no patch: ``patch-S`` refuses them, ``patch-S-skip`` omits them,
+    ``patch-S-official`` stretches the whole image by `clean` as DMD2's evaluator does with S = 299 (here rounded to
+    uint8, which moves a pixel by at most half a grey level).
 
     Raises:
         UserError: any other name.
@@ -193,35 +193,48 @@ class Geometry:
     def __post_init__(self) -> None:
         if not re.match(GEOMETRIES, self.name):
             raise UserError(
-                f"there is no geometry {self.name}: choose none, square-crop+lanczos-S (S in pixels), patch-299, "
-                "patch-299-skip or patch-299-official"
+                f"there is no geometry {self.name}: choose none, square-crop+lanczos-S (S in pixels), patch-S, "
+                "patch-S-skip or patch-S-official, such as patch-299"
             )
 
     @property
+    def side(self) -> int:
+        """Pixels of a side of the result, 0 if the image is left as it is."""
+        return int(found[0]) if (found := re.findall(r"\d+", self.name)) else 0
+
+    @property
     def is_patch(self) -> bool:
-        """Whether images must reach 299 pixels on both sides."""
+        """Whether images must reach `side` pixels on both sides."""
         return self.name.startswith("patch")
 
+    @property
+    def policy(self) -> str:
+        """What becomes of images without a patch: ``skip``, ``official``, or empty: they are refused."""
+        return self.name.split("-")[2] if self.is_patch and self.name.count("-") == 2 else ""
+
     def too_small(self, height: int, width: int) -> bool:
-        """Whether an image of this size has no 299x299 patch (always False for the other geometries)."""
-        return self.is_patch and min(height, width) < PATCH
+        """Whether an image of this size has no patch (always False for the other geometries)."""
+        return self.is_patch and min(height, width) < self.side
 
     def __call__(self, images: Tensor) -> Tensor:
         """Apply to uint8 ``(n, C, H, W)``.
 
         Raises:
-            UserError: images below 299 pixels under a policy other than ``official``.
+            UserError: images smaller than the patch under a policy other than ``official``.
         """
         if self.name == "none":
             return images
         if not self.is_patch:
-            return resize_uint8(square_crop(images), int(self.name.rpartition("-")[2]), "lanczos")
+            return resize_uint8(square_crop(images), self.side, "lanczos")
         height, width = images.shape[-2:]
         if not self.too_small(height, width):
-            return center_crop(images, [PATCH, PATCH])
-        if self.name.endswith("official"):
-            return clean(images, PATCH).round_().to(torch.uint8)
-        raise UserError(f"an image of {height}x{width} has no {PATCH}x{PATCH} patch: see patch-299-skip, -official")
+            return center_crop(images, [self.side, self.side])
+        if self.policy == "official":
+            return clean(images, self.side).round_().to(torch.uint8)
+        patch = f"patch-{self.side}"
+        raise UserError(
+            f"an image of {height}x{width} has no {self.side}x{self.side} patch: see {patch}-skip, {patch}-official"
+        )
 
 
 NONE = Geometry("none")

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 
 from eval.claims import show
-from eval.differences import shown
+from eval.differences import FRECHET, shown
 
-FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
-PAPER_NAME = {"fd": "fid"}  # the paper's metric that ours stands in for
+PAPER_NAME = {"fd": "fid", "patch_fd": "patch_fid"}  # the paper's metric that ours stands in for
 LABELS = {
-    "fd": "FD", "fid": "FID", "patch_fid": "Patch FID", "clip_score": "CLIP", "accuracy": "Class accuracy",
-    "brightness": "Brightness", "brightness_std": "Brightness SD",
+    "fd": "FD", "fid": "FID", "patch_fd": "Patch FD", "patch_fid": "Patch FID", "clip_score": "CLIP",
+    "accuracy": "Class accuracy", "brightness": "Brightness", "brightness_std": "Brightness SD",
+    "saturation": "Saturation", "sharpness": "Sharpness",
 }  # fmt: skip
+
+GRID_ROWS = 6  # of grid.png: samples shown per class or prompt
 
 Row = dict[str, Any]
 
@@ -62,7 +64,7 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in bundle["rows"]:
         paper = paper_value(row, first)
         ticks = ["✓" if row["ticks"].get(c) else "" for c in bundle["columns"]]
-        others = [summary(row["values"][m]) if m in row["values"] else "–" for m in rest]
+        others = [other(row, metric) for metric in rest]
         seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
         updates = str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
         papers = "–" if paper is None else f"{paper:.2f}"
@@ -71,6 +73,14 @@ def cells(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                       updates, f"{fmean(seconds):.0f} s" if seconds else "–",
                       hours(spent) if spent else "–"])  # fmt: skip
     return header, lines
+
+
+def other(row: Row, metric: str) -> str:
+    """A further metric of a row, with the paper's number beside it where the paper has one."""
+    if metric not in row["values"]:
+        return "–"
+    paper = paper_value(row, metric)
+    return summary(row["values"][metric]) + ("" if paper is None else f" (paper {paper:g})")
 
 
 def certainty(bundle: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -107,13 +117,18 @@ def explained(bundle: dict[str, Any]) -> str:
 
 
 def published(bundle: dict[str, Any]) -> str:
-    """Numbers of other methods on the same data, lowest first; empty if there are none."""
-    metric, others = bundle["metrics"][0], bundle.get("published", {})
-    known = sorted((numbers[metric], name) for name, numbers in others.items() if metric in numbers)
+    """Numbers of other methods on the same data, lowest of the first metric first; empty if there are none."""
+    others = bundle.get("published", {})
+    first, *rest = bundle["metrics"]
+    given = {metric for numbers in others.values() if first in numbers for metric in numbers}
+    metrics = [first, *(metric for metric in rest if metric in given)]
+    known = sorted((numbers[first], name) for name, numbers in others.items() if first in numbers)
     if not known:
         return ""
-    listed = ", ".join(f"{name} {value:g}" for value, name in known)
-    return f"Published {LABELS.get(metric, metric)} of other one-step methods: {listed}."
+    numbers = {name: " / ".join(f"{others[name][m]:g}" if m in others[name] else "–" for m in metrics)
+               for _, name in known}  # fmt: skip
+    labels = " / ".join(LABELS.get(metric, metric) for metric in metrics)
+    return f"Published {labels} of other methods: {', '.join(f'{name} {text}' for name, text in numbers.items())}."
 
 
 def markdown(bundle: dict[str, Any]) -> str:

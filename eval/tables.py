@@ -16,9 +16,9 @@ from dmd2.errors import readable_errors
 from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.made import recorded
 from dmd2.run import SAMPLERS, RunId
-from eval.claims import Curve, Measurements, judge
-from eval.differences import Arm, difference, influences
-from eval.table_text import FRECHET, Row, markdown, paper_value
+from eval.claims import TEACHER, Curve, Measurements, judge
+from eval.differences import FRECHET, Arm, difference, influences
+from eval.table_text import Row, markdown, paper_value
 
 
 def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, float | None]) -> Row:
@@ -43,7 +43,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "changed": _changed(experiment.bases[table.base], experiment.runs[table.base, run]),
         "config": first["config"], "protocol": first["protocol"],
         "commits": {s: m["train_commit"] for s, m in metrics.items()},
-        "estimates": {s: chosen[s]["estimates"] for s in metrics},
+        "estimates": {s: chosen[s]["estimates"] for s in metrics}, "captions": first.get("captions", []),
     }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> R
         "curves": {}, "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
         "protocol": metrics["protocol"], "commits": {0: metrics["eval_commit"]},
         "network_calls": metrics["network_calls"], "estimates": {0: metrics["snapshots"][0]["estimates"]},
+        "captions": metrics.get("captions", []),
     }  # fmt: skip
 
 
@@ -89,12 +90,19 @@ def build(name: str) -> dict[str, Any]:
 
 
 def measurements(table: Table, rows: list[Row]) -> Measurements:
-    """What the claims may ask for; the lowest published value of a metric is ``published best``."""
+    """What the claims may ask for; the lowest published value of a metric is ``published best``.
+
+    ``teacher`` is its sampler at the guidance that is distilled, and where none has that one the last of the table.
+    """
     values = {(row["run"], metric): found for row in rows for metric, found in row["values"].items()}
     for metric in table.metrics:
         if known := [numbers[metric] for numbers in table.published.values() if metric in numbers]:
             values["published best", metric] = {0: min(known)}
-    trained = [row for row in rows if row["kind"] == "student" and all(row["seconds"].values())]
+    teachers, students = ([row for row in rows if row["kind"] == kind] for kind in ("teacher", "student"))
+    distilled = students[0]["config"]["teacher"]["guidance"]
+    for row in sorted(teachers, key=lambda row: row["config"]["guidance"] == distilled):  # that one last, so it stays
+        values |= {(TEACHER, metric): found for metric, found in row["values"].items()}
+    trained = [row for row in students if all(row["seconds"].values())]
     curves = {(row["run"], metric): _over_time(row, metric) for row in trained for metric in table.metrics}
     return Measurements(values, curves)
 
@@ -113,13 +121,14 @@ def _add_differences(table: Table, rows: list[Row]) -> None:
     for row in rows:
         row["difference"] = None
         if base is not None and reference is not None and row is not base:
-            classes = base["config"]["data"]["classes"] if base["protocol"]["labels"] == "cyclic" else None
+            cyclic = base["protocol"]["labels"] == "cyclic"  # captions are not
+            classes = base["config"]["data"]["classes"] if cyclic else None
             row["difference"] = difference(_arm(row, first), reference, classes)
 
 
 def _arm(row: Row, metric: str) -> Arm:
     folders = {seed: Path(grid).parent for seed, grid in row["grid"].items()}
-    psi = {s: influences(read_json(f / "metrics.json"), f, row["step"][s]) for s, f in folders.items()}
+    psi = {s: influences(read_json(f / "metrics.json"), f, row["step"][s], metric) for s, f in folders.items()}
     return Arm(row["values"][metric], psi, row["kind"] == "teacher")
 
 

@@ -99,6 +99,9 @@ def null(kind: str) -> Condition:
     return Condition(text=None if one.text is None else one.text * 0, pooled=pooled, time_ids=one.time_ids)
 
 
+TEXT = {"pipeline": {"name": "tiny"}, "latents": False}  # four channels of "images": there is no autoencoder to decode by
+
+
 def values(kind: str = "edm") -> dict[str, Any]:
     """A complete run for that kind of network: distribution matching and GAN on, ratio 5, batch 4, no warm-up."""
     form = KINDS[kind][0]
@@ -106,7 +109,7 @@ def values(kind: str = "edm") -> dict[str, Any]:
     classes = 0 if kind in ("eps-text", "eps-sdxl") else CLASSES
     data = {"name": "tiny", "source": {"kind": "latents"}, "resolution": SIZE, "channels": channels(kind)}
     return {
-        "data": {**data, "classes": classes},
+        "data": {**data, "classes": classes, **({} if classes else {"text": TEXT})},
         "teacher": {"name": "tiny", "parameterisation": form, "guidance": 1.0},
         "generator": {"input": "noise", "steps": 1, "time": 80.0 if form == "edm" else 999.0},
         "dm": {"weight": 1.0, "index_range": [20, 980], "normaliser_eps": 0.0, "alpha_factor": False},

@@ -203,6 +203,20 @@ def test_images_without_a_patch_are_counted_and_left_out_or_stretched(tmp_path: 
     assert skip.batch(range(2))[:, 0, 0, 0].tolist() == [0, 2]
     assert official.batch(range(3))[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert skip.id != official.id
+    with pytest.raises(UserError, match=r"below 305, the first is 0\.png; choose patch-305-skip or patch-305-official"):
+        open_images(folder, Geometry("patch-305"))
+
+
+def test_a_set_of_latents_is_opened_by_the_images_it_was_made_from(tmp_path: Path) -> None:
+    seen = chw(pixels())
+    save_shard(tmp_path / "s.safetensors", {"images": torch.zeros(len(seen), 4, 2, 2).half(), "pixels": seen})
+    (tmp_path / "captions.jsonl").write_text('{"caption": "a"}\n' * len(seen))
+    paths = [tmp_path / "captions.jsonl", tmp_path / "s.safetensors"]
+    write_json(tmp_path / "manifest.json", {"kind": "real", "files": listing(paths, tmp_path)})
+    assert torch.equal(open_images(tmp_path).batch(range(len(seen))), seen)
+    save_shard(tmp_path / "latents.safetensors", {"images": torch.zeros(2, 4, 2, 2).half()})
+    with pytest.raises(UserError, match=r"float16, not uint8: .*keep_images"):
+        open_images(tmp_path / "latents.safetensors")
 
 
 def test_files_of_different_sizes_need_a_geometry(tmp_path: Path) -> None:

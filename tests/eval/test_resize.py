@@ -159,6 +159,7 @@ def test_square_crop_and_lanczos_are_those_of_pillow() -> None:
 def test_a_patch_is_the_centre_of_the_original_pixels() -> None:
     image = noise(300, 305)
     np.testing.assert_array_equal(nhwc(Geometry("patch-299")(nchw(image))), image[0:299, 3:302])
+    np.testing.assert_array_equal(nhwc(Geometry("patch-16")(nchw(noise(32, 40)))), noise(32, 40)[8:24, 12:28])
 
 
 def test_images_below_299_pixels_follow_the_policy() -> None:
@@ -166,6 +167,7 @@ def test_images_below_299_pixels_follow_the_policy() -> None:
     official = Geometry("patch-299-official")(image)
     assert official.dtype == torch.uint8 and (official - clean(image)).abs().max() <= 0.5
     assert official.shape == (1, 3, 299, 299)
+    assert not Geometry("patch-298").too_small(298, 400)
     for name in ("patch-299", "patch-299-skip"):
         assert Geometry(name).too_small(298, 400)
         with pytest.raises(UserError, match="298x400 has no 299x299 patch"):
@@ -173,7 +175,7 @@ def test_images_below_299_pixels_follow_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "square", "square-crop+lanczos-0", "square-crop+bicubic-256", "patch-300", "none "]
+    "name", ["", "square", "square-crop+lanczos-0", "square-crop+bicubic-256", "patch-0", "patch-299-crop", "none "]
 )
 def test_other_geometries_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="there is no geometry"):

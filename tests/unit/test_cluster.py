@@ -10,7 +10,7 @@ import yaml
 from dmd2.cluster import CLUSTERS, Cluster, load_cluster
 from dmd2.errors import UserError
 
-KINDS = ("real_data", "detector", "reference", "teacher", "pairs", "train", "evaluate")
+KINDS = ("real_data", "encode", "detector", "reference", "teacher", "pairs", "train", "evaluate")
 SLURM = """\
 launcher: slurm
 all: {slurm_partition: gpu, mem_mb: 8000}

@@ -86,7 +86,7 @@ def test_an_lmdb_may_be_read_only(tmp_path):
 
 
 def test_lmdb_blocks_join_without_a_gap(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.readers.BLOCK", 2)
+    monkeypatch.setattr("dmd2.lmdb_sets.BLOCK", 2)
     assert_read(write_lmdb(tmp_path / "set"))
 
 
@@ -168,7 +168,7 @@ def test_class_folders_are_classes_in_sorted_order(tmp_path):
 
 
 def test_many_images_are_read_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.image_files.BLOCK", 2)
+    monkeypatch.setattr("dmd2.decode.BLOCK", 2)
     assert_read(write_files(tmp_path, edm_files()))
 
 
@@ -212,7 +212,7 @@ def test_center_crop_takes_the_central_square_and_lanczos(tmp_path):
 
 
 BROKEN_IMAGES = {
-    "another size": (png(RNG.integers(0, 256, (3, 9, 8), dtype=np.uint8)), "is 8x9, but data.resolution is 8"),
+    "another size": (png(RNG.integers(0, 256, (3, 9, 8), dtype=np.uint8)), "is 8x9 instead of 8x8: set data"),
     "cut short": (png(PIXELS[0])[:-30], "is not a readable image"),
     "no image": (b"hello", "is not a readable image"),
     "empty": (b"", "is not a readable image"),
@@ -427,14 +427,14 @@ def test_class_folders_are_a_hub_set_too(tmp_path):
 
 def test_a_hub_set_is_resized_and_checked_like_a_folder(hub_set, tmp_path):
     hub_set.to_parquet(tmp_path / "train.parquet")
-    told(data("hub", tmp_path, resolution=4), r"row 0 is 8x8, but data\.resolution is 4")
+    told(data("hub", tmp_path, resolution=4), r"row 0 is 8x8 instead of 4x4")
     assert whole(data("hub", tmp_path, resolution=4, resize="center-crop"))[0].shape == (COUNT, 3, 4, 4)
 
 
 def test_labels_that_are_no_numbers_are_told(hub_set, tmp_path):
     named = hub_set.remove_columns("label").add_column("label", ["a", None, "b", "b", "c"])
     named.to_parquet(tmp_path / "train.parquet")
-    told(data("hub", tmp_path), "row 0 has no image or no whole-number label: 'a'")
+    told(data("hub", tmp_path), "row 0 has no whole-number label: 'a'")
 
 
 def test_a_column_that_holds_no_images_is_told(hub_set, tmp_path):

@@ -7,14 +7,32 @@ from pathlib import Path
 import yaml
 
 from dmd2.files import write_text
-from dmd2.inputs import measured_with
+from dmd2.inputs import (
+    Inputs, measured_with, pair_inputs, pipeline_manifest, pipeline_settings, prompt_set, prompt_settings,
+)
+from dmd2.run import RunId
 
 CONFIGS = list(RUNS.values())
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
 TEACHERS = {cfg.teacher.name: cfg for cfg in CONFIGS}
 PAIR_SETS = {cfg.pair_set: cfg for cfg in CONFIGS if cfg.needs_pairs}
-DETECTORS = {cfg.eval.detector for cfg in CONFIGS}
-STATISTICS = {cfg.eval.statistics: cfg.eval for cfg in CONFIGS}
+DETECTORS = {cfg.eval.detector for cfg in CONFIGS} | {cfg.eval.clip for cfg in CONFIGS if cfg.eval.clip}
+# Moments by name: detector, reference and geometry.
+STATISTICS = {cfg.eval.statistics: (cfg.eval.detector, cfg.eval.reference, cfg.eval.geometry) for cfg in CONFIGS}
+STATISTICS |= {
+    cfg.eval.patch_statistics: (cfg.eval.detector, cfg.eval.patch.reference, cfg.eval.patch.geometry)
+    for cfg in CONFIGS
+    if cfg.eval.patch
+}
+PIPELINES = {cfg.data.text.pipeline.name: cfg.data for cfg in CONFIGS if cfg.data.text}
+# Encoded prompts by the name of their folder: the data section that says how, and the file.
+PROMPT_SETS = {
+    prompt_set(cfg.data, path): (cfg.data, path)
+    for cfg in CONFIGS
+    if cfg.data.text
+    for path in (cfg.data.text.prompts, cfg.eval.prompts)
+    if path
+}
 
 
 with open("eval/weights.yaml", encoding="utf-8") as file:
@@ -31,6 +49,8 @@ wildcard_constraints:
     network="|".join(PUBLISHED),
     weights=r"[^/]+\.(pt|pth|bin|safetensors)",
     data="|".join(DATA),
+    pipeline="|".join(PIPELINES) or "none",
+    prompts="|".join(map(re.escape, PROMPT_SETS)) or "none",
     teacher="|".join(TEACHERS),
     pairs="|".join(PAIR_SETS) or "none",
     detector="|".join(DETECTORS),

@@ -17,7 +17,7 @@ rule real_data:
 
 def detector_inputs(w):
     """A per-dataset classifier is trained on its data; any other detector has published weights, or ships with them."""
-    data = w.detector.removesuffix("-classifier")
+    data = w.detector.removesuffix("-classifier").removesuffix("-clip")
     if data in DATA:
         return {"real": f"data/real/{data}/manifest.json"}
     return {"weights": WEIGHTS_OF[w.detector]} if w.detector in WEIGHTS_OF else {}
@@ -53,9 +53,9 @@ rule detector:
 
 def reference_inputs(w):
     """Statistics of a data set are computed; any other reference is the user's npz (EDM's or clean-fid's format)."""
-    spec = STATISTICS[w.statistics]
-    real = {"real": f"data/real/{spec.reference}/manifest.json"} if spec.reference in DATA else {}
-    return real | {"detector": f"data/weights/{spec.detector}/manifest.json"}
+    detector, reference, _ = STATISTICS[w.statistics]
+    real = {"real": f"data/real/{reference}/manifest.json"} if reference in DATA else {}
+    return real | {"detector": f"data/weights/{detector}/manifest.json"}
 
 
 rule reference:
@@ -65,9 +65,9 @@ rule reference:
     output:
         "data/refs/{statistics}/manifest.json",
     params:
-        source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics].reference}.npz"),
-        detector=lambda w: STATISTICS[w.statistics].detector,
-        geometry=lambda w: STATISTICS[w.statistics].geometry,
+        source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics][1]}.npz"),
+        detector=lambda w: STATISTICS[w.statistics][0],
+        geometry=lambda w: STATISTICS[w.statistics][2],
     threads: threads_of("reference")
     resources:
         **hardware("reference"),
@@ -78,16 +78,21 @@ rule reference:
         " --geometry {params.geometry} --threads {threads}"
 
 
+def teacher_inputs(cfg):
+    """What a teacher trained here is made from; of text, the pipeline is part of the real set."""
+    return [real_manifest(cfg)] if cfg.teacher.train else []
+
+
 rule teacher:
     input:
         outdated("data/teachers/{teacher}/manifest.json"),
-        real=lambda w: real_manifest(TEACHERS[w.teacher]) if TEACHERS[w.teacher].teacher.train else [],
+        lambda w: teacher_inputs(TEACHERS[w.teacher]),
     output:
         "data/teachers/{teacher}/manifest.json",
     params:
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
-        real=lambda w, input: f"--real {input.real}" if input.real else "",
+        real=lambda w: f"--real {real_manifest(TEACHERS[w.teacher])}" if TEACHERS[w.teacher].teacher.train else "",
     threads: threads_of("teacher")
     resources:
         **hardware("teacher"),
@@ -106,6 +111,7 @@ def pairs_shards(name):
 rule pairs_shard:
     input:
         outdated("data/pairs/{pairs}/shard-{shard}.json"),
+        lambda w: map(str, pair_inputs(PAIR_SETS[w.pairs].data)),
         teacher=lambda w: teacher_manifest(PAIR_SETS[w.pairs]),
     output:
         "data/pairs/{pairs}/shard-{shard}.json",

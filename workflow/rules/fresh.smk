@@ -11,21 +11,30 @@ CHANGED = "results/.changed"  # input of everything outdated
 
 def artefacts():
     """Everything the tables could ask for, inputs before what is made from them."""
+    for name, data in PIPELINES.items():
+        yield Artefact([f"data/pipelines/{name}/manifest.json"], pipeline_settings(data), [])
+    for name, (data, path) in PROMPT_SETS.items():
+        inputs = [str(pipeline_manifest(data)), path]
+        yield Artefact([f"data/prompts/{name}/manifest.json"], prompt_settings(data), inputs)
     for name, data in DATA.items():
-        yield Artefact([f"data/real/{name}/manifest.json"], json.loads(as_json(data)), [])
+        parts = real_parts(data) if data.text else []
+        for part in parts:
+            yield Artefact([part], json.loads(as_json(data)), [str(pipeline_manifest(data))])
+        yield Artefact([f"data/real/{name}/manifest.json"], json.loads(as_json(data)), parts)
     for name in DETECTORS:
         real = detector_inputs(SimpleNamespace(detector=name)).get("real")
         yield Artefact([f"data/weights/{name}/manifest.json"], name, [real] if real else [])
     for name, spec in STATISTICS.items():
         inputs = reference_inputs(SimpleNamespace(statistics=name)).values()
-        yield Artefact([f"data/refs/{name}/manifest.json"], [spec.detector, spec.geometry], list(inputs))
+        yield Artefact([f"data/refs/{name}/manifest.json"], [spec[0], spec[2]], list(inputs))
     for name, cfg in TEACHERS.items():
         sections = [json.loads(as_json(cfg.data)), json.loads(as_json(cfg.teacher))]
-        yield Artefact([teacher_manifest(cfg)], sections, [real_manifest(cfg)] if cfg.teacher.train else [])
+        yield Artefact([teacher_manifest(cfg)], sections, teacher_inputs(cfg))
     for name, cfg in PAIR_SETS.items():
         shards = pairs_shards(name)
         for shard in shards:
-            yield Artefact([shard], json.loads(pairs_config(cfg)), [teacher_manifest(cfg)])
+            inputs = [teacher_manifest(cfg), *map(str, pair_inputs(cfg.data))]
+            yield Artefact([shard], json.loads(pairs_config(cfg)), inputs)
         yield Artefact([f"data/pairs/{name}/manifest.json"], None, shards)
     yield from runs()
     for base, cfg in EXPERIMENT.bases.items():

@@ -2,11 +2,7 @@
 # Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
 def train_inputs(w):
     cfg = RUNS[w.base, w.run]
-    inputs = [] if cfg.train.released else [teacher_manifest(cfg)]
-    inputs += [real_manifest(cfg)] if cfg.needs_real else []
-    inputs += [f"data/pairs/{cfg.pair_set}/manifest.json"] if cfg.needs_pairs else []
-    inputs += [f"results/runs/{w.base}/{cfg.train.init_from}/seed{w.seed}/train.json"] if cfg.train.init_from else []
-    return inputs
+    return [str(path) for path in Inputs.of(RunId(w.base, w.run, w.seed), cfg).paths()]
 
 
 def lpips_weights(w):
