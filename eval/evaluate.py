@@ -21,6 +21,7 @@ from dmd2.distributed import local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import measured_with
+from dmd2.lora import split
 from dmd2.made import recorded
 from dmd2.progress import Progress
 from dmd2.prompts import EvalPrompts
@@ -58,7 +59,7 @@ class Students:
             UserError: the run or its teacher is missing or damaged.
         """
         spec = cfg.teacher
-        if cfg.train.released:
+        if cfg.released_whole:
             network = wrap(build_network(spec.network or {}, seed=0), spec.parameterisation).eval().to(device)
         else:
             network = teacher_of(cfg, device)  # same network, other weights
@@ -74,7 +75,8 @@ class Students:
         """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
         generator = self.cfg.generator.model_dump(mode="json")
         for entry in self.files:
-            self.network.network.load_state_dict(load_shard(verified(self.run.folder, entry)))
+            plain, _ = split(load_shard(verified(self.run.folder, entry)))  # low-rank factors are merged in it
+            self.network.network.load_state_dict(plain)
             yield int(Path(entry["path"]).stem), {"weights": entry["sha256"], "generator": generator}
 
 

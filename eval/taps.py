@@ -37,7 +37,7 @@ def saturation(images: Tensor) -> Tensor:
 def sharpness(images: Tensor) -> Tensor:
     """Root mean square of luma (0..1) minus its 3x3 mean, over pixels with eight neighbours: ``(n,)``.
 
-    The energy above about a third of the Nyquist frequency: fine texture and edges have it, over-smooth images lack it.
+    What averaging neighbours takes away, so fine texture and edges: over-smooth images lack it.
     """
     weights = torch.tensor(LUMA, dtype=torch.float64, device=images.device)[None, :, None, None]
     luma = (rgb(images).double() * weights).sum(dim=1, keepdim=True) / 255

@@ -3,7 +3,7 @@
 import pytest
 
 from dmd2.ablations import Table
-from eval.claims import CLAIMS, Measurements, equivalent, judge, lower
+from eval.claims import CLAIMS, Measurements, equivalent, judge, lower, no_gain
 
 
 def measured(**runs: list[float]) -> Measurements:
@@ -94,3 +94,66 @@ def test_a_run_without_a_training_has_no_time() -> None:
 def test_the_best_published_number_is_one_value_for_every_seed() -> None:
     values = {("dmd2", "fid"): {0: 1.5, 1: 1.6, 2: 1.4}, ("published best", "fid"): {0: 1.92}}
     assert CLAIMS["C12"].test(Measurements(values), "fid").verdict == "supported"
+
+
+def of_table_4(**changes: list[float]) -> Measurements:
+    """Three seeds with the paper's orders; keys are ``row__metric`` with ``_`` for ``-`` in the row."""
+    values = {
+        "4step__fd": 19.3, "4step__patch_fd": 20.9, "4step__clip_score": 0.332, "4step_no_backsim__fd": 20.7,
+        "4step_no_backsim__patch_fd": 24.2, "4step_no_dm__fd": 13.8, "4step_no_dm__patch_fd": 28.0,
+        "4step_no_dm__clip_score": 0.307, "4step_no_gan__fd": 26.9, "4step_no_gan__saturation": 0.5,
+        "4step_no_gan__sharpness": 0.02, "1step__fd": 19.0, "1step__patch_fd": 27.0,
+    }  # fmt: skip
+    found = {key: [v, 1.001 * v, 0.999 * v] for key, v in values.items()} | changes
+    named = {(row.replace("_", "-"), m): dict(enumerate(v)) for key, v in found.items() for row, m in [key.split("__")]}
+    return Measurements(named | {("teacher", "saturation"): {0: 0.4}, ("teacher", "sharpness"): {0: 0.03}})
+
+
+@pytest.mark.parametrize("claim", ["C13", "C14", "C15", "C16"])
+def test_the_papers_orders_support_the_claims_on_text(claim) -> None:
+    assert CLAIMS[claim].test(of_table_4(), "fd").verdict == "supported"
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes"),
+    [
+        ("C13", {"4step_no_backsim__patch_fd": [20.0, 20.1, 19.9]}),  # no detail is gained
+        ("C13", {"4step_no_backsim__fd": [18.0, 18.1, 17.9]}),
+        ("C14", {"4step_no_dm__fd": [21.0, 21.1, 20.9]}),
+        ("C14", {"4step_no_dm__clip_score": [0.35, 0.351, 0.349]}),
+        ("C14", {"4step_no_dm__patch_fd": [18.0, 18.1, 17.9]}),
+        ("C15", {"4step_no_gan__fd": [17.0, 17.1, 16.9]}),
+        ("C15", {"4step_no_gan__saturation": [0.3, 0.31, 0.29]}),  # paler than the teacher's
+        ("C15", {"4step_no_gan__sharpness": [0.04, 0.041, 0.039]}),
+        ("C16", {"1step__patch_fd": [18.0, 18.1, 17.9]}),
+        ("C16", {"1step__fd": [25.0, 25.1, 24.9]}),  # then four steps buy global quality, too
+    ],
+)
+def test_each_part_of_a_claim_on_text_can_refute_it(claim, changes) -> None:
+    assert CLAIMS[claim].test(of_table_4(**changes), "fd").verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("one_step", "verdict"),
+    [
+        ([12.0, 12.1, 11.9], "supported"),  # four steps are even worse: no gain either
+        ([20.0, 20.1, 19.9], "supported"),  # lower by less than the margin
+        ([20.0, 22.5, 19.0], "undecided"),
+        ([25.0, 25.1, 24.9], "refuted"),
+    ],
+)
+def test_no_gain_is_lost_only_beyond_the_margin(one_step, verdict) -> None:
+    assert no_gain(of_table_4(**{"1step__fd": one_step}), "fd", "4step", "1step").verdict == verdict
+
+
+def test_patch_distance_has_the_kind_of_the_tables_distance() -> None:
+    [verdict] = judge(["C13"], Measurements({(r, "fid"): {0: 1.0} for r in ("4step", "4step-no-backsim")}), "fid")
+    assert verdict["evidence"] == "not measured: patch_fid of 4step"
+
+
+def test_c2_and_the_second_half_of_c5_are_one_test() -> None:
+    steady, restless = dict(enumerate([0.006, 0.007, 0.005])), dict(enumerate([0.05, 0.06, 0.04]))
+    m = Measurements({("ttur", "brightness_std"): steady, ("no-regression", "brightness_std"): restless})
+    curves = over_time(**{"ttur": [(10.0, 1.0)], "ttur_10": [(10.0, 2.0)]}).curves
+    c2, c5 = (CLAIMS[name].test(Measurements(m.values, curves), "fd") for name in ("C2", "C5"))
+    assert c2.verdict == c5.verdict == "supported" and c2.evidence in c5.evidence and c2.rule in c5.rule

@@ -1,0 +1,123 @@
+"""Runs on text are evaluated from files: a real pipeline decodes, its prompts condition, captions stand in metrics.json."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmd2.condition import Condition
+from dmd2.config import RunConfig
+from dmd2.data import TensorSet, save_shard
+from dmd2.encode import encode_prompts
+from dmd2.files import listing, read_json, write_json, write_text
+from dmd2.inputs import eval_prompts, measured_with, pipeline_manifest
+from dmd2.lora import IN_SNAPSHOT
+from dmd2.make_pipeline import make_pipeline
+from dmd2.run import RunId
+from dmd2.teachers import adopt_teacher
+from eval import evaluate
+from eval.detectors import load_detector, record_network
+from eval.images import open_images
+from eval.reference import Engine, save_moments
+from eval.resize import Geometry
+from eval.small_clip import train_clip
+from tests import tiny, tiny_pipelines
+
+CAPTIONS = ["a red house", "two dog", "a photo of the beach"]
+SIDE = tiny_pipelines.LATENTS * tiny_pipelines.FACTOR
+DETECTOR = "lite0-320@32"
+CPU = torch.device("cpu")
+
+
+def config() -> RunConfig:
+    return tiny.config(
+        "eps-text",
+        data__text={"pipeline": {"name": "tiny"}, "latents": True},
+        teacher__source="data/pipelines/tiny/unet",
+        eval__metrics=["fd", "patch_fd", "clip_score", "saturation", "sharpness"],
+        eval__detector=DETECTOR,
+        eval__clip="tiny-clip",
+        eval__patch={"geometry": "patch-16", "reference": "tiny"},
+        eval__prompts="captions.txt",
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that an evaluation reads."""
+    place = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        cfg = config()
+        tiny_pipelines.sd15(Path("data/pipelines/tiny"))
+        manifest = pipeline_manifest(cfg.data)
+        make_pipeline(cfg.data, manifest.parent, CPU)
+        write_text(Path("captions.txt"), "\n".join(CAPTIONS) + "\n")
+        encode_prompts(cfg.data, manifest, Path("captions.txt"), eval_prompts(cfg), CPU)
+        read = measured_with(cfg)
+        read["teacher"].parent.mkdir(parents=True)  # as Snakemake does
+        adopt_teacher(cfg.teacher, read["teacher"].parent)
+        record_network(DETECTOR, read["detector"])
+        pixels = np.random.default_rng(0).integers(0, 256, (20, SIDE, SIDE, 3), dtype=np.uint8)
+        np.save("real.npy", pixels)
+        for name, geometry in (("reference", "none"), ("patch_reference", "patch-16")):
+            engine = Engine(load_detector(DETECTOR), Geometry(geometry), Path("cache"))
+            save_moments(engine, open_images("real.npy", engine.geometry), Path("real.npy"), read[name])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        states = torch.randn(20, tiny_pipelines.TOKENS, tiny_pipelines.WIDTH)
+        train_clip("tiny-clip", TensorSet({"images": images, "text": states}), read["clip"], steps=1)
+    return place
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def evaluated(metrics: Path) -> dict:
+    entry = read_json(metrics)
+    assert entry["captions"] == CAPTIONS
+    assert set(config().eval.metrics) < entry["snapshots"][0].keys()
+    assert entry["protocol"]["labels"] == "by prompt" and entry["protocol"]["prompts"].endswith("(3 captions)")
+    assert entry["protocol"]["patch"].startswith("patch-16, tiny-lite0")
+    with Image.open(metrics.with_name("grid.png")) as grid:
+        assert grid.size == (3 * SIDE, 6 * SIDE)
+    return entry
+
+
+def test_a_guided_teacher_is_measured_on_decoded_images(place: Path) -> None:
+    cfg, out = config(), Path("results/teachers/tiny/ode/metrics.json")
+    evaluate.evaluate_teacher(cfg, "ode", cfg.eval.teacher_samplers["ode"], CPU, out)
+    first = evaluated(out)["snapshots"]
+    guided = cfg.eval.teacher_samplers["ode"].model_copy(update={"guidance": 4.0})
+    evaluate.evaluate_teacher(cfg, "ode", guided, CPU, out)
+    assert evaluated(out)["snapshots"] != first
+
+
+def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -> None:
+    cfg, run = config(), RunId("tiny", "dmd2", 0)
+    weights = dict(evaluate.teacher_of(cfg, CPU).network.state_dict())
+    save_shard(run.folder / "0000020.safetensors", {**weights, f"{IN_SNAPSHOT}x.alpha": torch.tensor(1.0)})
+    write_text(run.folder / "log.jsonl", '{"step": 20, "probe/brightness": 0.5}\n')
+    write_json(run.folder / "train.json", {
+        "files": listing([run.folder / "0000020.safetensors"], run.folder), "key": "k", "steps": 20, "cost": {},
+        "student_updates": 4, "seconds": 1.0, "device": "cpu", "commit": "abc",
+    })  # fmt: skip
+    evaluate.evaluate_run(run, cfg, CPU, run.folder / "metrics.json")
+    assert evaluated(run.folder / "metrics.json")["snapshots"][0]["step"] == 20
+
+
+def test_an_image_depends_on_the_caption_of_its_seed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config()
+    sample, _ = evaluate.teacher_sampler(cfg, cfg.eval.teacher_samplers["ode"], CPU)
+    images = sample([0, 1])
+    assert images.shape == (2, 3, SIDE, SIDE)
+    swapped = evaluate.EvalPrompts.of(cfg).condition([1, 1])
+    monkeypatch.setattr(
+        evaluate.EvalPrompts, "condition", lambda self, seeds, device="cpu": Condition(text=swapped.text)
+    )
+    other, _ = evaluate.teacher_sampler(cfg, cfg.eval.teacher_samplers["ode"], CPU)
+    assert not torch.allclose(other([0, 1])[0], images[0]) and torch.allclose(other([0, 1])[1], images[1], atol=1e-5)

@@ -1,0 +1,159 @@
+"""Metrics of text runs from one pass of the sampler: patch distance, CLIP score, saturation and sharpness."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmd2.data import TensorSet
+from dmd2.errors import UserError
+from dmd2.prompts import EvalPrompts
+from eval import features
+from eval.alignment import Alignment
+from eval.differences import influences
+from eval.frechet import moments
+from eval.protocol import Protocol, check_metrics, save_influence
+from eval.reference import Reference
+from eval.resize import Geometry
+from eval.small_clip import SmallClip, SmallTowers
+from eval.taps import Taps, brightness, saturation, sharpness
+from tests.eval.test_features import Quadrants, draw
+from tests.tiny import TEXT_WIDTH, TOKENS, config
+
+METRICS = ["fd", "patch_fd", "clip_score", "saturation", "sharpness", "brightness"]
+PATCH = {"geometry": "patch-4", "reference": "tiny"}
+CAPTIONS = ["a cat", "two dogs", "a red house"]
+
+
+def prompts() -> EvalPrompts:
+    text = torch.randn(3, TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(7)).half()
+    return EvalPrompts(CAPTIONS, TensorSet({"images": torch.zeros(3, 1), "text": text}))
+
+
+def towers() -> SmallTowers:
+    torch.manual_seed(3)
+    model = SmallClip("tiny-clip", 8, TEXT_WIDTH).eval().requires_grad_(False)
+    return SmallTowers(model)
+
+
+def reference(geometry: str = "none") -> Reference:
+    seen = Geometry(geometry)(draw(list(range(1000, 1400))))
+    return Reference(moments(Quadrants()(seen)[0]), None, {}, None)
+
+
+def protocol(detector: Quadrants, metrics: list[str] = METRICS, **changes) -> Protocol:
+    """A text run's protocol over 300 images, without files."""
+    spec = {"images": 300, "batch": 50, "metrics": metrics, "patch": PATCH, "clip": "tiny-clip"} | changes
+    cfg = config("eps-text", **{f"eval__{key}": value for key, value in spec.items()})
+    wants = set(metrics)
+    patch = reference("patch-4") if "patch_fd" in wants else None
+    alignment = Alignment(towers(), prompts()) if "clip_score" in wants else None
+    return Protocol(cfg, detector, reference(), {}, patch, alignment)
+
+
+class Sampler:
+    """Images in [-1, 1] that belong to their seeds, and how many were drawn."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __call__(self, seeds: list[int]) -> torch.Tensor:
+        self.drawn += len(seeds)
+        return draw(seeds).float() / 127.5 - 1
+
+
+def test_every_metric_comes_from_the_same_single_pass(tmp_path) -> None:
+    sampler = Sampler()
+    found = protocol(Quadrants()).measure(sampler, {}, tmp_path)
+    assert sampler.drawn == 300 and list(found.estimates) == METRICS
+    images, values = draw(list(range(300))), {name: e.value for name, e in found.estimates.items()}
+    patches = Quadrants()(images[:, :, 2:6, 2:6])[0]
+    assert values["patch_fd"] == pytest.approx(reference("patch-4").frechet.estimate(patches).value, rel=1e-5)
+    assert values["patch_fd"] != pytest.approx(values["fd"], rel=0.1)
+    embedded = torch.cat([towers().images(part)[0] for part in images.split(50)])
+    texts = towers().texts([], prompts().condition(list(range(300))).text)
+    cosines = F.cosine_similarity(embedded, texts).numpy()
+    assert values["clip_score"] == pytest.approx(cosines.mean(), abs=1e-5)
+    assert found.estimates["clip_score"].se == pytest.approx(cosines.std(ddof=1) / 300**0.5, rel=1e-3)
+    for name, statistic in (("saturation", saturation), ("sharpness", sharpness), ("brightness", brightness)):
+        assert values[name] == pytest.approx(float(statistic(images).mean()), rel=1e-5)
+
+
+def test_further_metrics_leave_the_distance_as_it_is_bit_for_bit(tmp_path) -> None:
+    alone = protocol(Quadrants(), ["fd", "brightness"]).measure(Sampler(), {}, tmp_path / "a")
+    beside = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "b")
+    assert np.array_equal(alone.influence, beside.influence) and alone.others == {}
+    for name in ("fd", "brightness"):
+        assert alone.estimates[name] == beside.estimates[name]
+
+
+def test_jobs_that_share_the_features_fill_all_of_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(features, "ROWS", 100)
+    alone = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "one")
+    for part in (1, 0):
+        protocol(Quadrants(), shards=2).fill(Sampler(), {}, tmp_path / "two", part)
+    joining = Sampler()
+    joined = protocol(Quadrants(), shards=2).measure(joining, {}, tmp_path / "two")
+    assert joining.drawn == 0 and joined.as_json() == alone.as_json()
+    for name in ("patch_fd", "clip_score"):
+        assert np.array_equal(joined.others[name], alone.others[name])
+
+
+def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
+    found = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "f")
+    files = {"files": save_influence(tmp_path / "influence.safetensors", {20: found})}
+    for metric, psi in (("fd", found.influence), *found.others.items()):
+        np.testing.assert_array_equal(influences(files, tmp_path, 20, metric), psi.astype(np.float32))
+    assert found.others.keys() == {"patch_fd", "clip_score"}
+
+
+def test_captions_go_round_by_sample_seed() -> None:
+    texts = Alignment(towers(), prompts()).texts([5, 0, 3, 4])
+    assert torch.equal(texts[1], texts[2]) and not torch.equal(texts[0], texts[3])
+    assert torch.allclose(texts[0], towers().texts([], prompts().condition([2]).text)[0])
+
+
+def test_references_of_other_dimensions_are_refused() -> None:
+    taps = Taps(Quadrants(), Geometry(), {}, ["saturation"])
+    matrix = taps(draw([0, 1]))[0].numpy()
+    assert taps.split(matrix, 12, {}).statistics.keys() == {"saturation", "brightness"}
+    with pytest.raises(UserError, match="features of 12 and 10 dimensions"):
+        taps.split(matrix, 10, {})
+
+
+def test_saturation_is_that_of_hsv() -> None:
+    red, pale, grey, black = ([255, 0, 0], [200, 100, 150], [90, 90, 90], [0, 0, 0])
+    images = torch.tensor([[red, pale], [grey, black]], dtype=torch.uint8).permute(0, 2, 1)[..., None]
+    assert saturation(images).tolist() == [0.75, 0.0]
+    assert saturation(images[:, :1]).tolist() == [0.0, 0.0]
+
+
+def test_sharpness_is_the_energy_that_a_mean_over_neighbours_takes_away() -> None:
+    ramp = (torch.arange(8) * 20).to(torch.uint8).expand(1, 1, 8, 8)
+    board = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 255).to(torch.uint8)[None, None]
+    assert sharpness(ramp).item() == pytest.approx(0, abs=1e-12)
+    # of nine fields of a chess board five or four are white: each pixel is 4/9 away from its mean
+    assert sharpness(board).item() == pytest.approx(4 / 9)
+    assert sharpness(board.expand(-1, 3, -1, -1)).item() == pytest.approx(4 / 9)
+    assert sharpness(F.interpolate(board.float(), scale_factor=4).byte()) < sharpness(board)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("eps-text", {"metrics": ["patch_fd"]}, r"patch_fd needs eval\.patch"),
+        (
+            "eps-text",
+            {"metrics": ["patch_fid"], "patch": PATCH},
+            "patch_fid with detector quadrants is called patch_fd",
+        ),
+        ("eps-text", {"metrics": ["clip_score"]}, r"clip_score needs captions .* \(eval\.clip\)"),
+        ("edm", {"metrics": ["clip_score"], "clip": "tiny-clip"}, r"clip_score needs captions \(data\.text\)"),
+        ("eps-text", {"metrics": ["accuracy"]}, "accuracy needs classes, and data tiny has captions"),
+        ("edm", {"metrics": ["beauty"]}, "beauty cannot be measured"),
+    ],
+)
+def test_metrics_that_a_run_cannot_have_are_refused(kind, changes, message) -> None:
+    cfg = config(kind, **{f"eval__{key}": value for key, value in changes.items()})
+    with pytest.raises(UserError, match=message):
+        check_metrics(cfg, Quadrants())
