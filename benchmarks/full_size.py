@@ -2,20 +2,26 @@
 
 Beside each measured peak stands what dmd2/memory.py predicts for the same settings. On the CPU (float32, two images;
 14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
-top, and once that of the tensors alone. On a GPU (bf16, 40 images, see `--batch`) also with compiled network bodies.
-The weights are random, so the losses mean nothing; no data and no teacher are needed.
+top, and once that of the tensors alone. On a GPU (bf16, 40 images, 2 of a text base; see `--batch`) also with compiled
+network bodies unless activations are recomputed. The weights are random, so the losses mean nothing; no data, no
+teacher and no pipeline are needed. Stable Diffusion on one GPU:
+
+    python -m benchmarks.full_size sd15 --checkpointing
+    python -m benchmarks.full_size sdxl --checkpointing --lora 64 --states 8bit --batch 1
 """
 
 import resource
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dmd2.ablations import load_base
@@ -25,7 +31,9 @@ from dmd2.config import RunConfig
 from dmd2.data import TensorSet
 from dmd2.errors import readable_errors
 from dmd2.inputs import Inputs
-from dmd2.memory import Counted, architecture
+from dmd2.memory import Counted, Setup, architecture
+from dmd2.plan import varied
+from dmd2.shard import recompute_activations
 from dmd2.step import Models, train_step
 from dmd2.teachers import adopt_teacher, build_network
 
@@ -34,22 +42,27 @@ BLOCKS = 3  # timed on a GPU, each of critic.ratio iterations
 
 
 def main(
-    base: str = "imagenet64", batch: Annotated[int, typer.Option(help="0: 2 on the CPU, 40 on a GPU")] = 0,
+    base: Annotated[str, typer.Argument(help="file in workflow/base, without .yaml")] = "imagenet64",
+    batch: Annotated[int, typer.Option(help="0: 2 on the CPU; on a GPU 40, and 2 of a text base")] = 0,
     threads: int = 2,
-) -> None:  # fmt: skip
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute activations in backward")] = False,
+    lora: Annotated[int, typer.Option(help="rank of a low-rank student; 0: as the base says")] = 0,
+    states: Annotated[str, typer.Option(help="of AdamW: fp32 or 8bit")] = "fp32",
+) -> None:
     torch.set_num_threads(threads)
     with readable_errors(), tempfile.TemporaryDirectory() as folder:
         _, cfg = load_base(base)
+        cfg, setup = varied(cfg, lora, states), Setup(checkpointing=checkpointing)
         manifest = _teacher(cfg, Path(folder))
         if torch.cuda.is_available():
-            on_gpu(_changed(cfg, batch or 40, "bf16"), manifest)
+            on_gpu(_changed(cfg, batch or (40 if cfg.data.text is None else 2), "bf16"), manifest, setup)
         else:
-            on_cpu(_changed(cfg, batch or 2, "fp32"), manifest)
+            on_cpu(_changed(cfg, batch or 2, "fp32"), manifest, setup)
 
 
-def on_cpu(cfg: RunConfig, manifest: Path) -> None:
+def on_cpu(cfg: RunConfig, manifest: Path, setup: Setup) -> None:
     """Peaks of every phase as /proc tells them, and of the tensors as PyTorch's profiler saw them."""
-    counted, device, ratio, count = Counted(cfg), torch.device("cpu"), cfg.critic.ratio, cfg.optim.batch
+    counted, device, ratio, count = Counted(cfg, setup), torch.device("cpu"), cfg.critic.ratio, cfg.optim.batch
     print(f"{cfg.data.name}, batch {count}, float32, {torch.get_num_threads()} threads on the CPU")
     print("parameters: " + ", ".join(f"{name} {parameters:,}" for name, parameters in counted.parameters.items()))
     predicted = [
@@ -57,7 +70,7 @@ def on_cpu(cfg: RunConfig, manifest: Path) -> None:
         counted.iteration(count, update_student=False).peak,
     ]
     before = _status("VmRSS")
-    models, batches = _models(cfg, manifest, device), _batches(cfg, device)
+    models, batches = random_models(cfg, manifest, device, setup), random_batches(cfg, device)
     print(f"{'':<22}{'seconds':>8}{'predicted':>11}{'measured':>10}{'ratio':>7}   (GB)")
 
     def row(name: str, seconds: float, expected: int, measured: int) -> None:
@@ -93,16 +106,16 @@ def _standing(models: Models) -> int:
     return sum(t.nbytes for t in [*tensors, *(value for state in states for value in state.values())])
 
 
-def on_gpu(cfg: RunConfig, manifest: Path) -> None:
+def on_gpu(cfg: RunConfig, manifest: Path, setup: Setup) -> None:
     """Images per second and the peak of what tensors take, plain and with compiled bodies."""
     device, count, ratio = torch.device("cuda"), cfg.optim.batch, cfg.critic.ratio
-    predicted = Counted(cfg).iteration(count)
+    predicted = Counted(cfg, setup).iteration(count)
     print(
         f"{cfg.data.name}, batch {count}, bf16, {torch.cuda.get_device_name()}, predicted {predicted.peak / GB:.2f} GB"
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for compiled in (False, True):
-        models, batches = _models(cfg, manifest, device), _batches(cfg, device)
+    for compiled in (False,) if setup.checkpointing else (False, True):
+        models, batches = random_models(cfg, manifest, device, setup), random_batches(cfg, device)
         if compiled:
             for denoiser in (models.student, models.teacher, models.critic):
                 denoiser.network.compile()
@@ -136,16 +149,35 @@ def _teacher(cfg: RunConfig, folder: Path) -> Path:
     return adopt_teacher(cfg.teacher, folder)
 
 
-def _models(cfg: RunConfig, manifest: Path, device: torch.device) -> Models:
-    return build_models(cfg, 0, Inputs(manifest, None, None, None), device)
+def random_models(cfg: RunConfig, manifest: Path, device: torch.device, setup: Setup) -> Models:
+    """Models of a run with the teacher of a manifest, guided by a random condition."""
+
+    def place(name: str, network: nn.Module) -> None:
+        if setup.checkpointing and name in ("student", "critic"):
+            recompute_activations(network.network)
+        network.to(device)
+
+    unguided = cfg.model_copy(update={"teacher": cfg.teacher.model_copy(update={"guidance": 1.0})})
+    models = build_models(unguided, 0, Inputs(manifest, None, None, None), device, place)
+    if cfg.teacher.guidance == 1:
+        return models
+    return replace(models, null=random_rows(cfg, 1).condition(torch.arange(1), device))
 
 
-def _batches(cfg: RunConfig, device: torch.device) -> Batches:
+def random_batches(cfg: RunConfig, device: torch.device) -> Batches:
     """Batches over as many random images as one batch has."""
-    data, count = cfg.data, cfg.optim.batch
-    images = torch.randint(256, (count, data.channels, data.resolution, data.resolution), dtype=torch.uint8)
-    real = TensorSet({"images": images, "labels": torch.randint(data.classes, (count,))})
-    return Batches(cfg, 0, device, count, real)
+    return Batches(cfg, 0, device, cfg.optim.batch, random_rows(cfg, cfg.optim.batch))
+
+
+def random_rows(cfg: RunConfig, count: int) -> TensorSet:
+    """Random images with their conditions, of the shapes that the network asks for."""
+
+    def like(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, dtype=tensor.dtype)
+        return torch.randint(256 if tensor.dtype == torch.uint8 else cfg.data.classes, tensor.shape, dtype=tensor.dtype)
+
+    return TensorSet({name: like(tensor) for name, tensor in Counted(cfg).rows(count).tensors.items()})
 
 
 def _status(name: str) -> int:

@@ -42,7 +42,11 @@ def train_autoencoder(spec: Autoencoder, images: Tensor, folder: Path, device: t
         progress.update(it + 1, {"L1": error.detach()})
     vae.register_to_config(scaling_factor=round(1 / _deviation(vae.eval(), images, device), 5))
     vae.cpu().save_pretrained(folder, safe_serialization=True)
-    return {"seconds": round(time.monotonic() - started, 1), "steps": train.steps, "l1": round(float(error.detach()), 4)}
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "steps": train.steps,
+        "l1": round(float(error.detach()), 4),
+    }
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd2.checkpoint import Checkpoints
 from dmd2.config import TrainConfig
@@ -15,26 +15,44 @@ from dmd2.errors import UserError
 from dmd2.files import read_json, verified
 from dmd2.head import Head
 from dmd2.inputs import Inputs
+from dmd2.lora import add_lora, split
 from dmd2.optimiser import Optimiser
 from dmd2.rng import stream
 from dmd2.sample import to_images
 from dmd2.step import Models, regression_distance
 from dmd2.teachers import load_teacher, null_condition
 
+Placing = Callable[[str, nn.Module], None]
 
-def build_models(cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device) -> Models:
-    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``)."""
+
+def build_models(
+    cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device, place: Placing | None = None
+) -> Models:
+    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
+
+    Networks are made in host memory; `place` puts each, by its name, where it is trained (by default on `device`)
+    once its weights are set, and before there is an optimiser of it.
+    """
+    assert inputs.teacher is not None
     precision = cfg.train.precision
-    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision).to(device)
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision)
     student, critic = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
         _load_weights(inputs.init, student, critic)
+    if cfg.generator.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(f"{seed}/lora").initial_seed())
+            add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
     if precision != "fp32" and cfg.teacher.parameterisation == "eps":
         teacher.network.to(torch.bfloat16)
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
-        head = build_head(probe, cfg, seed, device)
+        head = build_head(probe, cfg, seed, torch.device("cpu"))
+    networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
+    for name, network in networks.items():
+        if network is not None:
+            place(name, network) if place is not None else network.to(device)
     null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
         student, teacher, critic, head,
@@ -67,7 +85,8 @@ def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.de
 def _load_weights(train_json: Path, student: Denoiser, critic: Denoiser) -> None:
     """Weights only, as the paper's second stage: the student's last snapshot and the critic of its checkpoint."""
     record = read_json(train_json)
-    student.network.load_state_dict(load_shard(verified(train_json.parent, record["files"][-1])))
+    weights, _ = split(load_shard(verified(train_json.parent, record["files"][-1])))
+    student.network.load_state_dict(weights)
     state = Checkpoints(train_json.parent / f"checkpoints-{record['key']}").load_latest()
     if state is None:
         raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")

@@ -1,13 +1,23 @@
-"""Checkpoints that survive kills, full disks and bit rot: atomic, checksummed, newest good one wins."""
+"""Checkpoints that survive kills, full disks and bit rot: atomic, checksummed, newest good one wins.
 
+One of a sharded training lies in parts, one a process, which any number of processes can read (dmd2/parts.py).
+"""
+
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dmd2 import distributed
 from dmd2.errors import UserError
 from dmd2.files import atomic, listing, read_json, verified, write_json
+from dmd2.parts import Spans, cut, flat, nested, read_parts, write_part
+
+READERS = 8  # files whose checksums are computed at a time
 
 
 class Checkpoints:
@@ -25,24 +35,53 @@ class Checkpoints:
         path = self.folder / f"{step:08d}.pt"
         with atomic(path) as temporary:
             torch.save(state, temporary)
-        write_json(path.with_suffix(".json"), {"step": step, "files": listing([path], self.folder)})
+        self._publish(step, {"step": step, "files": listing([path], self.folder)})
+
+    def save_parts(self, step: int, state: dict[str, Any], spans: Spans) -> None:
+        """The same of a sharded training: every process calls it and writes its rows; process 0 then lists them all.
+
+        Raises:
+            UserError: a part could not be written; older checkpoints are untouched.
+        """
+        rank, size = distributed.rank(), distributed.world_size()
+        path = self.folder / f"{step:08d}" / f"part-{rank:05d}-of-{size:05d}.safetensors"
+        write_part(path, state, spans, whole=rank == 0)
+        files = distributed.collected_lines(listing([path], self.folder)[0])
+        if rank == 0:
+            values = nested({name: value for name, value in flat(state) if _plain(value)})
+            self._publish(step, {"step": step, "values": values, "files": files})
+
+    def _publish(self, step: int, manifest: dict[str, Any]) -> None:
+        write_json(self.folder / f"{step:08d}.json", manifest)
         for old in self._up_to(step)[: -self.keep]:
             old.with_suffix(".pt").unlink(missing_ok=True)
+            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
             old.unlink()
+        for left in self.folder.glob("*/"):  # parts of a save that was killed, and listed nowhere
+            if not left.with_suffix(".json").exists():
+                shutil.rmtree(left, ignore_errors=True)
 
     def newest_good(self, at_most: int | None = None) -> int | None:
         """Step of the newest checkpoint of at most so many steps whose checksum holds; those passed over are named."""
         for manifest in reversed(self._up_to(at_most)):
             try:
-                verified(self.folder, read_json(manifest)["files"][0])
+                with ThreadPoolExecutor(READERS) as pool:
+                    list(pool.map(lambda entry: verified(self.folder, entry), read_json(manifest)["files"]))
                 return int(manifest.stem)
             except UserError as error:
                 print(f"checkpoint passed over: {error}", file=sys.stderr)
         return None
 
-    def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The state of one step, as it was saved."""
-        return torch.load(self.folder / f"{step:08d}.pt", map_location=device, weights_only=True)
+    def load(self, step: int, device: torch.device | str = "cpu", spans: Spans | None = None) -> dict[str, Any]:
+        """The state of one step, as it was saved; with `spans` only those rows, in host memory."""
+        manifest = read_json(self.folder / f"{step:08d}.json")
+        paths = [self.folder / entry["path"] for entry in manifest["files"]]
+        if "values" in manifest:
+            tensors = {name: _moved(value, device) for name, value in read_parts(paths, spans).items()}
+            return nested({**dict(flat(manifest["values"])), **tensors})
+        if spans is None:
+            return torch.load(paths[0], map_location=device, weights_only=True)
+        return cut(torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True), spans)
 
     def load_latest(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
         """The newest good state, if there is one."""
@@ -57,3 +96,13 @@ class Checkpoints:
         """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
         found = sorted(self.folder.glob("*.json"))
         return found if step is None else [path for path in found if int(path.stem) <= step]
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, Tensor)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, dict):
+        return {name: tensor.to(device) for name, tensor in value.items()}
+    return value.to(device)

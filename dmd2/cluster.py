@@ -52,6 +52,10 @@ class Training(Section):
     processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch: Annotated[int, Field(ge=0, description="largest batch of a process; 0: all of its share")] = 0
+    shard: Annotated[bool, Field(description="split networks and optimisers over the processes (FSDP2)")] = False
+    checkpointing: Annotated[bool, Field(description="recompute activations in backward instead of keeping them")] = (
+        False
+    )
     signal_seconds: Annotated[int, Field(ge=1, description="warning before the time limit, to save and requeue")] = 120
     poll_seconds: Annotated[float, Field(gt=0, description="between two looks of all waiting launchers")] = 15
 

@@ -12,8 +12,8 @@ from torch import Tensor
 class Condition:
     """What a batch is conditioned on; unused fields are None.
 
-    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, L, D)``, L = 77 of CLIP. pooled: ``(B, P)`` and time_ids
-    ``(B, 6)``, SDXL only.
+    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, L, D)``, L = 77 of CLIP. pooled: ``(B, P)`` and
+    time_ids ``(B, 6)``, SDXL only.
     """
 
     labels: Tensor | None = None
@@ -32,7 +32,7 @@ class Condition:
         return Condition(**{k: None if v is None else v.expand(count, *v.shape[1:]) for k, v in values.items()})
 
     def where(self, chosen: Tensor, other: Condition) -> Condition:
-        """The samples that `chosen` ``(B,)`` names take the condition of one sample `other`, as far as it has fields."""
+        """Samples that `chosen` ``(B,)`` names take the condition of one sample `other`, as far as it has fields."""
         values = {}
         for name, mine in ((f.name, getattr(self, f.name)) for f in fields(self)):
             theirs = getattr(other, name)

@@ -143,7 +143,7 @@ class EpsDenoiser(Denoiser):
         return (x_t.double() - spread(sigma, x_t) * self.body(x_t, t, cond).double()) / spread(alpha, x_t)
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
-        """Bfloat16 where a gradient is taken (the paper's authors saw autocast and no-grad interfere), or in all passes."""
+        """Bfloat16 where a gradient is taken (its authors saw autocast and no-grad interfere), or in all passes."""
         wanted = self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
         return torch.autocast(x_t.device.type, torch.bfloat16, enabled=wanted and x_t.is_cuda)
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,22 @@ def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
     total = torch.stack([values[name].float() for name in names])
     dist.all_reduce(total)
     return dict(zip(names, total, strict=True))
+
+
+def sum_over(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The JSON object of every process, in their order, on every process; also a point at which all wait."""
+    if world_size() == 1:
+        return [value]
+    found: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def agreed(value: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """A small real text-to-image set: the emoji of the font Noto Color Emoji, each with its Unicode name.
 
-The font (OFL) is in the Debian package fonts-noto-color-emoji; it holds bitmaps of one size. Which characters have names
-is a matter of the Unicode version of Python: a newer one may know some more emoji.
+The font (OFL) is in the Debian package fonts-noto-color-emoji; it holds bitmaps of one size. Which characters have
+names is a matter of the Unicode version of Python: a newer one may know some more emoji.
 """
 
 import sys

@@ -96,7 +96,8 @@ def encode_part(data: Data, manifest: Path, index: int, out: Path, device: torch
         noise = torch.randn((len(images), *shape), generator=stream(f"{data.name}/{index}/{shards.count}/posterior"))
         rows["images"] = _tensors(data, pipeline, torch.from_numpy(images), noise)
         if tuple(rows["images"].shape[1:]) != shape:
-            raise UserError(f"data {data.name}: rows are {tuple(rows['images'].shape[1:])}, but the config says {shape}")
+            found = tuple(rows["images"].shape[1:])
+            raise UserError(f"data {data.name}: rows are {found}, but the config says {shape}")
         shards.add(rows)
         captions += texts
         print(f"real data {data.name}, part {index}  {shards.count} images", file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def _complete_or_protocol(schema: dict[str, Any]) -> None:
 
 
 class Patch(Section):
-    """The second Frechet distance, of the pixels in the centre (patch_fid, patch_fd): its geometry and its reference."""
+    """The second Frechet distance, of pixels in the centre (patch_fid, patch_fd): its geometry and its reference."""
 
     geometry: Annotated[str, Field(pattern=GEOMETRIES)]
     reference: str

@@ -14,9 +14,12 @@ import torch
 import typer
 from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
 
+from dmd2.config import TrainConfig
+from dmd2.data import save_shard
 from dmd2.denoisers import Denoiser, EdmDenoiser, Network
 from dmd2.errors import UserError, readable_errors
 from dmd2.folders import atomic_folder
+from dmd2.lora_format import write_kohya
 from dmd2.model_card import model_card, render
 from dmd2.quantise import quantise
 from dmd2.run import RunId
@@ -26,6 +29,7 @@ from dmd2.snapshot import Snapshot, find_snapshot
 from dmd2.song_unet import SongUNet
 
 GRID_ROWS, GRID_COLUMNS = 6, 10
+SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
 TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
 
 
@@ -60,11 +64,12 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     arguments = _arguments(network, labelled)
     fresh = [f"step{i}" for i in range(len(times) - 1)]
     sized = "sizes" in arguments
-    text = 'draws["text"]' in arguments
+    text = cfg.data.text is not None
+    stock = cfg.data.text is not None and cfg.data.latents and cfg.data.text.pipeline.encoder is None
     conditions = ["labels"] * labelled + ["text"] * text + ["pooled", "time_ids"] * sized
     return {
         "edm": edm, "labelled": labelled, "text": text, "sized": sized, "arguments": arguments,
-        "pixels": cfg.data.channels in (1, 3), "network": type(network).__name__,
+        "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents, "network": type(network).__name__,
         "scheduler": type(scheduler_of(student)).__name__, "times": times if edm else [int(t) for t in times],
         "shape": (cfg.data.channels, cfg.data.resolution, cfg.data.resolution), "classes": cfg.data.classes,
         "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS,
@@ -72,8 +77,15 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "rounding": how["rounding"],
         "levels": "127.5 * images + 128" if how["rounding"] == "round" else "127.5 * (images + 1)",
         "tensors": ", ".join(["noise", *fresh, *conditions]),
-        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if text else None,
+        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
+        "encoder": cfg.data.text.pipeline.name if cfg.data.text is not None else None,
+        "single": SINGLE if text else None, "lora": LORA if text and _is_own_lora(cfg) else None,
     }  # fmt: skip
+
+
+def _is_own_lora(cfg: TrainConfig) -> bool:
+    """Whether the student is its teacher with factors, and not another run's student with them."""
+    return cfg.generator.lora is not None and cfg.train.init_from is None
 
 
 def _arguments(network: Network, labelled: bool) -> str:
@@ -114,6 +126,8 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
 def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
     """Write the folder: unet/, scheduler/, sample.py, samples.png (if the student is labelled and makes pixels), card.
 
+    A student of text has its UNet in one float16 file, too, and one of low rank its factors in kohya's format.
+
     Raises:
         UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
     """
@@ -121,6 +135,10 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
         student = snapshot.denoiser()
         sampling = sampling_of(snapshot, student)
         student.network.save_pretrained(folder / "unet", safe_serialization=True)
+        if sampling["text"]:
+            save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
+        if sampling["lora"]:
+            write_kohya(folder / LORA, snapshot.factors())
         scheduler_of(student).save_pretrained(folder / "scheduler")
         if isinstance(student.network, SongUNet):  # which diffusers lacks
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")

@@ -28,12 +28,16 @@ class TrainingJob:
     threads: int
     device: str
     micro_batch: int
+    shard: bool = False
+    checkpointing: bool = False
 
     @staticmethod
     def of(run: RunId, cfg: TrainConfig, cluster: Cluster) -> "TrainingJob":
         """The training of a run under a cluster file's settings."""
-        options, threads = cluster.training, cluster.jobs.train.threads
-        return TrainingJob(str(run), cfg.model_dump_json(), threads, options.device, options.micro_batch)
+        how, threads = cluster.training, cluster.jobs.train.threads
+        return TrainingJob(
+            str(run), cfg.model_dump_json(), threads, how.device, how.micro_batch, how.shard, how.checkpointing
+        )
 
     def __call__(self) -> None:
         """Train in a Slurm task.
@@ -72,6 +76,5 @@ class TrainingJob:
             torch.set_float32_matmul_precision("high")  # TF32, as in the paper's runs
         patience = LOCK_PATIENCE if actions is not STOP else 0
         with process_group(device):
-            Training(run, cfg, Hardware(str(device), self.threads, self.micro_batch), Inputs.of(run, cfg)).run(
-                actions, patience
-            )
+            hardware = Hardware(str(device), self.threads, self.micro_batch, self.shard, self.checkpointing)
+            Training(run, cfg, hardware, Inputs.of(run, cfg)).run(actions, patience)

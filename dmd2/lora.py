@@ -19,6 +19,7 @@ TARGETS = (  # the ends of the names of the modules that get factors: those of D
 )  # fmt: skip
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 ADAPTER, IN_SNAPSHOT = "default", "lora."
+FACTOR_DOWN, FACTOR_UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_lora(network: UNet2DConditionModel, rank: int, alpha: float) -> None:
@@ -41,29 +42,31 @@ def count(network: nn.Module) -> tuple[int, int]:
     return len(modules), sum(p.numel() for name, p in network.named_parameters() if _is_factor(name))
 
 
-def lora_state(network: nn.Module) -> State:
-    """The factors and their alpha, on the CPU; empty for a network without."""
-    state: State = {}
+def lora_state(network: nn.Module, weights: State | None = None) -> State:
+    """The factors and their alpha, on the CPU; empty for a network without.
+
+    `weights` is its state dict where that is not at hand in `network` itself, which may be sharded.
+    """
+    weights, state = weights or network.state_dict(), State()
     for path, module in _modules(network):
-        state[path + DOWN] = module.lora_A[ADAPTER].weight.detach().cpu()
-        state[path + UP] = module.lora_B[ADAPTER].weight.detach().cpu()
+        state[path + DOWN] = weights[path + FACTOR_DOWN].detach().cpu()
+        state[path + UP] = weights[path + FACTOR_UP].detach().cpu()
         state[path + ALPHA] = torch.tensor(float(module.lora_alpha[ADAPTER]))
     return state
 
 
-def merged_state(network: nn.Module) -> State:
-    """Weights of the plain network that computes the same, on the CPU; `network` stays as it is."""
+def merged_state(network: nn.Module, weights: State | None = None) -> State:
+    """Weights of the plain network that computes the same, on the CPU; `network` and `weights` stay as they are."""
     modules = dict(_modules(network))
-    state: State = {}
-    for name, tensor in network.state_dict().items():
+    weights, state = weights or network.state_dict(), State()
+    for name, tensor in weights.items():
         path, _, kind = name.rpartition(".")
         path = path.removesuffix(".base_layer")
         if _is_factor(name):
             continue
         if path in modules and kind == "weight":
-            module = modules[path]
-            down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-            tensor = merged(tensor, down.detach(), up.detach(), module.scaling[ADAPTER])
+            down, up = weights[path + FACTOR_DOWN].detach(), weights[path + FACTOR_UP].detach()
+            tensor = merged(tensor, down, up, modules[path].scaling[ADAPTER])
         state[f"{path}.{kind}"] = tensor.cpu().contiguous()
     return state
 
@@ -74,9 +77,10 @@ def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return (weight.float() + scale * product.view_as(weight)).to(weight.dtype)
 
 
-def snapshot_state(network: nn.Module) -> State:
+def snapshot_state(network: nn.Module, weights: State | None = None) -> State:
     """What a snapshot of a student holds: its plain weights and, under ``lora.``, the factors merged into them."""
-    return merged_state(network) | {IN_SNAPSHOT + name: value for name, value in lora_state(network).items()}
+    factors = {IN_SNAPSHOT + name: value for name, value in lora_state(network, weights).items()}
+    return merged_state(network, weights) | factors
 
 
 def split(snapshot: State) -> tuple[State, State]:

@@ -23,9 +23,15 @@ def is_kohya(state: State) -> bool:
     return any(name.endswith((DOWN, UP)) for name in state)
 
 
+def kohya_name(name: str) -> str:
+    """What a tensor of `dmd2.lora` is called in kohya's format."""
+    kind = next(kind for kind in (DOWN, UP, ALPHA) if name.endswith(kind))
+    return PREFIX + name.removesuffix(kind).replace(".", "_") + kind
+
+
 def write_kohya(file: Path, factors: State, dtype: torch.dtype = torch.float16) -> None:
     """Write the factors of a UNet (see `dmd2.lora`) as a safetensors file in kohya's format, atomically."""
-    save_shard(file, {_kohya_name(name): tensor.to(dtype) for name, tensor in factors.items()})
+    save_shard(file, {kohya_name(name): tensor.to(dtype) for name, tensor in factors.items()})
 
 
 def from_kohya(state: State, weights: State, source: Path) -> State:
@@ -47,11 +53,11 @@ def from_kohya(state: State, weights: State, source: Path) -> State:
         factors[f"{modules[module]}{dot}{kind}"] = tensor
     for path in dict.fromkeys(name.partition(".lora_")[0].removesuffix(ALPHA) for name in factors):
         if missing := [part for part in (DOWN, UP) if path + part not in factors]:
-            raise UserError(f"{source}: {_kohya_name(path + missing[0])} is missing: the file is not whole")
+            raise UserError(f"{source}: {kohya_name(path + missing[0])} is missing: the file is not whole")
         down, up = factors[path + DOWN], factors[path + UP]
         _check_shapes(down, up, paths[path], f"{source}: {PREFIX}{path.replace('.', '_')}")
         if factors.setdefault(path + ALPHA, torch.tensor(float(len(down)))).numel() != 1:
-            raise UserError(f"{source}: {_kohya_name(path + ALPHA)} is no single number")
+            raise UserError(f"{source}: {kohya_name(path + ALPHA)} is no single number")
     return factors
 
 
@@ -63,12 +69,6 @@ def merge(weights: State, factors: State, scale: float = 1.0) -> State:
         name = f"{path}.weight"
         state[name] = merged(weights[name], down, up, scale * float(alpha) / len(down))
     return state
-
-
-def _kohya_name(name: str) -> str:
-    """``PATH.lora_down.weight`` and the like with kohya's name of the module."""
-    kind = next(kind for kind in (DOWN, UP, ALPHA) if name.endswith(kind))
-    return PREFIX + name.removesuffix(kind).replace(".", "_") + kind
 
 
 def _why_foreign(name: str, known: bool) -> str:

@@ -48,6 +48,12 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
             f"pipeline {spec.name}: {folder} has no {' and no '.join(missing)}: put the diffusers pipeline there "
             "(model_index.json, tokenizer, text_encoder, vae, all weights as safetensors)"
         )
+    for part in found:
+        if "tokenizer" not in part and not any(belongs(path, ".safetensors") for path in (folder / part).iterdir()):
+            raise UserError(
+                f"pipeline {spec.name}: {folder / part} has no full-precision .safetensors weights: put them there "
+                "(pickles and .fp16 twins are not read)"
+            )
     paths = [path for part in found for path in sorted((folder / part).iterdir()) if belongs(path)]
     paths += [path for path in [folder / "model_index.json"] if path.exists()]
     pipeline = Pipeline(folder, listing(paths, folder), device)
@@ -83,9 +89,7 @@ def copy_encoder(spec: Spec, folder: Path) -> None:
         shutil.copyfile(source / name, folder / "text_encoder" / name)
 
 
-def main(
-    config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path, threads: int = 1
-) -> None:
+def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path, threads: int = 1) -> None:
     """Write OUT, a pipeline's manifest.json, and the parts that are made here beside it."""
     torch.set_num_threads(threads)
     with readable_errors():

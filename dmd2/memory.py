@@ -3,7 +3,7 @@
 `Counted` runs the real `train_step` on networks without data; `dmd2.meta` adds up what is alive and what is computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.batches import Batch, Batches
 from dmd2.build import build_head
 from dmd2.condition import Condition
-from dmd2.config import Optim, TrainConfig
+from dmd2.config import TrainConfig
 from dmd2.data import TensorSet
 from dmd2.denoisers import Denoiser, EdmDenoiser
 from dmd2.errors import UserError
@@ -23,59 +22,14 @@ from dmd2.files import read_json
 from dmd2.inputs import TEACHERS
 from dmd2.lpips import LAYERS, Lpips
 from dmd2.meta import GpuFunctions, Ledger, rounded
-from dmd2.optimiser import Optimiser
-from dmd2.rng import Draws
+from dmd2.shapes import META, ShapeBatches, ShapeOptimiser
+from dmd2.shard import recompute_activations, units
 from dmd2.step import Models, image_shape, train_step
 from dmd2.teachers import NETWORKS, build_network, wrap
 
-META = torch.device("meta")
 TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
 LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LPIPS compares
 SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
-
-
-@dataclass(frozen=True)
-class ShapeDraws(Draws):
-    """Draws without numbers; a step shared by the batch is the last one, which costs most."""
-
-    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See `Draws.normal`."""
-        return torch.empty((self.total, *shape), device=META)[self.start : self.stop]
-
-    def integers(self, name: str, low: int, high: int) -> Tensor:
-        """See `Draws.integers`."""
-        return torch.empty((self.total,), dtype=torch.long, device=META)[self.start : self.stop]
-
-    def shared_integer(self, name: str, low: int, high: int) -> int:
-        """See `Draws.shared_integer`."""
-        return high
-
-    def shuffled(self, name: str, size: int) -> Tensor:
-        """See `Draws.shuffled`."""
-        return torch.empty((self.stop - self.start,), dtype=torch.long, device=META)
-
-
-class ShapeBatches(Batches):
-    """Equal micro-batches of one process, out of `ShapeDraws`."""
-
-    def some(self, count: int) -> Iterator[Batch]:
-        """The first `count` micro-batches of an iteration."""
-        total = max(self.cfg.optim.batch, count * self.micro_batch)
-        for i in range(count):
-            yield self._slice(ShapeDraws(0, 0, total, i * self.micro_batch, (i + 1) * self.micro_batch, META))
-
-
-class ShapeOptimiser(Optimiser):
-    """AdamW as it lies in memory: two moments per parameter. Its fused update needs nothing more."""
-
-    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
-        super().__init__(modules, cfg, lr)
-        self.moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
-
-    def step(self, it: int) -> Tensor:
-        """Clear the gradients, as after an update."""
-        self.adamw.zero_grad(set_to_none=True)
-        return torch.empty((), device=META)
 
 
 @dataclass(frozen=True)
@@ -118,11 +72,22 @@ class Memory:
         return next((count for count in range(share - 1, 0, -1) if self.at(count, True) <= available), 0)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How a GPU trains: over how many networks are split (1: not at all), and whether activations are recomputed."""
+
+    parts: int = 1
+    checkpointing: bool = False
+
+
+WHOLE = Setup()
+
+
 class Counted:
     """Models of a run on the meta device, and what its iterations take."""
 
-    def __init__(self, cfg: TrainConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: TrainConfig, setup: Setup = WHOLE) -> None:
+        self.cfg, self.setup = cfg, setup
         self.functions = GpuFunctions()
         self.models = self._models(architecture(cfg))
         self.ema = deepcopy(self.models.student) if cfg.optim.ema else None
@@ -136,12 +101,24 @@ class Counted:
                 module.p = 0.0
         teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
         student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
-        if cfg.train.precision == "bf16" and cfg.teacher.parameterisation == "eps":
+        if cfg.generator.lora is not None:
+            from dmd2.lora import add_lora
+
+            with META:
+                add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
+        if self.setup.checkpointing:
+            for trained in (student, critic):
+                recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
+        if cfg.train.precision != "fp32" and cfg.teacher.parameterisation == "eps":
             teacher.network.to(torch.bfloat16)
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
         self._moments = [moment for optimiser in made for moment in optimiser.moments]
+        if self.setup.parts > 1:
+            for module in (student, teacher, critic):
+                for unit in units(module):
+                    unit.register_forward_hook(lambda *_: self.functions.clear())
         null = self.condition(teacher, 1) if cfg.teacher.guidance > 1 else None
         return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
 
@@ -150,7 +127,10 @@ class Counted:
         always = isinstance(denoiser, EdmDenoiser)
 
         def autocast(x_t: Tensor) -> Any:
-            return self.functions.autocast(denoiser.precision == "bf16" and (always or torch.is_grad_enabled()))
+            lowered = denoiser.precision == "bf16-all" or (
+                denoiser.precision == "bf16" and (always or torch.is_grad_enabled())
+            )
+            return self.functions.autocast(lowered)
 
         denoiser.autocast = autocast  # type: ignore[method-assign]
         return denoiser
@@ -164,6 +144,26 @@ class Counted:
         return {name: module for name, module in {**found, "LPIPS": distance}.items() if module is not None}
 
     @property
+    def transient(self) -> int:
+        """Most bytes of whole weights and gradients that FSDP holds at once; 0 unless networks are split.
+
+        Twice the largest part (one runs, the next is gathered), each also as the flat buffer of its message, and one's
+        gradients in such a buffer; what is in no part of student and critic is whole while they run.
+        """
+        if self.setup.parts == 1:
+            return 0
+        sizes, roots = [0], 0
+        for module in (self.models.student, self.models.critic, self.models.teacher):
+            taken: set[int] = set()
+            for unit in units(module):
+                own = [p for p in unit.parameters() if id(p) not in taken]
+                taken |= {id(p) for p in own}
+                sizes.append(_size(own))
+            if module is not self.models.teacher:
+                roots += _size(p for p in module.parameters() if id(p) not in taken)
+        return 5 * max(sizes) + roots
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Parameters by network."""
         return {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
@@ -172,6 +172,11 @@ class Counted:
     def weights(self) -> dict[str, int]:
         """Bytes of parameters and buffers by network."""
         return {name: _size([*m.parameters(), *m.buffers()]) for name, m in self.modules.items()}
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Parameters that are trained, by network."""
+        return {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in self.modules.items()}
 
     @property
     def moments(self) -> int:
@@ -194,17 +199,27 @@ class Counted:
         it = next((i for i in range(cfg.critic.ratio) if cfg.critic.turns(i)[0] == update_student), None)
         if it is None:
             return Iteration(0, 0)  # at ratio 1 the student is always updated
-        rows = self._rows(micro_batch)
+        rows = self.rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
-        with Ledger(self._standing()) as ledger, self.functions:
+        parts = self.setup.parts
+        with Ledger(self._standing(), parts) as ledger, self.functions:
+            scattered = [
+                p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad))  
+                for module in self.modules.values() if parts > 1
+                for p in module.parameters() if p.requires_grad
+            ]  # fmt: skip
             train_step(self.models, batches.some(micro_batches), it, cfg)
-        return Iteration(ledger.peak, ledger.flops)
+            for handle in scattered:
+                handle.remove()
+        return Iteration(ledger.peak + self.transient, ledger.flops)
 
     def memory(self) -> Memory:
         """Memory of one process at any micro-batch."""
         turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
         points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
-        return Memory({**self.weights, "AdamW": self.moments}, self.gradients, points)
+        parts = self.setup.parts
+        standing = {name: -(-size // parts) for name, size in {**self.weights, "AdamW": self.moments}.items()}
+        return Memory(standing, -(-self.gradients // parts), points)
 
     def flops(self) -> float:
         """Of one image in one iteration, averaged over the iterations with and without a student update."""
@@ -230,10 +245,10 @@ class Counted:
         sizes = (torch.empty(count, width, device=META) for width in (pooled, SIZES))
         return Condition(None, text, *sizes)
 
-    def _rows(self, count: int) -> TensorSet:
+    def rows(self, count: int) -> TensorSet:
         """A real set and a pair set, which stay in host memory."""
         shape = (count, *image_shape(self.cfg))
-        kind = torch.float32 if self.cfg.data.classes == 0 else torch.uint8
+        kind = torch.float32 if self.cfg.data.latents else torch.uint8
         cond = self.condition(self.models.teacher, count)
         tensors = {name: value for name, value in vars(cond).items() if value is not None}
         noise = torch.empty(shape, device=META)

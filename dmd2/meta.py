@@ -29,15 +29,26 @@ def rounded(size: int) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive (every storage once, rounded as CUDA's allocator does), their peak, and floating-point operations."""
+    """Bytes alive (every storage once, rounded as CUDA's allocator does), their peak, and floating-point operations.
 
-    def __init__(self, standing: Iterable[Tensor] = ()) -> None:
+    Of what stands from the beginning, and of what is handed to `shrink`, a GPU holds one part of `parts`.
+    """
+
+    def __init__(self, standing: Iterable[Tensor] = (), parts: int = 1) -> None:
         super().__init__()
-        self.live, self.peak, self.flops = 0, 0, 0
-        self._known: set[int] = set()
+        self.live, self.peak, self.flops, self.parts = 0, 0, 0, parts
+        self._known: dict[int, int] = {}
         for tensor in standing:
             self._enter(tensor)
+            self.shrink(tensor)
         self.standing = self.peak = self.live
+
+    def shrink(self, tensor: Tensor) -> None:
+        """From now on a GPU holds its part of that tensor alone, as after gradients are summed and scattered."""
+        storage = tensor.untyped_storage()
+        size = rounded(-(-storage.nbytes() // self.parts))
+        self.live += size - self._known[storage._cdata]
+        self._known[storage._cdata] = size
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,13 +66,12 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, rounded(storage.nbytes())
         if key not in self._known:
-            self._known.add(key)
+            self._known[key] = size
             self.live += size
-            weakref.finalize(storage, self._leave, key, size)
+            weakref.finalize(storage, self._leave, key)
 
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _leave(self, key: int) -> None:
+        self.live -= self._known.pop(key)
 
 
 class _Form(NamedTuple):
@@ -137,12 +147,23 @@ class GpuFunctions(TorchFunctionMode):
     @contextmanager
     def autocast(self, enabled: bool) -> Iterator[None]:
         """Bfloat16 inside, if enabled; copies of trained weights are kept to the end, as CUDA's autocast does."""
-        self.lowered = enabled
+        before, self.lowered = self.lowered, enabled
         try:
             yield
         finally:
-            self.lowered = False
-            self._copies.clear()
+            self.lowered = before
+            if not before:
+                self.clear()
+
+    @contextmanager
+    def again(self, lowered: bool) -> Iterator[None]:
+        """What holds when backward runs a part of the forward pass again, within which no mode is active."""
+        with self, self.autocast(lowered):
+            yield
+
+    def clear(self) -> None:
+        """Forget the copies, as ``torch.clear_autocast_cache`` does."""
+        self._copies.clear()
 
     def _lower(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:

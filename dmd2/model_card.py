@@ -48,8 +48,10 @@ def model_card(
     body = render("card.md.j2", {
         **sampling, "title": f"{_steps(sampling).capitalize()}-step student {snapshot.run}", "row": row,
         "about": about(snapshot.cfg, sampling), "calls": f"{_steps(sampling)} time{'s' * (len(sampling['times']) > 1)}",
+        "steps": f"{_steps(sampling)} step{'s' * (len(sampling['times']) > 1)}",
         "levels": ", ".join(f"{t:.6g}" for t in sampling["times"]), "script": script, "checked": checked,
         "measured": measured, "protocol": protocol(snapshot) if measured else "", "tables": table_rows(snapshot),
+        "without": _missing_parts(sampling), **_rank(snapshot.cfg),
         "unmeasured": "the run has no evaluation of this training" if snapshot.metrics is None else "not evaluated",
         "facts": facts(snapshot), "licence": licence_note(snapshot.cfg, licence),
         "config": yaml.safe_dump(snapshot.record["config"], sort_keys=False),
@@ -73,7 +75,8 @@ def metadata(snapshot: Snapshot, sampling: dict[str, Any], licence: str | None) 
         license=("unknown" if licence is None else licence.lower()) if known else "other",
         license_name=None if known else licence,
         tags=["diffusion", "distillation", "dmd2", f"{_steps(sampling)}-step",
-              "class-conditional" if sampling["labelled"] else "text-conditional"],
+              "class-conditional" if sampling["labelled"] else "text-conditional",
+              *["lora"] * bool(sampling["lora"])],
         model_name=str(snapshot.run).replace("/", "-") if results else None,
         eval_results=results or None,
     )  # fmt: skip
@@ -82,6 +85,19 @@ def metadata(snapshot: Snapshot, sampling: dict[str, Any], licence: str | None) 
 def _steps(sampling: dict[str, Any]) -> str:
     count = len(sampling["times"])
     return COUNTS.get(count, str(count))
+
+
+def _missing_parts(sampling: dict[str, Any]) -> str:
+    if not sampling["text"]:
+        return "no pipeline class of diffusers samples such a network"
+    if sampling["pipeline"]:
+        return "VAE and text encoders are the teacher's and not in this folder"
+    return f"prompts are encoded by the workbench's pipeline `{sampling['encoder']}`, which is not in this folder"
+
+
+def _rank(cfg: TrainConfig) -> dict[str, Any]:
+    lora = cfg.generator.lora
+    return {"rank": lora.rank, "alpha": f"{lora.alpha:g}"} if lora else {}
 
 
 def _values(snapshot: Snapshot) -> dict[str, float]:
@@ -187,6 +203,8 @@ def facts(snapshot: Snapshot) -> dict[str, str]:
         "teacher": f"`{cfg.teacher.name}` ({cfg.teacher.parameterisation}, {teacher}), "
                    f"guidance {cfg.teacher.guidance:g}",
         "data": f"`{cfg.data.name}`: {ORIGINS.get(cfg.data.source.kind, cfg.data.source.kind)}",
+        **({"trained": f"factors of rank {cfg.generator.lora.rank}, alpha {cfg.generator.lora.alpha:g} (LoRA), merged"}
+           if cfg.generator.lora else {}),
         "time and machine": f"{record['seconds']} s, {record['processes']} process(es) on {record['device']}, "
                             f"{cfg.train.precision}, torch {record['torch']}",
     }  # fmt: skip

@@ -28,10 +28,10 @@ def time_ids(pixels: int) -> Tensor:
     return torch.tensor([pixels, pixels, 0, 0, pixels, pixels], dtype=torch.float32)
 
 
-def belongs(path: Path) -> bool:
-    """Whether a file of a part is read: half-precision twins of the weights are not, nor are pickles."""
+def belongs(path: Path, *suffixes: str) -> bool:
+    """Whether a file of a part is read, of those `suffixes`: half-precision twins of weights are not, nor pickles."""
     twin = {".fp16", ".non_ema"} & set(path.suffixes)
-    return (path.suffix == ".safetensors" and not twin) or path.suffix in (".json", ".txt", ".model")
+    return path.suffix in (suffixes or (".safetensors", ".json", ".txt", ".model")) and not twin
 
 
 class Pipeline:
@@ -112,10 +112,11 @@ class Pipeline:
         return Condition(text=torch.cat(states, dim=-1), pooled=pooled)
 
     def unconditional(self) -> Condition:
-        """The empty prompt of one sample; zeros where the pipeline's model_index.json asks for them, as SDXL's does."""
+        """The empty prompt of one sample; zeros where the pipeline's model_index.json says so, or for two towers."""
         empty = self.encode_prompts([""])
         index = self.folder / "model_index.json"
-        if index.exists() and read_json(index).get("force_zeros_for_empty_prompt", False):
+        asked = read_json(index) if index.exists() else {}
+        if asked.get("force_zeros_for_empty_prompt", self.towers == 2):
             assert empty.text is not None
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
             return Condition(text=torch.zeros_like(empty.text), pooled=pooled)

@@ -8,18 +8,18 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dmd2.ablations import load_base, load_experiment
 from dmd2.checkpoint import Checkpoints
-from dmd2.config import RunConfig, TrainConfig, digest
+from dmd2.config import Lora, RunConfig, TrainConfig, digest
 from dmd2.errors import UserError, readable_errors
 from dmd2.eval_config import Sampler
 from dmd2.files import read_json
 from dmd2.inputs import REAL
-from dmd2.memory import Counted, Memory
+from dmd2.memory import WHOLE, Counted, Memory, Setup
 from dmd2.rates import PUBLISHED_IMAGES, Rate, given, rate_of
 
 GIB = 2.0**30  # bytes
@@ -33,7 +33,8 @@ KEPT = Checkpoints(Path()).keep
 class Counts:
     """Networks and operations by config; a config is counted once."""
 
-    def __init__(self) -> None:
+    def __init__(self, setup: Setup = WHOLE) -> None:
+        self.setup = setup
         self._counted: dict[str, Counted] = {}
         self._flops: dict[str, float] = {}
 
@@ -41,7 +42,7 @@ class Counts:
         """A run's networks on the meta device."""
         key = digest(cfg)
         if key not in self._counted:
-            self._counted[key] = Counted(cfg)
+            self._counted[key] = Counted(cfg, self.setup)
         return self._counted[key]
 
     def flops(self, cfg: TrainConfig) -> float:
@@ -67,14 +68,13 @@ class Disk:
         """As trainer, pairs and data write them: float32 weights, moments, noise and images; uint8 real images."""
         pixels = cfg.data.channels * cfg.data.resolution**2
         kept = [name for name in ("student", "critic", "head", "EMA") if name in counted.parameters]
-        trained = [name for name in kept if name != "EMA"]  # these have two moments each
-        weights = sum(counted.parameters[name] for name in kept) + 2 * sum(counted.parameters[name] for name in trained)
+        weights = sum(counted.parameters[name] for name in kept)
         pairs = cfg.regression.pairs.count * (2 * pixels * FLOAT + LABEL) if cfg.needs_pairs else 0
         count = real_images(cfg)
         real = None if count is None else count * (pixels + LABEL)
         features = snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT
         student = snapshots(cfg) * counted.parameters["student"] * FLOAT
-        return Disk(student, weights * FLOAT, features, pairs, real)
+        return Disk(student, weights * FLOAT + counted.moments, features, pairs, real)
 
     @property
     def run(self) -> int:
@@ -160,16 +160,16 @@ def binary(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def fit(memory: Memory, card: float, batch: int, gpus: int, micro_batch: int = 0) -> list[str]:
+def fit(memory: Memory, card: float, batch: int, gpus: int, micro_batch: int = 0, fewest: int = 1) -> list[str]:
     """What GPUs of `card` GiB can do, as cells of the table.
 
-    The card; what of it tensors can take; the most images of a pass; the GPUs that need no accumulation; how a batch
-    is done on `gpus` of them, in passes of `micro_batch` images or of as many as fit.
+    The card; what of it tensors can take; the most images of a pass; the GPUs, `fewest` or more, that need no
+    accumulation; how a batch is done on `gpus` of them, in passes of `micro_batch` images or of as many as fit.
     """
     room, share = available(card), -(-batch // gpus)
     cells = [f"{card:g} GiB", binary(room)]
     largest = memory.largest(room, share)
-    alone = next((n for n in range(1, batch + 1) if memory.at(-(-batch // n)) <= room), None)
+    alone = next((n for n in range(fewest, batch + 1) if memory.at(-(-batch // n)) <= room), None)
     images = min(micro_batch or largest or 1, share)
     passes = -(-share // images)
     need = memory.at(images, accumulated=passes > 1)
@@ -219,6 +219,14 @@ def chosen(base: str, run: str | None) -> tuple[str, RunConfig]:
     return run, runs[run]
 
 
+def varied(cfg: RunConfig, lora: int, states: str | None) -> RunConfig:
+    """The run with low-rank factors of that rank, and with those states of AdamW."""
+    if lora:
+        generator = cfg.generator.model_copy(update={"lora": Lora(rank=lora, alpha=float(lora))})
+        cfg = cfg.model_copy(update={"generator": generator})
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"states": states})}) if states else cfg
+
+
 def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
     """Number of seeds and the rows of a table.
 
@@ -247,6 +255,12 @@ def main(
     gpu_memory: Annotated[float | None, typer.Option(help="GiB; default: 24, 40 and 80", min=1)] = None,
     gpus: Annotated[int, typer.Option(help="that share the batch; 0: 8, or the batch if it is less", min=0)] = 0,
     micro_batch: Annotated[int, typer.Option(help="images of one forward pass; 0: as many as fit", min=0)] = 0,
+    shard: Annotated[bool, typer.Option("--shard", help="split networks and optimisers over the GPUs")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute activations in backward")] = False,
+    lora: Annotated[
+        int, typer.Option(help="rank of a low-rank student instead of the base's; 0: as it says", min=0)
+    ] = 0,
+    states: Annotated[Literal["fp32", "8bit"] | None, typer.Option(help="of AdamW, instead of the base's")] = None,
     seconds_per_iteration: Annotated[float, typer.Option(help="known rate on these GPUs; 0: look for one", min=0)] = 0,
 ) -> None:
     """Memory, GPUs, hours and disk of a base, one of its runs, or a table, before anything is submitted."""
@@ -257,11 +271,13 @@ def main(
         gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
+        cfg = varied(cfg, lora, states)
         seeds, rows = rows_of(base, table) if table else (0, {})
-        counts, rate = Counts(), None
+        setup = Setup(gpus if shard else 1, checkpointing)
+        counts, rate = Counts(setup), None
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
-        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus)
+        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus, setup)
         page.head(base, plan)
         page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
         page.time(plan)

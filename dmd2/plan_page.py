@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
+from dmd2.memory import WHOLE, Setup
 from dmd2.plan import (
     FRAGMENTED,
     KEPT,
@@ -27,8 +28,8 @@ WIDTH = 118
 class Page:
     """Prints a plan; every number says whether it is computed, measured, published or assumed."""
 
-    def __init__(self, gpus: int) -> None:
-        self.gpus = gpus
+    def __init__(self, gpus: int, setup: Setup = WHOLE) -> None:
+        self.gpus, self.setup = gpus, setup
         self.console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
 
     def head(self, base: str, plan: Plan) -> None:
@@ -36,18 +37,24 @@ class Page:
         cfg, steps = plan.cfg, plan.cfg.train.steps
         name = f"workflow/base/{base}.yaml" if plan.name == base else f"{base}/{plan.name}"
         how = f"batch {cfg.optim.batch}, {cfg.train.precision}"
+        if cfg.generator.lora is not None:
+            how += f", student of rank {cfg.generator.lora.rank}"
+        if cfg.optim.states != "fp32":
+            how += f", {cfg.optim.states} states"
         self.console.print(f"{name}: {steps:,} iterations, {how}\n")
 
     def memory(self, plan: Plan, cards: tuple[float, ...], micro_batch: int) -> None:
         """Networks, the law of memory, and GPUs."""
-        memory, batch = plan.memory, plan.cfg.optim.batch
-        grid = _grid("Memory of one GPU (computed)", "parameters", "")
+        memory, batch, parts = plan.memory, plan.cfg.optim.batch, self.setup.parts
+        how = f", one of {parts} between which networks are split" if parts > 1 else ""
+        how += ", activations recomputed" if self.setup.checkpointing else ""
+        grid = _grid(f"Memory of one GPU{how} (computed)", "parameters", "trained", "")
         for name, size in memory.standing.items():
-            count = plan.counted.parameters.get(name)
-            grid.add_row(name, f"{count:,}" if count else "", binary(size))
+            count, trained = plan.counted.parameters.get(name), plan.counted.trained.get(name)
+            grid.add_row(name, f"{count:,}" if count else "", f"{trained:,}" if trained else "", binary(size))
         fixed = memory.at(64) - 64 * memory.per_image
-        grid.add_row("gradients, activations, temporaries", "", binary(fixed - sum(memory.standing.values())))
-        grid.add_row("  + for each image of a forward pass", "", binary(memory.per_image))
+        grid.add_row("gradients, activations, temporaries", "", "", binary(fixed - sum(memory.standing.values())))
+        grid.add_row("  + for each image of a forward pass", "", "", binary(memory.per_image))
         self.console.print(grid)
         self.console.print(f"Accumulating gradients over several passes takes {binary(memory.gradients)} more.\n")
         self.console.print(
@@ -56,9 +63,16 @@ class Page:
         share = f"{self.gpus} GPUs, {-(-batch // self.gpus)} images each"
         grid = _grid("GPU", "for tensors", "images per pass", f"GPUs for {batch} in one pass", share)
         for card in cards:
-            grid.add_row(*fit(memory, card, batch, self.gpus, micro_batch))
+            grid.add_row(*fit(memory, card, batch, self.gpus, micro_batch, parts))
         self.console.print(grid)
-        self.console.print("micro_batch belongs under `training` in the cluster file (workflow/cluster).\n")
+        self.console.print(
+            "micro_batch, shard and checkpointing belong under `training` in the cluster file (workflow/cluster)."
+        )
+        if plan.cfg.data.latents:
+            self.console.print(
+                "Prompts and latents are encoded before; the autoencoder that decodes them is not in it."
+            )
+        self.console.print("")
 
     def time(self, plan: Plan) -> None:
         """The rate and the hours of one run and of what it needs."""

@@ -57,8 +57,8 @@ class Snapshot:
             network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise UserError(
-                f"{self.run.folder / self.entry['path']} does not fit the network of the teacher in {TEACHERS / name}: "
-                f"put back the one this run was trained with ({str(error).splitlines()[-1].strip()})"
+                f"{self.run.folder / self.entry['path']} does not fit the network in {TEACHERS / name}: put "
+                f"back the teacher this run was trained with ({str(error).splitlines()[-1].strip()})"
             ) from None
         return wrap(network, self.cfg.teacher.parameterisation).eval().requires_grad_(False)
 

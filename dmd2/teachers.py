@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from dmd2.checkpoint import Checkpoints
 from dmd2.condition import Condition
-from dmd2.config import Data, Optim, Teacher, TeacherTraining, digest_of
+from dmd2.config import Data, Optim, Teacher, digest_of
 from dmd2.data import TensorSet, load_set
 from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.distributed import local_device
@@ -30,6 +30,7 @@ from dmd2.progress import Progress
 from dmd2.rng import Draws, stream
 from dmd2.schedules import LEVELS, add_noise, loss_weight
 from dmd2.song_unet import SongUNet
+from dmd2.teacher_config import TeacherTraining
 
 NETWORKS: dict[str, type[Network]] = {
     "UNet2DModel": UNet2DModel, "SongUNet": SongUNet, "UNet2DConditionModel": UNet2DConditionModel
@@ -78,7 +79,7 @@ def null_condition(data: Data, guidance: float) -> Condition | None:
 
 
 def unconditional(data: Data) -> Condition:
-    """The condition that guidance leads away from, and that a teacher trained here sees in the place of dropped ones."""
+    """The condition that guidance leads away from; a teacher trained here sees it in the place of dropped ones."""
     manifest = pipeline_manifest(data)
     if manifest is None:
         return Condition(labels=torch.tensor([data.classes]))

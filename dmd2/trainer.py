@@ -24,9 +24,13 @@ from dmd2.errors import UserError
 from dmd2.files import digest_of, listing, write_json, write_text
 from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
+from dmd2.lora import snapshot_state
+from dmd2.optimiser import Optimiser
+from dmd2.parts import Spans
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
 from dmd2.sample import student_sample, to_images
+from dmd2.shard import equal_passes, gathered, load_local, local, local_state, recompute_activations, shard, span
 from dmd2.step import Logs, brightness, train_step
 
 PROBE_SEEDS = list(range(100))  # fixed-noise samples whose brightness is followed during training
@@ -41,12 +45,15 @@ class Hardware:
     device: str = "cpu"
     threads: int = 1
     micro_batch: int = 0  # largest batch of a process; 0 for all of its share
+    shard: bool = False  # split networks and optimisers over the processes
+    checkpointing: bool = False  # recompute activations of student and critic in backward
 
 
 class Training:
     """One run in memory. Build it, then call `run`; the same call after a kill continues from the newest checkpoint.
 
-    With several processes each holds the same weights and computes its rows of the batch; process 0 writes all files.
+    With several processes each holds the same weights, or with `Hardware.shard` its rows of them, and computes its rows
+    of the batch; process 0 writes all files but the parts of sharded checkpoints.
     """
 
     def __init__(self, run: RunId, cfg: TrainConfig, hardware: Hardware, inputs: Inputs) -> None:
@@ -54,12 +61,19 @@ class Training:
         self.device = torch.device(hardware.device)
         if distributed.world_size() > cfg.optim.batch:
             raise UserError(f"{run}: {distributed.world_size()} processes cannot share a batch of {cfg.optim.batch}")
+        self.sharded = hardware.shard and distributed.world_size() > 1
+        if self.sharded and not equal_passes(cfg.optim.batch, hardware.micro_batch or cfg.optim.batch):
+            raise UserError(
+                f"{run}: training.shard needs equally many passes in every process, which training.micro_batch "
+                f"{hardware.micro_batch} does not give {distributed.world_size()} processes of a batch of "
+                f"{cfg.optim.batch}: change it"
+            )
         self.key = inputs.key(cfg, run.seed)
         self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
-        self.models = build_models(cfg, run.seed, inputs, self.device)
-        self.ema = deepcopy(self.models.student).requires_grad_(False) if cfg.optim.ema else None
+        self.ema: Denoiser | None = None
+        self.models = build_models(cfg, run.seed, inputs, self.device, self._place)
         real = load_set(inputs.real) if inputs.real else None
         pairs = load_set(inputs.pairs) if inputs.pairs else None
         prompts = load_set(inputs.prompts) if inputs.prompts else None
@@ -69,6 +83,18 @@ class Training:
         self.step, self.seconds = 0, 0.0
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
         self.log: list[dict[str, float]] = []
+
+    def _place(self, name: str, network: torch.nn.Module) -> None:
+        """Put a new network where it is trained, the student's EMA beside it."""
+        if name == "student" and self.cfg.optim.ema:
+            self.ema = deepcopy(network).requires_grad_(False)  # type: ignore[assignment]
+            self._place("ema", self.ema)  # type: ignore[arg-type]
+        if name in ("student", "critic") and self.hardware.checkpointing:
+            recompute_activations(network.network)
+        if self.sharded:
+            shard(network, self.device)
+        else:
+            network.to(self.device)
 
     def run(self, actions: Actions = STOP, patience: float = 0) -> Path:
         """Train to the end and write finished.json.
@@ -91,6 +117,9 @@ class Training:
                 self.seconds += time.monotonic() - started
                 if self.leads:
                     progress.update(self.step, self.last_logged())
+                if self.sharded:  # all save, and process 0 is the one that signals count for
+                    self.save(force=bool(distributed.agreed(len(received), self.device)))
+                elif self.leads:
                     self.save(force=bool(received))
                 while received:
                     number = received.pop(0)
@@ -114,8 +143,8 @@ class Training:
         self.recent.append((it, train_step(self.models, self.batches.at(it), it, self.cfg)))
         self.step += 1
         if self.ema is not None and self.cfg.optim.ema and self.cfg.critic.turns(it)[0]:
-            targets = [p.detach() for p in self.models.student.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), targets, 1 - self.cfg.optim.ema)
+            targets = [local(p.detach()) for p in self.models.student.parameters()]
+            torch._foreach_lerp_([local(p) for p in self.ema.parameters()], targets, 1 - self.cfg.optim.ema)
         if self.step % self.cfg.train.log_every == 0 or self.step == self.cfg.train.steps:
             self.write_log()
 
@@ -128,11 +157,13 @@ class Training:
         self.recent = self.recent[-1:]
         # Losses are shares of the global batch; gradient norms are taken after the sum and equal everywhere.
         values |= distributed.sum_values({name: v for name, v in values.items() if not name.endswith("/grad_norm")})
-        if not self.leads:
+        if not self.leads and not self.sharded:
             return
         line: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 2)}
         line |= {name: float(value) for name, value in values.items()}
-        line["probe/brightness"] = float(brightness(self.probe()))
+        line["probe/brightness"] = float(brightness(self.probe()))  # of a sharded student all must take part
+        if not self.leads:
+            return
         self.log.append(line)
         with open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -172,27 +203,50 @@ class Training:
         last = self.step == train.steps
         if last or self.step % train.snapshot_every == 0:
             self.check_finite()
-            state = {name: value.contiguous() for name, value in self.student.network.state_dict().items()}
-            save_shard(self.snapshots / f"{self.step:07d}.safetensors", state)
+            state = gathered(self.student.network.state_dict())
+            if self.leads:
+                state = snapshot_state(self.student.network, state)
+                save_shard(self.snapshots / f"{self.step:07d}.safetensors", state)
         if last or force or self.step % train.checkpoint_every == 0:
             self.check_finite()
-            self.checkpoints.save(self.step, self.state())
+            if self.sharded:
+                self.checkpoints.save_parts(self.step, self.state(), self.spans())
+            else:
+                self.checkpoints.save(self.step, self.state())
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """Networks whose weights change, by name."""
+        modules = {"student": self.models.student, "critic": self.models.critic, "head": self.models.head}
+        return {name: module for name, module in {**modules, "ema": self.ema}.items() if module is not None}
+
+    @property
+    def optimisers(self) -> dict[str, Optimiser]:
+        """Both optimisers, by name."""
+        return {"student_optimiser": self.models.student_optimiser, "critic_optimiser": self.models.critic_optimiser}
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit; randomness is addressed, so there is no generator state."""
-        m = self.models
-        modules = {"student": m.student, "critic": m.critic, "head": m.head, "ema": self.ema}
-        state = {name: module.state_dict() for name, module in modules.items() if module is not None}
-        optimisers = {"student_optimiser": m.student_optimiser, "critic_optimiser": m.critic_optimiser}
-        state |= {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
+        """Everything needed to continue bit for bit; randomness is addressed, so there is no generator state.
+
+        Of sharded tensors it has the rows of this process, those of `spans`.
+        """
+        state: dict[str, Any] = {name: local_state(module) for name, module in self.trained.items()}
+        state |= {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
         return {**state, "step": self.step, "seconds": self.seconds, "log": self.log}
+
+    def spans(self) -> Spans:
+        """Rows of sharded tensors that this process owns, by their path in `state`."""
+        found = {f"{who}/{name}": span(v) for who, m in self.trained.items() for name, v in m.state_dict().items()}
+        for who, optimiser in self.optimisers.items():
+            found |= {f"{who}/state/{number}": rows for number, rows in optimiser.spans().items()}
+        return {path: rows for path, rows in found.items() if rows is not None}
 
     def resume(self) -> None:
         """Load the newest good checkpoint of this run, the same in every process, and set the log back to it."""
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
         if step:
-            self.load(self.checkpoints.load(step, self.device))
+            self.load(self.checkpoints.load(step, self.device, self.spans() if self.sharded else None))
             if self.leads:
                 print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:
@@ -200,13 +254,10 @@ class Training:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        m = self.models
-        modules = {"student": m.student, "critic": m.critic, "head": m.head, "ema": self.ema}
-        for name, module in modules.items():
-            if module is not None:
-                module.load_state_dict(state[name])
-        m.student_optimiser.load_state_dict(state["student_optimiser"])
-        m.critic_optimiser.load_state_dict(state["critic_optimiser"])
+        for name, module in self.trained.items():
+            load_local(module, state[name])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state[name])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
     def finish(self) -> Path:

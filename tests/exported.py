@@ -1,15 +1,18 @@
-"""A finished tiny run made by the real training, and an exported script run without our packages."""
+"""Finished tiny runs, made by the real training or written down, and an exported script run without our packages."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from dmd2.config import RunConfig, Teacher
+import torch
+
+from dmd2.config import RunConfig, Teacher, TrainConfig
 from dmd2.data import load_shard, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.files import listing, read_json, write_json
 from dmd2.inputs import Inputs
+from dmd2.lora import snapshot_state
 from dmd2.run import Goal, RunId
 from dmd2.teachers import adopt_teacher, wrap
 from dmd2.trainer import Hardware, Training
@@ -42,6 +45,20 @@ def trained(kind: str, steps: int = 1, first: float | None = None, **changes) ->
     record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
     finished = json.loads(record.read_text())
     publish(Goal(run, finished["key"], {}), finished)
+    return run
+
+
+def written(run: RunId, cfg: TrainConfig, *networks: torch.nn.Module) -> RunId:
+    """A finished run in the current folder whose snapshots are `networks`, as if trained; its teacher is in place."""
+    key = "0123abcd"
+    for step, network in enumerate(networks, start=1):
+        save_shard(run.folder / f"snapshots-{key}/{step:07d}.safetensors", snapshot_state(network))
+    write_json(run.folder / "train.json", {
+        "kind": "run", "run": str(run), "key": key, "steps": len(networks), "student_updates": len(networks),
+        "seconds": 1.0, "device": "cpu", "processes": 1, "torch": torch.__version__, "commit": "abc",
+        "config": cfg.model_dump(mode="json"), "last": {},
+        "files": listing(sorted((run.folder / f"snapshots-{key}").iterdir()), run.folder),
+    })  # fmt: skip
     return run
 
 

@@ -99,7 +99,10 @@ def null(kind: str) -> Condition:
     return Condition(text=None if one.text is None else one.text * 0, pooled=pooled, time_ids=one.time_ids)
 
 
-TEXT = {"pipeline": {"name": "tiny"}, "latents": False}  # four channels of "images": there is no autoencoder to decode by
+TEXT = {
+    "pipeline": {"name": "tiny"},
+    "latents": False,
+}  # four channels of "images": there is no autoencoder to decode by
 
 
 def values(kind: str = "edm") -> dict[str, Any]:

@@ -50,7 +50,11 @@ def test_line_ends_and_byte_order_mark_are_no_part_of_a_caption(tmp_path, text) 
         ("c.jsonl", b'{"caption": "a"}\n{"caption": null}\n', r"c\.jsonl: row 1 \(from 0\) is blank"),
         ("c.csv", b"title,id\na,1\n", r"c\.csv: there is no column caption, only title, id"),
         ("c.csv", b"text,prompt\na,b\n", r"c\.csv: there is no column caption, only text, prompt"),
-        ("c.jsonl", b'{"caption": "a"}\n{"caption": ["b", "c"]}\n', r"c\.jsonl: row 1 \(from 0\) has \['b', 'c'\] instead of"),
+        (
+            "c.jsonl",
+            b'{"caption": "a"}\n{"caption": ["b", "c"]}\n',
+            r"c\.jsonl: row 1 \(from 0\) has \['b', 'c'\] instead of",
+        ),
         ("c.csv", b"", r"c\.csv is not a readable table"),
         ("c.jsonl", b"{", r"c\.jsonl is not a readable table"),
         ("c.parquet", b"PAR1", r"c\.parquet is not a readable table"),

@@ -1,6 +1,7 @@
 """Factors in kohya's format: diffusers loads what is written here, and files of others are merged or refused."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from dmd2.errors import UserError
-from dmd2.lora import add_lora, lora_state, merged_state
-from dmd2.lora_format import from_kohya, is_kohya, merge, write_kohya
+from dmd2.lora import ALPHA, DOWN, UP, add_lora, lora_state, merged_state
+from dmd2.lora_format import from_kohya, is_kohya, kohya_name, merge, write_kohya
 from tests import full_size, tiny, tiny_pipelines
 
-RANK, ALPHA = 3, 2.0
+RANK, STRENGTH = 3, 2.0
 PIPELINES = {
     "sd15": (tiny_pipelines.sd15, StableDiffusionPipeline),
     "sdxl": (tiny_pipelines.sdxl, StableDiffusionXLPipeline),
@@ -24,7 +25,7 @@ def with_factors(network, seed=0):
     student = deepcopy(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        add_lora(student, RANK, ALPHA)
+        add_lora(student, RANK, STRENGTH)
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -90,21 +91,32 @@ def test_half_precision_is_what_is_released(tmp_path, written):
         torch.testing.assert_close(half[name].float(), value, rtol=1e-3, atol=1e-6)
 
 
-def test_the_names_are_those_of_the_released_file(tmp_path):
+def test_the_names_are_those_of_the_released_file():
     network = full_size.unet(full_size.SDXL)
+    weights = network.state_dict()
     with torch.device("meta"):
         add_lora(network, 64, 8.0)
-    shapes = {name: (p.shape, p.numel()) for name, p in network.named_parameters() if ".lora_" in name}
-    assert len(shapes) == 1576
-    down = torch.zeros(64, 320, 3, 3)
-    path = "down_blocks.0.resnets.0.conv1"
-    write_kohya(tmp_path / "one.safetensors", {f"{path}.lora_down.weight": down, f"{path}.alpha": torch.tensor(8.0)})
-    [alpha, name] = sorted(load_file(tmp_path / "one.safetensors"))
-    assert (alpha, name) == tuple(
-        f"lora_unet_down_blocks_0_resnets_0_conv1.{kind}" for kind in ("alpha", "lora_down.weight")
-    )
-    assert shapes[f"{path}.lora_A.default.weight"][0] == down.shape
-    assert shapes[f"{path}.lora_B.default.weight"][0] == (320, 64, 1, 1)
+    state = {kohya_name(name): value.to("meta") for name, value in lora_shapes(network).items()}
+    assert len(state) == 1576 + 788
+    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
+    assert state[f"{conv}.lora_down.weight"].shape == (64, 320, 3, 3)
+    assert state[f"{conv}.lora_up.weight"].shape == (320, 64, 1, 1)
+    linear = "lora_unet_mid_block_attentions_0_transformer_blocks_9"
+    assert state[f"{linear}_attn2_to_out_0.lora_down.weight"].shape == (64, 1280)
+    assert state[f"{linear}_ff_net_0_proj.lora_up.weight"].shape == (10240, 64)
+    assert from_kohya(state, weights, Path("lora.safetensors")).keys() == lora_shapes(network).keys()
+
+
+def lora_shapes(network):
+    """Factors as `lora_state` has them, of a network without memory for its weights."""
+    names = {".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP}
+    factors = {
+        name.removesuffix(theirs) + ours: parameter
+        for name, parameter in network.named_parameters()
+        for theirs, ours in names.items()
+        if name.endswith(theirs)
+    }
+    return factors | {name.removesuffix(UP) + ALPHA: torch.tensor(8.0) for name in factors if name.endswith(UP)}
 
 
 def test_without_an_alpha_the_rank_is_it(tmp_path, written):

@@ -1,0 +1,28 @@
+"""The benchmark of full-size networks, on a text network that is not: its models and batches train."""
+
+import pytest
+import torch
+
+from benchmarks.full_size import random_batches, random_models
+from dmd2.memory import Setup
+from dmd2.plan import varied
+from dmd2.step import train_step
+from dmd2.teachers import adopt_teacher
+from tests import tiny
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_random_text_networks_train_as_the_benchmark_runs_them(tmp_path, states):
+    spec = {**tiny.KINDS["eps-sdxl"][2], "_class_name": "UNet2DConditionModel"}
+    teacher = {"teacher__network": spec, "teacher__guidance": 2.0}
+    cfg = varied(tiny.config("eps-sdxl", **teacher, train__precision="bf16"), 0, states)
+    tiny.network("eps-sdxl", 1).save_pretrained(tmp_path / "unet")
+    manifest = adopt_teacher(cfg.teacher.model_copy(update={"network": None}), tmp_path)
+    device = torch.device("cpu")
+    models, batches = random_models(cfg, manifest, device, Setup(checkpointing=True)), random_batches(cfg, device)
+    for it in range(2):
+        logs = train_step(models, batches.at(it), it, cfg)
+        assert all(bool(torch.isfinite(value)) for value in logs.values())
+    assert models.null is not None
+    assert models.null.text.shape == (1, 77, tiny.TEXT_WIDTH)
+    assert models.student.network.mid_block.gradient_checkpointing
