@@ -11,11 +11,11 @@ from dmd2.teachers import adopt_teacher
 from tests import tiny
 
 
-@pytest.mark.parametrize("states", ["fp32", "8bit"])
-def test_random_text_networks_train_as_the_benchmark_runs_them(tmp_path, states):
+@pytest.mark.parametrize(("lora", "states"), [(0, "fp32"), (2, "8bit")])
+def test_random_text_networks_train_as_the_benchmark_runs_them(tmp_path, lora, states):
     spec = {**tiny.KINDS["eps-sdxl"][2], "_class_name": "UNet2DConditionModel"}
     teacher = {"teacher__network": spec, "teacher__guidance": 2.0}
-    cfg = varied(tiny.config("eps-sdxl", **teacher, train__precision="bf16"), 0, states)
+    cfg = varied(tiny.config("eps-sdxl", **teacher, train__precision="bf16"), lora, states)
     tiny.network("eps-sdxl", 1).save_pretrained(tmp_path / "unet")
     manifest = adopt_teacher(cfg.teacher.model_copy(update={"network": None}), tmp_path)
     device = torch.device("cpu")
@@ -26,3 +26,5 @@ def test_random_text_networks_train_as_the_benchmark_runs_them(tmp_path, states)
     assert models.null is not None
     assert models.null.text.shape == (1, 77, tiny.TEXT_WIDTH)
     assert models.student.network.mid_block.gradient_checkpointing
+    trained = [p.requires_grad for p in models.student.parameters()]
+    assert all(trained) == (lora == 0)

@@ -8,8 +8,10 @@ from benchmarks.full_size import allocated_peak
 from dmd2 import memory, meta
 from dmd2.ablations import load_base
 from dmd2.errors import UserError
-from dmd2.memory import META, Counted, Memory, architecture
+from dmd2.memory import META, Counted, Memory, Setup, architecture
 from dmd2.meta import GpuFunctions, Ledger
+from dmd2.plan import varied
+from dmd2.shard import recompute_activations
 from dmd2.step import train_step
 from tests import tiny
 
@@ -37,20 +39,69 @@ def test_imagenet64_is_counted_without_its_weights():
 
 
 @pytest.mark.parametrize("kind", ["edm", "edm-attention", "eps-text", "eps-sdxl"])
-@pytest.mark.parametrize("count", [4, 16])
-def test_the_peak_is_that_of_the_allocator(kind, count, monkeypatch):
+@pytest.mark.parametrize(("count", "recomputed"), [(4, False), (16, False), (16, True)])
+def test_the_peak_is_that_of_the_allocator(kind, count, recomputed, monkeypatch):
     monkeypatch.setattr(meta, "BLOCK", 1)  # the CPU's allocator does not round up
     monkeypatch.setattr(memory, "TOKENS", tiny.TOKENS)
     cfg = config(kind, optim__batch=count)
     models, batches = tiny.models(kind, cfg), tiny.batches(kind, cfg)
+    for trained in (models.student, models.critic):
+        if recomputed:
+            recompute_activations(trained.network)
     train_step(models, batches.at(0), 0, cfg)  # makes AdamW's moments
-    counted = Counted(cfg)
+    counted = Counted(cfg, Setup(checkpointing=recomputed))
     standing = sum(counted.weights.values()) + counted.moments
     for it in (1, 5):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train_step(models, batches.at(it), it, cfg)
         predicted = counted.iteration(count, update_student=it == 5).peak - standing
-        assert predicted == pytest.approx(allocated_peak(profiler), rel=0.05)
+        # Of activations computed again it hangs on the order in which backward frees them.
+        assert predicted == pytest.approx(allocated_peak(profiler), rel=0.15 if recomputed else 0.05)
+
+
+def test_recomputed_activations_take_less_memory_and_more_arithmetic():
+    cfg = config("eps-sdxl", train__precision="bf16")
+    kept, recomputed = (Counted(cfg, Setup(checkpointing=on)) for on in (False, True))
+    of_an_image = [counted.memory().per_image for counted in (kept, recomputed)]
+    assert of_an_image[1] < 0.7 * of_an_image[0]
+    assert 1.1 * kept.flops() < recomputed.flops() < 1.5 * kept.flops()
+
+
+def test_a_gpu_holds_its_part_of_split_networks(monkeypatch):
+    monkeypatch.setattr(meta, "BLOCK", 1)  # tiny tensors would not get smaller
+    cfg = config("eps-sdxl")
+    alone, split = Counted(cfg), Counted(cfg, Setup(parts=4))
+    assert split.memory().standing == {name: -(-size // 4) for name, size in alone.memory().standing.items()}
+    assert split.memory().gradients == -(-alone.gradients // 4)
+    assert alone.transient == 0 < split.transient
+    standing = sum(alone.weights.values()) + alone.moments
+    saved = alone.iteration(1).peak - (split.iteration(1).peak - split.transient)
+    # Three quarters of what stands, and of some of the gradients.
+    assert 0.7 * standing < saved <= 0.75 * (standing + alone.gradients)
+    assert split.iteration(1).flops == alone.iteration(1).flops
+
+
+def test_8bit_moments_take_a_quarter_and_small_ones_their_float32():
+    cfg = config("eps-sdxl", optim__states="8bit")
+    spec = {**cfg.teacher.network, "block_out_channels": (64, 128), "norm_num_groups": 32}
+    wide = cfg.model_copy(update={"teacher": cfg.teacher.model_copy(update={"network": spec})})
+    full = wide.model_copy(update={"optim": cfg.optim.model_copy(update={"states": "fp32"})})
+    eight, floats = Counted(wide).moments, Counted(full).moments
+    assert 0.25 * floats < eight < 0.35 * floats
+    assert 0.9 < Counted(cfg).moments / Counted(config("eps-sdxl")).moments <= 1  # hardly one has 4096 values
+
+
+def test_a_low_rank_student_has_small_moments():
+    cfg = config("eps-sdxl")
+    lora = varied(cfg, 2, None)
+    whole, low = Counted(cfg), Counted(lora)
+    factors = low.trained["student"]
+    assert 0 < factors < 0.3 * whole.trained["student"]
+    assert low.parameters["student"] == whole.parameters["student"] + factors
+    assert low.trained["critic"] == whole.trained["critic"]
+    assert low.trained["teacher"] == 0
+    gone = 8 * (whole.trained["student"] - factors)
+    assert low.moments == pytest.approx(whole.moments - gone, rel=0.2)  # 512 bytes are the least of a tensor
 
 
 def test_accumulation_keeps_the_gradients_of_earlier_passes():

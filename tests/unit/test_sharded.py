@@ -1,5 +1,6 @@
 """Networks split over two processes train what one process trains, survive SIGKILL, and change their number."""
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dmd2.config import Teacher
 from dmd2.data import save_shard
 from dmd2.errors import UserError
 from dmd2.files import listing, read_json, read_json_lines, write_json
+from dmd2.optimiser import Optimiser
 from dmd2.teachers import adopt_teacher
 from dmd2.trainer import Hardware
 from tests import tiny, two_sharded
@@ -146,10 +148,6 @@ def test_8bit_states_survive_another_number_of_processes(workspace):
     assert 0 < off(workspace, "begun8-by-one", "whole8", "student") < 0.05
 
 
-def test_8bit_states_are_not_float32_ones(workspace):
-    assert 1e-4 < off(workspace, "whole8", "whole", "critic") < 0.2
-
-
 def test_unequal_numbers_of_passes_are_refused(workspace):
     told = (workspace / "refused.txt").read_text()
     assert told.startswith("tiny/refused/seed0: training.shard needs equally many passes in every process")
@@ -186,6 +184,37 @@ def test_a_network_that_cannot_recompute_is_told():
 
     with pytest.raises(UserError, match="training.checkpointing: the class SongUNet does not support it"):
         recompute_activations(SongUNet(8, 1, 1, 8, (8,), 1))
+
+
+def stepped(states, steps, state=None):
+    """A layer after some updates, and its optimiser."""
+    cfg = tiny.config("edm", optim__states=states).optim
+    g = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(64, 64)
+    torch.nn.init.zeros_(layer.weight)
+    optimiser = Optimiser([layer], cfg, 1e-3)
+    gradients = torch.randn(6, 64, 64, generator=g)
+    for it in steps:
+        if it == 3 and state is not None:
+            layer.load_state_dict(state[0])
+            optimiser.load_state_dict(state[1])
+        layer.weight.grad = gradients[it] * (1 + it)
+        optimiser.step(it)
+    return layer, optimiser
+
+
+def test_8bit_states_are_nearly_float32_ones_and_resume_bit_for_bit():
+    eight, optimiser = stepped("8bit", range(6))
+    floats, _ = stepped("fp32", range(6))
+    assert 0 < (eight.weight - floats.weight).norm() / floats.weight.norm() < 0.05
+    moments = optimiser.state_dict()["state"][0]
+    assert [moments[name]["codes"].dtype for name in ("exp_avg", "exp_avg_sq")] == [torch.uint8] * 2
+    half, optimiser = stepped("8bit", range(3))
+    buffer = io.BytesIO()
+    torch.save((half.state_dict(), optimiser.state_dict()), buffer)
+    buffer.seek(0)
+    continued, _ = stepped("8bit", range(3, 6), torch.load(buffer, weights_only=True))
+    assert torch.equal(continued.weight, eight.weight)
 
 
 def test_8bit_without_its_package_is_told(monkeypatch):
