@@ -1,0 +1,177 @@
+"""Text to image through the real DAG: tiny random Stable Diffusion pipelines, every row of Table 4, all metrics."""
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from dmd2.captions import captions_of
+from tests import tiny_pipelines
+from tests.eval.test_clip import write_model
+from tests.workspace import Workspace, copy_repository
+
+SIDE = tiny_pipelines.FACTOR * tiny_pipelines.LATENTS
+CAPTIONS = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("cat", "dog", "house", "beach")]
+TABLE_4 = ["4step-no-gan", "4step-no-dm", "4step-no-backsim", "4step"]
+METRICS = ["fd", "patch_fd", "clip_score", "saturation", "sharpness"]
+ONE_STEP = {"generator.input": "noise", "generator.steps": 1, "generator.time": 399.0}
+WARMUP = {
+    **ONE_STEP, "dm.weight": 0.0, "gan.lambda_g": 0.0, "gan.lambda_d": 0.0, "critic.denoise_weight": 0.0,
+    "critic.ratio": 1, "regression.weight": 1.0,
+}  # fmt: skip
+
+
+def _png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tars(folder: Path) -> dict[str, Any]:
+    """The images in two tars, as web data comes."""
+    folder.mkdir(parents=True)
+    for part in range(2):
+        with tarfile.open(folder / f"{part:05d}.tar", "w") as tar:
+            for number in range(part * 6, part * 6 + 6):
+                for name, content in (("png", _png(number)), ("txt", CAPTIONS[number].encode())):
+                    member = tarfile.TarInfo(f"{number:04d}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, BytesIO(content))
+    return {"kind": "webdataset", "path": f"data/raw/{folder.name}/*.tar"}
+
+
+def captioned(folder: Path) -> dict[str, Any]:
+    """The images in a folder with metadata.jsonl."""
+    folder.mkdir(parents=True)
+    for number in range(len(CAPTIONS)):
+        (folder / f"{number:04d}.png").write_bytes(_png(number))
+    lines = [json.dumps({"file_name": f"{n:04d}.png", "text": caption}) for n, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return {"kind": "image-folder", "path": f"data/raw/{folder.name}"}
+
+
+def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
+    """``BASE-tiny``: the shipped base with a tiny pipeline, eight images and four iterations."""
+    name = f"{base}-tiny"
+    values = yaml.safe_load((workspace.path / f"workflow/base/{base}.yaml").read_text())
+    text = {**values["data"]["text"], "pipeline": {"name": name}, "prompts": "data/raw/prompts.txt", "jobs": 2}
+    values["data"] |= {"name": name, "source": source, "resolution": 8, "text": {**text, "keep_images": True}}
+    values["teacher"] |= {"name": name, "source": f"data/pipelines/{name}/unet", "network": None}
+    values["generator"] = {"input": "backward_simulation", "steps": 4, "time": 999}
+    values["critic"]["ratio"] = 2
+    pairs = {"count": 6, "shards": 2, "sampler": {**values["regression"]["pairs"]["sampler"], "steps": 3}}
+    values["regression"] |= {"distance": "l2", "pairs": pairs}
+    values["optim"] |= {"batch": 2, "warmup": 0, "lr": 1e-4}
+    values["train"] |= {"steps": 4, "init_from": None, "snapshot_every": 4, "checkpoint_every": 2, "log_every": 2}
+    samplers = {key: {**sampler, "steps": 3} for key, sampler in values["eval"]["teacher_samplers"].items()}
+    values["eval"] = {
+        "metrics": METRICS, "detector": "lite0-112@32", "reference": name, "images": 8, "labels": "cyclic",
+        "rounding": "trunc", "prompts": "data/raw/captions.txt", "clip": "clip-small", "draws": 1, "batch": 4,
+        "shards": 2, "patch": {"geometry": "patch-16", "reference": name}, "teacher_samplers": samplers,
+    }  # fmt: skip
+    (workspace.path / f"workflow/base/{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    table = {
+        "title": name,
+        "base": name,
+        "rows": "dmd2-table4",
+        "metrics": METRICS,
+        "teachers": dict.fromkeys(samplers, {}),
+    }
+    table |= {"reference_row": "4step", "claims": ["C13", "C14", "C15"]}
+    (workspace.path / f"workflow/tables/{name}-table4.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def finished_text(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Both shapes run to their tables, SDXL's also in one step after its warm-up on pairs, and as a LoRA."""
+    workspace = copy_repository(tmp_path_factory.mktemp("text"))
+    data = workspace.path / "data"
+    tiny_pipelines.sd15(data / "pipelines/sd15-tiny")
+    tiny_pipelines.sdxl(data / "pipelines/sdxl-tiny")
+    write_model(data / "weights/clip-small")
+    shrunk(workspace, "sd15", captioned(data / "raw/folder"))
+    shrunk(workspace, "sdxl", tars(data / "raw/tars"))
+    (data / "raw/prompts.txt").write_text("two dogs\n\na painting of the beach\n")
+    (data / "raw/captions.txt").write_text("\n".join(CAPTIONS[:5]))
+    rows = [
+        {"run": "1step-warmup", "change": WARMUP},
+        {"run": "1step", "change": {**ONE_STEP, "train.init_from": "1step-warmup"}},
+        {"run": "4step-lora", "change": {"generator.lora": {"rank": 2, "alpha": 1.0}}},
+    ]
+    table = {"title": "one step", "base": "sdxl-tiny", "metrics": METRICS, "rows": rows}
+    (workspace.path / "workflow/tables/sdxl-tiny-more.yaml").write_text(yaml.safe_dump(table))
+    result = workspace.snakemake("sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more")
+    assert result.returncode == 0, result.stderr[-6000:]
+    return workspace
+
+
+@pytest.mark.parametrize("base", ["sd15-tiny", "sdxl-tiny"])
+def test_every_row_of_table_4_is_trained_sampled_and_measured(finished_text: Workspace, base: str) -> None:
+    table = pd.read_csv(finished_text.path / f"results/tables/{base}-table4.csv")
+    teachers = {run for run in table.run if run.startswith("teacher-")}
+    assert set(table.run) == {*TABLE_4, *teachers} and len(teachers) == 2
+    for run in table.run.unique():
+        measured = table[table.run == run].set_index("metric").value
+        assert set(METRICS) <= set(measured.index) and np.isfinite(measured[METRICS]).all()
+    students = table[(table.metric == "fd") & table.run.isin(TABLE_4)]
+    assert students.value.nunique() == len(TABLE_4)  # each switch made another student
+    assert "C14" in (finished_text.path / f"results/tables/{base}-table4.md").read_text()
+
+
+def test_latents_text_states_and_captions_are_encoded_in_parts(finished_text: Workspace) -> None:
+    for base, fields in {"sd15-tiny": set(), "sdxl-tiny": {"pooled", "time_ids"}}.items():
+        manifest = finished_text.path / f"data/real/{base}/manifest.json"
+        shards = [load_file(manifest.with_name(f"part-{part:05d}-00000.safetensors")) for part in range(2)]
+        assert [len(shard["images"]) for shard in shards] == [6, 6] and captions_of(manifest) == CAPTIONS
+        assert set(shards[0]) == {"images", "pixels", "text"} | fields
+        assert shards[0]["images"].shape[1:] == (4, 8, 8) and str(shards[0]["images"].dtype) == "torch.float16"
+        assert (shards[0]["pixels"][0].permute(1, 2, 0).numpy() == np.asarray(Image.open(BytesIO(_png(0))))).all()
+
+
+def test_pairs_are_the_teachers_latents_for_the_prompts_of_the_student(finished_text: Workspace) -> None:
+    shards = sorted((finished_text.path / "data/pairs/sdxl-tiny").glob("*/shard-*.safetensors"))
+    prompts = next((finished_text.path / "data/prompts").glob("sdxl-tiny-prompts-*/prompts-00000.safetensors"))
+    rows, known = [load_file(path) for path in shards], load_file(prompts)["text"]
+    assert [len(shard["noise"]) for shard in rows] == [3, 3] and len(known) == 2
+    for text in (text for shard in rows for text in shard["text"]):
+        assert (known == text).all(dim=(1, 2)).any()
+
+
+def test_warm_up_trains_the_student_alone(finished_text: Workspace) -> None:
+    runs = finished_text.path / "results/runs/sdxl-tiny"
+    log = [json.loads(line) for line in (runs / "1step-warmup/seed0/log.jsonl").read_text().splitlines()]
+    assert "student/regression" in log[-1] and not any(name.startswith("critic/") for name in log[-1])
+    origin = json.loads((runs / "1step/seed0/train.json").read_text())["config"]
+    assert origin["train"]["init_from"] == "1step-warmup" and origin["generator"]["time"] == 399
+
+
+def test_low_rank_student_keeps_its_factors_beside_plain_weights(finished_text: Workspace) -> None:
+    snapshot = next(
+        (finished_text.path / "results/runs/sdxl-tiny/4step-lora/seed0").glob("snapshots-*/0000004.safetensors")
+    )
+    plain = next((finished_text.path / "results/runs/sdxl-tiny/4step/seed0").glob("snapshots-*/0000004.safetensors"))
+    names = set(load_file(snapshot))
+    assert {name for name in names if not name.startswith("lora.")} == set(load_file(plain))
+    assert any(name.endswith("lora_up.weight") for name in names)
+
+
+def test_nothing_is_left_to_do(finished_text: Workspace) -> None:
+    assert finished_text.planned("sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more") == {}
+
+
+def test_other_prompts_outdate_what_was_trained_or_drawn_on_them(finished_text: Workspace) -> None:
+    captions = finished_text.path / "data/raw/captions.txt"
+    captions.write_text(captions.read_text() + "\nanother")
+    planned = finished_text.planned("sdxl-tiny-table4")
+    assert (
+        planned["evaluate"] == 4 and planned["prompts"] == 1 and "train" not in planned and "real_part" not in planned
+    )
