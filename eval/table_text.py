@@ -145,7 +145,8 @@ def markdown(bundle: dict[str, Any]) -> str:
              f"{protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."]  # fmt: skip
     if bundle["metrics"][0] in PAPER_NAME:
         text += ["", "FD is the Fréchet distance in this detector's features: it is not FID, and the paper's column "
-                 "is FID on its own dataset, so only ratios and orders can be compared."]  # fmt: skip
+                 "is FID on its own dataset, so only ratios and orders can be compared, as with the paper's "
+                 "numbers in parentheses."]  # fmt: skip
     if bundle["metrics"][0] in FRECHET:
         header, lines = certainty(bundle)
         text += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -15,8 +15,8 @@ from dmd2.ablations import load_experiment
 from dmd2.files import read_json, write_json, write_text
 from dmd2.run import RunId
 from eval import evaluate, report
-from eval.table_text import cells, markdown
-from eval.tables import build, curves, means, tidy
+from eval.table_text import cells, markdown, other, published
+from eval.tables import build, curves, means, measurements, tidy
 from tests.browser import fake_results
 
 
@@ -147,3 +147,24 @@ def test_published_numbers_stand_below_the_table(place: Path) -> None:
     write_json(place, read_json(place) | others)
     sentence = "Published FD of other methods: CTM 1.92, BOOT 16.3."
     assert sentence in markdown(read_json(place)) and sentence in report.render([place])
+
+
+def test_further_metrics_stand_beside_the_papers() -> None:
+    row = {"values": {"patch_fd": {0: 30.0}, "clip_score": {0: 0.3}}, "paper": {"patch_fid": 20.86}}
+    assert [other(row, m) for m in ("patch_fd", "clip_score", "saturation")] == ["30 (paper 20.86)", "0.3", "–"]
+
+
+def test_published_numbers_of_several_metrics_stand_together() -> None:
+    others = {"LCM (1 step)": {"fid": 81.62, "clip_score": 0.275}, "Turbo": {"fid": 24.57}}
+    text = published({"metrics": ["fid", "patch_fid", "clip_score"], "published": others})
+    assert text == "Published FID / CLIP of other methods: Turbo 24.57 / –, LCM (1 step) 81.62 / 0.275."
+
+
+@pytest.mark.parametrize(("guidances", "expected"), [([8.0, 6.0], 0.1), ([6.0, 8.0], 0.2), ([5.0, 6.0], 0.2)])
+def test_the_teacher_of_a_claim_is_its_sampler_at_the_distilled_guidance(guidances, expected) -> None:
+    student = {"run": "4step", "kind": "student", "values": {}, "seconds": {0: None}, "curves": {},
+               "config": {"teacher": {"guidance": 8.0}}}  # fmt: skip
+    teachers = [{"run": f"teacher-{i}", "kind": "teacher", "values": {"saturation": {0: (i + 1) / 10}},
+                 "config": {"guidance": g}} for i, g in enumerate(guidances)]  # fmt: skip
+    table = load_experiment().tables["dmd2-table4"]
+    assert measurements(table, [student, *teachers]).values["teacher", "saturation"] == {0: expected}
