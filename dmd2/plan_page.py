@@ -102,7 +102,7 @@ class Page:
         self.console.print("Assumed: GPUs scale perfectly, sampling is as fast as training; detectors are not in it.\n")
 
     def disk(self, plan: Plan) -> None:
-        """What is written, and what a process reads into memory."""
+        """What is written."""
         disk, cfg = Disk.of(plan.cfg, plan.counted), plan.cfg
         grid = _grid("Disk (computed)", "")
         grid.add_row(f"{snapshots(cfg)} snapshots of a run", decimal(disk.snapshots))

@@ -80,6 +80,8 @@ def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None
     found: list[tuple[bool, float, Path, dict[str, Any], TrainConfig]] = []
     for path in RUNS.glob(f"{base}/*/seed*/train.json"):
         record = read_json(path)
+        if record["seconds"] is None:  # a released student, which was not trained here
+            continue
         try:
             trained = TrainConfig.model_validate(record["config"])
         except ValidationError:

@@ -139,6 +139,9 @@ def test_a_measured_rate_wins_over_a_published_one_and_the_same_row_over_a_newer
     written(tmp_path, "tiny/dmd2/seed1", record(cfg, 80.0, "cpu"), clock=3000)
     rate = rates.rate_of("tiny", "dmd2", cfg, counts.flops)
     assert rate.unit == "CPU" and rate.source.endswith("on 2 x cpu with 1 thread")
+    released = {**record(cfg, 0.0), "seconds": None}  # was not trained here, so it says nothing about speed
+    written(tmp_path, "tiny/dmd2/seed2", released, clock=4000)
+    assert rates.rate_of("tiny", "dmd2", cfg, counts.flops) == rate
 
 
 def test_a_given_rate_is_that_of_all_gpus_together():
