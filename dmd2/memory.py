@@ -20,6 +20,7 @@ from dmd2.denoisers import Denoiser, EdmDenoiser
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.inputs import TEACHERS
+from dmd2.lora import add_lora
 from dmd2.lpips import LAYERS, Lpips
 from dmd2.meta import GpuFunctions, Ledger, rounded
 from dmd2.shapes import META, ShapeBatches, ShapeOptimiser
@@ -101,11 +102,9 @@ class Counted:
                 module.p = 0.0
         teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
         student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
-        if cfg.generator.lora is not None:
-            from dmd2.lora import add_lora
-
+        if (lora := cfg.generator.lora) is not None:
             with META:
-                add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
+                add_lora(student.network, lora.rank, lora.alpha)
         if self.setup.checkpointing:
             for trained in (student, critic):
                 recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
@@ -186,8 +185,7 @@ class Counted:
     @property
     def gradients(self) -> int:
         """Bytes of the larger of the two sets of gradients; they are never alive together."""
-        optimisers = (self.models.student_optimiser, self.models.critic_optimiser)
-        return max(_size(optimiser.parameters) for optimiser in optimisers)
+        return max(_size(made.parameters) for made in (self.models.student_optimiser, self.models.critic_optimiser))
 
     def iteration(self, micro_batch: int, update_student: bool = True, micro_batches: int = 1) -> Iteration:
         """What one iteration of one process takes, with AdamW's states in place.
