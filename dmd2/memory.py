@@ -113,7 +113,7 @@ class Counted:
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
-        self._moments = [moment for optimiser in made for moment in optimiser.moments]
+        self.states = [moment for optimiser in made for moment in optimiser.moments]
         if self.setup.parts > 1:
             for module in (student, teacher, critic):
                 for unit in units(module):
@@ -180,7 +180,7 @@ class Counted:
     @property
     def moments(self) -> int:
         """Bytes of the states of both AdamW."""
-        return _size(self._moments)
+        return _size(self.states)
 
     @property
     def gradients(self) -> int:
@@ -254,7 +254,7 @@ class Counted:
 
     def _standing(self) -> list[Tensor]:
         """What lies in memory from the first iteration to the last."""
-        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self._moments
+        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
 
 
 def architecture(cfg: TrainConfig) -> dict[str, Any]:
