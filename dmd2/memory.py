@@ -20,6 +20,7 @@ from dmd2.denoisers import Denoiser, EdmDenoiser
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.inputs import TEACHERS
+from dmd2.lora import add_lora
 from dmd2.lpips import LAYERS, Lpips
 from dmd2.meta import GpuFunctions, Ledger, rounded
 from dmd2.shapes import META, ShapeBatches, ShapeOptimiser
@@ -101,11 +102,9 @@ class Counted:
                 module.p = 0.0
         teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
         student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
-        if cfg.generator.lora is not None:
-            from dmd2.lora import add_lora
-
+        if (lora := cfg.generator.lora) is not None:
             with META:
-                add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
+                add_lora(student.network, lora.rank, lora.alpha)
         if self.setup.checkpointing:
             for trained in (student, critic):
                 recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
@@ -114,7 +113,7 @@ class Counted:
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
-        self._moments = [moment for optimiser in made for moment in optimiser.moments]
+        self.states = [moment for optimiser in made for moment in optimiser.moments]
         if self.setup.parts > 1:
             for module in (student, teacher, critic):
                 for unit in units(module):
@@ -181,13 +180,12 @@ class Counted:
     @property
     def moments(self) -> int:
         """Bytes of the states of both AdamW."""
-        return _size(self._moments)
+        return _size(self.states)
 
     @property
     def gradients(self) -> int:
         """Bytes of the larger of the two sets of gradients; they are never alive together."""
-        optimisers = (self.models.student_optimiser, self.models.critic_optimiser)
-        return max(_size(optimiser.parameters) for optimiser in optimisers)
+        return max(_size(made.parameters) for made in (self.models.student_optimiser, self.models.critic_optimiser))
 
     def iteration(self, micro_batch: int, update_student: bool = True, micro_batches: int = 1) -> Iteration:
         """What one iteration of one process takes, with AdamW's states in place.
@@ -256,7 +254,7 @@ class Counted:
 
     def _standing(self) -> list[Tensor]:
         """What lies in memory from the first iteration to the last."""
-        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self._moments
+        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
 
 
 def architecture(cfg: TrainConfig) -> dict[str, Any]:

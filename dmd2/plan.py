@@ -74,7 +74,8 @@ class Disk:
         real = None if count is None else count * (pixels + LABEL)
         features = snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT
         student = snapshots(cfg) * counted.parameters["student"] * FLOAT
-        return Disk(student, weights * FLOAT + counted.moments, features, pairs, real)
+        states = sum(tensor.nbytes for tensor in counted.states)
+        return Disk(student, weights * FLOAT + states, features, pairs, real)
 
     @property
     def run(self) -> int:
