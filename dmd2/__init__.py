@@ -1,1 +1,8 @@
 """DMD2 (arXiv 2405.14867): the distillation method, its data and its training loop."""
+
+import logging
+
+# diffusers imports torchao, where it is installed, to warn that it knows other versions of it; dmd2.quantised needs none
+# of what they disagree on.
+for _name in ("diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

@@ -89,7 +89,8 @@ class Cluster(Section):
         common, jobs = values.get("all"), values.get("jobs")
         if not isinstance(common, dict) or not isinstance(jobs, dict):
             return values
-        return {**values, "jobs": {k: common | own if isinstance(own, dict) else own for k, own in jobs.items()}}
+        kinds = {"encode": {}, **jobs}  # files written before there were text runs do not name it
+        return {**values, "jobs": {k: common | own if isinstance(own, dict) else own for k, own in kinds.items()}}
 
     @model_validator(mode="after")
     def _time_to_save(self) -> Self:

@@ -76,6 +76,7 @@ class Pipeline:
         """Tokeniser and encoder of every tower."""
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # of every tensor it loads
         found = []
         for suffix in ("", "_2")[: self.towers]:
             folder = self.part(f"text_encoder{suffix}")

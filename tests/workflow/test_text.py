@@ -74,7 +74,7 @@ def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
     values["train"] |= {"steps": 4, "init_from": None, "snapshot_every": 4, "checkpoint_every": 2, "log_every": 2}
     samplers = {key: {**sampler, "steps": 3} for key, sampler in values["eval"]["teacher_samplers"].items()}
     values["eval"] = {
-        "metrics": METRICS, "detector": "lite0-112@32", "reference": name, "images": 8, "labels": "cyclic",
+        "metrics": METRICS, "detector": "lite0-112@64", "reference": name, "images": 8, "labels": "cyclic",
         "rounding": "trunc", "prompts": "data/raw/captions.txt", "clip": "clip-small", "draws": 1, "batch": 4,
         "shards": 2, "patch": {"geometry": "patch-16", "reference": name}, "teacher_samplers": samplers,
     }  # fmt: skip
