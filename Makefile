@@ -10,7 +10,7 @@ demo: $(READY)
 	@echo "open results/report.html; the table is results/tables/demo.md"
 
 test: $(READY)
-	@sh tests/install_browser.sh
+	@sh tests/install_packages.sh
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 lint: $(READY)

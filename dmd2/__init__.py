@@ -2,7 +2,7 @@
 
 import logging
 
-# diffusers imports torchao, where it is installed, to warn that it knows other versions of it; dmd2.quantised needs none
-# of what they disagree on.
+# Where torchao is installed diffusers imports it, and warns that it knows another version; dmd2.quantised needs none of
+# what they disagree on.
 for _name in ("diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

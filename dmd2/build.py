@@ -44,7 +44,9 @@ def build_models(
             torch.manual_seed(stream(f"{seed}/lora").initial_seed())
             add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
     if precision != "fp32" and cfg.teacher.parameterisation == "eps":
-        nn.Module.to(teacher.network, torch.bfloat16)  # diffusers' own warns of modules to be kept, of which it has none
+        nn.Module.to(
+            teacher.network, torch.bfloat16
+        )  # diffusers' own warns of modules to keep, of which there are none
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic

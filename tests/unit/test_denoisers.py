@@ -164,6 +164,8 @@ def test_bf16_needs_the_flag_and_a_gpu(monkeypatch, cls):
 def test_passes_without_gradient_are_bf16_for_edm_and_fp32_for_eps(monkeypatch):
     assert autocast_enabled(monkeypatch, EdmDenoiser, "bf16", grad=False)
     assert not autocast_enabled(monkeypatch, EpsDenoiser, "bf16", grad=False)
+    assert autocast_enabled(monkeypatch, EpsDenoiser, "bf16-all", grad=False)
+    assert not autocast_enabled(monkeypatch, EpsDenoiser, "bf16-all", grad=False, cuda=False)
 
 
 def test_a_bf16_teacher_is_fed_bf16_and_returns_float64():

@@ -84,7 +84,7 @@ def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
         "base": name,
         "rows": "dmd2-table4",
         "metrics": METRICS,
-        "teachers": dict.fromkeys(samplers, {}),
+        "teachers": {key: {} for key in samplers},
     }
     table |= {"reference_row": "4step", "claims": ["C13", "C14", "C15"]}
     (workspace.path / f"workflow/tables/{name}-table4.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
