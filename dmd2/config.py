@@ -197,9 +197,7 @@ class TrainConfig(Section):
         if self.gan.lambda_g > 0 and self.gan.lambda_d == 0:
             raise ValueError("gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained")
         if self.generator.lora is not None and self.data.text is None:
-            raise ValueError(
-                "generator.lora is for text runs (data.text): other networks have no adapters"
-            )
+            raise ValueError("generator.lora is for text runs (data.text): other networks have no adapters")
         if self.dm.weight > 0 and not self.trains_critic:
             raise ValueError("critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic")
         if self.teacher.parameterisation == "eps" and (self.generator.time > 999 or self.generator.time % 1):
