@@ -76,7 +76,7 @@ def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
     values["eval"] = {
         "metrics": METRICS, "detector": "lite0-112@64", "reference": name, "images": 8, "labels": "cyclic",
         "rounding": "trunc", "prompts": "data/raw/captions.txt", "clip": "clip-small", "draws": 1, "batch": 4,
-        "shards": 2, "patch": {"geometry": "patch-16", "reference": name}, "teacher_samplers": samplers,
+        "shards": 1, "patch": {"geometry": "patch-16", "reference": name}, "teacher_samplers": samplers,
     }  # fmt: skip
     (workspace.path / f"workflow/base/{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     table = {
