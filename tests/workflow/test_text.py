@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dmd2.captions import captions_of
+from dmd2.emoji import FONT
 from tests import tiny_pipelines
 from tests.eval.test_clip import write_model
 from tests.workspace import Workspace, copy_repository
@@ -90,6 +91,31 @@ def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
     (workspace.path / f"workflow/tables/{name}-table4.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
 
 
+def shrunk_emoji(workspace: Workspace) -> list[str]:
+    """The emoji with everything made here (autoencoder, teacher) in a few steps; no target where the font is missing."""
+    if not FONT.exists():
+        return []
+    values = yaml.safe_load((workspace.path / "workflow/base/emoji.yaml").read_text())
+    values["data"]["text"]["pipeline"]["autoencoder"]["train"] |= {"steps": 3}
+    values["teacher"]["train"] |= {"steps": 3, "warmup": 1}
+    values["optim"] |= {"batch": 2, "warmup": 0}
+    values["train"] |= {"steps": 4, "snapshot_every": 4, "checkpoint_every": 4, "log_every": 2}
+    samplers = {"cfg3": {"solver": "ddim", "steps": 3, "guidance": 3.0}}
+    values["eval"] |= {"images": 8, "batch": 8, "clip": "clip-small", "teacher_samplers": samplers}
+    (workspace.path / "workflow/base/emoji.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    table = {
+        "title": "emoji",
+        "base": "emoji",
+        "metrics": METRICS,
+        "rows": [{"run": "4step"}],
+        "teachers": {"cfg3": {}},
+    }
+    for path in (workspace.path / "workflow/tables").glob("emoji-table*.yaml"):
+        path.unlink()  # their teachers are of the whole base
+    (workspace.path / "workflow/tables/emoji-tiny.yaml").write_text(yaml.safe_dump(table))
+    return ["emoji-tiny"]
+
+
 @pytest.fixture(scope="module")
 def finished_text(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Both shapes run to their tables, SDXL's also in one step after its warm-up on pairs, and as a LoRA."""
@@ -109,7 +135,8 @@ def finished_text(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     ]
     table = {"title": "one step", "base": "sdxl-tiny", "metrics": METRICS, "rows": rows}
     (workspace.path / "workflow/tables/sdxl-tiny-more.yaml").write_text(yaml.safe_dump(table))
-    result = workspace.snakemake("sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more")
+    targets = ["sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more", *shrunk_emoji(workspace)]
+    result = workspace.snakemake(*targets)
     assert result.returncode == 0, result.stderr[-6000:]
     return workspace
 
@@ -162,6 +189,14 @@ def test_low_rank_student_keeps_its_factors_beside_plain_weights(finished_text: 
     names = set(load_file(snapshot))
     assert {name for name in names if not name.startswith("lora.")} == set(load_file(plain))
     assert any(name.endswith("lora_up.weight") for name in names)
+
+
+@pytest.mark.skipif(not FONT.exists(), reason=f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
+def test_emoji_run_with_an_autoencoder_and_a_guided_teacher_made_here(finished_text: Workspace) -> None:
+    table = pd.read_csv(finished_text.path / "results/tables/emoji-tiny.csv")
+    assert set(table.run) == {"4step", "teacher-cfg3"} and np.isfinite(table[table.metric.isin(METRICS)].value).all()
+    vae = json.loads((finished_text.path / "data/pipelines/emoji/vae/config.json").read_text())
+    assert 0 < vae["scaling_factor"] < 10
 
 
 def test_nothing_is_left_to_do(finished_text: Workspace) -> None:
