@@ -178,6 +178,8 @@ def prompts(config: Config, pipeline: Path, source: Path, out: Path, threads: in
     torch.set_num_threads(threads)
     with readable_errors():
         data = Data.model_validate(json.loads(config))
+        if not source.exists():
+            raise UserError(f"data {data.name}: {source} is missing: put the prompts there, one a line")
         with recorded(out, prompt_settings(data), [pipeline, source]):
             encode_prompts(data, pipeline, source, out, local_device("auto"))
 

@@ -191,7 +191,7 @@ def test_labels_outside_the_classes_are_told_and_leave_no_manifest(shards, sourc
 
 
 def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.image_files.BLOCK", 2)
+    monkeypatch.setattr("dmd2.decode.BLOCK", 2)
     (tmp_path / "pngs/a").mkdir(parents=True)
     for i in range(3):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"pngs/a/{i}.png")
@@ -220,7 +220,7 @@ def test_keys_of_few_kinds_stay_out_of_what_identifies_the_others():
     [
         ({"kind": "lmdb"}, "lmdb needs a path"),
         ({"kind": "lmdb", "path": "x", "split": "train"}, "split, image and label are of kind hub, not of lmdb"),
-        ({"kind": "cifar10", "path": "x", "resize": "center-crop"}, "resize is of kinds image-folder and hub"),
+        ({"kind": "cifar10", "path": "x", "resize": "center-crop"}, "resize is of kinds image-folder, hub and webdataset"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_told(source, match):

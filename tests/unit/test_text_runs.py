@@ -112,7 +112,7 @@ def test_a_contradicting_data_section_is_one_sentence(change, told):
 
 
 def test_a_low_rank_student_of_labels_is_refused():
-    with pytest.raises(ValidationError, match=r"generator\.lora is for the UNets of text runs"):
+    with pytest.raises(ValidationError, match=r"generator\.lora is for text runs"):
         tiny.config("edm", generator__lora={"rank": 4, "alpha": 1.0})
 
 

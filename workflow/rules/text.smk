@@ -61,10 +61,12 @@ rule prompts:
     input:
         outdated("data/prompts/{prompts}/manifest.json"),
         pipeline=lambda w: str(pipeline_manifest(PROMPT_SETS[w.prompts][0])),
-        source=lambda w: PROMPT_SETS[w.prompts][1],
+        # Where it is not there yet, a dry run plans all the same, and the job says in a sentence what to put where.
+        source=lambda w: PROMPT_SETS[w.prompts][1] if Path(PROMPT_SETS[w.prompts][1]).exists() else [],
     output:
         "data/prompts/{prompts}/manifest.json",
     params:
+        source=lambda w: PROMPT_SETS[w.prompts][1],
         config=lambda w: as_json(PROMPT_SETS[w.prompts][0]),
     threads: threads_of("encode")
     resources:
@@ -72,4 +74,4 @@ rule prompts:
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{PYTHON} -m dmd2.encode prompts {input.pipeline} {input.source} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads}"
