@@ -220,7 +220,10 @@ def test_keys_of_few_kinds_stay_out_of_what_identifies_the_others():
     [
         ({"kind": "lmdb"}, "lmdb needs a path"),
         ({"kind": "lmdb", "path": "x", "split": "train"}, "split, image and label are of kind hub, not of lmdb"),
-        ({"kind": "cifar10", "path": "x", "resize": "center-crop"}, "resize is of kinds image-folder, hub and webdataset"),
+        (
+            {"kind": "cifar10", "path": "x", "resize": "center-crop"},
+            "resize is of kinds image-folder, hub and webdataset",
+        ),
     ],
 )
 def test_a_source_that_makes_no_sense_is_told(source, match):
