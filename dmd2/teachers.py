@@ -164,23 +164,40 @@ def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
     Raises:
         UserError: neither is there, or the network is not what ``teacher.network`` says.
     """
-    unet, extra = folder / "unet", {}
+    unet, extra = folder / "unet", dict[str, Any]()
     source = Path(teacher.source) if teacher.source else None
     if source is not None and (source / "config.json").exists():
         unet = source
-    elif not (unet / "config.json").exists():
-        if source is None or not source.exists():
+    else:
+        if source is not None:
+            extra = _convert(teacher.name, source, folder)
+        if not (unet / "config.json").exists():
             place = f", or {source.name} at {source}" if source else ""
             raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json, safetensors) at {unet}{place}")
-        from dmd2.convert import convert  # reads formats that no other teacher needs
-
-        convert(source, unet)
-        extra = {"source": {"path": str(source), "sha256": sha256(source)}}
     config = read_json(unet / "config.json")
     for key, wanted in teacher.settings().get("network", {}).items():
         if config.get(key, wanted) != wanted:
             raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
     return _manifest(folder, os.path.relpath(unet, folder), extra)
+
+
+def _convert(name: str, source: Path, folder: Path) -> dict[str, Any]:
+    """Convert `source` to ``folder/unet`` unless that is the user's or of this very file; returns what it is of."""
+    unet, note = folder / "unet", folder / "converted.json"
+    there = (unet / "config.json").exists()
+    known = read_json(note) if there and note.exists() else {}
+    if not source.exists():
+        if known.get("path", str(source)) != str(source):
+            raise UserError(
+                f"teacher {name}: {unet} was converted from {known['path']}, teacher.source says {source}: it is missing"
+            )
+    elif not there or (known and known["sha256"] != sha256(source)):
+        from dmd2.convert import convert  # reads formats that no other teacher needs
+
+        convert(source, unet)
+        known = {"path": str(source), "sha256": sha256(source)}
+        write_json(note, known)
+    return {"source": known} if known else {}
 
 
 def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:

@@ -118,6 +118,18 @@ def test_a_teacher_is_converted_from_its_source(place):
     assert read_json(adopt_teacher(teacher(network=NETWORK), place / "t"))["files"] == entry["files"]
 
 
+def test_another_source_is_converted_again(place):
+    edm.write(place / "net.pkl", SPEC, edm.random_state(SPEC))
+    first = read_json(adopt_teacher(teacher(), place / "t"))
+    edm.write(place / "net.pkl", SPEC, edm.random_state(SPEC, seed=1))
+    second = read_json(adopt_teacher(teacher(), place / "t"))
+    assert second["source"]["sha256"] == sha256(place / "net.pkl") != first["source"]["sha256"]
+    assert second["files"] != first["files"]
+    elsewhere = Teacher(name="t", parameterisation="edm", guidance=1.0, source="other.pkl")
+    with pytest.raises(UserError, match=r"t/unet was converted from net\.pkl, teacher\.source says other\.pkl"):
+        adopt_teacher(elsewhere, place / "t")
+
+
 def test_a_teacher_of_another_architecture_is_told(place):
     edm.write(place / "net.pkl", SPEC, edm.random_state(SPEC))
     with pytest.raises(UserError, match=r"has num_class_embeds 4, teacher\.network says 10"):
