@@ -189,7 +189,7 @@ def _convert(name: str, source: Path, folder: Path) -> dict[str, Any]:
     if not source.exists():
         if known.get("path", str(source)) != str(source):
             raise UserError(
-                f"teacher {name}: {unet} was converted from {known['path']}, teacher.source says {source}: it is missing"
+                f"teacher {name}: {unet} was converted from {known['path']}, teacher.source says {source}: put it there"
             )
     elif not there or (known and known["sha256"] != sha256(source)):
         from dmd2.convert import convert  # reads formats that no other teacher needs
