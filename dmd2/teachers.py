@@ -130,9 +130,9 @@ def train_teacher(
         decay = min(spec.ema, (1 + it) / (10 + it))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in denoiser.parameters()], 1 - decay)
         progress.update(it + 1, {"loss": loss.detach()})
+        if ((it + 1) % CHECKPOINT_EVERY == 0 or it + 1 == spec.steps) and not torch.isfinite(loss):
+            raise UserError(f"teacher {teacher.name}: the loss is {loss.item()} at step {it + 1}; lower train.lr")
         if (it + 1) % CHECKPOINT_EVERY == 0:
-            if not torch.isfinite(loss):
-                raise UserError(f"teacher {teacher.name}: the loss is {loss.item()} at step {it + 1}; lower train.lr")
             state = {"denoiser": denoiser.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
             checkpoints.save(it + 1, {**state, "step": it + 1})
     ema.network.save_pretrained(folder / "unet", safe_serialization=True)

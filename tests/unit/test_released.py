@@ -65,6 +65,11 @@ def test_a_released_student_is_a_run_without_a_training(place):
     assert "teacher" not in measured_with(cfg) and not cfg.needs_real
 
 
+def test_student_updates_follow_the_turns_of_its_training(place):
+    release(edm.random_state(SPEC))
+    assert publish(config(critic__ratio=6, critic__shares_iteration=False))["student_updates"] == 20 // 6
+
+
 def test_it_makes_the_images_of_edms_network(place):
     state = edm.random_state(SPEC)
     release(state)
