@@ -12,6 +12,8 @@ from dmd2.config import RunConfig, Section
 from dmd2.errors import UserError
 from dmd2.run import SAMPLERS, RunId
 from dmd2.yaml_file import YamlFile, read_yaml
+from eval.metrics import BETTER, FRECHET
+from eval.metrics import measured as numbers_of
 from eval.protocols import named
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
@@ -181,6 +183,10 @@ def _add_runs(
         source, place = sources[owner], sources[owner].where("rows", i)
         if row.run in seen:
             raise UserError(f"{place}: row {row.run} appears twice in the table")
+        if row.run.startswith("teacher"):
+            raise UserError(
+                f"{place}: row {row.run}: names that begin with teacher are those of the teacher's samplers"
+            )
         seen.add(row.run)
         changes = [
             Change(table.change, sources[name], ("change",)),
@@ -235,13 +241,31 @@ def _check_references(experiment: Experiment, name: str, source: YamlFile) -> No
     if table.reference_row is not None and table.reference_row not in runs:
         raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
     measured = experiment.bases[table.base].eval
+    known = numbers_of(measured.metrics)
     for i, metric in enumerate(table.metrics):
-        if metric not in measured.metrics:
+        if metric not in known:
             where = source.where("metrics", i)
-            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(measured.metrics)}")
+            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(known)}")
+    _check_directions(table, source)
     for teacher in table.teachers:
         if teacher not in measured.teacher_samplers:
             raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")
     for run in table.row_change:
         if run not in runs:
             raise UserError(f"{source.where('row_change', run)}: row_change names {run}, which is no row of the table")
+
+
+def _check_directions(table: Table, source: YamlFile) -> None:
+    """Refuse the best by a metric of which neither direction is better, and claims without what they are about."""
+    first = table.metrics[0]
+    if table.select == "best" and first not in BETTER:
+        raise UserError(
+            f"{source.where('select')}: select: best goes by the first of metrics, and neither the lowest nor the "
+            f"highest {first} is the best: name another first, or select: last"
+        )
+    about = [claim for claim in table.claims if claim != "C2"]  # that one is about brightness over training
+    if about and not set(FRECHET) & set(table.metrics):
+        raise UserError(
+            f"{source.where('claims')}: claims: {about[0]} is about the paper's FID, and metrics "
+            f"({', '.join(table.metrics)}) has no {' or '.join(FRECHET)}: add one, or leave the claim out"
+        )

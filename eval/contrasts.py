@@ -15,16 +15,12 @@ from scipy.stats import t, ttest_ind
 
 from dmd2.config import NOT_IDENTITY
 from eval.differences import WITH_INFLUENCES, Arm, difference, influences
-from eval.report import HIGHER, LOWER
 from eval.versions import Seed, Side, inputs
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
 Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
 Seeds = Mapping[int, Seed]
-BETTER = dict.fromkeys(LOWER | {"kid"}, "lower") | dict.fromkeys(
-    HIGHER | {"precision", "recall", "density", "coverage", "is"}, "higher"
-)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def column(bundle: dict[str, Any]) -> dict[str, str]:
 
 def test_without_gpu_the_column_has_cpu_hours(place: Path) -> None:
     shown = column(build("digits-table3"))
-    assert shown["CPU-hours"] == "wall time"
+    assert shown["CPU-hours"] == "training time"
     assert (shown["dmd"], shown["gan-only-ttur"]) == ("0.0333", "0.0347")
     assert shown["teacher-ode"] == shown["teacher-sde"] == "–"
 
@@ -56,7 +56,7 @@ def test_without_gpu_the_column_has_cpu_hours(place: Path) -> None:
 def test_one_row_on_a_gpu_makes_it_gpu_hours_in_mean_over_seeds(place: Path) -> None:
     by_gpu()
     shown = column(build("digits-table3"))
-    assert shown["GPU-hours"] == "wall time"
+    assert shown["GPU-hours"] == "training time"
     assert (shown["dmd2"], shown["gan-only"], shown["dmd"], shown["teacher-ode"]) == ("31.5", "0.0123", "0", "–")
 
 
@@ -70,7 +70,7 @@ def test_markdown_and_csv_carry_the_cost_of_every_seed(place: Path) -> None:
     by_gpu()
     bundle = build("digits-table3")
     text = markdown(bundle)
-    assert " | wall time | GPU-hours |" in text
+    assert " | training time | GPU-hours |" in text
     assert re.search(r"^\| `dmd2` .* \| 31\.5 \|$", text, re.MULTILINE)
     table = tidy(bundle)
     fd = table[table.metric == "fd"].set_index(["run", "seed"])
@@ -84,7 +84,7 @@ def test_the_report_has_the_column_and_in_each_row_who_counted(place: Path) -> N
     write_json(place, build("digits-table3"))
     page = report.render([place])
     heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)
-    assert heads[heads.index("GPU-hours") - 1] == "wall time"
+    assert heads[heads.index("GPU-hours") - 1] == "training time"
     row = re.search(r'<tr class="reference">.*?</tr>', page, re.DOTALL)
     assert row and re.findall(r"<td[^>]*>(.*?)</td>", row[0])[-1] == "31.5"
     told = re.findall(r"<dt>Cost</dt><dd>(.*?)</dd>", page)
@@ -137,7 +137,7 @@ def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) 
         path = fake_results.bundle("released-imagenet64")
         header, lines = cells(read_json(path))
         shown = dict(zip(header, lines[1], strict=True))
-        assert (shown["run"], shown["wall time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
+        assert (shown["run"], shown["training time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
         assert (shown["student updates"], shown["paper's FID"]) == ("38700", "1.51")
         assert report.render([path]).count("released-dmd2") > 3
 
