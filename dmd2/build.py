@@ -43,7 +43,7 @@ def build_models(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(f"{seed}/lora").initial_seed())
             add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
-    lowered = precision != "fp32" and cfg.teacher.parameterisation == "eps"
+    lowered = precision.startswith("bf16") and cfg.teacher.parameterisation == "eps"
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
