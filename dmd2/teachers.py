@@ -125,7 +125,7 @@ def train_teacher(
     identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
-    if state := checkpoints.load_latest(device):
+    if state := checkpoints.load_latest():
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,18 @@ from dmd2.parts import Spans
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
 from dmd2.sample import student_sample, to_images
-from dmd2.shard import equal_passes, gathered, load_local, local, local_state, recompute_activations, shard, span
+from dmd2.shard import (
+    equal_passes,
+    gathered,
+    load_local,
+    local,
+    local_state,
+    materialise,
+    recompute_activations,
+    shard,
+    sharing,
+    spans_of,
+)
 from dmd2.step import Logs, brightness, train_step
 
 PROBE_SEEDS = list(range(100))  # fixed-noise samples whose brightness is followed during training
@@ -85,17 +95,17 @@ class Training:
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
         self.log: list[dict[str, float]] = []
 
-    def _place(self, name: str, network: torch.nn.Module) -> None:
+    def _place(self, name: str, network: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
         """Put a new network where it is trained, the student's EMA beside it."""
         if name == "student" and self.cfg.optim.ema:
-            self.ema = deepcopy(network).requires_grad_(False)  # type: ignore[assignment]
-            self._place("ema", self.ema)  # type: ignore[arg-type]
+            self.ema = sharing(network).requires_grad_(False)
+            self._place("ema", self.ema)
         if name in ("student", "critic") and self.hardware.checkpointing:
             recompute_activations(network.network)
         if self.sharded:
-            shard(network, self.device)
+            shard(network, self.device, dtype)
         else:
-            network.to(self.device)
+            materialise(network, self.device, dtype, own=name != "teacher")
 
     def run(self, actions: Actions = STOP, patience: float = 0) -> Path:
         """Train to the end and write finished.json.
@@ -241,10 +251,12 @@ class Training:
 
     def spans(self) -> Spans:
         """Rows of sharded tensors that this process owns, by their path in `state`."""
-        found = {f"{who}/{name}": span(v) for who, m in self.trained.items() for name, v in m.state_dict().items()}
+        found: dict[str, tuple[int, int]] = {}
+        for who, module in self.trained.items():
+            found |= spans_of(module, who)
         for who, optimiser in self.optimisers.items():
             found |= {f"{who}/state/{number}": rows for number, rows in optimiser.spans().items()}
-        return {path: rows for path, rows in found.items() if rows is not None}
+        return found
 
     def resume(self) -> None:
         """Load the newest good checkpoint of this run, the same in every process, and set all else back to it.
@@ -255,7 +267,7 @@ class Training:
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
         if step:
-            self.load(self.checkpoints.load(step, self.device, self.spans() if self.sharded else None))
+            self.load(self.checkpoints.load(step, self.spans() if self.sharded else None))
             if self.leads:
                 print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:
