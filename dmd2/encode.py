@@ -160,16 +160,18 @@ def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     torch.set_num_threads(threads)
     with readable_errors():
-        with recorded(out, json.loads(config), [pipeline]):
-            encode_part(Data.model_validate(json.loads(config)), pipeline, index, out, local_device("auto"))
+        data = Data.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), [pipeline], sources=[data.source.path]):
+            encode_part(data, pipeline, index, out, local_device("auto"))
 
 
 @app.command()
 def join(config: Config, out: Path, parts: list[Path]) -> None:
     """Write the manifest OUT of finished PARTS."""
     with readable_errors():
-        with recorded(out, json.loads(config), parts):
-            join_parts(Data.model_validate(json.loads(config)), parts, out)
+        data = Data.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), parts, sources=[data.source.path]):
+            join_parts(data, parts, out)
 
 
 @app.command()

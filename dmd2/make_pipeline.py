@@ -94,7 +94,8 @@ def main(config: Annotated[str, typer.Option(help="JSON of the data section")], 
     torch.set_num_threads(threads)
     with readable_errors():
         data = Data.model_validate(json.loads(config))
-        with recorded(out, pipeline_settings(data)):
+        trained_on = data.source.path if data.text and data.text.pipeline.autoencoder else None
+        with recorded(out, pipeline_settings(data), sources=[trained_on]):
             make_pipeline(data, out.parent, local_device("auto"))
 
 
