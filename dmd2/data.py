@@ -173,8 +173,9 @@ def main(config: Annotated[str, typer.Option(help="JSON of the data section")], 
     """Prepare real data: write OUT (a manifest.json) and its shards."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     with readable_errors():
-        with recorded(out, json.loads(config)):
-            prepare(Data.model_validate(json.loads(config)), out.parent)
+        data = Data.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), sources=[data.source.path]):
+            prepare(data, out.parent)
 
 
 if __name__ == "__main__":

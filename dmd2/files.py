@@ -8,7 +8,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the place is not writable; `path` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -47,6 +49,11 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def writer() -> str:
+    """A name for one write, in no other use on any node of a shared file system: host, process and a random part."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _no_space(path: Path) -> bool:

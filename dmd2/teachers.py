@@ -216,7 +216,8 @@ def main(
     torch.set_num_threads(threads)
     with readable_errors():
         spec = Teacher.model_validate(json.loads(teacher))
-        with recorded(out, [json.loads(data), json.loads(teacher)], [real] if real else []):
+        settings, inputs = [json.loads(data), json.loads(teacher)], [real] if real else []
+        with recorded(out, settings, inputs, sources=[spec.source]):
             if spec.train is None or real is None:
                 adopt_teacher(spec, out.parent, Data.model_validate(json.loads(data)))
             else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmd2 import distributed
+from dmd2.again import code_parts, continued, current_key, other_code
 from dmd2.batches import Batches
 from dmd2.build import build_models
 from dmd2.checkpoint import Checkpoints
@@ -24,6 +25,7 @@ from dmd2.files import digest_of, listing, write_json, write_text
 from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
 from dmd2.lora import snapshot_state
+from dmd2.method import modules_of
 from dmd2.optimiser import Optimiser
 from dmd2.parts import Spans
 from dmd2.progress import Progress
@@ -79,7 +81,7 @@ class Training:
                 f"{hardware.micro_batch} does not give {distributed.world_size()} processes of a batch of "
                 f"{cfg.optim.batch}: change it"
             )
-        self.key = inputs.key(cfg, run.seed)
+        self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
         self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
@@ -121,6 +123,11 @@ class Training:
         writer = single_writer(self.folder, patience) if self.leads else nullcontext()
         with writer, collected(actions) as received:
             self.resume()
+            parts = code_parts(self.run_id, self.key)
+            if self.leads and self.step < self.cfg.train.steps:
+                parts = continued(self.run_id, self.key, self.step, self.code)
+                if len(parts) > 1:
+                    print(f"{self.run_id} {other_code(parts)}; --again starts anew", file=sys.stderr, flush=True)
             progress = Progress(str(self.run_id), self.cfg.train.steps, self.step, self.folder if self.leads else None)
             while self.step < self.cfg.train.steps:
                 started = time.monotonic()
@@ -136,7 +143,7 @@ class Training:
                     number = received.pop(0)
                     if self.leads:  # the others end when process 0 does
                         actions[number]()
-            return self.finish() if self.leads else self.folder / "finished.json"
+            return self.finish(parts) if self.leads else self.folder / "finished.json"
 
     def last_logged(self) -> dict[str, float]:
         """The values worth watching, of the last line of the log."""
@@ -286,8 +293,8 @@ class Training:
             optimiser.load_state_dict(state[name])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
-    def finish(self) -> Path:
-        """Write finished.json, the record of a complete training."""
+    def finish(self, code: list[dict[str, Any]]) -> Path:
+        """Write finished.json, the record of a complete training, with the `code` that trained each part of it."""
         files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
         record = {
             "kind": "run", "run": str(self.run_id), "key": self.key, "steps": self.step,
@@ -297,7 +304,7 @@ class Training:
             "deterministic": self.hardware.deterministic or self.device.type == "cpu",
             "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "config": self.cfg.model_dump(mode="json"), "settings": digest_of(self.cfg.settings()),
-            "last": self.log[-1] if self.log else {},
+            "last": self.log[-1] if self.log else {}, "code": code,
             "files": listing(files, self.folder),
         }  # fmt: skip
         write_json(self.folder / "finished.json", record)

@@ -103,6 +103,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         **brightness_stability(run, record), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
+        "train_code": record.get("code", []),
         "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
         "files": save_influence(out.with_name("influence.safetensors"), found),
     })  # fmt: skip

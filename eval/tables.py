@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from dmd2.ablations import BESIDE, Experiment, Table, load_experiment
+from dmd2.again import Part
 from dmd2.changes import dotted_keys
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
@@ -21,6 +22,7 @@ from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.made import recorded
 from dmd2.run import SAMPLERS, RunId
 from eval.claims import CLAIMS, distance, judge
+from eval.code_warnings import code_warnings
 from eval.differences import Arm, difference, influences
 from eval.metrics import BETTER, FRECHET, best_first
 from eval.protocols import of_record
@@ -107,9 +109,10 @@ def build(name: str) -> dict[str, Any]:
     rows = [student_row(experiment, name, row.run, row.paper) for row in experiment.rows[name]]
     rows += [teacher_row(table, sampler, paper) for sampler, paper in table.teachers.items()]
     _add_differences(table, rows)
+    warnings = _warnings(table, rows) + code_warnings(_trained_by(rows))
     claims = judge(table.claims, measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
-    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": _warnings(table, rows)}
+    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
 
 
 def measurements(table: Table, rows: list[Row]) -> Measurements:
@@ -177,6 +180,15 @@ def _warnings(table: Table, rows: list[Row]) -> list[str]:
     if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:
         warnings.append("rows were measured with different protocols and must not be compared")
     return warnings
+
+
+def _trained_by(rows: list[Row]) -> dict[str, list[list[Part]]]:
+    """Code that trained each seed of each row, where that is known."""
+    students = {row["run"]: row["grid"].values() for row in rows if row["kind"] == "student"}
+    return {
+        run: [read_json(Path(grid).with_name("metrics.json")).get("train_code", []) for grid in grids]
+        for run, grids in students.items()
+    }
 
 
 def tidy(bundle: dict[str, Any]) -> pd.DataFrame:

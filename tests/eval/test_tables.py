@@ -13,6 +13,7 @@ import torch
 
 from dmd2.ablations import load_experiment
 from dmd2.files import read_json, write_json, write_text
+from dmd2.method import modules_of
 from dmd2.run import RunId
 from eval import evaluate, report
 from eval.table_text import cells, markdown, other, published
@@ -110,6 +111,31 @@ def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, mo
     write_text(run.folder / "log.jsonl", '{"step": 10, "probe/brightness": 0.5}\n')
     evaluate.evaluate_run(run, cfg, torch.device("cpu"), run.folder / "metrics.json")
     assert read_json(run.folder / "metrics.json")["cost"] == cost
+
+
+def trained_by(run: str, *modules: dict[str, str]) -> None:
+    """All seeds of a run were trained by this code, one after the other."""
+    parts = [{"step": 10 * i, "commit": "c", "modules": found} for i, found in enumerate(modules)]
+    for seed in range(3):
+        path = RunId("digits", run, seed).folder / "metrics.json"
+        write_json(path, {**read_json(path), "train_code": parts})
+
+
+def test_table_and_report_tell_by_which_code_rows_were_trained(place: Path) -> None:
+    present, old = modules_of(), {**modules_of(), "dmd2.losses": "old"}
+    trained_by("dmd2", present)
+    assert not any("code" in warning for warning in build("digits-table3")["warnings"])
+    trained_by("dmd", old)
+    trained_by("gan-only", old, present)
+    bundle = build("digits-table3")
+    told = [
+        "not all of this was trained by the same code: dmd2/losses.py differ",
+        "other code went on with half-trained runs: gan-only",
+        "trained by other code than the table was made with: dmd, gan-only",
+    ]
+    assert bundle["warnings"][-3:] == told and all(f"**Warning:** {text}." in markdown(bundle) for text in told)
+    write_json(place, bundle)
+    assert all(text in report.render([place]) for text in told)
 
 
 def test_what_dvc_compares_are_means_over_seeds_and_points_of_curves(place: Path) -> None:
