@@ -4,7 +4,7 @@
 import sys
 from types import SimpleNamespace
 
-from dmd2.made import Artefact, Outdated
+from dmd2.made import Artefact, Outdated, not_in_the_future
 
 CHANGED = "results/.changed"  # input of everything outdated
 
@@ -70,7 +70,11 @@ def starts_before(base, run):
 
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    OUTDATED.review(artefacts())
+    try:
+        OUTDATED.review(artefacts())
+        not_in_the_future(WEIGHTS_OF.values())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
     write_text(Path(CHANGED), f"{time.time_ns()}\n")
     for line in OUTDATED.told():
         print(f"out of date: {line}", file=sys.stderr)
