@@ -49,7 +49,7 @@ class TrainingJob:
     def read(text: str) -> "TrainingJob":
         """What `text` returned."""
         values = json.loads(text)
-        return TrainingJob(**{**values, "config": json.dumps(values["config"])})
+        return TrainingJob(**{**values, "config": TrainConfig.model_validate(values["config"]).model_dump_json()})
 
     def in_slurm(self) -> None:
         """Train in a Slurm task.

@@ -168,7 +168,8 @@ class SlurmTraining:
         """
         began: float | None = None
         while True:
-            entries = [entry for entry in squeue("--name", self.name).values() if not entry.ended]
+            named = [entry for entry in squeue("--name", self.name).values() if entry.name == self.name]
+            entries = [entry for entry in named if not entry.ended]
             if live := [entry for entry in entries if entry.live]:
                 return min(live, key=lambda entry: (entry.state != "RUNNING", int(entry.job))).job
             if not entries:
