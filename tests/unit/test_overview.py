@@ -223,6 +223,22 @@ def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(
     assert lines[4].startswith(f"states are unknown: {note}")
 
 
+@pytest.mark.parametrize(("name", "text", "told"), [
+    ("progress.json", '{"step"', "progress.json is not valid JSON"), ("progress.json", "[]", "progress.json or job.json"),
+    ("progress.json", '{"step": 1}', "progress.json or job.json"), ("job.json", '{"jobs": 3}', "progress.json or job.json"),
+])  # fmt: skip
+def test_a_damaged_file_of_one_run_leaves_the_others_as_they_are(
+    place: Path, slurm, capsys, name: str, text: str, told: str
+) -> None:
+    slurm(dict)
+    (wrote(RUN, PROGRESS, ["7"]).folder / name).write_text(text)
+    wrote(RunId("digits", "ttur", 0), PROGRESS)
+    launch.status([])
+    lines = capsys.readouterr().out.splitlines()
+    assert "damaged (" in lines[1] and told in lines[1] and " stopped " in lines[2]
+    assert lines[3] == "2 runs: 1 damaged, 1 stopped"
+
+
 def test_an_ended_run_says_who_publishes_it(place: Path, capsys) -> None:
     wrote(RUN, None, None, "finished.json")
     print_overview(chosen_runs([]))
