@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 from dmd2.again import trained_by_other_code
-from dmd2.made import Artefact, Outdated
+from dmd2.made import Artefact, Outdated, not_in_the_future
 
 CHANGED = "results/.changed"  # input of everything outdated
 
@@ -78,7 +78,11 @@ def other_code():
 
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    OUTDATED.review(artefacts())
+    try:
+        OUTDATED.review(artefacts())
+        not_in_the_future(WEIGHTS_OF.values())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
     OTHER_CODE = other_code()
     if CHANGED_CODE == "retrain":
         OUTDATED.reasons |= OTHER_CODE
