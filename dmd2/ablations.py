@@ -15,6 +15,8 @@ from dmd2.run import SAMPLERS, RunId
 from dmd2.shared import check_shared
 from dmd2.table_rows import KINDS, Placed, Row, Rows, rows_of
 from dmd2.yaml_file import YamlFile, read_yaml
+from eval.metrics import BETTER, FRECHET
+from eval.metrics import measured as numbers_of
 from eval.protocols import named
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
@@ -245,13 +247,31 @@ def _check_references(experiment: Experiment, name: str, source: YamlFile) -> No
     if table.reference_row is not None and table.reference_row not in runs:
         raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
     measured = experiment.bases[table.base].eval
+    known = numbers_of(measured.metrics)
     for i, metric in enumerate(table.metrics):
-        if metric not in measured.metrics:
+        if metric not in known:
             where = source.where("metrics", i)
-            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(measured.metrics)}")
+            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(known)}")
+    _check_directions(table, source)
     for teacher in table.teachers:
         if teacher not in measured.teacher_samplers:
             raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")
     for run in table.row_change:
         if run not in runs:
             raise UserError(f"{source.where('row_change', run)}: row_change names {run}, which is no row of the table")
+
+
+def _check_directions(table: Table, source: YamlFile) -> None:
+    """Refuse the best by a metric of which neither direction is better, and claims without what they are about."""
+    first = table.metrics[0]
+    if table.select == "best" and first not in BETTER:
+        raise UserError(
+            f"{source.where('select')}: select: best goes by the first of metrics, and neither the lowest nor the "
+            f"highest {first} is the best: name another first, or select: last"
+        )
+    about = [claim for claim in table.claims if claim != "C2"]  # that one is about brightness over training
+    if about and not set(FRECHET) & set(table.metrics):
+        raise UserError(
+            f"{source.where('claims')}: claims: {about[0]} is about the paper's FID, and metrics "
+            f"({', '.join(table.metrics)}) has no {' or '.join(FRECHET)}: add one, or leave the claim out"
+        )

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from dmd2.section import Positive, Section, Weight
+from dmd2.section import Positive, Precision, Section, Weight
 
 RANKS = r"(-on-[1-9]\d*-ranks)"
 GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-[1-9]\d*(-skip|-official)?)$"
@@ -12,9 +12,13 @@ IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
 
 
 class Sampler(Section):
-    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM."""
+    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM.
 
-    solver: Literal["heun", "ddim", "pndm", "euler"]
+    ddpm is stochastic by itself. spacing of euler: SDXL's own scheduler has ``leading`` times (981, 961, ..., 1 of 50
+    steps), its authors' pairs were made with ``trailing`` ones (999, 979, ..., 19).
+    """
+
+    solver: Literal["heun", "ddim", "ddpm", "pndm", "euler"]
     steps: Positive
     guidance: Annotated[float, Field(ge=1)] = 1.0
     churn: Weight = 0.0
@@ -22,6 +26,18 @@ class Sampler(Section):
     s_max: Annotated[float, Field(gt=0)] = 1e9
     s_noise: Annotated[float, Field(gt=0)] = 1.0
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    spacing: Literal["trailing", "leading"] = "trailing"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise on its way."""
+        return self.churn > 0 or self.eta > 0 or self.solver == "ddpm"
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the network for one image; guidance doubles each, and PNDM evaluates its second time twice."""
+        steps = {"heun": 2 * self.steps - 1, "pndm": self.steps + 1}.get(self.solver, self.steps)
+        return steps * (2 if self.guidance > 1 else 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -31,6 +47,8 @@ class Sampler(Section):
             raise ValueError(f"churn belongs to heun, not {self.solver}")
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta belongs to ddim, not {self.solver}")
+        if self.spacing != "trailing" and self.solver != "euler":
+            raise ValueError(f"spacing belongs to euler, not {self.solver}")
         return self
 
 
@@ -53,6 +71,8 @@ class Eval(Section):
 
     `protocol` names an entry of eval/protocols.yaml, whose values stand where a base gives none. `shards` jobs share
     the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
+    `precision` of all sampling, of students and teachers: fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
+    also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
     On text: `prompts` is a file of captions, one an image (by default the captions of the real set, in their order and
     over again), and `clip` the model in data/weights that compares images with them.
     """
@@ -66,6 +86,7 @@ class Eval(Section):
     reference: str
     images: Annotated[int, Field(ge=2)]
     draws: Positive
+    precision: Precision = "fp32"
     batch: Positive
     shards: Positive = 1
     teacher_samplers: dict[str, Sampler]

@@ -5,12 +5,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import BaseModel
 
 from dmd2.ablations import Table, load_experiment
+from dmd2.again import When, is_due, make_anew
 from dmd2.cluster import Cluster, load_cluster
 from dmd2.config import RunConfig, TrainConfig
 from dmd2.errors import UserError, readable_errors
@@ -26,6 +27,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 Run = Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")]
 Config = Annotated[str | None, typer.Option(help="JSON of the run; default: what the tables say")]
+ChangedCode = Literal["warn", "retrain"]
 ClusterName = Annotated[str, typer.Option(help="file in workflow/cluster, without .yaml")]
 
 
@@ -41,19 +43,26 @@ def run_config(run: RunId, config: str | None) -> TrainConfig:
 
 
 @app.command()
-def train(run: Run, config: Config = None, cluster: ClusterName = "local") -> None:
+def train(
+    run: Run,
+    config: Config = None,
+    cluster: ClusterName = "local",
+    again: Annotated[bool, typer.Option("--again", help="from the start, also if it is finished or half done")] = False,
+    changed_code: Annotated[ChangedCode, typer.Option(help="what to do with a run that other code trained")] = "warn",
+) -> None:
     """Train a run, continue it, or wait for its Slurm job; it is finished when results/runs/RUN/train.json exists."""
     with readable_errors():
         run_id, machine = RunId.parse(run), load_cluster(cluster)
+        when: When = "always" if again else "changed" if changed_code == "retrain" else "never"
         cfg = run_config(run_id, config)
         if cfg.train.released:
             from dmd2.released import publish_released  # needs torch, which the launcher of a Slurm job does not
 
             publish_released(run_id, cfg)
         elif machine.launcher == "slurm":
-            train_on_slurm(SlurmTraining(run_id, cfg, machine))
+            train_on_slurm(SlurmTraining(run_id, cfg, machine, when))
         else:
-            train_here(run_id, cfg, machine)
+            train_here(run_id, cfg, machine, when)
 
 
 def train_on_slurm(training: SlurmTraining) -> None:
@@ -68,11 +77,14 @@ def train_on_slurm(training: SlurmTraining) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "dmd2.wait", *words])
 
 
-def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
+def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster, when: When = "never") -> None:
     """Train in this process, or in several started by torchrun."""
+    if when != "never" and "WORLD_SIZE" not in os.environ and is_due(goal := goal_of(run, cfg), when):
+        make_anew(goal)
     if cluster.processes > 1 and "WORLD_SIZE" not in os.environ:
+        words = [word for word in sys.argv[1:] if word != "--again"]
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.processes}"]
-        os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *words])
     if cluster.training.nodes > 1:
         raise UserError("training.nodes: several nodes need `launcher: slurm` in the cluster file")
     TrainingJob.of(run, cfg, cluster).train()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from dmd2.ablations import Experiment, load_experiment
+from dmd2.again import replaced
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.run import RUNS, RunId
@@ -141,7 +142,7 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
 
     Slurm is asked once, and only if one of these runs may have a job.
     """
-    if not any((run.folder / "job.json").exists() and not (run.folder / "train.json").exists() for run in runs):
+    if not any((run.folder / "job.json").exists() and not _published(run.folder) for run in runs):
         return {}, ""
     if shutil.which("sbatch") is None:
         return None, NO_SLURM
@@ -186,7 +187,7 @@ def _state(
     folder: Path, progress: dict[str, Any], submitted: bool, entry: Entry | None, unknown: bool
 ) -> tuple[str, str]:
     """State of a run and what belongs in parentheses after it."""
-    if (folder / "train.json").exists():
+    if _published(folder):
         return "finished", ""
     if entry is not None:
         pending = entry.state == "PENDING" and entry.reason not in ("None", "")
@@ -200,6 +201,12 @@ def _state(
     if complete and (folder / "finished.json").exists():
         return "ended", ""
     return ("stopped" if submitted or progress else "not started"), ""
+
+
+def _published(folder: Path) -> bool:
+    """Whether a run is complete, and not on its way to be trained again."""
+    path = folder / "train.json"
+    return path.exists() and not replaced(folder, _read(path).get("key", ""))
 
 
 def locked(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dmd2.ablations import Experiment, load_experiment
+from dmd2.again import replaced
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import digest_of, read_json
 from dmd2.inputs import TEACHERS
@@ -62,6 +63,8 @@ def _of_run(run: RunId, experiment: Experiment) -> Prunable:
     config, submitted = train.get("made_from", {}).get("config"), run.folder / "job.json"
     if cfg is not None and config != digest_of(cfg.training().settings()):
         return Prunable(run.folder, [], "it is to be trained with other settings, and may continue from there")
+    if replaced(run.folder, train["key"]):
+        return Prunable(run.folder, [], "it is being trained again, and its snapshots are in use until that ends")
     if submitted.exists() and read_json(submitted)["config"] != config:
         return Prunable(run.folder, [], "a Slurm job was sent for another training of it")
     if any((other.train.init_from, base) == (run.name, run.base) for (base, _), other in experiment.runs.items()):

@@ -10,13 +10,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
 from submitit.helpers import clean_env
 
+from dmd2.again import When, is_due, make_anew
 from dmd2.cluster import Cluster
 from dmd2.config import TrainConfig
 from dmd2.errors import UserError
@@ -42,8 +42,9 @@ class SlurmTraining:
     run: RunId
     cfg: TrainConfig
     cluster: Cluster
+    again: When = "never"
 
-    @cached_property
+    @property
     def goal(self) -> Goal:
         """Exactly this training, with its inputs in their usual places."""
         return goal_of(self.run, self.cfg)
@@ -93,7 +94,8 @@ class SlurmTraining:
         """Id of the live job of this run, submitted now if there was none; None if the training is finished.
 
         Raises:
-            UserError: a live job trains another config of this run, or Slurm refuses.
+            UserError: a live job trains another config of this run, or this one while it is to be trained anew, or
+                Slurm refuses.
         """
         record, config = self.run.folder / "job.json", self.goal.config
         self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +108,18 @@ class SlurmTraining:
                         f"{self.run}: Slurm job {live} trains an older config of this run: wait for it, or stop it by "
                         f"`python -m dmd2.launch cancel {self.run}`, and run again"
                     )
+                if self.again == "always":
+                    raise UserError(
+                        f"{self.run}: Slurm job {live} trains this run: wait for it, or stop it by "
+                        f"`python -m dmd2.launch cancel {self.run}`, before you train it again"
+                    )
                 if live not in known["jobs"]:  # killed between sbatch and the record
                     write_json(record, {**known, "name": self.name, "jobs": [*known["jobs"], live]})
                 say(self.run, f"attached to Slurm job {live}")
                 return live
+            if is_due(self.goal, self.again):
+                make_anew(self.goal)
+                known = {**known, "jobs": []}  # what the old training cost is told by its train.json
             if self.goal.reached():
                 return None
             known = {"name": self.name, "config": config, "jobs": known["jobs"] if known["config"] == config else []}

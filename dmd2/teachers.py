@@ -1,6 +1,5 @@
 """The teacher: trained here at small scale, or a diffusers UNet folder that the user puts in place."""
 
-import hashlib
 import json
 import os
 import time
@@ -12,15 +11,16 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+from dmd2.arithmetic import deterministic_kernels, float32_products
 from dmd2.checkpoint import Checkpoints
 from dmd2.condition import Condition
 from dmd2.config import Data, Optim, Teacher, digest_of
 from dmd2.data import TensorSet, load_set
-from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
-from dmd2.distributed import local_device
+from dmd2.denoisers import SAMPLING, Denoiser, EdmDenoiser, EpsDenoiser, Network
+from dmd2.distributed import Device, local_device
 from dmd2.encode import image_size
 from dmd2.errors import UserError, readable_errors
-from dmd2.files import listing, read_json, sha256, verified, write_json
+from dmd2.files import content_of, listing, read_json, sha256, verified, write_json
 from dmd2.inputs import pipeline_manifest
 from dmd2.losses import denoising_loss
 from dmd2.made import recorded
@@ -98,16 +98,20 @@ def unconditional(data: Data) -> Condition:
 
 
 def train_teacher(
-    data: Data, teacher: Teacher, real: TensorSet, folder: Path, device: torch.device | str = "cpu"
+    data: Data, teacher: Teacher, real_manifest: Path, folder: Path, device: torch.device | str = "cpu"
 ) -> Path:
     """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
+
+    Checkpoints belong to the settings and to the content of what is read: images, their conditions, and what stands in
+    the place of dropped ones.
 
     EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
     """
     spec = teacher.train
     assert spec is not None and teacher.network is not None
     denoiser, ema = (
-        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).to(device) for _ in range(2)
+        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation, SAMPLING[spec.precision]).to(device)
+        for _ in range(2)
     )
     denoiser.train()
     ema.requires_grad_(False)
@@ -116,11 +120,12 @@ def train_teacher(
         betas=(0.9, 0.999), ema=None,
     )  # fmt: skip
     optimiser = Optimiser([denoiser], optim, spec.lr)
-    images = hashlib.sha256(real.tensors["images"].numpy().tobytes()).hexdigest()
-    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), images])
+    real, pipeline = load_set(real_manifest), pipeline_manifest(data)
+    read = [content_of(real_manifest), data.classes, None if pipeline is None else content_of(pipeline)]
+    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
-    if state := checkpoints.load_latest(device):
+    if state := checkpoints.load_latest():
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
@@ -140,7 +145,8 @@ def train_teacher(
             state = {"denoiser": denoiser.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
             checkpoints.save(it + 1, {**state, "step": it + 1})
     ema.network.save_pretrained(folder / "unet", safe_serialization=True)
-    return _manifest(folder, "unet", {"seconds": round(time.monotonic() - started, 1), "steps": spec.steps})
+    about = {"seconds": round(time.monotonic() - started, 1), "steps": spec.steps, "precision": spec.precision}
+    return _manifest(folder, "unet", about)
 
 
 def _denoising_step(
@@ -203,18 +209,21 @@ def main(
     out: Path,
     real: Annotated[Path | None, typer.Option(help="manifest of the real data, to train a teacher")] = None,
     threads: int = 1,
+    device: Device = "auto",
+    deterministic: Annotated[bool, typer.Option(help="as training.deterministic of the cluster file")] = False,
 ) -> None:
     """Train or adopt a teacher: write OUT (a manifest.json) and the network beside it."""
     torch.set_num_threads(threads)
     with readable_errors():
         spec = Teacher.model_validate(json.loads(teacher))
-        with recorded(out, [json.loads(data), json.loads(teacher)], [real] if real else []):
+        settings, inputs = [json.loads(data), json.loads(teacher)], [real] if real else []
+        with recorded(out, settings, inputs, sources=[spec.source]):
             if spec.train is None or real is None:
                 adopt_teacher(spec, out.parent, Data.model_validate(json.loads(data)))
             else:
-                train_teacher(
-                    Data.model_validate(json.loads(data)), spec, load_set(real), out.parent, local_device("auto")
-                )
+                place = local_device(device, "teacher")
+                with deterministic_kernels(deterministic), float32_products(spec.train.precision):
+                    train_teacher(Data.model_validate(json.loads(data)), spec, real, out.parent, place)
 
 
 if __name__ == "__main__":

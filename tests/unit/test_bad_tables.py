@@ -39,6 +39,7 @@ WRONG_TABLES = {
     "unknown reference row": ({"reference_row": "z"}, "reference_row", "is no row"),
     "unknown row in row_change": ({"row_change": {"z": {}}}, "z:", "is no row"),
     "unknown teacher sampler": ({"teachers": {"sd": {}}}, "sd:", "no sampler sd"),
+    "row named like a sampler of the teacher": ({"rows": [{"run": "teacher-forced"}]}, "teacher-", "the teacher's samplers"),
     "run name with a space": ({"rows": [{"run": "a b"}]}, "a b", "a b"),
 }  # fmt: skip
 
@@ -169,3 +170,29 @@ def test_two_mistakes_are_still_one_sentence(folder):  # noqa: F811
     folder.base("tiny", base_text("ratio: 5", "ratio: five").replace("lr: 0.001", "lr: fast"))
     folder.table()
     assert "\n" not in folder.error()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle", "sentence"),
+    [
+        ({"metrics": ["brightness"], "select": "best"}, "select:", "neither the lowest nor the highest brightness"),
+        ({"metrics": ["brightness", "accuracy"], "claims": ["C2", "C7"]}, "claims:", "C7 is about the paper's FID"),
+        ({"metrics": ["prdc"]}, "prdc", "does not measure prdc, only fd, accuracy, brightness, precision, recall"),
+    ],
+)
+def test_a_choice_or_claim_by_a_metric_without_a_better_direction_is_named(folder, changes, needle, sentence):  # noqa: F811
+    values = tiny.values("edm")
+    values["eval"]["metrics"] = ["fd", "accuracy", "brightness", "prdc"]
+    folder.base("tiny", values)
+    folder.table(**changes)
+    error, path = folder.error(), folder.tables / "one.yaml"
+    assert error.startswith(f"{path}:{line_of(path, needle)}") and sentence in error
+
+
+def test_higher_is_better_and_parts_of_a_metric_may_stand_in_a_table(folder):  # noqa: F811
+    values = tiny.values("edm")
+    values["eval"]["metrics"] = ["fd", "accuracy", "prdc"]
+    folder.base("tiny", values)
+    folder.table("one", metrics=["accuracy", "fd"], select="best", claims=["C7"])
+    folder.table("two", metrics=["recall"], select="best", claims=["C2"])
+    assert folder.load().tables["two"].metrics == ["recall"]

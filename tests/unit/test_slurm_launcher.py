@@ -1,5 +1,6 @@
 """A training as a Slurm job: what is sent, that it is sent once, and what is said when it fails."""
 
+import dataclasses
 import re
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 import dmd2.slurm
 import dmd2.wait
 from dmd2.ablations import load_experiment
+from dmd2.again import continued
 from dmd2.cluster import Cluster
 from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json, write_json
@@ -135,6 +137,28 @@ def test_jobs_of_another_config_are_not_counted_as_this_runs(fake):
     fake.answer("sbatch", "Submitted batch job 8")
     training().submit_or_attach()
     assert submissions() == ["8"]
+
+
+def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
+    training().submit_or_attach()
+    old = training().goal.key
+    finish()
+    again = dataclasses.replace(training(), again="always")
+    fake.answer("sbatch", "Submitted batch job 8")
+    assert again.submit_or_attach() == "8" and submissions() == ["8"]  # whose costs are not those of job 7
+    assert again.goal.key == training().goal.key != old
+    queued(fake, job="8")
+    with pytest.raises(UserError, match="Slurm job 8 trains this run: wait for it, or stop it by"):
+        again.submit_or_attach()
+    assert training().submit_or_attach() == "8"
+
+
+def test_a_training_of_other_code_is_submitted_again_only_under_the_policy(fake):
+    continued(RUN, training().goal.key, 0, {"dmd2.losses": "old"})
+    record = finish()
+    assert training().submit_or_attach() is None and training().goal.reached() == record
+    assert dataclasses.replace(training(), again="changed").submit_or_attach() == "7"
+    assert training().goal.key != record["key"] and training().goal.reached() is None
 
 
 def test_a_finished_training_is_not_submitted_again(fake):
