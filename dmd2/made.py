@@ -160,12 +160,14 @@ class Artefact:
         foreign = [path for path in beside if sha256(path)[:12] != record["beside"].get(str(path))]
         return f"was not made together with {foreign[0]}" if foreign else None
 
-    def touch(self) -> None:
-        """Make every output younger than every input: the content says that they belong together."""
-        newest = max((os.stat(path).st_mtime_ns for path in self.inputs if Path(path).exists()), default=0)
-        for path in self.outputs:
-            if Path(path).exists() and os.stat(path).st_mtime_ns <= newest:
-                os.utime(path, ns=(newest + 1_000_000, newest + 1_000_000))
+    def younger(self, times: Mapping[str, int]) -> dict[str, int]:
+        """Modification times (ns) that make every output younger than every input: the content says that they belong
+        together. `times` are those that other files are to get.
+        """
+        found = {path: times.get(path, os.stat(path).st_mtime_ns) for path in (*self.inputs, *self.outputs)
+                 if Path(path).exists()}  # fmt: skip
+        newest = max((found[path] for path in self.inputs if path in found), default=0)
+        return {path: newest + 1_000_000 for path in self.outputs if path in found and found[path] <= newest}
 
 
 def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | None:
@@ -181,6 +183,7 @@ class Outdated:
 
     reasons: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)  # digests by path, of absent ones too
+    times: dict[str, int] = field(default_factory=dict)  # to be given to what is up to date, for `date`
 
     def review(self, artefacts: Iterable[Artefact]) -> None:
         """Compare artefacts with their records, inputs before what is made from them."""
@@ -192,7 +195,12 @@ class Outdated:
             if reason := artefact.outdated(self.settings, listed):
                 self.reasons[artefact.outputs[0]] = reason
             else:
-                artefact.touch()
+                self.times |= artefact.younger(self.times)
+
+    def date(self) -> None:
+        """Give what is up to date its times, for a run; a dry run only tells Snakemake."""
+        for path, moment in self.times.items():
+            os.utime(path, ns=(moment, moment))
 
     def told(self, most: int = 5) -> list[str]:
         """A line for each, up to `most`."""

@@ -1,13 +1,16 @@
 # What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/made.py),
 # never by clocks or by .snakemake, which a clone or a `dvc pull` does not bring along. The profiles therefore leave
-# Snakemake the modification times only, which are put right for everything whose content says that it is up to date.
+# Snakemake the modification times only, which are put right for everything whose content says that it is up to date; a dry run tells
+# them to Snakemake only.
 import sys
 from types import SimpleNamespace
+
+from snakemake_interface_storage_plugins.io import Mtime
 
 from dmd2.again import trained_by_other_code
 from dmd2.made import Artefact, Outdated
 
-CHANGED = "results/.changed"  # input of everything outdated
+CHANGED = "Snakefile"  # input of everything outdated: Snakemake is told that it is new
 
 
 def artefacts():
@@ -76,6 +79,24 @@ def other_code():
     return {path: text for path, text in told.items() if text}
 
 
+SETTLED = {}
+
+
+def settle():
+    """Tell Snakemake, while it builds the DAG, that what is up to date is younger than its inputs, and `CHANGED` new.
+
+    Only a run writes the times down (its jobs of Slurm look at the files); whatever only plans writes nothing.
+    """
+    known = workflow.iocache.mtime
+    if CHANGED in known and len(SETTLED) == len(OUTDATED.times):
+        return
+    known.setdefault(CHANGED, Mtime(local=time.time()))
+    known.update({path: Mtime(local=moment / 1e9) for path, moment in OUTDATED.times.items()})
+    SETTLED.update(OUTDATED.times)
+    if workflow.executor_plugin is not None and not workflow.dryrun:
+        OUTDATED.date()
+
+
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
     OUTDATED.review(artefacts())
@@ -85,6 +106,5 @@ if workflow.is_main_process: # jobs of Slurm read this file again and are told w
     else:
         for line in Outdated(OTHER_CODE).told():
             print(f"note: {line}", file=sys.stderr)
-    write_text(Path(CHANGED), f"{time.time_ns()}\n")
     for line in OUTDATED.told():
         print(f"out of date: {line}", file=sys.stderr)
