@@ -70,6 +70,8 @@ class Checkpoints:
                 return int(manifest.stem)
             except UserError as error:
                 print(f"checkpoint passed over: {error}", file=sys.stderr)
+            except (AttributeError, KeyError, TypeError):
+                print(f"checkpoint passed over: {manifest} does not list its files as a save does", file=sys.stderr)
         return None
 
     def load(self, step: int, spans: Spans | None = None, only: str = "") -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Checkpoints:
 
     def _up_to(self, step: int | None) -> list[Path]:
         """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
-        found = sorted(self.folder.glob("*.json"))
+        found = sorted(path for path in self.folder.glob("*.json") if path.stem.isdecimal())
         return found if step is None else [path for path in found if int(path.stem) <= step]
 
 

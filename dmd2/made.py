@@ -8,6 +8,7 @@ that it was made from, of itself and of the files made beside it.
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dmd2.errors import UserError
 from dmd2.files import content_digest, digest_of, read_json, sha256, write_json
 from dmd2.interrupts import single_writer
 from dmd2.sources import source_listing
@@ -177,6 +179,22 @@ def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | Non
     return f"was made from another listing of {other[0]}" if other else None
 
 
+def not_in_the_future(paths: Iterable[Path | str]) -> None:
+    """Date files of the future, from a clock that was ahead, now: Snakemake deletes outputs older than their inputs.
+
+    Raises:
+        UserError: it is somebody else's file.
+    """
+    now = time.time_ns()
+    for path in map(Path, paths):
+        if path.exists() and os.stat(path).st_mtime_ns > now:
+            try:
+                os.utime(path, ns=(now, now))
+            except OSError as error:
+                raise UserError(f"{path} is dated in the future and cannot be dated now ({error.strerror}): touch it"
+                                ) from None  # fmt: skip
+
+
 @dataclass
 class Outdated:
     """Every artefact that exists but is not what would be made now, by its first output, with the reason."""
@@ -190,6 +208,7 @@ class Outdated:
         listed = cache(source_listing)  # the parts of a set have one source
         for artefact in artefacts:
             self.settings[artefact.outputs[0]] = digest_of(artefact.config)
+            not_in_the_future(artefact.inputs)
             if not Path(artefact.outputs[0]).exists():
                 continue
             if reason := artefact.outdated(self.settings, listed):

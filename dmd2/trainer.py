@@ -21,7 +21,7 @@ from dmd2.config import TrainConfig
 from dmd2.data import load_set, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError
-from dmd2.files import digest_of, listing, write_json, write_text
+from dmd2.files import digest_of, listing, write_json, write_text, writing
 from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
 from dmd2.lora import snapshot_state
@@ -183,7 +183,7 @@ class Training:
         if not self.leads:
             return
         self.log.append(line)
-        with open(self.log_path, "a", encoding="utf-8") as file:
+        with writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def check_finite(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from dmd2.errors import UserError
 from dmd2.eval_config import Sampler
 from dmd2.files import read_json
-from dmd2.overview import locked
+from dmd2.interrupts import locked
 from dmd2.run import RUNS, RunId
 from eval.columns import IN_JSON, MAX_INT, SUFFIXES, describe
 from eval.protocols import of_record

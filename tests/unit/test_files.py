@@ -141,6 +141,23 @@ def test_a_writer_with_exceptions_of_its_own_still_says_that_the_disk_is_full(tm
         WRITERS[writer](tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk is full; earlier files are kept, free some space and"),
+        (errno.EDQUOT, "the quota is used up; earlier files are kept, free some space and"),
+        (errno.EROFS, "the file system is read-only; earlier files are kept, have it mounted for writing and"),
+        (errno.EACCES, "permission denied; earlier files are kept, get the right to write there and"),
+        (errno.EPERM, "immutable, perhaps: see lsattr); earlier files are kept, allow changes and"),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError, lambda code, text: RuntimeError(f"inline_container.cc: failed: {text}")])
+def test_the_advice_fits_the_reason(tmp_path, code, words, error):
+    with pytest.raises(UserError) as told, atomic(tmp_path / "a"):
+        raise error(code, os.strerror(code))
+    assert words in str(told.value)
+
+
 # JSON.
 def test_json_round_trip(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1, 2.5, None]})

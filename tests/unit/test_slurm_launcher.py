@@ -61,7 +61,9 @@ def finish(seed=RUN.seed):
 
 def whenever_it_sleeps(monkeypatch, action):
     """Instead of sleeping the launcher does this; subprocess, which sleeps too, is left alone."""
-    clock = SimpleNamespace(time=time.time, strftime=time.strftime, sleep=lambda seconds: action())
+    clock = SimpleNamespace(
+        time=time.time, monotonic=time.monotonic, strftime=time.strftime, sleep=lambda seconds: action()
+    )
     monkeypatch.setattr(dmd2.slurm, "time", clock)
     monkeypatch.setattr(dmd2.wait, "time", clock)
 
@@ -208,17 +210,17 @@ def test_setup_comes_before_srun_and_the_container_before_python():
     before, command = script.split("# command")
     assert "\nmodule load cuda\nexport A=1\n" in before
     assert re.search(
-        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m submitit", command, re.M
+        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m dmd2\.job ", command, re.M
     )
 
 
 def test_without_a_container_this_python_runs():
-    assert f" {sys.executable} -u -m submitit" in training().script()
+    assert f" {sys.executable} -u -m dmd2.job" in training().script()
 
 
 def test_the_script_that_is_printed_is_the_one_that_is_sent(fake):
     training(train={"gpu": 2}).submit_or_attach()
-    assert (RUN.folder / "jobs/7_submission.sh").read_text() == training(train={"gpu": 2}).script()
+    assert (RUN.folder / "jobs/submission.sh").read_text() == training(train={"gpu": 2}).script()
 
 
 @pytest.mark.parametrize(

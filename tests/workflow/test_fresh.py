@@ -28,6 +28,15 @@ def pulled(edited: Workspace) -> Workspace:
     return edited
 
 
+def test_input_dated_in_the_future_costs_no_finished_training(edited: Workspace) -> None:
+    train, real = "results/runs/digits/dmd2/seed0/train.json", edited.path / "data/real/digits/manifest.json"
+    os.utime(real, (4e9, 4e9))
+    (edited.path / train).unlink()
+    result = edited.snakemake(train)
+    assert result.returncode == 0, result.stderr
+    assert (edited.path / train).exists()
+
+
 def remake(manifest: Path) -> None:
     """As if the same settings had given other files."""
     entry = json.loads(manifest.read_text())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from snakemake_interface_storage_plugins.io import Mtime
 
 from dmd2.again import trained_by_other_code
-from dmd2.made import Artefact, Outdated
+from dmd2.made import Artefact, Outdated, not_in_the_future
 
 CHANGED = "Snakefile"  # input of everything outdated: Snakemake is told that it is new
 
@@ -99,7 +99,11 @@ def settle():
 
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    OUTDATED.review(artefacts())
+    try:
+        OUTDATED.review(artefacts())
+        not_in_the_future(WEIGHTS_OF.values())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
     OTHER_CODE = other_code()
     if CHANGED_CODE == "retrain":
         OUTDATED.reasons |= OTHER_CODE
