@@ -179,22 +179,6 @@ def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | Non
     return f"was made from another listing of {other[0]}" if other else None
 
 
-def not_in_the_future(paths: Iterable[Path | str]) -> None:
-    """Date files of the future, from a clock that was ahead, now: Snakemake deletes outputs older than their inputs.
-
-    Raises:
-        UserError: it is somebody else's file.
-    """
-    now = time.time_ns()
-    for path in map(Path, paths):
-        if path.exists() and os.stat(path).st_mtime_ns > now:
-            try:
-                os.utime(path, ns=(now, now))
-            except OSError as error:
-                raise UserError(f"{path} is dated in the future and cannot be dated now ({error.strerror}): touch it"
-                                ) from None  # fmt: skip
-
-
 @dataclass
 class Outdated:
     """Every artefact that exists but is not what would be made now, by its first output, with the reason."""
@@ -208,7 +192,7 @@ class Outdated:
         listed = cache(source_listing)  # the parts of a set have one source
         for artefact in artefacts:
             self.settings[artefact.outputs[0]] = digest_of(artefact.config)
-            not_in_the_future(artefact.inputs)
+            self.not_in_the_future(artefact.inputs)
             if not Path(artefact.outputs[0]).exists():
                 continue
             if reason := artefact.outdated(self.settings, listed):
@@ -216,10 +200,25 @@ class Outdated:
             else:
                 self.times |= artefact.younger(self.times)
 
+    def not_in_the_future(self, paths: Iterable[Path | str]) -> None:
+        """Files of the future, from a clock that was ahead, get the present time: Snakemake deletes outputs older than
+        their inputs.
+        """
+        now = time.time_ns()
+        found = [str(path) for path in paths if Path(path).exists()]
+        self.times |= {path: now for path in found if self.times.get(path, os.stat(path).st_mtime_ns) > now}
+
     def date(self) -> None:
-        """Give what is up to date its times, for a run; a dry run only tells Snakemake."""
+        """Give the files their times, for a run; a dry run only tells Snakemake.
+
+        Raises:
+            UserError: one is somebody else's file.
+        """
         for path, moment in self.times.items():
-            os.utime(path, ns=(moment, moment))
+            try:
+                os.utime(path, ns=(moment, moment))
+            except OSError as error:
+                raise UserError(f"{path} cannot be given another time ({error.strerror}): touch it") from None
 
     def told(self, most: int = 5) -> list[str]:
         """A line for each, up to `most`."""

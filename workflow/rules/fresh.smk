@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from snakemake_interface_storage_plugins.io import Mtime
 
 from dmd2.again import trained_by_other_code
-from dmd2.made import Artefact, Outdated, not_in_the_future
+from dmd2.made import Artefact, Outdated
 
 CHANGED = "Snakefile"  # input of everything outdated: Snakemake is told that it is new
 
@@ -94,16 +94,16 @@ def settle():
     known.update({path: Mtime(local=moment / 1e9) for path, moment in OUTDATED.times.items()})
     SETTLED.update(OUTDATED.times)
     if workflow.executor_plugin is not None and not workflow.dryrun:
-        OUTDATED.date()
+        try:
+            OUTDATED.date()
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
 
 
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    try:
-        OUTDATED.review(artefacts())
-        not_in_the_future(WEIGHTS_OF.values())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
+    OUTDATED.review(artefacts())
+    OUTDATED.not_in_the_future(WEIGHTS_OF.values())
     OTHER_CODE = other_code()
     if CHANGED_CODE == "retrain":
         OUTDATED.reasons |= OTHER_CODE
