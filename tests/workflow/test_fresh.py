@@ -55,6 +55,25 @@ def test_nothing_is_to_do_after_a_pull(pulled: Workspace) -> None:
     assert "provenance" not in pulled.snakemake("-n", "demo").stderr
 
 
+def files_of(workspace: Workspace) -> dict[str, tuple[int, bytes]]:
+    """Time and content of every file but Snakemake's and Python's own."""
+    found = [path for path in workspace.path.rglob("*") if path.is_file() and not path.is_symlink()]
+    own = {".snakemake", "__pycache__"}
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in found if not own & set(p.parts)}
+
+
+def test_a_dry_run_writes_nothing(pulled: Workspace) -> None:
+    (pulled.path / "results/.changed").unlink(missing_ok=True)
+    before = files_of(pulled)
+    assert pulled.planned("demo") == {}
+    change_weight_of_dmd(pulled)
+    changed = {path: entry for path, entry in files_of(pulled).items() if before.get(path) != entry}
+    assert {path.rpartition("/")[2] for path in changed} == {"demo.yaml", "digits-table3.yaml", "digits-ttur.yaml"}
+    before = files_of(pulled)
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert files_of(pulled) == before
+
+
 def test_changed_value_after_a_pull_runs_exactly_its_jobs(pulled: Workspace) -> None:
     change_weight_of_dmd(pulled)
     assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
