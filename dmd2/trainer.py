@@ -80,7 +80,7 @@ class Training:
                 f"{cfg.optim.batch}: change it"
             )
         self.key = inputs.key(cfg, run.seed)
-        self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
+        self.checkpoints = Checkpoints.of(self.folder, self.key)
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
         self.ema: Denoiser | None = None
