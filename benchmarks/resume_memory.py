@@ -2,7 +2,7 @@
 
     python -m benchmarks.resume_memory --width 96     # a quarter of its parameters; 192 is full size, about 10 GB
 
-Anonymous memory is what no file backs; the peak of the process (VmHWM) also counts mapped pages, which the system drops.
+Anonymous memory is what no file backs; the peak of the process (VmHWM) also counts mapped pages, which are droppable.
 """
 
 import os
