@@ -82,7 +82,7 @@ class Training:
                 f"{cfg.optim.batch}: change it"
             )
         self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
-        self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
+        self.checkpoints = Checkpoints.of(self.folder, self.key)
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
         self.ema: Denoiser | None = None
