@@ -43,7 +43,7 @@ def build_models(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(f"{seed}/lora").initial_seed())
             add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
-    if precision != "fp32" and cfg.teacher.parameterisation == "eps":
+    if precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
         nn.Module.to(
             teacher.network, torch.bfloat16
         )  # diffusers' own warns of modules to keep, of which there are none

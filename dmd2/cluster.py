@@ -21,6 +21,10 @@ class Resources(Section):
     """One kind of job, in the words of Snakemake's Slurm plugin; what is not set is not asked for."""
 
     threads: Positive = 1
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="of the networks; auto: cuda if the job sees a GPU"),
+    ] = "auto"
     mem_mb: Positive | None = None
     mem_mb_per_cpu: Positive | None = None
     runtime: Annotated[int, Field(ge=1, description="minutes")] | None = None
@@ -41,16 +45,23 @@ class Resources(Section):
         return value
 
     def snakemake(self) -> dict[str, Any]:
-        """As Snakemake resources (threads are a directive of their own)."""
-        return self.model_dump(exclude={"threads"}, exclude_none=True)
+        """As Snakemake resources (threads are a directive of their own, the device is an option of the job)."""
+        return self.model_dump(exclude={"threads", "device"}, exclude_none=True)
 
 
 class Training(Section):
-    """How a training runs inside its job; none of it changes the numbers beyond rounding."""
+    """How a training runs inside its job; none of it changes the numbers beyond rounding.
+
+    deterministic: kernels that give the same bits every time, for the teacher's training, too. It is no part of a base,
+    since it chooses between roundings of one computation, as the kind of GPU does.
+    """
 
     nodes: Positive = 1
     processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: Annotated[
+        bool,
+        Field(description="kernels that give the same bits every time, also on a GPU; slower there"),
+    ] = False
     micro_batch: Annotated[int, Field(ge=0, description="largest batch of a process; 0: all of its share")] = 0
     shard: Annotated[bool, Field(description="split networks and optimisers over the processes (FSDP2)")] = False
     checkpointing: Annotated[bool, Field(description="recompute activations in backward instead of keeping them")] = (
@@ -58,6 +69,13 @@ class Training(Section):
     )
     signal_seconds: Annotated[int, Field(ge=1, description="warning before the time limit, to save and requeue")] = 120
     poll_seconds: Annotated[float, Field(gt=0, description="between two looks of all waiting launchers")] = 15
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_of_the_job(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "device" in values:
+            raise ValueError("device is a key of jobs.train now, as of every kind of job: write it there")
+        return values
 
 
 class Jobs(Section):

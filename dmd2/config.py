@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from dmd2.data_config import Data
 from dmd2.eval_config import Eval, Sampler
 from dmd2.files import digest_of
-from dmd2.section import IndexRange, Positive, Section, Weight
+from dmd2.section import IndexRange, Positive, Precision, Section, Weight
 from dmd2.teacher_config import Teacher
 
 
@@ -106,11 +106,12 @@ class Gan(Section):
 
 
 class Pairs(Section):
-    """Teacher noise-image pairs."""
+    """Teacher noise-image pairs, sampled in `precision` (see `Eval`)."""
 
     count: Positive
     sampler: Sampler
     shards: Positive
+    precision: Precision = "fp32"
 
     @model_validator(mode="after")
     def _filled(self) -> Self:
@@ -153,13 +154,14 @@ class Optim(Section):
 class Train(Section):
     """Length in iterations (the paper's count: critic updates), precision, another run's name to start weights from.
 
-    bf16 is what the paper's runs do: on text, passes without a gradient stay float32 (`EpsDenoiser`); bf16-all takes
+    fp32 is IEEE float32. tf32 takes TF32 products on a GPU, and so do the others outside their bfloat16 autocast. bf16
+    is what the paper's runs do: on text, passes without a gradient stay float32 (`EpsDenoiser`); bf16-all takes
     bfloat16 there, too, which is faster. `released` names a file with this student's weights as its authors published
     them: nothing is trained then, and `steps` is what they trained.
     """
 
     steps: Positive
-    precision: Literal["fp32", "bf16", "bf16-all"]
+    precision: Literal["fp32", "tf32", "bf16", "bf16-all"]
     init_from: str | None
     snapshot_every: Positive
     checkpoint_every: Positive

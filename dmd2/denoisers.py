@@ -16,7 +16,8 @@ from dmd2.condition import Condition
 from dmd2.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
 from dmd2.song_unet import SongUNet
 
-Precision = Literal["fp32", "bf16", "bf16-all"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16-all"]
+SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
 Network: TypeAlias = "UNet2DModel | SongUNet | UNet2DConditionModel"
 
 
@@ -64,8 +65,8 @@ def encode(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> T
 class Denoiser(nn.Module):
     """A UNet seen as a denoiser.
 
-    With a precision of ``bf16`` or ``bf16-all`` the network body runs under bfloat16 autocast on a GPU; parameters stay
-    float32.
+    With a precision of ``bf16`` or ``bf16-all`` the network body runs under bfloat16 autocast, on every device;
+    parameters stay float32. Whether float32 products are TF32 is `dmd2.arithmetic.float32_products`' to say.
     """
 
     schedule: Schedule
@@ -96,8 +97,8 @@ class Denoiser(nn.Module):
             return call_network(self.network, sample, time, cond.cast(sample.dtype)).float()
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
-        """Bfloat16 on a GPU when asked for; a no-op otherwise."""
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision != "fp32" and x_t.is_cuda)
+        """Bfloat16 when asked for."""
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision.startswith("bf16"))
 
 
 class EdmDenoiser(Denoiser):
@@ -145,7 +146,7 @@ class EpsDenoiser(Denoiser):
     def autocast(self, x_t: Tensor) -> torch.autocast:
         """Bfloat16 where a gradient is taken (its authors saw autocast and no-grad interfere), or in all passes."""
         wanted = self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=wanted and x_t.is_cuda)
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=wanted)
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:

@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
 
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
 BUCKET = 1 << 24  # elements summed in one message
 
 
@@ -114,12 +116,19 @@ def agreed(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def local_device(kind: str) -> torch.device:
-    """Device of this process for ``cpu``, ``cuda`` or ``auto``; each process of a node takes its own GPU."""
+def local_device(kind: str, job: str) -> torch.device:
+    """Device of this process for ``cpu``, ``cuda`` or ``auto``; each process of a node takes its own GPU.
+
+    Raises:
+        UserError: a GPU is asked for and there is none; it names the key of the cluster file, jobs.`job`.device.
+    """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device is cuda, but this process sees no GPU: check gpu or gres in the cluster file")
+        raise UserError(
+            f"jobs.{job}.device is cuda, but this process sees no GPU: check jobs.{job}.gpu or gres in the cluster "
+            "file, or set device: auto"
+        )
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(kind)

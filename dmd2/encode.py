@@ -1,6 +1,7 @@
 """Sets of images with captions, and of prompts alone, encoded once: latents and text states in shards.
 
 A part holds a contiguous share of the source, so that jobs encode a large set side by side; `join` lists them all.
+Pipelines run in IEEE float32 on every device.
 """
 
 import json
@@ -15,12 +16,13 @@ import torch
 import typer
 from torch import Tensor
 
+from dmd2.arithmetic import strict_float32
 from dmd2.captioned import read_captioned
 from dmd2.captions import read_prompts, save_captions
 from dmd2.condition import Condition
 from dmd2.data import SHARD_BYTES, save_shard
 from dmd2.data_config import Data
-from dmd2.distributed import local_device
+from dmd2.distributed import Device, local_device
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.inputs import prompt_settings
@@ -155,13 +157,14 @@ Config = Annotated[str, typer.Option(help="JSON of the data section")]
 
 
 @app.command()
-def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1) -> None:
+def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1, device: Device = "auto") -> None:
     """Encode one part of the real set."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     torch.set_num_threads(threads)
     with readable_errors():
-        with recorded(out, json.loads(config), [pipeline]):
-            encode_part(Data.model_validate(json.loads(config)), pipeline, index, out, local_device("auto"))
+        place = local_device(device, "encode")
+        with recorded(out, json.loads(config), [pipeline]), strict_float32(place):
+            encode_part(Data.model_validate(json.loads(config)), pipeline, index, out, place)
 
 
 @app.command()
@@ -173,15 +176,16 @@ def join(config: Config, out: Path, parts: list[Path]) -> None:
 
 
 @app.command()
-def prompts(config: Config, pipeline: Path, source: Path, out: Path, threads: int = 1) -> None:
+def prompts(config: Config, pipeline: Path, source: Path, out: Path, threads: int = 1, device: Device = "auto") -> None:
     """Encode the prompts of a file."""
     torch.set_num_threads(threads)
     with readable_errors():
         data = Data.model_validate(json.loads(config))
         if not source.exists():
             raise UserError(f"data {data.name}: {source} is missing: put the prompts there, one a line")
-        with recorded(out, prompt_settings(data), [pipeline, source]):
-            encode_prompts(data, pipeline, source, out, local_device("auto"))
+        place = local_device(device, "encode")
+        with recorded(out, prompt_settings(data), [pipeline, source]), strict_float32(place):
+            encode_prompts(data, pipeline, source, out, place)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from dmd2.section import Positive, Section, Weight
+from dmd2.section import Positive, Precision, Section, Weight
 
 RANKS = r"(-on-[1-9]\d*-ranks)"
 GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-[1-9]\d*(-skip|-official)?)$"
@@ -53,6 +53,8 @@ class Eval(Section):
 
     `protocol` names an entry of eval/protocols.yaml, whose values stand where a base gives none. `shards` jobs share
     the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
+    `precision` of all sampling, of students and teachers: fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
+    also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
     On text: `prompts` is a file of captions, one an image (by default the captions of the real set, in their order and
     over again), and `clip` the model in data/weights that compares images with them.
     """
@@ -66,6 +68,7 @@ class Eval(Section):
     reference: str
     images: Annotated[int, Field(ge=2)]
     draws: Positive
+    precision: Precision = "fp32"
     batch: Positive
     shards: Positive = 1
     teacher_samplers: dict[str, Sampler]

@@ -30,14 +30,16 @@ class TrainingJob:
     micro_batch: int
     shard: bool = False
     checkpointing: bool = False
+    deterministic: bool = False
 
     @staticmethod
     def of(run: RunId, cfg: TrainConfig, cluster: Cluster) -> "TrainingJob":
         """The training of a run under a cluster file's settings."""
-        how, threads = cluster.training, cluster.jobs.train.threads
+        how, job = cluster.training, cluster.jobs.train
         return TrainingJob(
-            str(run), cfg.model_dump_json(), threads, how.device, how.micro_batch, how.shard, how.checkpointing
-        )
+            str(run), cfg.model_dump_json(), job.threads, job.device, how.micro_batch, how.shard, how.checkpointing,
+            how.deterministic,
+        )  # fmt: skip
 
     def __call__(self) -> None:
         """Train in a Slurm task.
@@ -67,14 +69,16 @@ class TrainingJob:
             return
         import torch  # not above: a waiting launcher imports this module, and there may be hundreds
 
+        from dmd2.arithmetic import deterministic_kernels, float32_products
         from dmd2.distributed import local_device, process_group
         from dmd2.trainer import Hardware, Training
 
         torch.set_num_threads(self.threads)
-        device = local_device(self.device)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as in the paper's runs
+        device = local_device(self.device, "train")
         patience = LOCK_PATIENCE if actions is not STOP else 0
-        with process_group(device):
-            hardware = Hardware(str(device), self.threads, self.micro_batch, self.shard, self.checkpointing)
+        hardware = Hardware(
+            str(device), self.threads, self.micro_batch, self.shard, self.checkpointing, self.deterministic
+        )
+        arithmetic = deterministic_kernels(self.deterministic), float32_products(cfg.train.precision)
+        with arithmetic[0], arithmetic[1], process_group(device):
             Training(run, cfg, hardware, Inputs.of(run, cfg)).run(actions, patience)

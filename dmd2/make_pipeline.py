@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import typer
 
+from dmd2.arithmetic import strict_float32
 from dmd2.autoencoder import train_autoencoder
 from dmd2.captioned import read_captioned
 from dmd2.data import save_shard
 from dmd2.data_config import Data
 from dmd2.data_config import Pipeline as Spec
-from dmd2.distributed import local_device
+from dmd2.distributed import Device, local_device
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, write_json
 from dmd2.inputs import pipeline_settings
@@ -89,13 +90,18 @@ def copy_encoder(spec: Spec, folder: Path) -> None:
         shutil.copyfile(source / name, folder / "text_encoder" / name)
 
 
-def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path, threads: int = 1) -> None:
+def main(
+    config: Annotated[str, typer.Option(help="JSON of the data section")],
+    out: Path,
+    threads: int = 1,
+    device: Device = "auto",
+) -> None:
     """Write OUT, a pipeline's manifest.json, and the parts that are made here beside it."""
     torch.set_num_threads(threads)
     with readable_errors():
-        data = Data.model_validate(json.loads(config))
-        with recorded(out, pipeline_settings(data)):
-            make_pipeline(data, out.parent, local_device("auto"))
+        data, place = Data.model_validate(json.loads(config)), local_device(device, "encode")
+        with recorded(out, pipeline_settings(data)), strict_float32(place):
+            make_pipeline(data, out.parent, place)
 
 
 if __name__ == "__main__":

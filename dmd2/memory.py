@@ -108,7 +108,7 @@ class Counted:
         if self.setup.checkpointing:
             for trained in (student, critic):
                 recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
-        if cfg.train.precision != "fp32" and cfg.teacher.parameterisation == "eps":
+        if cfg.train.precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
             teacher.network.to(torch.bfloat16)
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None

@@ -12,7 +12,7 @@ import typer
 from dmd2.condition import Condition
 from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.data import load_set, save_shard
-from dmd2.distributed import local_device, part
+from dmd2.distributed import Device, local_device, part
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.inputs import pair_inputs, pair_prompts
@@ -50,12 +50,15 @@ def make_shard(
     cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path, device: torch.device = CPU
 ) -> None:
     """Write shard `index` (noise, images, conditions) and its manifest `out`; the teacher samples on `device`."""
+    from dmd2.arithmetic import float32_products
+    from dmd2.denoisers import SAMPLING
     from dmd2.samplers import teacher_sample  # diffusers takes seconds to import, which joining shards need not pay
     from dmd2.teachers import load_teacher, null_condition
 
-    seeds = list(shard_seeds(cfg.regression.pairs.count, cfg.regression.pairs.shards, index))
-    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation).to(device)
-    spec, data = cfg.regression.pairs.sampler, cfg.data
+    pairs, data = cfg.regression.pairs, cfg.data
+    spec = pairs.sampler
+    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation, SAMPLING[pairs.precision]).to(device)
+    seeds = list(shard_seeds(pairs.count, pairs.shards, index))
     shape = (data.channels, data.resolution, data.resolution)
     null = null_condition(cfg.data, spec.guidance)
     conditions, rows = _conditions(cfg), list[dict[str, torch.Tensor]]()
@@ -65,12 +68,14 @@ def make_shard(
         chunk = seeds[start : start + batch]
         z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
         unconditional = null and null.expand(len(chunk)).to(device)
-        images = teacher_sample(teacher, z.to(device), drawn.to(device), unconditional, spec, _no_noise)
+        with float32_products(pairs.precision):
+            images = teacher_sample(teacher, z.to(device), drawn.to(device), unconditional, spec, _no_noise)
         rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})
         progress.update(start + len(chunk), {})
     path = out.with_suffix(".safetensors")
     save_shard(path, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-    write_json(out, {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "files": listing([path], out.parent)})
+    about = {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "precision": pairs.precision}
+    write_json(out, {**about, "files": listing([path], out.parent)})
 
 
 def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Condition]:
@@ -112,13 +117,14 @@ def shard(
     index: int,
     out: Path,
     threads: int = 1,
+    device: Device = "auto",
 ) -> None:
     """Make one shard."""
     torch.set_num_threads(threads)
     with readable_errors():
         cfg = PairsConfig.model_validate(json.loads(config))
         with recorded(out, json.loads(config), [teacher, *pair_inputs(cfg.data)]):
-            make_shard(cfg, teacher, index, out, local_device("auto"))
+            make_shard(cfg, teacher, index, out, local_device(device, "pairs"))
 
 
 @app.command()

@@ -1,11 +1,12 @@
 """What every section of a configuration is made of."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
+Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained by this: see dmd2.arithmetic
 Index = Annotated[int, Field(ge=0, le=999)]
 
 

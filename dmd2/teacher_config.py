@@ -5,11 +5,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dmd2.eval_config import Sampler
-from dmd2.section import Positive, Section
+from dmd2.section import Positive, Precision, Section
 
 
 class TeacherTraining(Section):
-    """How a small teacher is trained from scratch (EDM loss with log-normal sigma; uniform t for eps)."""
+    """How a small teacher is trained from scratch (EDM loss with log-normal sigma; uniform t for eps).
+
+    precision: as `eval.precision`.
+    """
 
     steps: Positive
     batch: Positive
@@ -20,6 +23,7 @@ class TeacherTraining(Section):
     p_std: Annotated[float, Field(gt=0)] = 1.2
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: int = 0
+    precision: Precision = "fp32"
 
 
 class Teacher(Section):

@@ -12,12 +12,13 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+from dmd2.arithmetic import deterministic_kernels, float32_products
 from dmd2.checkpoint import Checkpoints
 from dmd2.condition import Condition
 from dmd2.config import Data, Optim, Teacher, digest_of
 from dmd2.data import TensorSet, load_set
-from dmd2.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
-from dmd2.distributed import local_device
+from dmd2.denoisers import SAMPLING, Denoiser, EdmDenoiser, EpsDenoiser, Network
+from dmd2.distributed import Device, local_device
 from dmd2.encode import image_size
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, sha256, verified, write_json
@@ -98,7 +99,8 @@ def train_teacher(
     spec = teacher.train
     assert spec is not None and teacher.network is not None
     denoiser, ema = (
-        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation).to(device) for _ in range(2)
+        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation, SAMPLING[spec.precision]).to(device)
+        for _ in range(2)
     )
     denoiser.train()
     ema.requires_grad_(False)
@@ -131,7 +133,8 @@ def train_teacher(
             state = {"denoiser": denoiser.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
             checkpoints.save(it + 1, {**state, "step": it + 1})
     ema.network.save_pretrained(folder / "unet", safe_serialization=True)
-    return _manifest(folder, "unet", {"seconds": round(time.monotonic() - started, 1), "steps": spec.steps})
+    about = {"seconds": round(time.monotonic() - started, 1), "steps": spec.steps, "precision": spec.precision}
+    return _manifest(folder, "unet", about)
 
 
 def _denoising_step(
@@ -191,6 +194,8 @@ def main(
     out: Path,
     real: Annotated[Path | None, typer.Option(help="manifest of the real data, to train a teacher")] = None,
     threads: int = 1,
+    device: Device = "auto",
+    deterministic: Annotated[bool, typer.Option(help="as training.deterministic of the cluster file")] = False,
 ) -> None:
     """Train or adopt a teacher: write OUT (a manifest.json) and the network beside it."""
     torch.set_num_threads(threads)
@@ -200,9 +205,9 @@ def main(
             if spec.train is None or real is None:
                 adopt_teacher(spec, out.parent)
             else:
-                train_teacher(
-                    Data.model_validate(json.loads(data)), spec, load_set(real), out.parent, local_device("auto")
-                )
+                place = local_device(device, "teacher")
+                with deterministic_kernels(deterministic), float32_products(spec.train.precision):
+                    train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent, place)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Hardware:
     micro_batch: int = 0  # largest batch of a process; 0 for all of its share
     shard: bool = False  # split networks and optimisers over the processes
     checkpointing: bool = False  # recompute activations of student and critic in backward
+    deterministic: bool = False  # by kernels that give the same bits every time; the caller chooses them
 
 
 class Training:
@@ -268,6 +269,7 @@ class Training:
             "student_updates": self.cfg.critic.student_updates(self.step), "seconds": round(self.seconds, 1),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "processes": distributed.world_size(), "threads": self.hardware.threads, "torch": torch.__version__,
+            "deterministic": self.hardware.deterministic or self.device.type == "cpu",
             "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "config": self.cfg.model_dump(mode="json"), "settings": digest_of(self.cfg.settings()),
             "last": self.log[-1] if self.log else {},

@@ -66,7 +66,7 @@ Cache = Annotated[Path, typer.Option(help="folder of feature shards")]
 Batch = Annotated[int, typer.Option(min=1, help="images per call of the network")]
 Workers = Annotated[int, typer.Option(min=0, help="processes that decode images; 0 decodes in this one")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: cuda where there is a GPU")]
 Weights = Annotated[Path, typer.Option(help="folder of network weights")]
 Shard = Annotated[str | None, typer.Option(help="i/k: only compute part i of k of the features, i from 0")]
 
@@ -184,6 +184,8 @@ def protocols() -> None:
 def _machine(cache: Path, batch: int, workers: int, threads: int, device: str, weights: Path) -> Machine:
     if threads:
         torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"there is no device {device} here: use --device cpu")
     return Machine(cache, weights, batch, workers, device)

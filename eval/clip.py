@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
+from dmd2.arithmetic import strict_float32
 from dmd2.errors import UserError
 from dmd2.files import sha256
 from eval.networks import FeatureNetwork, rgb
@@ -120,7 +121,8 @@ class ClipScore:
         """Embeddings ``(n, d)`` of the prefixed captions, float32 on the CPU; a repeated caption is embedded once."""
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         batches = self.tokens(list(distinct)).split(self.TEXTS)
-        rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
+        with strict_float32(self.images.device):
+            rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
         return rows[[distinct[caption] for caption in captions]]
 
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:

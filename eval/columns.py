@@ -55,6 +55,7 @@ SCHEMA = {name: Column(*about) for name, *about in [
     ("protocol_draws", "int64", "draws", "draws whose metrics are averaged"),
     ("protocol_labels", "string", "", "how the classes of the images are chosen"),
     ("protocol_rounding", "string", "", "how images become 8-bit"),
+    ("protocol_precision", "string", "", "arithmetic of the sampling: fp32, tf32 or bf16; detectors run in float32"),
     ("protocol_covariance_init", "string", "", "start of the covariance sum: zeros, or ones as in DMD2's evaluator"),
     ("gpu_hours", "float64", "h", "GPU-hours of the whole training, of all its snapshots together"),
     ("cpu_hours", "float64", "h", "CPU-hours of the whole training, of all its snapshots together"),

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from dmd2.arithmetic import strict_float32
 from dmd2.data import TensorSet, load_set, load_shard, save_shard
+from dmd2.distributed import Device, local_device
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.inputs import WEIGHTS
@@ -20,6 +22,7 @@ from dmd2.rng import Draws, stream
 from eval.networks import NETWORKS, FeatureNetwork, load_network
 from eval.small_clip import SmallTowers, train_clip
 
+CPU = torch.device("cpu")
 FEATURES = 64
 TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3
 
@@ -66,11 +69,12 @@ class Classifier(FeatureNetwork):
         """Features and logits of images in grey levels; grey ones are replicated for a colour classifier."""
         if images.shape[1] == 1:
             images = images.expand(-1, self.channels, -1, -1)
-        features = self.body(images.to(self.device).float() / 127.5 - 1)
-        return features, self.last(features)
+        with strict_float32(self.device):
+            features = self.body(images.to(self.device).float() / 127.5 - 1)
+            return features, self.last(features)
 
 
-def train_classifier(name: str, real: TensorSet, out: Path) -> None:
+def train_classifier(name: str, real: TensorSet, out: Path, device: torch.device = CPU) -> None:
     """Train the dataset's classifier with a fixed seed; every fifth image is held out to state its accuracy.
 
     Raises:
@@ -84,6 +88,8 @@ def train_classifier(name: str, real: TensorSet, out: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"0/{name}").initial_seed())
         model = Classifier(name, **shape)
+    model.device = device
+    model.to(device)
     train = TensorSet({"images": images[~held_out], "labels": labels[~held_out]})
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, total_steps=TRAINING_STEPS)
@@ -91,15 +97,15 @@ def train_classifier(name: str, real: TensorSet, out: Path) -> None:
         draws = Draws(0, it, BATCH, 0, BATCH)
         rows = draws.shuffled("classifier/real", len(train))
         noisy = train.tensor("images", rows) + 12 * draws.normal("classifier/noise", tuple(images.shape[1:]))
-        loss = F.cross_entropy(model(noisy)[1], train.tensor("labels", rows))
+        loss = F.cross_entropy(model(noisy)[1], train.tensor("labels", rows).to(device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
     with torch.no_grad():
-        right = (model(images[held_out])[1].argmax(1) == labels[held_out]).float().mean()
+        right = (model(images[held_out])[1].argmax(1).cpu() == labels[held_out]).float().mean()
     path = out.parent / "classifier.safetensors"
-    save_shard(path, dict(model.state_dict()))
+    save_shard(path, dict(model.cpu().state_dict()))
     about = {"kind": "classifier", "name": name, **shape, "held_out_accuracy": round(float(right), 4)}
     write_json(out, {**about, "files": listing([path], out.parent)})
 
@@ -152,17 +158,18 @@ def record_network(name: str, out: Path) -> None:
                      "files": [{"path": about["file"], "sha256": about["weights"]}]})  # fmt: skip
 
 
-def main(name: str, out: Path, real: Path | None = None, threads: int = 1) -> None:
+def main(name: str, out: Path, real: Path | None = None, threads: int = 1, device: Device = "auto") -> None:
     """Train NAME (SET-classifier, SET-clip) on the manifest --real, or verify the network NAME; write its manifest."""
     torch.set_num_threads(threads)
     with readable_errors():
-        with recorded(out, name, [real] if real else []):
+        place = local_device(device, "detector")
+        with recorded(out, name, [real] if real else []), strict_float32(place):
             if real is None:
                 record_network(name, out)
             elif name.endswith("-clip"):
-                train_clip(name, load_set(real), out)
+                train_clip(name, load_set(real), out, place)
             else:
-                train_classifier(name, load_set(real), out)
+                train_classifier(name, load_set(real), out, place)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from dmd2.arithmetic import float32_products
 from dmd2.config import RunConfig, Sampler
 from dmd2.data import load_shard
-from dmd2.denoisers import Denoiser
-from dmd2.distributed import local_device
+from dmd2.denoisers import SAMPLING, Denoiser
+from dmd2.distributed import Device, local_device
 from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import measured_with
@@ -60,7 +61,8 @@ class Students:
         """
         spec = cfg.teacher
         if cfg.released_whole:
-            network = wrap(build_network(spec.network or {}, seed=0), spec.parameterisation).eval().to(device)
+            plain = build_network(spec.network or {}, seed=0)
+            network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision]).eval().to(device)
         else:
             network = teacher_of(cfg, device)  # same network, other weights
         files = read_json(run.folder / "train.json")["files"]
@@ -69,7 +71,8 @@ class Students:
     def sample(self, seeds: list[int]) -> Tensor:
         """Images of the snapshot that was loaded last."""
         cond = None if self.prompts is None else self.prompts.condition(seeds, self.device)
-        return self.images(student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels, cond))
+        with float32_products(self.cfg.eval.precision):
+            return self.images(student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels, cond))
 
     def loaded(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
@@ -134,7 +137,8 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
 
 def teacher_of(cfg: RunConfig, device: torch.device) -> Denoiser:
     """The teacher that a config names."""
-    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation).to(device)
+    precision = SAMPLING[cfg.eval.precision]
+    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation, precision).to(device)
 
 
 def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tuple[Sample, dict[str, Any]]:
@@ -146,7 +150,8 @@ def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tupl
 
     def sample(seeds: list[int]) -> Tensor:
         cond = None if prompts is None else prompts.condition(seeds, device)
-        return images(sample_teacher(teacher, cfg, spec, seeds, device, cond))
+        with float32_products(cfg.eval.precision):
+            return images(sample_teacher(teacher, cfg, spec, seeds, device, cond))
 
     return sample, identity
 
@@ -182,34 +187,37 @@ Part = Annotated[int | None, typer.Option(help="only fill the features that fall
 
 
 @app.command()
-def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 1) -> None:
+def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 1, device: Device = "auto") -> None:
     """Evaluate every snapshot of the run NAME (base/run/seedN)."""
     torch.set_num_threads(threads)
     with readable_errors():
-        run, cfg, device = RunId.parse(name), RunConfig.model_validate(json.loads(config)), local_device("auto")
+        run, cfg = RunId.parse(name), RunConfig.model_validate(json.loads(config))
+        place = local_device(device, "evaluate")
         if part is None:
             inputs = [*measured_with(cfg).values(), run.folder / "train.json"]
             with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
-                evaluate_run(run, cfg, device, out)
+                evaluate_run(run, cfg, place, out)
             return
-        protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
+        protocol, students = Protocol.of(cfg, place), Students.of(run, cfg, place)
         for _, identity in students.loaded():
             protocol.fill(students.sample, identity, out.with_name(SCRATCH), part)
         write_json(out, {"kind": "features", "run": name, "part": part, "shards": cfg.eval.shards})
 
 
 @app.command()
-def teacher(sampler: str, out: Path, config: Config, part: Part = None, threads: int = 1) -> None:
+def teacher(
+    sampler: str, out: Path, config: Config, part: Part = None, threads: int = 1, device: Device = "auto"
+) -> None:
     """Evaluate one of the teacher's samplers."""
     torch.set_num_threads(threads)
     with readable_errors():
-        cfg, device = RunConfig.model_validate(json.loads(config)), local_device("auto")
+        cfg, place = RunConfig.model_validate(json.loads(config)), local_device(device, "evaluate")
         spec = cfg.eval.teacher_samplers[sampler]
         if part is None:
             with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
-                evaluate_teacher(cfg, sampler, spec, device, out)
+                evaluate_teacher(cfg, sampler, spec, place, out)
             return
-        Protocol.of(cfg, device).fill(*teacher_sampler(cfg, spec, device), out.with_name(SCRATCH), part)
+        Protocol.of(cfg, place).fill(*teacher_sampler(cfg, spec, place), out.with_name(SCRATCH), part)
         write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE, inception_v3
 from torchvision.transforms.functional import normalize
 
+from dmd2.arithmetic import strict_float32
 from dmd2.errors import UserError
 from eval import resize
 from eval.weights import WEIGHTS, Weights, fid_checksums, load_state, locate
@@ -28,8 +29,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 class FeatureNetwork(nn.Module):
     """A detector with a name and, in `about`, everything its features depend on besides the images.
 
-    Convolution kernels change with the batch size and move features by some 1e-5 of their spread, so the network always
-    runs on exactly `BATCH` images; give it multiples of that.
+    It runs in IEEE float32 whatever the process allows, and on exactly `BATCH` images, since kernels change with the
+    batch size and move features by some 1e-5 of their spread; give it multiples of that.
     """
 
     BATCH = 16
@@ -51,10 +52,8 @@ class FeatureNetwork(nn.Module):
         return "FID" if self.is_fid else f"FD ({self.name})"
 
     def on(self, device: torch.device | str) -> FeatureNetwork:
-        """Move to `device`, frozen and in evaluation mode; TF32 convolutions are recorded."""
+        """Move to `device`, frozen and in evaluation mode."""
         self.device = torch.device(device)
-        if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-            self.about["precision"] = "float32 with TF32 convolutions"
         self.to(self.device).eval().requires_grad_(False)
         return self
 
@@ -72,7 +71,8 @@ class FeatureNetwork(nn.Module):
     def _padded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         n = len(images)
         filled = torch.cat([images, images[:1].expand(self.BATCH - n, -1, -1, -1)]).to(self.device)
-        features, logits = self.extract(filled)
+        with strict_float32(self.device):
+            features, logits = self.extract(filled)
         return features[:n].float().cpu(), None if logits is None else logits[:n].float().cpu()
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

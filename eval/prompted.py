@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmd2.arithmetic import strict_float32
 from dmd2.captions import read_captions
 from dmd2.errors import UserError
 from dmd2.files import sha256
@@ -176,7 +177,8 @@ class LpipsDiversity:
     def scored(self, source: ImageSource) -> Scored:
         """Mean pairwise distances ``(prompts,)`` of what `open` opened."""
         digests: set[int] = set()
-        values = diversities(self._groups(source, digests), self.network[0])
+        with strict_float32(torch.device(self.machine.device)):
+            values = diversities(self._groups(source, digests), self.network[0])
         return Scored(values, identity(source), len(source) - len(digests))
 
     def _groups(self, source: ImageSource, digests: set[int]) -> Iterator[Tensor]:

@@ -92,7 +92,7 @@ class Protocol:
             "detector": describe(read["detector"]),
             "reference": counted(moments, reference),
             "images": spec.images, "draws": spec.draws, "labels": spec.labels,
-            "rounding": spec.rounding, "covariance_init": spec.covariance_init,
+            "rounding": spec.rounding, "precision": spec.precision, "covariance_init": spec.covariance_init,
         }  # fmt: skip
         patch = alignment = None
         if spec.patch is not None and _measures(spec, "patch"):
@@ -153,7 +153,8 @@ class Protocol:
             return quantise(sample([first + i for i in indices]), spec.rounding)
 
         text: dict[str, Any] = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
-        about = {**identity, "first": first, "rounding": spec.rounding, "labels": spec.labels, **text}
+        how = {"rounding": spec.rounding, "labels": spec.labels, "precision": spec.precision}
+        about = {**identity, "first": first, **how, **text}
         return Sampled(digest_of(about), spec.images, images)
 
     def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:

@@ -59,6 +59,11 @@ class NamedProtocol(BaseModel):
         return {"protocol": self.name, **values, "labels": self.labels or "cyclic"}
 
 
+def of_record(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol that a metrics.json or a row of a table records; those that name no precision sampled in fp32."""
+    return {"precision": "fp32", **metrics["protocol"]}
+
+
 def ranks_of(rule: str) -> int:
     """P of a rule ``...-on-P-ranks``, 0 of any other."""
     match = RANKS.search(rule)

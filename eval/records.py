@@ -10,6 +10,7 @@ from dmd2.files import read_json
 from dmd2.overview import locked
 from dmd2.run import RUNS, RunId
 from eval.columns import IN_JSON, MAX_INT, SUFFIXES, describe
+from eval.protocols import of_record
 
 Row = dict[str, Any]
 RECORDED = {  # key of a record and its column
@@ -155,7 +156,7 @@ def _snapshots(common: Row, metrics: Row, weights: dict[int, Row]) -> list[Row]:
     """A line per snapshot of a metrics.json."""
     common = {
         **common, "eval_commit": metrics.get("eval_commit"),
-        **{f"protocol_{name}": value for name, value in metrics["protocol"].items()},
+        **{f"protocol_{name}": value for name, value in of_record(metrics).items()},
     }  # fmt: skip
     last, rows = max((s["step"] for s in metrics["snapshots"]), default=0), []
     for snapshot in metrics["snapshots"]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 
+from dmd2.distributed import Device, local_device
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import read_json, sha256
 from dmd2.inputs import WEIGHTS
@@ -220,13 +221,15 @@ def same_detector(ours: dict[str, Any], reference: Reference) -> None:
 def main(
     source: Path, out: Path, detector: Annotated[str, typer.Option(help="network of the features")],
     geometry: Annotated[str, typer.Option(help="what is done to the images first")] = NONE.name, threads: int = 1,
+    device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write the feature moments of SOURCE (a real set's manifest, or an npz of moments) to the manifest OUT."""
     torch.set_num_threads(threads)
     with readable_errors():
         if not source.exists():
             raise UserError(f"{source} is missing: put the reference statistics (npz with mu and sigma) there")
-        engine = Engine(load_detector(detector), Geometry(geometry), FEATURES)
+        place = local_device(device, "reference")
+        engine = Engine(load_detector(detector, device=place), Geometry(geometry), FEATURES)
         with recorded(out, [detector, geometry], [WEIGHTS / detector / "manifest.json", source]):
             if holds_moments(source):
                 about = {"detector": detector, "data": str(source), "images": None, "geometry": geometry}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.arithmetic import strict_float32
 from dmd2.data import TensorSet, load_shard, save_shard
 from dmd2.errors import UserError
 from dmd2.files import listing, read_json, verified, write_json
@@ -23,6 +24,7 @@ from dmd2.rng import Draws, stream
 from eval.networks import FeatureNetwork, rgb
 from eval.resize import NONE, Geometry
 
+CPU = torch.device("cpu")
 WIDTH = 128  # of the embeddings
 STEPS, BATCH, LR = 300, 128, 2e-3  # a minute on one CPU core for the emoji
 HELD_OUT = 10  # every tenth image
@@ -106,7 +108,7 @@ def augmented(images: Tensor, draws: Draws) -> Tensor:
     return moved * gain[:, None, None, None] + offset[:, None, None, None]
 
 
-def train_clip(name: str, real: TensorSet, out: Path, steps: int = STEPS) -> None:
+def train_clip(name: str, real: TensorSet, out: Path, device: torch.device = CPU, steps: int = STEPS) -> None:
     """Train the set's CLIP with a fixed seed on nine of ten images; the tenth ones state how well it retrieves.
 
     Raises:
@@ -115,13 +117,14 @@ def train_clip(name: str, real: TensorSet, out: Path, steps: int = STEPS) -> Non
     pixels, states = _rows(name, real)
     held_out = torch.arange(len(pixels)) % HELD_OUT == 0
     shape = {"resolution": pixels.shape[-1], "text_width": states.shape[-1]}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():  # dropout draws on the device
         torch.manual_seed(stream(f"0/{name}").initial_seed())
-        model = SmallClip(name, **shape)
-        _fit(name, model, pixels[~held_out], states[~held_out], steps)
+        model = SmallClip(name, **shape).to(device)
+        model.images.device = device
+        _fit(name, model, pixels[~held_out], states[~held_out], steps, device)
     model.requires_grad_(False).eval()
     path = out.parent / "clip.safetensors"
-    save_shard(path, dict(model.state_dict()))
+    save_shard(path, {key: value.cpu() for key, value in model.state_dict().items()})
     about = {"kind": "clip", "name": name, **shape, "trained_on": int((~held_out).sum())}
     found = {"held_out": retrieval(model, pixels[held_out], states[held_out]),
              "trained": retrieval(model, pixels[~held_out], states[~held_out])}  # fmt: skip
@@ -137,7 +140,7 @@ def _rows(name: str, real: TensorSet) -> tuple[Tensor, Tensor]:
     return rgb(pixels), tensors["text"]
 
 
-def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int) -> None:
+def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int, device: torch.device) -> None:
     """Dropout draws from torch's global generator, which the caller has seeded."""
     model.train()
     decays = [p for p in model.parameters() if p.ndim > 1]
@@ -149,7 +152,8 @@ def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int
         draws = Draws(0, it, batch, 0, batch)
         rows = draws.shuffled(f"{name}/real", len(pixels))
         images = augmented(pixels[rows].float() / 127.5 - 1, draws)
-        logits, target = model.logits(images, states[rows]), torch.arange(batch)
+        logits = model.logits(images.to(device), states[rows].to(device))
+        target = torch.arange(batch, device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimiser.zero_grad()
         loss.backward()
@@ -161,7 +165,7 @@ def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int
 def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any]:
     """How often image and caption find each other among all of the set, and their mean cosines."""
     images = torch.cat([model.images(part)[0] for part in pixels.split(256)])
-    texts = torch.cat([model.texts(part) for part in states.split(256)])
+    texts = torch.cat([model.texts(part.to(model.images.device)).cpu() for part in states.split(256)])
     cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     n, own = len(cosines), cosines.diagonal()
     rank = (cosines > own[:, None]).sum(dim=1)
@@ -200,4 +204,5 @@ class SmallTowers:
     @torch.no_grad()
     def texts(self, captions: list[str], states: Tensor) -> Tensor:
         """Embeddings ``(n, 128)`` of encoded captions; the captions themselves are not read."""
-        return self.model.texts(states.cpu())
+        with strict_float32(CPU):
+            return self.model.texts(states.cpu())

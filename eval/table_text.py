@@ -141,7 +141,8 @@ def markdown(bundle: dict[str, Any]) -> str:
     spread = "one seed" if len(seeds) == 1 else f"mean ± SD over seeds {', '.join(map(str, seeds))}"
     chosen = "the last snapshot" if bundle["select"] == "last" else "the best snapshot by the reported metric itself"
     text += ["", f"{spread[0].upper()}{spread[1:]}; {chosen}; {protocol['images']} images per number, labels "
-             f"{protocol['labels']}, rounding {protocol['rounding']}; detector {protocol['detector']}; reference "
+             f"{protocol['labels']}, rounding {protocol['rounding']}, sampled in "
+             f"{protocol['precision']}; detector {protocol['detector']}; reference "
              f"{protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."]  # fmt: skip
     if bundle["metrics"][0] in PAPER_NAME:
         text += ["", "FD is the Fréchet distance in this detector's features: it is not FID, and the paper's column "

@@ -18,6 +18,7 @@ from dmd2.made import recorded
 from dmd2.run import SAMPLERS, RunId
 from eval.claims import TEACHER, Curve, Measurements, judge
 from eval.differences import FRECHET, Arm, difference, influences
+from eval.protocols import of_record
 from eval.table_text import Row, markdown, paper_value
 
 
@@ -41,7 +42,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "grid": {s: str(RunId(table.base, run, s).folder / "grid.png") for s in metrics},
         "changed": _changed(experiment.bases[table.base], experiment.runs[table.base, run]),
-        "config": first["config"], "protocol": first["protocol"],
+        "config": first["config"], "protocol": of_record(first),
         "commits": {s: m["train_commit"] for s, m in metrics.items()},
         "estimates": {s: chosen[s]["estimates"] for s in metrics}, "captions": first.get("captions", []),
     }  # fmt: skip
@@ -56,7 +57,7 @@ def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> R
         "run": f"teacher-{sampler}", "kind": "teacher", "ticks": {}, "paper": paper, "values": values,
         "step": {0: 0}, "student_updates": 0, "seconds": {0: metrics["seconds"]}, "device": "", "cost": {},
         "curves": {}, "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
-        "protocol": metrics["protocol"], "commits": {0: metrics["eval_commit"]},
+        "protocol": of_record(metrics), "commits": {0: metrics["eval_commit"]},
         "network_calls": metrics["network_calls"], "estimates": {0: metrics["snapshots"][0]["estimates"]},
         "captions": metrics.get("captions", []),
     }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmd2.errors import UserError
 from dmd2.files import content_digest, read_json
+from eval.protocols import of_record
 from eval.published import from_csv
 
 WORKSPACE = "workspace"
@@ -229,7 +230,7 @@ def _measured(side: Side, name: str) -> Seed:
         values = {k: v for k, v in last.items() if k not in NOT_METRICS}
         values |= {k: metrics[k] for k in ("brightness_std",) if k in metrics}
         config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
-        step, protocol = last["step"], metrics["protocol"]
+        step, protocol = last["step"], of_record(metrics)
     except (KeyError, IndexError, TypeError) as missing:
         raise UserError(f"{name} of {side.name} has no {missing}: evaluate the run again with Snakemake") from None
     folder = name.removesuffix("/metrics.json")
@@ -255,7 +256,7 @@ def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[i
             known = {fact: value for fact, value in about.items() if value}
             folder = "/".join(row["grid"][text].split("/")[:-1])
             seeds[int(text)] = Seed(
-                values, _errors(estimates), last["step"], row["protocol"], config, known, None, folder
+                values, _errors(estimates), last["step"], of_record(row), config, known, None, folder
             )
     except (KeyError, TypeError) as missing:
         place = f"table {table['name']} of {side.name}, row {row.get('run')}"

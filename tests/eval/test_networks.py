@@ -12,9 +12,11 @@ from cleanfid.resize import build_resizer
 from safetensors.torch import save_file
 from torch import nn
 
+from dmd2.arithmetic import GPU_PRODUCTS
 from dmd2.errors import UserError
 from eval import networks, resize
 from eval.detectors import load_detector
+from eval.features import account
 from eval.networks import NETWORKS, DinoV2, inception_2015, position_embedding
 from eval.weights import Weights, load_state, locate, registry
 
@@ -154,6 +156,23 @@ def test_verified_inception_is_called_fid_and_nothing_else_is(folder, monkeypatc
     assert load_detector("inception-2015-12-05-clean", folder).is_fid
     monkeypatch.undo()
     assert load_detector("lite0-320@32").label == "FD (lite0-320@32)"
+
+
+class Seen(networks.FeatureNetwork):
+    """Records how products would be computed while it looks at images."""
+
+    def extract(self, images):
+        self.seen = [place.fp32_precision for place in GPU_PRODUCTS], images.float().new_ones(2, 2) @ torch.ones(2, 2)
+        return images.float().mean(dim=(2, 3)), None
+
+
+def test_a_detector_is_strict_float32_in_a_process_that_allows_tf32_and_autocast(loose_process, monkeypatch) -> None:
+    monkeypatch.setattr(networks.FeatureNetwork, "to", lambda self, *_args: self)
+    on_cpu, on_gpu = (Seen("seen", {"verified": False}).on(device) for device in ("cpu", "cuda"))
+    assert account(on_cpu) == account(on_gpu)  # so a reference of a CPU node and an evaluation of a GPU node agree
+    with torch.autocast("cpu", torch.bfloat16):
+        on_cpu(noise(3, 8))
+    assert set(on_cpu.seen[0]) == {"ieee"} and on_cpu.seen[1].dtype == torch.float32
 
 
 def tf_conv(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:

@@ -18,7 +18,9 @@ def detectors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("q", "inception"):
         write_json(tmp_path / "data/weights" / name / "manifest.json", {"kind": "network", "files": []})
-    monkeypatch.setattr(reference, "load_detector", lambda name: {"q": Quadrants(), "inception": Canonical()}[name])
+    monkeypatch.setattr(
+        reference, "load_detector", lambda name, device: {"q": Quadrants(), "inception": Canonical()}[name]
+    )
     return tmp_path
 
 

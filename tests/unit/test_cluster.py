@@ -22,7 +22,7 @@ jobs:
   pairs: {runtime: 5}
   train: {runtime: 60, gpu: 1, mem_mb: 64000}
   evaluate: {runtime: 5}
-training: {device: cuda}
+training: {nodes: 1}
 """
 
 
@@ -62,7 +62,8 @@ def test_what_is_not_set_is_not_asked_for(tmp_path):
     [
         ("slurm_partition", "slurm_partion", 2, "no key all.slurm_partion, did you mean all.slurm_partition?"),
         ("pairs: {runtime", "pairs: {runtme", 8, "no key jobs.pairs.runtme, did you mean jobs.pairs.runtime?"),
-        ("device", "devise", 11, "no key training.devise, did you mean training.device?"),
+        ("nodes", "nods", 11, "no key training.nods, did you mean training.nodes?"),
+        ("nodes: 1", "device: cuda", 11, "training: device is a key of jobs.train now"),
         ("detector", "detektor", 5, "no key jobs.detektor, did you mean jobs.detector?"),
         ("training", "traning", 11, "no key traning, did you mean training?"),
         ("evaluate: {runtime: 5}", "evaluate: {runtime: soon}", 10, "jobs.evaluate.runtime"),

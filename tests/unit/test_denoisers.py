@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmd2.condition import Condition
-from dmd2.denoisers import EdmDenoiser, EpsDenoiser, guide
+from dmd2.denoisers import SAMPLING, EdmDenoiser, EpsDenoiser, guide
 from tests import reference, tiny
 from tests.stubs import NO_CONDITION, LinearEdm, LinearEps, arrays, tensor
 
@@ -142,30 +142,32 @@ def test_the_condition_matters(kind):
     assert not torch.allclose(denoiser(x_t, t, cond), denoiser(x_t, t, tiny.null(kind).expand(3)))
 
 
-# Precision (2.1): which passes run under bfloat16 autocast on a GPU.
-def autocast_enabled(monkeypatch, cls, precision, grad, cuda=True):
+# Precision (2.1): which passes run under bfloat16 autocast.
+def autocast_enabled(monkeypatch, cls, precision, grad, device="cuda"):
     made = []
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: made.append((args, kwargs)))
     denoiser = cls(torch.nn.Identity(), precision)
     with torch.set_grad_enabled(grad):
-        denoiser.autocast(SimpleNamespace(device=torch.device("cuda" if cuda else "cpu"), is_cuda=cuda))
+        denoiser.autocast(SimpleNamespace(device=torch.device(device)))
     (((_, dtype), options),) = made
     assert dtype is torch.bfloat16
     return options["enabled"]
 
 
 @pytest.mark.parametrize("cls", [EdmDenoiser, EpsDenoiser])
-def test_bf16_needs_the_flag_and_a_gpu(monkeypatch, cls):
-    assert autocast_enabled(monkeypatch, cls, "bf16", grad=True)
-    assert not autocast_enabled(monkeypatch, cls, "fp32", grad=True)
-    assert not autocast_enabled(monkeypatch, cls, "bf16", grad=True, cuda=False)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_bf16_is_what_the_setting_says_on_every_device(monkeypatch, cls, device):
+    assert autocast_enabled(monkeypatch, cls, "bf16", grad=True, device=device)
+    assert not autocast_enabled(monkeypatch, cls, "tf32", grad=True, device=device)
+    assert not autocast_enabled(monkeypatch, cls, "fp32", grad=True, device=device)
 
 
 def test_passes_without_gradient_are_bf16_for_edm_and_fp32_for_eps(monkeypatch):
     assert autocast_enabled(monkeypatch, EdmDenoiser, "bf16", grad=False)
     assert not autocast_enabled(monkeypatch, EpsDenoiser, "bf16", grad=False)
     assert autocast_enabled(monkeypatch, EpsDenoiser, "bf16-all", grad=False)
-    assert not autocast_enabled(monkeypatch, EpsDenoiser, "bf16-all", grad=False, cuda=False)
+    for sampled in (EdmDenoiser, EpsDenoiser):  # a denoiser that only samples is bf16 in every pass
+        assert autocast_enabled(monkeypatch, sampled, SAMPLING["bf16"], grad=False)
 
 
 def test_a_bf16_teacher_is_fed_bf16_and_returns_float64():

@@ -126,9 +126,11 @@ def test_alone_nothing_is_summed_and_no_group_is_joined(monkeypatch):
 
 def test_a_gpu_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.local_device("auto") == distributed.local_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="training.device is cuda, but this process sees no GPU"):
-        distributed.local_device("cuda")
+    assert distributed.local_device("auto", "pairs") == distributed.local_device("cpu", "pairs") == torch.device("cpu")
+    with pytest.raises(
+        UserError, match="jobs.pairs.device is cuda, but this process sees no GPU: check jobs.pairs.gpu"
+    ):
+        distributed.local_device("cuda", "pairs")
 
 
 def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch):
@@ -136,6 +138,6 @@ def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert distributed.local_device("auto") == torch.device("cuda", rank)
+        assert distributed.local_device("auto", "train") == torch.device("cuda", rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # where Slurm shows each process its GPU alone
-    assert distributed.local_device("cuda") == torch.device("cuda", 0)
+    assert distributed.local_device("cuda", "train") == torch.device("cuda", 0)

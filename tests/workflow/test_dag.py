@@ -65,8 +65,22 @@ def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
 
 
 def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
-    edited.edit("workflow/cluster/local.yaml", "device: auto", "device: cpu, micro_batch: 8")
+    edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1}", "  train:     {threads: 1, device: cpu}")
     assert edited.planned("demo") == {}
+
+
+def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_tf32(edited: Workspace) -> None:
+    (edited.path / "sitecustomize.py").write_text(
+        "import sys\nif any(part == 'eval.evaluate' for part in sys.orig_argv):\n    import torch\n"
+        "    torch.set_float32_matmul_precision('high')\n    torch.backends.cudnn.allow_tf32 = True\n"
+    )
+    metrics = edited.path / "results/runs/digits/dmd2/seed0/metrics.json"
+    before = json.loads(metrics.read_text())["snapshots"]
+    metrics.unlink()
+    result = edited.snakemake("demo", env={"PYTHONPATH": str(edited.path)})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(metrics.read_text())["snapshots"] == before
+    assert (edited.path / "results/tables/demo.md").exists()
 
 
 def test_longer_training_continues_from_the_old_checkpoint(edited: Workspace) -> None:

@@ -77,6 +77,11 @@ def threads_of(kind):
     return getattr(CLUSTER.jobs, kind).threads
 
 
+def device_of(kind):
+    """Where the networks of a kind of job run, as the cluster file says."""
+    return getattr(CLUSTER.jobs, kind).device
+
+
 def outdated(pattern):
     """Input function: a file that is always new, where the output exists but is not what would be made now."""
     return lambda w: [CHANGED] if pattern.format(**dict(w.items())) in OUTDATED.reasons else []

@@ -41,6 +41,7 @@ rule detector:
     output:
         "data/weights/{detector}/manifest.json",
     params:
+        device=device_of("detector"),
         real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: threads_of("detector")
     resources:
@@ -48,7 +49,7 @@ rule detector:
     message:
         "detector {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors {wildcards.detector} {output} {params.real} --threads {threads}"
+        "{PYTHON} -m eval.detectors {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
 
 
 def reference_inputs(w):
@@ -65,6 +66,7 @@ rule reference:
     output:
         "data/refs/{statistics}/manifest.json",
     params:
+        device=device_of("reference"),
         source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics][1]}.npz"),
         detector=lambda w: STATISTICS[w.statistics][0],
         geometry=lambda w: STATISTICS[w.statistics][2],
@@ -75,7 +77,7 @@ rule reference:
         "reference statistics {wildcards.statistics}"
     shell:
         "{PYTHON} -m eval.reference {params.source} {output} --detector {params.detector}"
-        " --geometry {params.geometry} --threads {threads}"
+        " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
 def teacher_inputs(cfg):
@@ -90,6 +92,8 @@ rule teacher:
     output:
         "data/teachers/{teacher}/manifest.json",
     params:
+        device=device_of("teacher"),
+        deterministic="--deterministic" if CLUSTER.training.deterministic else "",
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
         real=lambda w: f"--real {real_manifest(TEACHERS[w.teacher])}" if TEACHERS[w.teacher].teacher.train else "",
@@ -100,7 +104,7 @@ rule teacher:
         "teacher {wildcards.teacher}"
     shell:
         "{PYTHON} -m dmd2.teachers --data {params.data:q} --teacher {params.teacher:q}"
-        " {params.real} --threads {threads} {output}"
+        " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
 def pairs_shards(name):
@@ -116,6 +120,7 @@ rule pairs_shard:
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
     params:
+        device=device_of("pairs"),
         config=lambda w: pairs_config(PAIR_SETS[w.pairs]),
     threads: threads_of("pairs")
     resources:
@@ -123,7 +128,7 @@ rule pairs_shard:
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule pairs:

@@ -17,6 +17,7 @@ rule evaluate_part:
     output:
         temp("results/runs/{base}/{run}/seed{seed}/features-{part}.json"),
     params:
+        device=device_of("evaluate"),
         config=lambda w: as_json(RUNS[w.base, w.run]),
     threads: threads_of("evaluate")
     resources:
@@ -25,7 +26,7 @@ rule evaluate_part:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
         "{PYTHON} -m eval.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
-        " --part {wildcards.part} --config {params.config:q} --threads {threads}"
+        " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule evaluate:
@@ -38,6 +39,7 @@ rule evaluate:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
         grid="results/runs/{base}/{run}/seed{seed}/grid.png",
     params:
+        device=device_of("evaluate"),
         config=lambda w: as_json(RUNS[w.base, w.run]),
     threads: threads_of("evaluate")
     resources:
@@ -46,7 +48,7 @@ rule evaluate:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
         "{PYTHON} -m eval.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
-        " --config {params.config:q} --threads {threads}"
+        " --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule evaluate_teacher_part:
@@ -55,6 +57,7 @@ rule evaluate_teacher_part:
     output:
         temp("results/teachers/{base}/{sampler}/features-{part}.json"),
     params:
+        device=device_of("evaluate"),
         config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     threads: threads_of("evaluate")
     resources:
@@ -63,7 +66,7 @@ rule evaluate_teacher_part:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
         "{PYTHON} -m eval.evaluate teacher {wildcards.sampler} {output}"
-        " --part {wildcards.part} --config {params.config:q} --threads {threads}"
+        " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule evaluate_teacher:
@@ -75,6 +78,7 @@ rule evaluate_teacher:
         metrics="results/teachers/{base}/{sampler}/metrics.json",
         grid="results/teachers/{base}/{sampler}/grid.png",
     params:
+        device=device_of("evaluate"),
         config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     threads: threads_of("evaluate")
     resources:
@@ -83,4 +87,4 @@ rule evaluate_teacher:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
         "{PYTHON} -m eval.evaluate teacher {wildcards.sampler} {output.metrics}"
-        " --config {params.config:q} --threads {threads}"
+        " --config {params.config:q} --threads {threads} --device {params.device}"

@@ -8,6 +8,7 @@ rule pipeline:
     output:
         "data/pipelines/{pipeline}/manifest.json",
     params:
+        device=device_of("encode"),
         config=lambda w: as_json(PIPELINES[w.pipeline]),
         settings=lambda w: json.dumps(pipeline_settings(PIPELINES[w.pipeline])),
     threads: threads_of("encode")
@@ -16,7 +17,7 @@ rule pipeline:
     message:
         "pipeline {wildcards.pipeline}"
     shell:
-        "{PYTHON} -m dmd2.make_pipeline --config {params.config:q} --threads {threads} {output}"
+        "{PYTHON} -m dmd2.make_pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
 def real_parts(data):
@@ -30,6 +31,7 @@ rule real_part:
     output:
         "data/real/{data}/part-{shard}.json",
     params:
+        device=device_of("encode"),
         config=lambda w: as_json(DATA[w.data]),
     threads: threads_of("encode")
     resources:
@@ -37,7 +39,7 @@ rule real_part:
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.encode part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.encode part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule real_text:
@@ -66,6 +68,7 @@ rule prompts:
     output:
         "data/prompts/{prompts}/manifest.json",
     params:
+        device=device_of("encode"),
         source=lambda w: PROMPT_SETS[w.prompts][1],
         config=lambda w: as_json(PROMPT_SETS[w.prompts][0]),
     threads: threads_of("encode")
@@ -74,4 +77,4 @@ rule prompts:
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{PYTHON} -m dmd2.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads}"
+        "{PYTHON} -m dmd2.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"
