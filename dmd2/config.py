@@ -117,6 +117,8 @@ class Pairs(Section):
     def _filled(self) -> Self:
         if self.shards > self.count:
             raise ValueError(f"{self.shards} shards for {self.count} pairs would leave some empty: use fewer")
+        if self.sampler.stochastic:
+            raise ValueError("sampler is stochastic: pairs need a deterministic one (churn and eta 0, not ddpm)")
         return self
 
 

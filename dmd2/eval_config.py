@@ -12,9 +12,13 @@ IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
 
 
 class Sampler(Section):
-    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM."""
+    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM.
 
-    solver: Literal["heun", "ddim", "pndm", "euler"]
+    ddpm is stochastic by itself. spacing of euler: SDXL's own scheduler has ``leading`` times (981, 961, ..., 1 of 50
+    steps), its authors' pairs were made with ``trailing`` ones (999, 979, ..., 19).
+    """
+
+    solver: Literal["heun", "ddim", "ddpm", "pndm", "euler"]
     steps: Positive
     guidance: Annotated[float, Field(ge=1)] = 1.0
     churn: Weight = 0.0
@@ -22,6 +26,12 @@ class Sampler(Section):
     s_max: Annotated[float, Field(gt=0)] = 1e9
     s_noise: Annotated[float, Field(gt=0)] = 1.0
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    spacing: Literal["trailing", "leading"] = "trailing"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise on its way."""
+        return self.churn > 0 or self.eta > 0 or self.solver == "ddpm"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -31,6 +41,8 @@ class Sampler(Section):
             raise ValueError(f"churn belongs to heun, not {self.solver}")
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta belongs to ddim, not {self.solver}")
+        if self.spacing != "trailing" and self.solver != "euler":
+            raise ValueError(f"spacing belongs to euler, not {self.solver}")
         return self
 
 

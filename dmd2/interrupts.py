@@ -1,4 +1,4 @@
-"""What may come between two iterations: signals, and a second process that wants the same run."""
+"""What may come between two iterations: signals, and a second process that makes the same."""
 
 import signal
 import sys
@@ -33,21 +33,23 @@ def collected(numbers: Actions) -> Iterator[list[int]]:
 
 
 @contextmanager
-def single_writer(folder: Path, patience: float = 0) -> Iterator[None]:
-    """Hold the run's lock; a second writer gets a sentence instead of a mixed-up folder.
+def single_writer(
+    folder: Path, patience: float = 0, name: str = ".lock", doing: str = "trains this run"
+) -> Iterator[None]:
+    """Hold a lock of the folder, by default its run's; a second writer gets a sentence instead of a mixed-up folder.
 
     A job that Slurm restarted may find the lock still held by its dying predecessor: it waits `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    with open(folder / name, "w", encoding="utf-8") as file:
         while True:
             try:
                 flock(file, LOCK_EX | LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= until:
-                    raise UserError(f"{folder}: another process trains this run; wait for it or stop it") from None
+                    raise UserError(f"{folder}: another process {doing}; wait for it or stop it") from None
                 print(f"{folder} is locked by another process, waiting for it", file=sys.stderr, flush=True)
                 time.sleep(5)
         yield

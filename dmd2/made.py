@@ -9,13 +9,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dmd2.files import content_digest, digest_of, read_json, sha256, write_json
+from dmd2.interrupts import single_writer
 
 # What a person may have put in place, with a manifest that records nothing: it is theirs and never remade.
 ADOPTED = ("real", "teacher", "classifier", "network", "reference")
@@ -87,10 +88,20 @@ def _document(path: Path) -> Any:
 
 @contextmanager
 def recorded(out: Path, config: Any, inputs: Iterable[Path | str] = (), beside: Iterable[Path] = ()) -> Iterator[None]:
-    """Put the record of `out`, taken before the block writes it and what lies `beside` it, into it after the block."""
-    record = made_from(config, inputs)
-    yield
-    write_json(out, signed(read_json(out), record, beside))
+    """Put the record of `out`, taken before the block writes it and what lies `beside` it, into it after the block.
+
+    Raises:
+        UserError: another process makes it now, which shares checkpoints, shards or features with this one.
+    """
+    with sole_maker(out):
+        record = made_from(config, inputs)
+        yield
+        write_json(out, signed(read_json(out), record, beside))
+
+
+def sole_maker(out: Path) -> AbstractContextManager[None]:
+    """Hold the lock of an artefact while it is made."""
+    return single_writer(out.parent, name=f".{out.name}.lock", doing=f"makes {out.name}")
 
 
 @dataclass(frozen=True)

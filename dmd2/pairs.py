@@ -13,7 +13,7 @@ from dmd2.condition import Condition
 from dmd2.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.data import load_set, save_shard
 from dmd2.distributed import Device, local_device, part
-from dmd2.errors import UserError, readable_errors
+from dmd2.errors import readable_errors
 from dmd2.files import listing, read_json, verified, write_json
 from dmd2.inputs import pair_inputs, pair_prompts
 from dmd2.made import recorded
@@ -94,7 +94,7 @@ def _stored(cond: Condition) -> dict[str, torch.Tensor]:
 
 
 def _no_noise(step: int) -> torch.Tensor:
-    raise UserError("regression.pairs.sampler is stochastic: pairs need a deterministic one (churn and eta 0)")
+    raise AssertionError("a deterministic sampler drew noise")
 
 
 def join_shards(shards: list[Path], out: Path) -> None:

@@ -67,15 +67,21 @@ def heun(
 def vp_solver(
     denoiser: Denoiser, z: Tensor, cond: Condition, null: Condition | None, spec: Sampler, noise: Noise
 ) -> Tensor:
-    """DDIM, PNDM (Stable Diffusion's settings) or Euler (trailing) of diffusers; ``z`` is unit noise."""
+    """DDIM, PNDM (Stable Diffusion's settings), DDPM or Euler of diffusers; ``z`` is unit noise.
+
+    DDPM is DDIM with eta 1 (Song et al. 2021, Sec. 4.1) that ends without noise, where DDIM with Stable Diffusion's
+    settings ends at the first level's sigma, 0.029. Diffusers' scheduler of that name can be given no noise.
+    """
     betas = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
-    options = {"num_train_timesteps": LEVELS, **betas}
-    if spec.solver == "ddim":
-        scheduler = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    options = {"num_train_timesteps": LEVELS, "steps_offset": 1, **betas}
+    ddpm = spec.solver == "ddpm"
+    if spec.solver in ("ddim", "ddpm"):
+        scheduler = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=ddpm)
     elif spec.solver == "pndm":
-        scheduler = PNDMScheduler(**options, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+        scheduler = PNDMScheduler(**options, skip_prk_steps=True, set_alpha_to_one=False)
     else:
-        scheduler = EulerDiscreteScheduler(**options, timestep_spacing="trailing")
+        scheduler = EulerDiscreteScheduler(**options, timestep_spacing=spec.spacing)
+    eta = 1.0 if ddpm else spec.eta
     scheduler.set_timesteps(spec.steps, device=z.device)
     x = z * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
@@ -84,7 +90,7 @@ def vp_solver(
         x0 = guide(denoiser, scaled, time, cond, null, spec.guidance)
         alpha, sigma = denoiser.schedule.alpha_sigma(time, torch.float64)
         eps = ((scaled - spread(alpha, z) * x0) / spread(sigma, z)).to(z.dtype)
-        extra = {"eta": spec.eta, "variance_noise": noise(i)} if spec.eta > 0 else {}
+        extra = {"eta": eta, "variance_noise": noise(i)} if eta > 0 else {}
         x = scheduler.step(eps, t, x, **extra).prev_sample
     return x
 

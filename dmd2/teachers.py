@@ -1,6 +1,5 @@
 """The teacher: trained here at small scale, or a diffusers UNet folder that the user puts in place."""
 
-import hashlib
 import json
 import os
 import time
@@ -21,7 +20,7 @@ from dmd2.denoisers import SAMPLING, Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.distributed import Device, local_device
 from dmd2.encode import image_size
 from dmd2.errors import UserError, readable_errors
-from dmd2.files import listing, read_json, sha256, verified, write_json
+from dmd2.files import content_of, listing, read_json, sha256, verified, write_json
 from dmd2.inputs import pipeline_manifest
 from dmd2.losses import denoising_loss
 from dmd2.made import recorded
@@ -90,9 +89,12 @@ def unconditional(data: Data) -> Condition:
 
 
 def train_teacher(
-    data: Data, teacher: Teacher, real: TensorSet, folder: Path, device: torch.device | str = "cpu"
+    data: Data, teacher: Teacher, real_manifest: Path, folder: Path, device: torch.device | str = "cpu"
 ) -> Path:
     """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
+
+    Checkpoints belong to the settings and to the content of what is read: images, their conditions, and what stands in
+    the place of dropped ones.
 
     EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
     """
@@ -109,8 +111,9 @@ def train_teacher(
         betas=(0.9, 0.999), ema=None,
     )  # fmt: skip
     optimiser = Optimiser([denoiser], optim, spec.lr)
-    images = hashlib.sha256(real.tensors["images"].numpy().tobytes()).hexdigest()
-    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), images])
+    real, pipeline = load_set(real_manifest), pipeline_manifest(data)
+    read = [content_of(real_manifest), data.classes, None if pipeline is None else content_of(pipeline)]
+    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
     if state := checkpoints.load_latest(device):
@@ -207,7 +210,7 @@ def main(
             else:
                 place = local_device(device, "teacher")
                 with deterministic_kernels(deterministic), float32_products(spec.train.precision):
-                    train_teacher(Data.model_validate(json.loads(data)), spec, load_set(real), out.parent, place)
+                    train_teacher(Data.model_validate(json.loads(data)), spec, real, out.parent, place)
 
 
 if __name__ == "__main__":

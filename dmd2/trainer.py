@@ -204,16 +204,20 @@ class Training:
         last = self.step == train.steps
         if last or self.step % train.snapshot_every == 0:
             self.check_finite()
-            state = gathered(self.student.network.state_dict())
-            if self.leads:
-                state = snapshot_state(self.student.network, state)
-                save_shard(self.snapshots / f"{self.step:07d}.safetensors", state)
+            self.save_snapshot()
         if last or force or self.step % train.checkpoint_every == 0:
             self.check_finite()
             if self.sharded:
                 self.checkpoints.save_parts(self.step, self.state(), self.spans())
             else:
                 self.checkpoints.save(self.step, self.state())
+
+    def save_snapshot(self) -> None:
+        """Write the student as it is now; of a sharded one all processes must take part."""
+        state = gathered(self.student.network.state_dict())
+        if self.leads:
+            state = snapshot_state(self.student.network, state)
+            save_shard(self.snapshots / f"{self.step:07d}.safetensors", state)
 
     @property
     def trained(self) -> dict[str, torch.nn.Module]:
@@ -243,7 +247,11 @@ class Training:
         return {path: rows for path, rows in found.items() if rows is not None}
 
     def resume(self) -> None:
-        """Load the newest good checkpoint of this run, the same in every process, and set the log back to it."""
+        """Load the newest good checkpoint of this run, the same in every process, and set all else back to it.
+
+        Later snapshots are of weights that are lost: on a GPU those that come may differ, and none may be due there.
+        A training that was shortened may end here, where none was due.
+        """
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
         if step:
@@ -251,7 +259,12 @@ class Training:
             if self.leads:
                 print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:
+            for path in self.snapshots.glob("*.safetensors"):
+                if self.step < int(path.stem) <= self.cfg.train.steps:
+                    path.unlink()
             write_text(self.log_path, "".join(json.dumps(line) + "\n" for line in self.log))
+        if self.step == self.cfg.train.steps:
+            self.save_snapshot()
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""

@@ -23,7 +23,7 @@ from dmd2.errors import readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import measured_with
 from dmd2.lora import split
-from dmd2.made import recorded
+from dmd2.made import recorded, sole_maker
 from dmd2.progress import Progress
 from dmd2.prompts import EvalPrompts
 from dmd2.quantise import quantise
@@ -198,10 +198,11 @@ def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 
             with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
                 evaluate_run(run, cfg, place, out)
             return
-        protocol, students = Protocol.of(cfg, place), Students.of(run, cfg, place)
-        for _, identity in students.loaded():
-            protocol.fill(students.sample, identity, out.with_name(SCRATCH), part)
-        write_json(out, {"kind": "features", "run": name, "part": part, "shards": cfg.eval.shards})
+        with sole_maker(out):
+            protocol, students = Protocol.of(cfg, place), Students.of(run, cfg, place)
+            for _, identity in students.loaded():
+                protocol.fill(students.sample, identity, out.with_name(SCRATCH), part)
+            write_json(out, {"kind": "features", "run": name, "part": part, "shards": cfg.eval.shards})
 
 
 @app.command()
@@ -217,8 +218,9 @@ def teacher(
             with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
                 evaluate_teacher(cfg, sampler, spec, place, out)
             return
-        Protocol.of(cfg, place).fill(*teacher_sampler(cfg, spec, place), out.with_name(SCRATCH), part)
-        write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})
+        with sole_maker(out):
+            Protocol.of(cfg, place).fill(*teacher_sampler(cfg, spec, place), out.with_name(SCRATCH), part)
+            write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """Runs on text are evaluated from files: a real pipeline decodes, its prompts condition, captions stand in metrics.json."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +31,7 @@ from eval.reference import Engine, save_moments
 from eval.resize import Geometry
 from eval.small_clip import train_clip
 from tests import tiny, tiny_pipelines
+from tests.conftest import ROOT
 
 CAPTIONS = ["a red house", "two dog", "a photo of the beach"]
 SIDE = tiny_pipelines.LATENTS * tiny_pipelines.FACTOR
@@ -97,6 +103,27 @@ def test_a_guided_teacher_is_measured_on_decoded_images(place: Path) -> None:
     guided = cfg.eval.teacher_samplers["ode"].model_copy(update={"guidance": 4.0})
     evaluate.evaluate_teacher(cfg, "ode", guided, CPU, out)
     assert evaluated(out)["snapshots"] != first
+
+
+def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
+    """The one that came second leaves at once, and the features that the first is about to read stay."""
+    out = Path("results/teachers/tiny/twice/metrics.json")
+    samplers = {"twice": config().eval.teacher_samplers["ode"]}
+    cfg = config().model_copy(update={"eval": config().eval.model_copy(update={"teacher_samplers": samplers})})
+    words, path = ["twice", str(out), "--config", cfg.model_dump_json()], {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "eval.evaluate", "teacher", *words]
+    with subprocess.Popen(command, env=os.environ | path, stderr=subprocess.PIPE, text=True) as first:
+        while first.poll() is None and not list(out.parent.glob("features/*/about.json")):
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(SystemExit, match="another process makes metrics.json; wait for it or stop it"):
+                evaluate.teacher("twice", out, cfg.model_dump_json())
+        finally:
+            first.send_signal(signal.SIGCONT)
+            _, told = first.communicate()
+    assert first.returncode == 0, told
+    evaluated(out)
 
 
 def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -> None:

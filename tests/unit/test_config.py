@@ -3,8 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from dmd2.config import RunConfig, Sampler, TrainConfig, digest
+from dmd2.ablations import load_base
+from dmd2.config import Pairs, RunConfig, Sampler, TrainConfig, digest
 from tests import tiny
+from tests.conftest import ROOT
 
 OUTSIDE = {"train.steps", "train.snapshot_every", "train.checkpoint_every", "train.log_every"}
 
@@ -174,10 +176,31 @@ def test_refuses_a_missing_section(section):
 
 @pytest.mark.parametrize("options", [
     {"solver": "ddim", "churn": 1.0}, {"solver": "heun", "eta": 0.5}, {"solver": "dpm"}, {"solver": "heun", "steps": 0},
+    {"solver": "ddpm", "eta": 0.5}, {"solver": "pndm", "spacing": "leading"},
 ])  # fmt: skip
 def test_sampler_refuses(options):
     with pytest.raises(ValidationError):
         Sampler(**{"steps": 5, **options})
+
+
+@pytest.mark.parametrize("options", [
+    {"solver": "ddpm"}, {"solver": "ddim", "eta": 0.5}, {"solver": "heun", "churn": 4.0},
+])  # fmt: skip
+def test_pairs_need_a_deterministic_sampler(options):
+    with pytest.raises(ValidationError, match="deterministic"):
+        Pairs(count=4, shards=1, sampler=Sampler(steps=5, **options))
+
+
+def test_the_teacher_rows_of_stable_diffusion_have_its_own_samplers():
+    sd15, sdxl = (load_base(name, ROOT / "workflow/base")[1] for name in ("sd15", "sdxl"))
+    assert [s.solver for s in sd15.eval.teacher_samplers.values()] == ["pndm", "ddpm"]
+    assert [(s.solver, s.spacing) for s in sdxl.eval.teacher_samplers.values()] == [("euler", "leading")] * 2
+    assert sdxl.regression.pairs.sampler.spacing == "trailing"
+
+
+def test_a_samplers_spacing_left_at_its_default_changes_no_digest():
+    spec = {"solver": "euler", "steps": 50, "guidance": 3.0}
+    assert Sampler(**spec).settings() == spec
 
 
 def test_time_beyond_the_grid_is_refused_for_eps():

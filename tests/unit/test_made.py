@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json, write_json
 from dmd2.made import Artefact, Outdated, altered, content, made_from, recorded
 
@@ -43,6 +44,17 @@ def test_input_whose_files_are_the_same_is_the_same_whenever_it_was_made(folder)
 def test_missing_input_counts_as_unchanged(folder) -> None:
     (folder / "in.json").unlink()
     assert out().outdated() is None
+
+
+def test_what_another_process_makes_is_not_made_a_second_time(folder) -> None:
+    making, refused = (
+        recorded(folder / "out.json", {}),
+        pytest.raises(UserError, match=r"another process makes out\.json"),
+    )
+    with making, refused, recorded(folder / "out.json", {}):
+        pytest.fail("two makers")
+    with recorded(folder / "out.json", {}), recorded(folder / "other.json", {}):
+        write_json(folder / "other.json", {})
 
 
 def chain(folder) -> list[Artefact]:

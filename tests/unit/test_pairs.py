@@ -74,9 +74,3 @@ def test_a_changed_shard_is_named_when_shards_are_joined(teacher, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"shard-1\.safetensors does not match"):
         join_shards([tmp_path / "shard-0.json", tmp_path / "shard-1.json"], tmp_path / "manifest.json")
-
-
-def test_a_stochastic_solver_makes_no_pairs(teacher, tmp_path):
-    sampler = {"solver": "heun", "steps": 4, "churn": 4.0}
-    with pytest.raises((UserError, ValueError), match="deterministic|stochastic"):
-        made(teacher, tmp_path, 1, regression__pairs__sampler=sampler)

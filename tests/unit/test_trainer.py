@@ -70,7 +70,7 @@ def test_a_longer_run_continues_and_does_not_repeat(inputs, monkeypatch):
     monkeypatch.setattr(dmd2.trainer, "train_step", lambda m, b, it, cfg: done.append(it) or original(m, b, it, cfg))
     record, _ = train(inputs, 6)
     assert done == [4, 5]
-    assert [int(file["path"][-19:-12]) for file in record["files"]] == [2, 4, 6]
+    assert listed(record) == [2, 4, 6]
 
 
 def test_a_changed_row_does_not_resume_the_old_weights(inputs):
@@ -198,6 +198,32 @@ def test_micro_batch_0_is_all_of_the_batch(inputs):
         len(list(Training(RUN, config(2), Hardware(micro_batch=size), inputs).batches.at(0))) for size in (0, 3)
     )
     assert (whole, cut) == (1, 2)
+
+
+def listed(record):
+    return [int(file["path"][-19:-12]) for file in record["files"]]
+
+
+def test_a_snapshot_of_weights_that_were_lost_is_not_listed(inputs, monkeypatch):
+    """Killed between a snapshot and its checkpoint, and continued with another interval, by which it is not due."""
+
+    def save_and_die(path, state):
+        save_shard(path, state)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dmd2.trainer, "save_shard", save_and_die)
+        train(inputs, 4, train__snapshot_every=3)
+    record, _ = train(inputs, 4, train__snapshot_every=4)
+    assert listed(record) == [4]
+
+
+def test_a_training_shortened_to_one_of_its_checkpoints_ends_with_its_snapshot(inputs):
+    whole = last_snapshot(inputs, 2, run=RunId("tiny", "short", 0))
+    train(inputs, 4, train__snapshot_every=4)
+    record, folder = train(inputs, 2, train__snapshot_every=4)
+    assert listed(record) == [2]
+    assert equal(load_shard(folder / record["files"][-1]["path"]), whole)
 
 
 def test_a_second_writer_is_told(inputs):

@@ -69,18 +69,23 @@ def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
     assert edited.planned("demo") == {}
 
 
-def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_tf32(edited: Workspace) -> None:
+def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_tf32(
+    edited: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (edited.path / "sitecustomize.py").write_text(
         "import sys\nif any(part == 'eval.evaluate' for part in sys.orig_argv):\n    import torch\n"
         "    torch.set_float32_matmul_precision('high')\n    torch.backends.cudnn.allow_tf32 = True\n"
     )
     metrics = edited.path / "results/runs/digits/dmd2/seed0/metrics.json"
     before = json.loads(metrics.read_text())["snapshots"]
+    table = edited.path / "results/tables/demo.md"
     metrics.unlink()
-    result = edited.snakemake("demo", env={"PYTHONPATH": str(edited.path)})
+    table.unlink()
+    monkeypatch.setenv("PYTHONPATH", str(edited.path))
+    result = edited.snakemake("demo")
     assert result.returncode == 0, result.stderr
     assert json.loads(metrics.read_text())["snapshots"] == before
-    assert (edited.path / "results/tables/demo.md").exists()
+    assert table.exists()
 
 
 def test_longer_training_continues_from_the_old_checkpoint(edited: Workspace) -> None:

@@ -1,0 +1,94 @@
+"""A teacher trained here: what its checkpoints belong to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dmd2.teachers
+from dmd2.config import Data
+from dmd2.data import load_shard, save_shard
+from dmd2.files import listing, write_json
+from dmd2.inputs import pipeline_manifest
+from dmd2.pipelines import NULL
+from dmd2.teachers import main
+from tests import tiny
+
+SPEC = {"steps": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "ema": 0.5, "label_dropout": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(dmd2.teachers, "CHECKPOINT_EVERY", 1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Manifest of one file of tensors."""
+    save_shard(path / NULL, tensors)
+    write_json(path / "manifest.json", {"files": listing([path / NULL], path)})
+    return path / "manifest.json"
+
+
+def trained(kind: str, folder: str, rows: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    """Weights of a teacher that is trained in `folder` on these rows, or goes on from what is found there."""
+    data = {**tiny.values(kind)["data"], **changes}
+    network = {"_class_name": tiny.KINDS[kind][1].__name__, **tiny.KINDS[kind][2]}
+    teacher = {"name": "t", "parameterisation": tiny.KINDS[kind][0], "guidance": 1.0, "network": network, "train": SPEC}
+    out = Path(folder) / "manifest.json"
+    main(data=json.dumps(data), teacher=json.dumps(teacher), out=out, real=made(Path("real"), rows))
+    return load_shard(out.parent / "unet/diffusion_pytorch_model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("kind", "condition"), [("eps-labels", "labels"), ("eps-text", "text")])
+def test_other_conditions_of_the_same_images_begin_anew(kind: str, condition: str) -> None:
+    rows = tiny.tensors(kind, 16)
+    null(0.0)
+    first = trained(kind, "a", rows)
+    changed = {**rows, condition: rows[condition].flip(0)}
+    again, fresh = (trained(kind, folder, changed) for folder in ("a", "b"))
+    assert not equal(first, fresh)
+    assert equal(again, fresh)
+
+
+def test_another_unconditional_text_begins_anew() -> None:
+    rows = tiny.tensors("eps-text", 16)
+    null(0.0)
+    first = trained("eps-text", "a", rows)
+    null(1.0)
+    again, fresh = (trained("eps-text", folder, rows) for folder in ("a", "b"))
+    assert not equal(first, fresh)
+    assert equal(again, fresh)
+
+
+def null(value: float) -> None:
+    """Write the pipeline whose unconditional text has this value throughout."""
+    manifest = pipeline_manifest(Data.model_validate(tiny.values("eps-text")["data"]))
+    assert manifest is not None
+    made(manifest.parent, {"text": torch.full((1, tiny.TOKENS, tiny.TEXT_WIDTH), value)})
+
+
+def test_a_training_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, steps = tiny.tensors("edm", 16), list[int]()
+    original = dmd2.teachers._denoising_step
+
+    def killed(denoiser, real, draws, *rest):  # type: ignore[no-untyped-def]
+        steps.append(draws.iteration)
+        if steps == [0, 1]:
+            raise KeyboardInterrupt
+        return original(denoiser, real, draws, *rest)
+
+    whole = trained("edm", "a", rows)
+    monkeypatch.setattr(dmd2.teachers, "_denoising_step", killed)
+    with pytest.raises(SystemExit):
+        trained("edm", "b", rows)
+    assert equal(trained("edm", "b", rows), whole)
+    assert steps == [0, 1, 1]
