@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +70,7 @@ class Generator(torch.Generator):
 
 def run(function: Any, args: tuple, kwargs: dict) -> Any:
     """An operation, refused where a GPU refuses it."""
-    tensors = [leaf for leaf in _leaves((args, kwargs.values())) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in _leaves([*args, *kwargs.values()]) if isinstance(leaf, Tensor)]
     inside = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
     asked = kwargs.get("device")
     target = asked.type == "cuda" if asked is not None else bool(inside)
@@ -92,10 +93,10 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
 
 def _leaves(tree: Iterable) -> Iterator[Any]:
     for leaf in tree:
-        if isinstance(leaf, Tensor) or not isinstance(leaf, Iterable) or isinstance(leaf, str):
-            yield leaf
-        else:
+        if isinstance(leaf, tuple | list):
             yield from _leaves(leaf)
+        else:
+            yield leaf
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -149,6 +150,10 @@ def _load(file: Any, map_location: Any = None, *, real: Any = torch.load, **opti
     return _moved(found, lambda leaf: _wrapped(leaf, {}) if on_gpu else leaf)
 
 
+def _save_file(tensors: dict, *args: Any, real: Any = safetensors.torch.save_file, **options: Any) -> None:
+    real(_moved(tensors, _plain), *args, **options)
+
+
 def _save(tree: Any, file: Any, *, real: Any = torch.save, **options: Any) -> None:
     real(_moved(tree, _plain), file, **options)
 
@@ -166,6 +171,7 @@ def pretended_cuda() -> Iterator[torch.device]:
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_: True))
         stack.enter_context(mock.patch("torch.Generator", Generator))
         stack.enter_context(mock.patch("huggingface_hub.serialization._torch._get_unique_id", id))  # there is no memory
+        stack.enter_context(mock.patch("safetensors.torch.save_file", _save_file))
         stack.enter_context(mock.patch("torch.load", _load))
         stack.enter_context(mock.patch("torch.save", _save))
         stack.enter_context(mock.patch.object(Tensor, "backward", _reach))
