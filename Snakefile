@@ -11,6 +11,10 @@ from dmd2.slurm_queue import slurm
 min_version("9.20")
 
 CLUSTER_NAME = config.get("cluster", "local")
+# Of trainings done by other code than the present: `warn` tells of them, `retrain` makes them out of date.
+CHANGED_CODE = config.get("changed_code", "warn")
+if CHANGED_CODE not in ("warn", "retrain"):
+    raise WorkflowError(f"--config changed_code={CHANGED_CODE}: write warn or retrain")
 try:
     EXPERIMENT = load_experiment()
     CLUSTER = load_cluster(CLUSTER_NAME)

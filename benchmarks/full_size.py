@@ -33,7 +33,7 @@ from dmd2.errors import readable_errors
 from dmd2.inputs import Inputs
 from dmd2.memory import Counted, Setup, architecture
 from dmd2.plan import varied
-from dmd2.shard import recompute_activations
+from dmd2.shard import materialise, recompute_activations
 from dmd2.step import Models, train_step
 from dmd2.teachers import adopt_teacher, build_network
 
@@ -152,10 +152,10 @@ def _teacher(cfg: RunConfig, folder: Path) -> Path:
 def random_models(cfg: RunConfig, manifest: Path, device: torch.device, setup: Setup) -> Models:
     """Models of a run with the teacher of a manifest, guided by a random condition."""
 
-    def place(name: str, network: nn.Module) -> None:
+    def place(name: str, network: nn.Module, dtype: torch.dtype | None) -> None:
         if setup.checkpointing and name in ("student", "critic"):
             recompute_activations(network.network)
-        network.to(device)
+        materialise(network, device, dtype, own=name != "teacher")
 
     unguided = cfg.model_copy(update={"teacher": cfg.teacher.model_copy(update={"guidance": 1.0})})
     models = build_models(unguided, 0, Inputs(manifest, None, None, None), device, place)

@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from dmd2.changes import Change, apply_change, holds, validate
+from dmd2.changes import Change, Written, apply_change, differences, holds, validate
 from dmd2.config import RunConfig, Section
+from dmd2.cross_checks import check_all
 from dmd2.errors import UserError
 from dmd2.run import SAMPLERS, RunId
+from dmd2.shared import check_shared
+from dmd2.table_rows import KINDS, Placed, Row, Rows, rows_of
 from dmd2.yaml_file import YamlFile, read_yaml
+from eval.metrics import BETTER, FRECHET
+from eval.metrics import measured as numbers_of
 from eval.protocols import named
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
@@ -21,19 +26,16 @@ BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")
 ClaimName = Literal[
     "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16"
 ]
-NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
-class Row(Section):
-    """One run of a table: its name, the change against the base, and what the paper reports for it.
+Seed = Annotated[int, Field(ge=0)]
 
-    `preset` names a file in workflow/presets whose change is applied before the row's own.
-    """
 
-    run: Annotated[str, Field(pattern=NAME)]
-    preset: str | None = None
-    change: dict[str, Any] = {}
-    paper: dict[str, float | None] = {}
+def _distinct(values: list[Any]) -> list[Any]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{value} is given twice")
+    return values
 
 
 class Preset(Section):
@@ -46,15 +48,16 @@ class Preset(Section):
 class Table(Section):
     """One table or figure.
 
-    `rows` lists rows or names another table whose rows (with the paper's numbers) are taken; `change` applies to all
-    of them before their preset and their own change, `row_change` to single ones after it.
+    `rows` lists rows, names another table whose rows (with the paper's numbers) are taken, or does both: `{from: other
+    table, add: [rows]}`. `change` applies to all of them before their preset and their own change, `row_change` to
+    single ones after it; those of another table are not taken with its rows.
     """
 
     title: str
     base: str
-    rows: list[Row] | str
-    metrics: Annotated[list[str], Field(min_length=1)] = ["fd"]
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    rows: Rows
+    metrics: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["fd"]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0]
     select: Annotated[str, Field(pattern="^(last|best)$")] = "last"
     columns: dict[str, str] = {}
     change: dict[str, Any] = {}
@@ -96,9 +99,13 @@ class Experiment:
 
 def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
     """A base as plain values, defaults included, and validated."""
-    source = read_yaml(_named("base", name, folder))
-    cfg = validate(RunConfig, _with_protocol(source), source)
+    _, cfg = _read_base(name, folder)
     return cfg.model_dump(mode="json"), cfg
+
+
+def _read_base(name: str, folder: Path) -> tuple[YamlFile, RunConfig]:
+    source = read_yaml(_named("base", name, folder))
+    return source, validate(RunConfig, _with_protocol(source), source)
 
 
 def _named(kind: str, name: str, folder: Path) -> Path:
@@ -128,20 +135,22 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
         UserError: one sentence with file, line and key for the first problem found.
     """
     experiment = Experiment()
-    sources: dict[str, YamlFile] = {}
-    for path in sorted(tables.glob("*.yaml")):
-        sources[path.stem] = read_yaml(path)
-        experiment.tables[path.stem] = _table(sources[path.stem])
+    sources = {path.stem: read_yaml(path) for path in sorted(tables.glob("*.yaml"))}
+    experiment.tables.update({name: _table(source) for name, source in sources.items()})
+    specs = {name: table.rows for name, table in experiment.tables.items()}
+    written: list[Written] = []  # bases before the rows over them
     for name, table in experiment.tables.items():
-        owner = _owner(name, experiment.tables, sources)
-        rows = experiment.tables[owner].rows
-        assert not isinstance(rows, str)
-        experiment.rows[name] = rows
-        _add_runs(experiment, name, table, owner, sources, bases)
+        placed = rows_of(name, specs, sources)
+        experiment.rows[name] = [found.row for found in placed]
+        if table.base not in experiment.bases:
+            source, experiment.bases[table.base] = _read_base(table.base, bases)
+            written.append(Written(experiment.bases[table.base], source))
+        base = next(found.base for found in written if found.cfg is experiment.bases[table.base])
+        written += [_run(experiment, name, found, sources[name], base, bases) for found in placed]
         _check_references(experiment, name, sources[name])
-    for (base, run), cfg in experiment.runs.items():
-        if cfg.train.init_from is not None and (base, cfg.train.init_from) not in experiment.runs:
-            raise UserError(f"{base}/{run}: train.init_from names {cfg.train.init_from}, which no table has as a row")
+    check_shared(written)
+    check_all(written)
+    _check_origins(experiment)
     return experiment
 
 
@@ -149,60 +158,57 @@ def _table(source: YamlFile) -> Table:
     try:
         return Table.model_validate(source.value)
     except ValidationError as error:
-        first = error.errors()[0]
-        loc = tuple(k for k in first["loc"] if k in source.value or isinstance(k, int) or len(first["loc"]) == 1)
-        keys = ".".join(str(k) for k in first["loc"])
+        errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+        given = tuple(key for key in first["loc"] if key not in KINDS)
+        loc = tuple("from" if key == "origin" else key for key in given)
         if first["type"] == "extra_forbidden":
-            known = Row.model_fields if "rows" in first["loc"] else Table.model_fields
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            known = _known_beside(loc)
+            near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
             hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"{source.where(*loc)}: no key {first['loc'][-1]}{hint}") from None
-        raise UserError(f"{source.where(*loc)}: {keys}: {first['msg']}, got {first['input']!r}") from None
+            raise UserError(f"{source.where(*loc)}: no key {loc[-1]}{hint}") from None
+        keys = ".".join(str(key) for key in loc)
+        if first["type"] == "missing":
+            raise UserError(f"{source.where(*loc)}: key {keys} is missing") from None
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        raise UserError(f"{source.where(*loc)}: {keys}: {first['msg'].removeprefix('Value error, ')}{got}") from None
 
 
-def _owner(name: str, tables: dict[str, Table], sources: dict[str, YamlFile]) -> str:
-    """The table whose file writes the rows down: `name` itself, or the end of its chain of `rows: other`."""
-    seen = [name]
-    while isinstance(rows := tables[seen[-1]].rows, str):
-        if rows not in tables or rows in seen:
-            near = difflib.get_close_matches(rows, list(tables), n=1)
-            hint = f", did you mean {near[0]}?" if near and near[0] not in seen else ""
-            raise UserError(f"{sources[seen[-1]].where('rows')}: rows names {rows}, which is no other table{hint}")
-        seen.append(rows)
-    return seen[-1]
+def _known_beside(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys that may stand where a table has an unknown one."""
+    if loc[0] != "rows":
+        return list(Table.model_fields)
+    return list(Row.model_fields) if isinstance(loc[-2], int) else ["from", "add"]
 
 
-def _add_runs(
-    experiment: Experiment, name: str, table: Table, owner: str, sources: dict[str, YamlFile], bases: Path
-) -> None:
-    values, experiment.bases[table.base] = load_base(table.base, bases)
-    seen: set[str] = set()
-    for i, row in enumerate(experiment.rows[name]):
-        source, place = sources[owner], sources[owner].where("rows", i)
-        if row.run in seen:
-            raise UserError(f"{place}: row {row.run} appears twice in the table")
-        seen.add(row.run)
-        changes = [
-            Change(table.change, sources[name], ("change",)),
-            *_preset(experiment, row, source.where("rows", i, "preset"), bases.with_name("presets")),
-            Change(row.change, source, ("rows", i, "change")),
-            Change(table.row_change.get(row.run, {}), sources[name], ("row_change", row.run)),
-        ]
-        try:
-            changed = apply_change(values, *(change.values for change in changes))
-        except KeyError as error:
-            key = error.args[0].removeprefix("no key ").split(",")[0]
-            where = next(change.where(key) for change in changes if key in change.values)
-            raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
-        if changed["eval"]["protocol"] != values["eval"]["protocol"]:
-            raise UserError(f"{place}: row {row.run}: eval.protocol belongs to the base: the rows of a table share one")
-        cfg = validate(RunConfig, changed, source, "rows", i, "change", changes=changes)
-        earlier = experiment.runs.setdefault((table.base, row.run), cfg)
-        if earlier != cfg:
-            same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]
-            other = next(t for t in same_base if row.run in [r.run for r in experiment.rows[t]])
-            keys = _differences(earlier, cfg)
-            raise UserError(f"{place}: row {row.run} contradicts the row of that name in table {other} ({keys})")
+def _run(
+    experiment: Experiment, name: str, placed: Placed, table_source: YamlFile, base: YamlFile, bases: Path
+) -> Written:
+    """The config of a row of the table `name`, which the experiment then knows."""
+    table, row, values = experiment.tables[name], placed.row, experiment.bases[experiment.tables[name].base]
+    changes = [
+        Change(table.change, table_source, ("change",)),
+        *_preset(experiment, row, placed.where("preset"), bases.with_name("presets")),
+        Change(row.change, placed.source, (*placed.keys, "change")),
+        Change(table.row_change.get(row.run, {}), table_source, ("row_change", row.run)),
+    ]
+    try:
+        changed = apply_change(values.model_dump(mode="json"), *(change.values for change in changes))
+    except KeyError as error:
+        key = error.args[0].removeprefix("no key ").split(",")[0]
+        where = next(change.where(key) for change in changes if key in change.values)
+        raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
+    place = placed.where()
+    if changed["eval"]["protocol"] != values.eval.protocol:
+        raise UserError(f"{place}: row {row.run}: eval.protocol belongs to the base: the rows of a table share one")
+    cfg = validate(RunConfig, changed, placed.source, *placed.keys, "change", changes=changes)
+    earlier = experiment.runs.setdefault((table.base, row.run), cfg)
+    if earlier != cfg:
+        same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]
+        other = next(t for t in same_base if row.run in [r.run for r in experiment.rows[t]])
+        keys = "; ".join(f"{key}: {there} there, {here} here" for key, there, here in differences(earlier, cfg))
+        raise UserError(f"{place}: row {row.run} contradicts the row of that name in table {other} ({keys})")
+    return Written(cfg, base, f"row {row.run}: ", changes)
 
 
 def _preset(experiment: Experiment, row: Row, place: str, folder: Path) -> list[Change]:
@@ -217,12 +223,18 @@ def _preset(experiment: Experiment, row: Row, place: str, folder: Path) -> list[
     return [Change(preset.change, source, ("change",))]
 
 
-def _differences(a: RunConfig, b: RunConfig) -> str:
-    def leaves(cfg: RunConfig) -> dict[str, Any]:
-        return {f"{s}.{k}": v for s, section in cfg.model_dump(mode="json").items() for k, v in section.items()}
-
-    left, right = leaves(a), leaves(b)
-    return "; ".join(f"{key}: {left[key]} there, {right[key]} here" for key in left if left[key] != right[key])
+def _check_origins(experiment: Experiment) -> None:
+    """Every `train.init_from` names a row, and none leads back to where it started."""
+    for (base, run), cfg in experiment.runs.items():
+        seen = [run]
+        while (origin := cfg.train.init_from) is not None:
+            if (base, origin) not in experiment.runs:
+                raise UserError(f"{base}/{seen[-1]}: train.init_from names {origin}, which no table has as a row")
+            if origin in seen:
+                chain = " from ".join([*seen, origin])
+                raise UserError(f"{base}/{run}: train.init_from leads in a circle: {chain}")
+            seen.append(origin)
+            cfg = experiment.runs[base, origin]
 
 
 def _check_references(experiment: Experiment, name: str, source: YamlFile) -> None:
@@ -235,13 +247,31 @@ def _check_references(experiment: Experiment, name: str, source: YamlFile) -> No
     if table.reference_row is not None and table.reference_row not in runs:
         raise UserError(f"{source.where('reference_row')}: reference_row {table.reference_row} is no row of the table")
     measured = experiment.bases[table.base].eval
+    known = numbers_of(measured.metrics)
     for i, metric in enumerate(table.metrics):
-        if metric not in measured.metrics:
+        if metric not in known:
             where = source.where("metrics", i)
-            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(measured.metrics)}")
+            raise UserError(f"{where}: base {table.base} does not measure {metric}, only {', '.join(known)}")
+    _check_directions(table, source)
     for teacher in table.teachers:
         if teacher not in measured.teacher_samplers:
             raise UserError(f"{source.where('teachers', teacher)}: base {table.base} has no sampler {teacher}")
     for run in table.row_change:
         if run not in runs:
             raise UserError(f"{source.where('row_change', run)}: row_change names {run}, which is no row of the table")
+
+
+def _check_directions(table: Table, source: YamlFile) -> None:
+    """Refuse the best by a metric of which neither direction is better, and claims without what they are about."""
+    first = table.metrics[0]
+    if table.select == "best" and first not in BETTER:
+        raise UserError(
+            f"{source.where('select')}: select: best goes by the first of metrics, and neither the lowest nor the "
+            f"highest {first} is the best: name another first, or select: last"
+        )
+    about = [claim for claim in table.claims if claim != "C2"]  # that one is about brightness over training
+    if about and not set(FRECHET) & set(table.metrics):
+        raise UserError(
+            f"{source.where('claims')}: claims: {about[0]} is about the paper's FID, and metrics "
+            f"({', '.join(table.metrics)}) has no {' or '.join(FRECHET)}: add one, or leave the claim out"
+        )

@@ -1,7 +1,6 @@
 """The networks of a run: student and critic as copies of the teacher, the head, and their optimisers."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,10 +18,11 @@ from dmd2.lora import add_lora, split
 from dmd2.optimiser import Optimiser
 from dmd2.rng import stream
 from dmd2.sample import to_images
+from dmd2.shard import load_local, materialise, sharing, spans_of
 from dmd2.step import Models, regression_distance
 from dmd2.teachers import load_teacher, null_condition
 
-Placing = Callable[[str, nn.Module], None]
+Placing = Callable[[str, nn.Module, torch.dtype | None], None]
 
 
 def build_models(
@@ -30,23 +30,20 @@ def build_models(
 ) -> Models:
     """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
 
-    Networks are made in host memory; `place` puts each, by its name, where it is trained (by default on `device`)
-    once its weights are set, and before there is an optimiser of it.
+    Networks stay mapped from the teacher's file until `place` puts each, by its name, where it is trained (by default
+    on `device`) in memory of its own and in a dtype if there is one, before there is an optimiser of it.
     """
     assert inputs.teacher is not None
     precision = cfg.train.precision
     teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision)
-    student, critic = (deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
+    student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
-        _load_weights(inputs.init, student, critic)
+        _load_student(inputs.init, student)
     if cfg.generator.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(f"{seed}/lora").initial_seed())
             add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
-    if precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
-        nn.Module.to(
-            teacher.network, torch.bfloat16
-        )  # diffusers' own warns of modules to keep, of which there are none
+    lowered = precision.startswith("bf16") and cfg.teacher.parameterisation == "eps"
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
@@ -54,7 +51,13 @@ def build_models(
     networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
     for name, network in networks.items():
         if network is not None:
-            place(name, network) if place is not None else network.to(device)
+            dtype = torch.bfloat16 if name == "teacher" and lowered else None
+            if place is not None:
+                place(name, network, dtype)
+            else:
+                materialise(network, device, dtype, own=name != "teacher")
+    if inputs.init is not None:
+        _load_critic(inputs.init, critic)
     null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
         student, teacher, critic, head,
@@ -84,12 +87,17 @@ def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.de
         return Head(width, resolution).to(device)
 
 
-def _load_weights(train_json: Path, student: Denoiser, critic: Denoiser) -> None:
-    """Weights only, as the paper's second stage: the student's last snapshot and the critic of its checkpoint."""
-    record = read_json(train_json)
-    weights, _ = split(load_shard(verified(train_json.parent, record["files"][-1])))
-    student.network.load_state_dict(weights)
-    state = Checkpoints(train_json.parent / f"checkpoints-{record['key']}").load_latest()
-    if state is None:
+def _load_student(train_json: Path, student: Denoiser) -> None:
+    """Weights only, as the paper's second stage: those of the last snapshot, mapped from its file."""
+    entry = read_json(train_json)["files"][-1]
+    weights, _ = split(load_shard(verified(train_json.parent, entry)))
+    student.network.load_state_dict(weights, assign=True)
+
+
+def _load_critic(train_json: Path, critic: Denoiser) -> None:
+    """The critic of the newest checkpoint, of which nothing else is read, into its place."""
+    checkpoints = Checkpoints(train_json.parent / f"checkpoints-{read_json(train_json)['key']}")
+    step = checkpoints.newest_good()
+    if step is None:
         raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")
-    critic.load_state_dict(state["critic"])
+    load_local(critic, checkpoints.load(step, spans_of(critic, "critic"), only="critic/")["critic"])

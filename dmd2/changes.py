@@ -33,6 +33,38 @@ class Change:
         return self.source.where(*self.keys, key)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A config and where it is written: its base, and the changes of a row in the order in which they were applied."""
+
+    cfg: RunConfig
+    base: YamlFile
+    row: str = ""  # "row NAME: ", what a sentence about it starts with
+    changes: Sequence[Change] = ()
+
+    def where(self, *keys: str) -> str:
+        """``file:line`` of what gave dotted keys their values: the last change that gives one, or else the base."""
+        for change in reversed(self.changes):
+            for given in change.values:
+                if any(f"{key}.".startswith(f"{given}.") or f"{given}.".startswith(f"{key}.") for key in keys):
+                    return change.where(given)
+        return self.base.where(*keys[0].split("."))
+
+
+def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of nested dicts by its dotted key; lists are values."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for key, part in values.items() for k, v in leaves(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both; None where one has no such key."""
+    left, right = (leaves(x.model_dump(mode="json") if isinstance(x, Section) else x) for x in (a, b))
+    keys = dict.fromkeys([*left, *right])
+    return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
+
+
 def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of `base` with dotted keys replaced; KeyError with a sentence for unknown ones."""
     values = deepcopy(base)

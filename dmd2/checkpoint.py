@@ -70,23 +70,29 @@ class Checkpoints:
                 return int(manifest.stem)
             except UserError as error:
                 print(f"checkpoint passed over: {error}", file=sys.stderr)
+            except (AttributeError, KeyError, TypeError):
+                print(f"checkpoint passed over: {manifest} does not list its files as a save does", file=sys.stderr)
         return None
 
-    def load(self, step: int, device: torch.device | str = "cpu", spans: Spans | None = None) -> dict[str, Any]:
-        """The state of one step, as it was saved; with `spans` only those rows, in host memory."""
+    def load(self, step: int, spans: Spans | None = None, only: str = "") -> dict[str, Any]:
+        """The state of one step, mapped from its files: copy it where it belongs and let it go.
+
+        Args:
+            step: one that has a checkpoint. spans: rows that are wanted, else whole tensors. only: beginning of the
+                paths that are wanted; others may be missing.
+        """
         manifest = read_json(self.folder / f"{step:08d}.json")
         paths = [self.folder / entry["path"] for entry in manifest["files"]]
         if "values" in manifest:
-            tensors = {name: _moved(value, device) for name, value in read_parts(paths, spans).items()}
-            return nested({**dict(flat(manifest["values"])), **tensors})
-        if spans is None:
-            return torch.load(paths[0], map_location=device, weights_only=True)
-        return cut(torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True), spans)
+            return nested({**dict(flat(manifest["values"])), **read_parts(paths, spans, only)})
+        state = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
+        wanted = {name: value for name, value in state.items() if f"{name}/".startswith(only)}
+        return cut(wanted, spans) if spans else wanted
 
-    def load_latest(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest good state, if there is one."""
+    def load_latest(self) -> dict[str, Any] | None:
+        """The newest good state, if there is one, mapped from its files."""
         step = self.newest_good()
-        return None if step is None else self.load(step, device)
+        return None if step is None else self.load(step)
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, 0 if there is none."""
@@ -94,15 +100,9 @@ class Checkpoints:
 
     def _up_to(self, step: int | None) -> list[Path]:
         """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
-        found = sorted(self.folder.glob("*.json"))
+        found = sorted(path for path in self.folder.glob("*.json") if path.stem.isdecimal())
         return found if step is None else [path for path in found if int(path.stem) <= step]
 
 
 def _plain(value: Any) -> bool:
     return not isinstance(value, Tensor)
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, dict):
-        return {name: tensor.to(device) for name, tensor in value.items()}
-    return value.to(device)

@@ -134,6 +134,9 @@ class Regression(Section):
     decoder: Literal["vae", "vae_tiny"] = "vae"
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optim(Section):
     """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update.
 
@@ -147,7 +150,7 @@ class Optim(Section):
     ticks_per_iteration: Positive
     clip: Annotated[float, Field(gt=0)]
     weight_decay: Weight
-    betas: Annotated[tuple[float, float], Field(strict=False)]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
     ema: Annotated[float, Field(gt=0, lt=1)] | None
     clip_critic: bool = True
     states: Literal["fp32", "8bit"] = "fp32"

@@ -23,7 +23,7 @@ def slurm_cost(jobs: list[str]) -> dict[str, Any] | None:
     while True:
         try:
             text = slurm("sacct", "-X", "-n", "-P", "--duplicates", "-j", ",".join(jobs),
-                         "-o", "JobIDRaw,State,ElapsedRaw,AllocTRES")  # fmt: skip
+                         "-o", "JobIDRaw,State,ElapsedRaw,AllocTRES", timeout=LAG)  # fmt: skip
         except UserError:
             return None
         lines = [line.split("|", 3) for line in text.splitlines()]

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def load_shard(path: Path) -> dict[str, Tensor]:
 
 
 def load_set(manifest: Path) -> TensorSet:
-    """Map every safetensors shard a manifest lists into memory, each verified against its checksum once per process.
+    """Map every safetensors shard a manifest lists into memory, each verified against its checksum.
 
     Pages are read when used and are the system's to drop again: a set may be larger than memory.
 
@@ -102,7 +102,7 @@ def load_set(manifest: Path) -> TensorSet:
         UserError: a shard is missing, changed, or of other tensors than the first.
     """
     listed = [entry for entry in read_json(manifest)["files"] if entry["path"].endswith(".safetensors")]
-    paths = [_verified(manifest.parent, entry) for entry in listed]
+    paths = [verified(manifest.parent, entry) for entry in listed]
     shards = [load_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if _rows_of(shard) != _rows_of(shards[0]):
@@ -112,21 +112,6 @@ def load_set(manifest: Path) -> TensorSet:
 
 def _rows_of(shard: dict[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
     return {name: (str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(shard.items())}
-
-
-_VERIFIED: set[tuple[str, int, int, str]] = set()  # files of this process, as of a time: 16 GB take ten seconds
-
-
-def _verified(folder: Path, entry: dict[str, Any]) -> Path:
-    path = folder / entry["path"]
-    if path.exists():
-        known = path.stat()
-        key = (str(path.resolve()), known.st_mtime_ns, known.st_size, entry["sha256"])
-        if key not in _VERIFIED:
-            verified(folder, entry)
-            _VERIFIED.add(key)
-        return path
-    return verified(folder, entry)
 
 
 def prepare(data: Data, folder: Path) -> Path:
@@ -188,8 +173,9 @@ def main(config: Annotated[str, typer.Option(help="JSON of the data section")], 
     """Prepare real data: write OUT (a manifest.json) and its shards."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     with readable_errors():
-        with recorded(out, json.loads(config)):
-            prepare(Data.model_validate(json.loads(config)), out.parent)
+        data = Data.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), sources=[data.source.path]):
+            prepare(data, out.parent)
 
 
 if __name__ == "__main__":

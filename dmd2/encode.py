@@ -162,17 +162,18 @@ def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     torch.set_num_threads(threads)
     with readable_errors():
-        place = local_device(device, "encode")
-        with recorded(out, json.loads(config), [pipeline]), strict_float32(place):
-            encode_part(Data.model_validate(json.loads(config)), pipeline, index, out, place)
+        data, place = Data.model_validate(json.loads(config)), local_device(device, "encode")
+        with recorded(out, json.loads(config), [pipeline], sources=[data.source.path]), strict_float32(place):
+            encode_part(data, pipeline, index, out, place)
 
 
 @app.command()
 def join(config: Config, out: Path, parts: list[Path]) -> None:
     """Write the manifest OUT of finished PARTS."""
     with readable_errors():
-        with recorded(out, json.loads(config), parts):
-            join_parts(Data.model_validate(json.loads(config)), parts, out)
+        data = Data.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), parts, sources=[data.source.path]):
+            join_parts(data, parts, out)
 
 
 @app.command()

@@ -9,6 +9,10 @@ class UserError(Exception):
     """Bad input or a state the user must resolve; its text is one clear sentence."""
 
 
+class CannotWriteError(UserError):
+    """The system refused a write: full, read-only, immutable, not allowed."""
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn a `UserError` or Ctrl-C into one line on stderr and a non-zero exit status (1 or 130)."""

@@ -33,6 +33,12 @@ class Sampler(Section):
         """Whether it draws noise on its way."""
         return self.churn > 0 or self.eta > 0 or self.solver == "ddpm"
 
+    @property
+    def network_calls(self) -> int:
+        """Calls of the network for one image; guidance doubles each, and PNDM evaluates its second time twice."""
+        steps = {"heun": 2 * self.steps - 1, "pndm": self.steps + 1}.get(self.solver, self.steps)
+        return steps * (2 if self.guidance > 1 else 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.solver == "heun" and self.steps < 2:

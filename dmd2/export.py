@@ -159,7 +159,9 @@ def main(
     run: Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
     step: Annotated[int | None, typer.Option(help="snapshot of this step")] = None,
-    select: Annotated[Select | None, typer.Option(help="last (default), or lowest of the first metric")] = None,
+    select: Annotated[
+        Select | None, typer.Option(help="last (default), or best by the first metric of eval.metrics")
+    ] = None,
     teacher_licence: Annotated[str | None, typer.Option(help="identifier or name, for the card")] = None,
     force: Annotated[bool, typer.Option(help="replace an earlier export")] = False,
 ) -> None:

@@ -8,15 +8,17 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from dmd2.errors import UserError
+from dmd2.errors import CannotWriteError, UserError
 
 
 @contextmanager
@@ -24,9 +26,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` only once the block ended and its bytes reached the disk.
 
     Raises:
-        UserError: the disk is full or the place is not writable; `path` is then as it was before.
+        CannotWriteError: the disk is full or the place is not writable; `path` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -36,17 +38,49 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's zip writer and safetensors report a refused write by exceptions of their own.
-        full = getattr(error, "errno", None) == errno.ENOSPC or _no_space(path)
         torch_writer = any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter"))
-        if isinstance(error, RuntimeError) and not torch_writer and not full:
+        if isinstance(error, RuntimeError) and not torch_writer and not _no_space(path):
             raise
-        reason = "the disk is full" if full else str(error).splitlines()[0]
-        raise UserError(
-            f"cannot write {path}: {reason}; earlier files are kept, free some space and run the same command again"
-        ) from error
+        raise refused(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def writer() -> str:
+    """A name for one write, in no other use on any node of a shared file system: host, process and a random part."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+REFUSALS = {  # what it means that a write was refused, and what helps
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the quota is used up", "free some space"),
+    errno.EROFS: ("the file system is read-only", "have it mounted for writing"),
+    errno.EACCES: ("permission denied", "get the right to write there"),
+    errno.EPERM: ("it may not be changed (immutable, perhaps: see lsattr)", "allow changes"),
+}
+
+
+def refused(path: Path, error: Exception) -> CannotWriteError:
+    """The sentence about a write that the system refused, with the advice that fits the reason."""
+    # torch's and safetensors' exceptions have the reason in their text only.
+    named = (code for code in REFUSALS if os.strerror(code) in str(error))
+    code = getattr(error, "errno", None) or next(named, None)
+    if code not in REFUSALS and _no_space(path):
+        code = errno.ENOSPC
+    reason, advice = REFUSALS.get(code or 0, (str(error).splitlines()[0], "see to it"))
+    return CannotWriteError(
+        f"cannot write {path}: {reason}; earlier files are kept, {advice} and run the same command again"
+    )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a refused write in the block into a sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 def _no_space(path: Path) -> bool:
@@ -111,8 +145,22 @@ def listing(paths: list[Path], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+# Files whose checksum held, by path, time of change, size and checksum: 16 GB take ten seconds to read again.
+_held: set[tuple[str, int, int, str]] = set()
+
+
+def held() -> list[tuple[str, int, int, str]]:
+    """Files that this process has verified, for `trust`."""
+    return sorted(_held)
+
+
+def trust(files: Iterable[Sequence[Any]]) -> None:
+    """Take the word of another process, its `held`, for files that are unchanged since."""
+    _held.update((path, time, size, checksum) for path, time, size, checksum in files)
+
+
 def verified(folder: Path, entry: dict[str, Any]) -> Path:
-    """Path of a manifest entry after comparing its size and checksum.
+    """Path of a manifest entry after comparing its size and checksum; an unchanged file is read once per process.
 
     Raises:
         UserError: missing, truncated or different from what the manifest lists.
@@ -122,9 +170,11 @@ def verified(folder: Path, entry: dict[str, Any]) -> Path:
         raise UserError(
             f"{path} is missing although its manifest lists it: delete the manifest and run Snakemake again"
         )
-    size = path.stat().st_size
+    status = path.stat()
+    size, key = status.st_size, (str(path.resolve()), status.st_mtime_ns, status.st_size, entry["sha256"])
     if size != entry["bytes"]:
         raise UserError(f"{path} has {size} bytes instead of {entry['bytes']}: it is truncated; delete it, run again")
-    if sha256(path) != entry["sha256"]:
+    if key not in _held and sha256(path) != entry["sha256"]:
         raise UserError(f"{path} does not match the checksum in its manifest: it was changed; delete it and run again")
+    _held.add(key)
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dmd2.errors import UserError
+from dmd2.files import writer
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def atomic_folder(target: Path, replaceable: bool, refusal: str) -> Iterator[Pat
     target = target.absolute()
     if target.exists() and not replaceable:
         raise UserError(f"{target} {refusal}")
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    name = f".{target.name}.{writer()}"
+    temporary, old = (target.with_name(f"{name}.{kind}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dmd2.again import current_key
 from dmd2.config import Data, RunConfig, TrainConfig, digest
 from dmd2.files import content_of, digest_of
 from dmd2.made import made_from
@@ -108,7 +109,7 @@ class Inputs:
         return [path for path in asdict(self).values() if path is not None]
 
     def key(self, cfg: TrainConfig, seed: int) -> str:
-        """Names the checkpoints of a training: a function of all that can change its weights."""
+        """Names the checkpoints of a training: a function of all that can change its weights but the code."""
         return digest_of({"config": digest(cfg), "inputs": self.identity(), "seed": seed})
 
 
@@ -119,7 +120,7 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
         UserError: an input is missing.
     """
     inputs = Inputs.of(run, cfg)
-    return Goal(run, inputs.key(cfg, run.seed), made_from(cfg.settings(), inputs.paths()))
+    return Goal(run, current_key(run, inputs.key(cfg, run.seed)), made_from(cfg.settings(), inputs.paths()))
 
 
 def measured_with(cfg: RunConfig) -> dict[str, Path]:

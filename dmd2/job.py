@@ -1,27 +1,29 @@
-"""What runs inside a training job: on this machine, or in every task of a Slurm job through submitit."""
+"""What runs inside a training job: on this machine, or in every task of a Slurm job.
+
+A Slurm job is told all it needs on its command line, which Slurm keeps with the job: whatever becomes of its launcher,
+of sbatch's answer or of files on the disk, it can start, and start again.
+"""
 
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
-
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from dataclasses import asdict, dataclass
 
 from dmd2.cluster import Cluster
 from dmd2.config import TrainConfig
-from dmd2.errors import readable_errors
+from dmd2.errors import UserError, readable_errors
 from dmd2.inputs import Inputs, goal_of
-from dmd2.interrupts import STOP, Actions
+from dmd2.interrupts import STOP, Actions, leave_to_another_job
 from dmd2.run import RunId
+from dmd2.slurm_queue import slurm
 
 LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor (or for an NFS lease)
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Plain values only: submitit pickles this, and a job restarted from the pickle continues from disk."""
+    """Plain values only: a job is sent them as text, and continues from what lies on the disk."""
 
     run: str
     config: str
@@ -41,21 +43,45 @@ class TrainingJob:
             how.deterministic,
         )  # fmt: skip
 
-    def __call__(self) -> None:
+    def text(self) -> str:
+        """All of it as JSON, for a job's command line."""
+        return json.dumps({**asdict(self), "config": json.loads(self.config)}, separators=(",", ":"))
+
+    @staticmethod
+    def read(text: str) -> "TrainingJob":
+        """What `text` returned."""
+        values = json.loads(text)
+        return TrainingJob(**{**values, "config": TrainConfig.model_validate(values["config"]).model_dump_json()})
+
+    def in_slurm(self) -> None:
         """Train in a Slurm task.
 
         The warning before the time limit or a preemption (USR2) is acted on between two iterations: process 0 saves,
-        then lets submitit requeue the job under the same id. After SIGTERM (scancel, requeue by hand) it saves and
-        goes on, since a job that ends by itself in a preemption's grace time would not be requeued.
+        then lets Slurm requeue the job under the same id. After SIGTERM (scancel, requeue by hand) it saves and goes
+        on, since a job that ends by itself in a preemption's grace time would not be requeued.
         """
-        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
-        requeue = cast(Callable[..., Any], signal.getsignal(signal.SIGUSR2))
-        with readable_errors():
-            self.train({signal.SIGUSR2: lambda: requeue(signal.SIGUSR2, None), signal.SIGTERM: lambda: None})
+        from submitit.helpers import TorchDistributedEnvironment
 
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit runs after the requeue: the same, since checkpoints lie on disk."""
-        return DelayedSubmission(self)
+        leads = os.environ["SLURM_PROCID"] == "0"
+        signal.signal(signal.SIGUSR2, lambda *_: self.requeue() if leads else None)  # before there is anything to save
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+        with readable_errors():
+            if leads:
+                leave_to_another_job(RunId.parse(self.run).folder)  # at once, not after the networks are built
+            self.train({signal.SIGUSR2: self.requeue, signal.SIGTERM: lambda: None})
+
+    def requeue(self) -> None:
+        """Let Slurm start this job again under its id, and leave; go on where Slurm does not answer."""
+        job = os.environ["SLURM_JOB_ID"]
+        print(f"Caught signal SIGUSR2: everything is saved, job {job} is requeued", file=sys.stderr, flush=True)
+        try:
+            (RunId.parse(self.run).folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
+            slurm("scontrol", "requeue", job)
+        except (OSError, UserError) as error:
+            print(f"job {job} could not be requeued and goes on: {error}", file=sys.stderr, flush=True)
+        else:
+            sys.exit(1)
 
     def train(self, actions: Actions = STOP) -> None:
         """Train in this process, as one of those the environment names.
@@ -82,3 +108,7 @@ class TrainingJob:
         arithmetic = deterministic_kernels(self.deterministic), float32_products(cfg.train.precision)
         with arithmetic[0], arithmetic[1], process_group(device):
             Training(run, cfg, hardware, Inputs.of(run, cfg)).run(actions, patience)
+
+
+if __name__ == "__main__":
+    TrainingJob.read(sys.argv[1]).in_slurm()

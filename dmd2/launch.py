@@ -5,27 +5,29 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import BaseModel
 
 from dmd2.ablations import Table, load_experiment
+from dmd2.again import When, is_due, make_anew
 from dmd2.cluster import Cluster, load_cluster
 from dmd2.config import RunConfig, TrainConfig
-from dmd2.errors import UserError, readable_errors
-from dmd2.files import read_json, write_json
+from dmd2.errors import CannotWriteError, UserError, readable_errors
+from dmd2.files import write_json
 from dmd2.inputs import goal_of
 from dmd2.job import TrainingJob
 from dmd2.run import RunId
 from dmd2.slurm import SlurmTraining
-from dmd2.slurm_queue import slurm, squeue
+from dmd2.slurm_queue import job_name, slurm, squeue, submissions
 from dmd2.wait import log_path, publish, say
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 Run = Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")]
 Config = Annotated[str | None, typer.Option(help="JSON of the run; default: what the tables say")]
+ChangedCode = Literal["warn", "retrain"]
 ClusterName = Annotated[str, typer.Option(help="file in workflow/cluster, without .yaml")]
 
 
@@ -41,24 +43,34 @@ def run_config(run: RunId, config: str | None) -> TrainConfig:
 
 
 @app.command()
-def train(run: Run, config: Config = None, cluster: ClusterName = "local") -> None:
+def train(
+    run: Run,
+    config: Config = None,
+    cluster: ClusterName = "local",
+    again: Annotated[bool, typer.Option("--again", help="from the start, also if it is finished or half done")] = False,
+    changed_code: Annotated[ChangedCode, typer.Option(help="what to do with a run that other code trained")] = "warn",
+) -> None:
     """Train a run, continue it, or wait for its Slurm job; it is finished when results/runs/RUN/train.json exists."""
     with readable_errors():
         run_id, machine = RunId.parse(run), load_cluster(cluster)
+        when: When = "always" if again else "changed" if changed_code == "retrain" else "never"
         cfg = run_config(run_id, config)
         if cfg.train.released:
             from dmd2.released import publish_released  # needs torch, which the launcher of a Slurm job does not
 
             publish_released(run_id, cfg)
         elif machine.launcher == "slurm":
-            train_on_slurm(SlurmTraining(run_id, cfg, machine))
+            train_on_slurm(SlurmTraining(run_id, cfg, machine, when))
         else:
-            train_here(run_id, cfg, machine)
+            train_here(run_id, cfg, machine, when)
 
 
 def train_on_slurm(training: SlurmTraining) -> None:
     """Submit the run's Slurm job or find the live one, then become the small process that waits for it."""
-    job, goal = training.submit_or_attach(), training.goal
+    try:
+        job, goal = training.submit_or_attach(), training.goal
+    except CannotWriteError as error:
+        raise UserError(f"{training.run}: {error}; a Slurm job of it that lives is left to run") from None
     if job is None:
         record = goal.reached()
         assert record is not None
@@ -68,11 +80,14 @@ def train_on_slurm(training: SlurmTraining) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "dmd2.wait", *words])
 
 
-def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster) -> None:
+def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster, when: When = "never") -> None:
     """Train in this process, or in several started by torchrun."""
+    if when != "never" and "WORLD_SIZE" not in os.environ and is_due(goal := goal_of(run, cfg), when):
+        make_anew(goal)
     if cluster.processes > 1 and "WORLD_SIZE" not in os.environ:
+        words = [word for word in sys.argv[1:] if word != "--again"]
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.processes}"]
-        os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *words])
     if cluster.training.nodes > 1:
         raise UserError("training.nodes: several nodes need `launcher: slurm` in the cluster file")
     TrainingJob.of(run, cfg, cluster).train()
@@ -106,12 +121,17 @@ def status(
 def cancel(runs: Annotated[list[str], typer.Argument(help="base/name/seedN ...")]) -> None:
     """Stop the Slurm jobs of runs; everything saved is kept and `train` continues."""
     with readable_errors():
-        for run in map(RunId.parse, runs):
-            live = squeue("--name", read_json(record)["name"]) if (record := run.folder / "job.json").exists() else {}
-            if not (jobs := [entry.job for entry in live.values() if not entry.ended]):
-                raise UserError(f"{run} is not running and not waiting in the Slurm queue")
-            slurm("scancel", *jobs)
-            say(run, f"cancelled Slurm job {', '.join(jobs)}")
+        named, idle = list(map(RunId.parse, runs)), []
+        entries = [entry for entry in squeue().values() if not entry.ended]
+        for run in named:
+            if jobs := [entry.job for entry in entries if entry.name == job_name(run)]:
+                slurm("scancel", *jobs)
+                say(run, f"cancelled Slurm job {', '.join(jobs)}")
+            else:
+                idle.append(str(run))
+        if idle:
+            be = "is" if len(idle) == 1 else "are"
+            raise UserError(f"{', '.join(idle)} {be} not running and not waiting in the Slurm queue")
 
 
 @app.command()
@@ -119,8 +139,7 @@ def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="
     """Print the messages of the run's newest Slurm job."""
     with readable_errors():
         run_id = RunId.parse(run)
-        record = run_id.folder / "job.json"
-        jobs = read_json(record)["jobs"] if record.exists() else []
+        jobs = submissions(run_id)["jobs"]
         path = log_path(run_id, jobs[-1]) if jobs else None
         if path is None or not path.exists():
             raise UserError(f"{run_id} has no log of a Slurm job" + (f" yet ({path})" if path else ""))

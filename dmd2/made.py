@@ -8,23 +8,29 @@ that it was made from, of itself and of the files made beside it.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dmd2.errors import UserError
 from dmd2.files import content_digest, digest_of, read_json, sha256, write_json
 from dmd2.interrupts import single_writer
+from dmd2.sources import source_listing
 
 # What a person may have put in place, with a manifest that records nothing: it is theirs and never remade.
 ADOPTED = ("real", "teacher", "classifier", "network", "reference")
 COMMENT = re.compile(r"<!-- made from (\{.*\}) -->")
 
 
-def made_from(config: Any, inputs: Iterable[Path | str]) -> dict[str, Any]:
+def made_from(config: Any, inputs: Iterable[Path | str], sources: Iterable[str | None] = ()) -> dict[str, Any]:
     """Record for an artefact: digest of its settings (JSON values), content of each of its inputs by path, and origins.
+
+    `sources` are files, folders and patterns of files that no job made; those that are there are recorded by what lies
+    in them (`dmd2.sources`).
 
     Origins are the inputs and all that those were made from, by path: digest of the settings (None for what a person
     brought) and content. An input may be absent later, not pulled or deleted by a job that was killed; its origins
@@ -39,7 +45,9 @@ def made_from(config: Any, inputs: Iterable[Path | str]) -> dict[str, Any]:
         origins |= record.get("origins", {})
     if config is not None:
         origins |= {path: [record.get("config"), content(path)] for path, record in records.items()}
-    return {"config": digest_of(config), "inputs": {path: content(path) for path in paths}, "origins": origins}
+    listed = {place: known for place in sources if place and (known := source_listing(place))}
+    record = {"config": digest_of(config), "inputs": {path: content(path) for path in paths}, "origins": origins}
+    return {**record, "sources": listed} if listed else record
 
 
 def signed(entry: dict[str, Any], record: dict[str, Any], beside: Iterable[Path | str] = ()) -> dict[str, Any]:
@@ -87,14 +95,20 @@ def _document(path: Path) -> Any:
 
 
 @contextmanager
-def recorded(out: Path, config: Any, inputs: Iterable[Path | str] = (), beside: Iterable[Path] = ()) -> Iterator[None]:
+def recorded(
+    out: Path,
+    config: Any,
+    inputs: Iterable[Path | str] = (),
+    beside: Iterable[Path] = (),
+    sources: Iterable[str | None] = (),
+) -> Iterator[None]:
     """Put the record of `out`, taken before the block writes it and what lies `beside` it, into it after the block.
 
     Raises:
         UserError: another process makes it now, which shares checkpoints, shards or features with this one.
     """
     with sole_maker(out):
-        record = made_from(config, inputs)
+        record = made_from(config, inputs, sources)
         yield
         write_json(out, signed(read_json(out), record, beside))
 
@@ -112,11 +126,13 @@ class Artefact:
     config: Any
     inputs: Sequence[str]
 
-    def outdated(self, settings: Mapping[str, str] | None = None) -> str | None:
+    def outdated(
+        self, settings: Mapping[str, str] | None = None, listed: Callable[[str], str | None] = source_listing
+    ) -> str | None:
         """Why it would be made again, or None.
 
         What it was made from and is not here (not pulled, or deleted by a job that was killed) counts as unchanged if
-        it would be made with the same of the `settings`, digests by path.
+        it would be made with the same of the `settings`, digests by path. `listed` tells what lies in a source.
         """
         entry = _document(Path(self.outputs[0]))
         if not isinstance(entry, dict):
@@ -125,7 +141,7 @@ class Artefact:
         if record is None:
             return None if entry.get("kind") in ADOPTED else "does not say what it was made from"
         try:
-            return self._contradicted(entry, record, settings or {})
+            return self._contradicted(entry, record, settings or {}) or _other_source(record, listed)
         except (AttributeError, KeyError, TypeError, ValueError):
             return "has a damaged record of what it was made from"
 
@@ -154,6 +170,29 @@ class Artefact:
                 os.utime(path, ns=(newest + 1_000_000, newest + 1_000_000))
 
 
+def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | None:
+    """A source in which something else lies than was recorded; one that is not here (any more) counts as unchanged."""
+    found = {place: (known, listed(place)) for place, known in record.get("sources", {}).items()}
+    other = [place for place, (known, now) in found.items() if now is not None and now != known]
+    return f"was made from another listing of {other[0]}" if other else None
+
+
+def not_in_the_future(paths: Iterable[Path | str]) -> None:
+    """Date files of the future, from a clock that was ahead, now: Snakemake deletes outputs older than their inputs.
+
+    Raises:
+        UserError: it is somebody else's file.
+    """
+    now = time.time_ns()
+    for path in map(Path, paths):
+        if path.exists() and os.stat(path).st_mtime_ns > now:
+            try:
+                os.utime(path, ns=(now, now))
+            except OSError as error:
+                raise UserError(f"{path} is dated in the future and cannot be dated now ({error.strerror}): touch it"
+                                ) from None  # fmt: skip
+
+
 @dataclass
 class Outdated:
     """Every artefact that exists but is not what would be made now, by its first output, with the reason."""
@@ -163,11 +202,13 @@ class Outdated:
 
     def review(self, artefacts: Iterable[Artefact]) -> None:
         """Compare artefacts with their records, inputs before what is made from them."""
+        listed = cache(source_listing)  # the parts of a set have one source
         for artefact in artefacts:
             self.settings[artefact.outputs[0]] = digest_of(artefact.config)
+            not_in_the_future(artefact.inputs)
             if not Path(artefact.outputs[0]).exists():
                 continue
-            if reason := artefact.outdated(self.settings):
+            if reason := artefact.outdated(self.settings, listed):
                 self.reasons[artefact.outputs[0]] = reason
             else:
                 artefact.touch()

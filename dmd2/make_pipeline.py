@@ -100,7 +100,8 @@ def main(
     torch.set_num_threads(threads)
     with readable_errors():
         data, place = Data.model_validate(json.loads(config)), local_device(device, "encode")
-        with recorded(out, pipeline_settings(data)), strict_float32(place):
+        trained_on = data.source.path if data.text and data.text.pipeline.autoencoder else None
+        with recorded(out, pipeline_settings(data), sources=[trained_on]), strict_float32(place):
             make_pipeline(data, out.parent, place)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dmd2 import quantised
 from dmd2.config import Optim
 from dmd2.distributed import sum_gradients, sum_over
+from dmd2.parts import fill
 from dmd2.shard import local, span
 
 
@@ -74,11 +75,24 @@ class Optimiser:
         return {"state": quantised.packed(moments) if self.cfg.states == "8bit" else moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        moments, groups = state["state"], self.adamw.state_dict()["param_groups"]
-        if self.cfg.states == "8bit":
-            moments = quantised.unpacked(moments, self.owned)
-        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+        """Copy what `state_dict` returned into the moments, in place; those of an optimiser that has not stepped yet
+        are made once, on the device of their parameters."""
+        eight = self.cfg.states == "8bit"
+        for number, parameter in enumerate(self.owned):
+            saved, live = state["state"].get(number), self.adamw.state[parameter]
+            if saved is None:
+                live.clear()
+                continue
+            for name, value in saved.items():
+                if name not in live:
+                    live[name] = self._empty(name, parameter)
+                (quantised.fill if eight and name in quantised.SIGNED else fill)(live[name], value)
+
+    def _empty(self, name: str, parameter: Tensor) -> Tensor:
+        """Memory for a part of AdamW's state, where and in the form that its own update makes it."""
+        if name in quantised.SIGNED:
+            return quantised.empty(name, parameter) if self.cfg.states == "8bit" else torch.empty_like(parameter)
+        return torch.zeros((), device="cpu" if self.cfg.states == "8bit" else parameter.device)
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Rows that this process owns of each sharded parameter, by its number."""

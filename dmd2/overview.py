@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fcntl import LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from dmd2.ablations import Experiment, load_experiment
+from dmd2.again import replaced
 from dmd2.errors import UserError
 from dmd2.files import read_json
+from dmd2.interrupts import locked
 from dmd2.run import RUNS, RunId
-from dmd2.slurm_queue import NO_SLURM, Entry, squeue
+from dmd2.slurm_queue import NO_SLURM, Entry, job_name, squeue
 
 SILENCE = 600.0  # seconds without a sign of life after which a running job is worth a look
 OTHER_COLUMNS = 114  # characters beside the name of the run, the foldable columns on several lines
@@ -137,11 +138,11 @@ def _grid(rows: list[Row]) -> Grid:
 
 
 def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
-    """The user's live Slurm jobs by id and by name, and a note; no jobs but a note where Slurm cannot say.
+    """The user's live Slurm jobs by name, and a note; no jobs but a note where Slurm cannot say.
 
     Slurm is asked once, and only if one of these runs may have a job.
     """
-    if not any((run.folder / "job.json").exists() and not (run.folder / "train.json").exists() for run in runs):
+    if not any((run.folder / "job.json").exists() and not _published(run.folder) for run in runs):
         return {}, ""
     if shutil.which("sbatch") is None:
         return None, NO_SLURM
@@ -149,21 +150,31 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
         entries = squeue().values()
     except UserError as error:
         return None, str(error)
-    return {key: entry for entry in entries if not entry.ended for key in (entry.name, entry.job)}, ""
+    return {entry.name: entry for entry in sorted(entries, key=lambda e: e.state == "RUNNING") if not entry.ended}, ""
 
 
 def overview_row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
-    """What a run's folder and its Slurm job say about it at the time `now`.
+    """What a run's folder and its Slurm job say about it at the time `now`. Damaged files are a state of the run.
 
     Args:
         run: any run, started or not.
-        jobs: live Slurm jobs by id and by name; None if Slurm did not say.
+        jobs: live Slurm jobs by name; None if Slurm did not say.
         now: seconds since the epoch.
     """
+    try:
+        return _row(run, jobs, now)
+    except UserError as error:
+        return Row(run, "damaged", str(error))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return Row(run, "damaged", "progress.json or job.json holds something else than a job writes: delete it")
+
+
+def _row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
     progress, submitted = _read(run.folder / "progress.json"), _read(run.folder / "job.json")
     ids = submitted.get("jobs", [])
-    # By name too: a launcher killed right after sbatch left a job that job.json does not have.
-    entry = (jobs or {}).get(ids[-1] if ids else "") or (jobs or {}).get(submitted.get("name", ""))
+    # By name: a launcher killed right after sbatch left a job that job.json does not have, and the job.json of a copied
+    # workspace has the original's.
+    entry = (jobs or {}).get(job_name(run))
     state, detail = _state(run.folder, progress, bool(submitted), entry, unknown=jobs is None and bool(ids))
     began = _process_began(run.folder)
     rate = eta = node = NONE
@@ -186,7 +197,7 @@ def _state(
     folder: Path, progress: dict[str, Any], submitted: bool, entry: Entry | None, unknown: bool
 ) -> tuple[str, str]:
     """State of a run and what belongs in parentheses after it."""
-    if (folder / "train.json").exists():
+    if _published(folder):
         return "finished", ""
     if entry is not None:
         pending = entry.state == "PENDING" and entry.reason not in ("None", "")
@@ -202,19 +213,10 @@ def _state(
     return ("stopped" if submitted or progress else "not started"), ""
 
 
-def locked(folder: Path) -> bool:
-    """Whether a process trains the run: it holds the lock exclusively.
-
-    Asked for by a shared lock, since two overviews at once would take each other's exclusive ones for a training.
-    """
-    try:
-        with open(folder / ".lock", encoding="utf-8") as file:
-            flock(file, LOCK_SH | LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def _published(folder: Path) -> bool:
+    """Whether a run is complete, and not on its way to be trained again."""
+    path = folder / "train.json"
+    return path.exists() and not replaced(folder, _read(path).get("key", ""))
 
 
 def _process_began(folder: Path) -> float:

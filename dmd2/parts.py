@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from dmd2 import quantised
 from dmd2.files import atomic
 
 Spans = Mapping[str, tuple[int, int]]  # rows of this process by the path of a tensor, or of the dict that holds it
+Rows = Tensor | tuple[Tensor, ...]  # a tensor, or pieces of its rows in order, each mapped from its file
 CODES, SCALE = "/codes", "/scale"
 
 
@@ -65,18 +65,21 @@ def write_part(path: Path, state: Mapping[str, Any], spans: Spans, whole: bool) 
         save_file(tensors, temporary, {"rows": json.dumps(rows)})
 
 
-def read_parts(paths: list[Path], spans: Spans | None = None) -> dict[str, Tensor | dict[str, Tensor]]:
-    """Tensors by path on the CPU, put together from the parts: whole ones, or the rows that `spans` asks for.
+def read_parts(paths: list[Path], spans: Spans | None = None, only: str = "") -> dict[str, Rows | dict[str, Tensor]]:
+    """Tensors by path, mapped from the parts: whole ones, or the rows that `spans` asks for; see `fill`.
 
-    A quantised moment is ``{codes, scale}`` if a part holds just these rows, and float32 otherwise.
+    `only` is the beginning of the paths that are wanted. A quantised moment is ``{codes, scale}`` if a part holds just
+    these rows, and float32 in memory otherwise.
     """
     with ExitStack() as stack:
         pieces: dict[str, list[_Piece]] = {}
-        found: dict[str, Tensor | dict[str, Tensor]] = {}
+        found: dict[str, Rows | dict[str, Tensor]] = {}
         for path in paths:
             file = stack.enter_context(safe_open(path, framework="pt"))
             rows = json.loads(file.metadata()["rows"])
             for name in file.keys():  # noqa: SIM118, it is no dict
+                if not name.startswith(only):
+                    continue
                 if name not in rows:
                     found[name] = file.get_tensor(name)
                 elif not name.endswith(SCALE):
@@ -87,18 +90,34 @@ def read_parts(paths: list[Path], spans: Spans | None = None) -> dict[str, Tenso
     return found
 
 
+def fill(live: Tensor, saved: Rows) -> None:
+    """Copy saved rows into a live tensor, in place and without a second copy on its device.
+
+    Raises:
+        RuntimeError: the shapes differ.
+    """
+    pieces = saved if isinstance(saved, tuple) else (saved,)
+    places = live.split([len(piece) for piece in pieces]) if isinstance(saved, tuple) else (live,)
+    for place, piece in zip(places, pieces, strict=True):
+        if place.shape != piece.shape:
+            raise RuntimeError(f"a saved tensor of {tuple(piece.shape)} does not fit one of {tuple(place.shape)}")
+        place.copy_(piece)
+
+
 def cut(state: Mapping[str, Any], spans: Spans) -> dict[str, Any]:
-    """The rows that `spans` asks for of a whole `state`, with quantised moments as float32."""
+    """The rows that `spans` asks for of a whole `state`, sharing its memory; of quantised moments copies in float32."""
     whole: dict[str, Any] = {}
     for name, value in flat(state):
+        found = _span(name.removesuffix(CODES), value, spans)
         if name.endswith(CODES):
             name = name.removesuffix(CODES)
             scale = dict(flat(state))[name + SCALE]
             value = quantised.floats(value, scale, name.rpartition("/")[2])
+            value = value if found is None else value[slice(*found)].clone()
+            found = None
         elif name.endswith(SCALE):
             continue
-        found = _span(name, value, spans)
-        whole[name] = value if found is None else value[slice(*found)].clone()
+        whole[name] = value if found is None else value[slice(*found)]
     return nested(whole)
 
 
@@ -110,7 +129,7 @@ def _span(name: str, value: Any, spans: Spans) -> tuple[int, int] | None:
     return next((spans[path] for path in (name, parent, parent.rpartition("/")[0]) if path in spans), None)
 
 
-def _joined(name: str, pieces: list[_Piece], asked: tuple[int, int]) -> Tensor | dict[str, Tensor]:
+def _joined(name: str, pieces: list[_Piece], asked: tuple[int, int]) -> Rows | dict[str, Tensor]:
     for piece in pieces:
         if (piece.start, piece.stop) == asked and name + CODES in piece.file.keys():  # noqa: SIM118
             return {"codes": piece.file.get_tensor(name + CODES), "scale": piece.file.get_tensor(name + SCALE)}
@@ -119,7 +138,7 @@ def _joined(name: str, pieces: list[_Piece], asked: tuple[int, int]) -> Tensor |
         first, last = max(asked[0], piece.start), min(asked[1], piece.stop)
         if first < last or (piece.start == asked[0] and asked[0] == asked[1]):
             rows.append(_rows(name, piece, first - piece.start, last - piece.start))
-    return torch.cat(rows) if rows else _rows(name, pieces[0], 0, 0)
+    return _rows(name, pieces[0], 0, 0) if not rows else rows[0] if len(rows) == 1 else tuple(rows)
 
 
 def _rows(name: str, piece: _Piece, first: int, last: int) -> Tensor:

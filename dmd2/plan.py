@@ -103,12 +103,6 @@ def real_images(cfg: RunConfig) -> int | None:
     return PUBLISHED_IMAGES.get(cfg.data.name)
 
 
-def calls(sampler: Sampler) -> int:
-    """Network calls of a teacher's image; guidance doubles each."""
-    steps = {"heun": 2 * sampler.steps - 1, "pndm": sampler.steps + 1}.get(sampler.solver, sampler.steps)
-    return steps * (2 if sampler.guidance > 1 else 1)
-
-
 def available(card: float) -> float:
     """Bytes of a GPU of `card` GiB that tensors can take."""
     return (card - RESERVE) * (1 - FRAGMENTED) * GIB
@@ -153,7 +147,7 @@ class Plan:
         return sum(self._sampled(self.cfg.eval.images, spec) for spec in self.cfg.eval.teacher_samplers.values())
 
     def _sampled(self, images: int, sampler: Sampler) -> float:
-        return self.rate.hours(images * calls(sampler) * self.counted.forward_flops())
+        return self.rate.hours(images * sampler.network_calls * self.counted.forward_flops())
 
 
 def binary(size: float) -> str:

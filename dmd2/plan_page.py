@@ -15,7 +15,6 @@ from dmd2.plan import (
     Plan,
     TablePlan,
     binary,
-    calls,
     fit,
     real_images,
     snapshots,
@@ -92,9 +91,9 @@ class Page:
         parts[f"{snapshots(cfg)} snapshots x {images:,} images, {steps} step{'s' * (steps > 1)}"] = plan.evaluation()
         if cfg.needs_pairs:
             pairs = cfg.regression.pairs
-            parts[f"{pairs.count:,} pairs x {calls(pairs.sampler)} calls, once"] = plan.pairs()
+            parts[f"{pairs.count:,} pairs x {pairs.sampler.network_calls} calls, once"] = plan.pairs()
         if cfg.eval.teacher_samplers:
-            each = " + ".join(str(calls(spec)) for spec in cfg.eval.teacher_samplers.values())
+            each = " + ".join(str(spec.network_calls) for spec in cfg.eval.teacher_samplers.values())
             parts[f"teacher's images, {images:,} x ({each}) calls, once"] = plan.teachers()
         for name, hours in parts.items():
             grid.add_row(name, _hours(hours), _hours(hours / many))

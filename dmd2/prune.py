@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from dmd2.ablations import Experiment, load_experiment
+from dmd2.again import replaced
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import digest_of, read_json
 from dmd2.inputs import TEACHERS
-from dmd2.interrupts import single_writer
-from dmd2.overview import chosen_runs, locked
+from dmd2.interrupts import locked, single_writer
+from dmd2.overview import chosen_runs
 from dmd2.run import RunId
+from dmd2.slurm_queue import submissions
 
 KEYED = re.compile(r"(checkpoints|snapshots)-[0-9a-f]{8}")
 RESTARTS = "A training that is made longer now starts anew, since its checkpoints are gone."
@@ -59,10 +61,12 @@ def _of_run(run: RunId, experiment: Experiment) -> Prunable:
     if not record.exists():
         return Prunable(run.folder, [], "it is not finished")
     train = read_json(record)
-    config, submitted = train.get("made_from", {}).get("config"), run.folder / "job.json"
+    config, submitted = train.get("made_from", {}).get("config"), submissions(run)["config"]
     if cfg is not None and config != digest_of(cfg.training().settings()):
         return Prunable(run.folder, [], "it is to be trained with other settings, and may continue from there")
-    if submitted.exists() and read_json(submitted)["config"] != config:
+    if replaced(run.folder, train["key"]):
+        return Prunable(run.folder, [], "it is being trained again, and its snapshots are in use until that ends")
+    if submitted not in (None, config):
         return Prunable(run.folder, [], "a Slurm job was sent for another training of it")
     if any((other.train.init_from, base) == (run.name, run.base) for (base, _), other in experiment.runs.items()):
         return Prunable(run.folder, [], "other runs start from it (train.init_from) and take its critic")

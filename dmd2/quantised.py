@@ -56,28 +56,23 @@ def _packed(moment: Tensor) -> Any:
     return {"codes": moment.codes, "scale": moment.scale} if hasattr(moment, "codes") else moment  # type: ignore[attr-defined]
 
 
-def unpacked(moments: Moments, parameters: list[nn.Parameter]) -> Moments:
-    """What `packed` made a plain state of; float32 moments (of another number of processes) are quantised again."""
-    return {
-        number: {
-            name: _unpacked(name, value, parameters[number]) if name in SIGNED else value
-            for name, value in state.items()
-        }
-        for number, state in moments.items()
-    }
-
-
-def _unpacked(name: str, value: Any, parameter: Tensor) -> Tensor:
+def empty(name: str, parameter: Tensor) -> Tensor:
+    """Memory for the moment `name` of a parameter, of the kind that `adamw` keeps it in."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     if not quantises(parameter.shape):
-        return value
-    made = OptimState8bit.zeros(parameter.shape, SIGNED[name], BLOCK, parameter.device, parameter.dtype)
-    if isinstance(value, Tensor):
-        return made.copy_(value.to(parameter.device))
-    made.codes.copy_(value["codes"])
-    made.scale.copy_(value["scale"])
-    return made
+        return torch.empty_like(parameter)
+    return OptimState8bit.zeros(parameter.shape, SIGNED[name], BLOCK, parameter.device, parameter.dtype)
+
+
+def fill(moment: Tensor, saved: Any) -> None:
+    """Copy what `packed` made of a moment into it; float32 rows (of other processes) are quantised again."""
+    if isinstance(saved, dict):
+        moment.codes.copy_(saved["codes"])  # type: ignore[attr-defined]
+        moment.scale.copy_(saved["scale"])  # type: ignore[attr-defined]
+        return
+    whole = torch.cat(saved) if isinstance(saved, tuple) else saved
+    moment.copy_(whole.to(moment.device))
 
 
 def floats(codes: Tensor, scale: Tensor, name: str) -> Tensor:

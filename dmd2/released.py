@@ -46,5 +46,5 @@ def publish_released(run: RunId, cfg: TrainConfig) -> Path:
         "imported_at": commit(), "config": cfg.model_dump(mode="json"), "last": {},
         "files": listing([snapshot], run.folder),
     }  # fmt: skip
-    write_json(run.folder / "train.json", signed(record, made_from(cfg.settings(), inputs)))
+    write_json(run.folder / "train.json", signed(record, made_from(cfg.settings(), inputs, [str(source)])))
     return run.folder / "train.json"

@@ -5,8 +5,9 @@ block's whole weights only while it runs that block. Zhao et al. 2023 (PyTorch F
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -22,21 +23,42 @@ from torch.utils.checkpoint import checkpoint
 from dmd2 import song_unet
 from dmd2.distributed import part, rank, world_size
 from dmd2.errors import UserError
+from dmd2.parts import Rows, fill
 
 UNITS = (BasicTransformerBlock, ResnetBlock2D, song_unet.Block)  # gathered one at a time; SDXL's largest has 46 M
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
-    """Split the parameters of a `Denoiser` or head over all processes, in place, and put them on `device`.
+def sharing(module: nn.Module) -> Any:
+    """A copy of a module whose tensors share memory with it until `materialise` or `shard` gives them their own.
+
+    So copies of a network whose weights are mapped from a file take no host memory.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
+    return deepcopy(module, memo | {id(buffer): buffer.detach() for buffer in module.buffers()})
+
+
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, own: bool = True) -> None:
+    """Put the tensors of a module on `device` one after the other, floating ones as `dtype`, in memory of their own.
+
+    Unless `own`, those that are right already stay where they are: enough for weights that nothing changes.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor):
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device, kind, copy=own)
+
+
+def shard(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Split the parameters of a `Denoiser` or head over all processes, in place, and put them on `device` as `dtype`.
 
     Gradients are summed over the processes, not averaged, since each weights its losses by its share of the batch.
     """
     # The head's logits are a view, which nothing changes in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
-    for unit in units(module):
+    for unit in (*units(module), module):
+        materialise(unit, device, dtype)
         _wrap(unit, mesh)
-    _wrap(module, mesh)
     # The bottleneck alone is a forward pass of its own, which gathers what `Denoiser.features` reads of the root.
     if hasattr(module, "features"):
         register_fsdp_forward_method(module, "features")
@@ -83,13 +105,23 @@ def local_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: local(value) for name, value in module.state_dict().items()}
 
 
-def load_local(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Restore what `local_state` returned."""
-    if not is_sharded(module):
-        module.load_state_dict(state)
-        return
-    for name, value in module.state_dict().items():
-        local(value).copy_(state[name])
+def load_local(module: nn.Module, state: Mapping[str, Rows]) -> None:
+    """Copy what `local_state` returned into the module's tensors, in place.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    own = module.state_dict()
+    if odd := sorted(own.keys() ^ state.keys()):
+        raise RuntimeError(f"{odd[0]} is in one of the module and its saved state only")
+    for name, value in own.items():
+        fill(local(value), state[name])
+
+
+def spans_of(module: nn.Module, name: str) -> dict[str, tuple[int, int]]:
+    """Rows that this process owns of the module's sharded tensors, by their path in the state of a training."""
+    found = {f"{name}/{path}": span(value) for path, value in module.state_dict().items()}
+    return {path: rows for path, rows in found.items() if rows is not None}
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,33 +1,35 @@
-"""A training as a Slurm job through submitit: submit it, or attach to the live one.
+"""A training as a Slurm job, its batch script by submitit: submit it, or attach to the live one.
 
 The launcher owns nothing: Slurm runs the job, the job writes its folder. So a launcher may be killed, doubled or
 started again at any time; checkpoints and finished.json are the truth, job.json only remembers where to look.
 """
 
 import os
+import re
 import shlex
 import shutil
 import time
 from dataclasses import dataclass
-from fcntl import LOCK_EX, flock
-from functools import cached_property
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from submitit import SlurmExecutor
 from submitit.helpers import clean_env
 
+from dmd2.again import When, is_due, make_anew
 from dmd2.cluster import Cluster
 from dmd2.config import TrainConfig
 from dmd2.errors import UserError
-from dmd2.files import digest_of, read_json, write_json
+from dmd2.files import write_json, write_text, writing
 from dmd2.inputs import goal_of
+from dmd2.interrupts import locked
 from dmd2.job import TrainingJob
 from dmd2.run import Goal, RunId
-from dmd2.slurm_queue import NO_SLURM, squeue
-from dmd2.wait import log_path, say
+from dmd2.slurm_queue import NO_SLURM, STUCK, NoAnswer, is_live, job_name, slurm, squeue, state_of, submissions
+from dmd2.wait import SETTLE, log_path, say
 
-REQUEUES = 1000  # submitit's own limit on restarts after a time limit; a run may take weeks of short jobs
+PATIENCE = 120.0  # seconds that sbatch may take
 OWN = {
     "time": "is the key runtime", "nodes": "is training.nodes", "ntasks-per-node": "is training.processes",
     "cpus-per-task": "is the key threads", "signal": "is training.signal_seconds",
@@ -42,31 +44,32 @@ class SlurmTraining:
     run: RunId
     cfg: TrainConfig
     cluster: Cluster
+    again: When = "never"
 
-    @cached_property
+    @property
     def goal(self) -> Goal:
         """Exactly this training, with its inputs in their usual places."""
         return goal_of(self.run, self.cfg)
 
     @property
     def folder(self) -> Path:
-        """Pickles and logs of its jobs."""
+        """Batch script and logs of its jobs."""
         return self.run.folder / "jobs"
 
     @property
     def name(self) -> str:
-        """Job name, unique per run and workspace, by which a job whose id was lost is found."""
-        return f"{self.run.base}.{self.run.name}.seed{self.run.seed}.{digest_of(str(self.run.folder.resolve()))}"
+        """Job name, by which a job whose id was lost is found."""
+        return job_name(self.run)
 
     def executor(self) -> SlurmExecutor:
         """submitit's executor with the cluster file's resources."""
-        if shutil.which("sbatch") is None:
+        if None in (shutil.which("sbatch"), shutil.which("srun")):
             raise UserError(NO_SLURM)
         resources, training = self.cluster.jobs.train, self.cluster.training
         cpus = None if resources.cpus_per_gpu else resources.threads  # Slurm refuses both
         # srun does not take over sbatch's CPUs per task since Slurm 22.05: without the repetition a task gets one CPU.
         srun_args = ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-        executor = SlurmExecutor(self.folder, max_num_timeout=REQUEUES, python=self.cluster.python)
+        executor = SlurmExecutor(self.folder, python=self.cluster.python)
         executor.update_parameters(
             job_name=self.name, time=resources.runtime, nodes=training.nodes, ntasks_per_node=self.cluster.processes,
             cpus_per_task=cpus, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
@@ -85,58 +88,144 @@ class SlurmTraining:
         return {k: v for k, v in options.items() if v is not None} | {"requeue": True} | extra_options(r.slurm_extra)
 
     def script(self) -> str:
-        """The batch script that would be sent."""
-        executor = self.executor()
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
+        """The batch script that would be sent. It has all that the job needs."""
+        job = TrainingJob.of(self.run, self.cfg, self.cluster)
+        command = f"{self.cluster.python} -u -m dmd2.job {shlex.quote(job.text())}"
+        return self.executor()._make_submission_file_text(command, "")
 
     def submit_or_attach(self) -> str | None:
         """Id of the live job of this run, submitted now if there was none; None if the training is finished.
 
-        Raises:
-            UserError: a live job trains another config of this run, or Slurm refuses.
-        """
-        record, config = self.run.folder / "job.json", self.goal.config
-        self.run.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.run.folder / ".submit.lock", "w", encoding="utf-8") as lock:
-            flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
-            known = read_json(record) if record.exists() else {"config": config, "jobs": []}
-            if live := self.live_job():
-                if known["config"] != config:
-                    raise UserError(
-                        f"{self.run}: Slurm job {live} trains an older config of this run: wait for it, or stop it by "
-                        f"`python -m dmd2.launch cancel {self.run}`, and run again"
-                    )
-                if live not in known["jobs"]:  # killed between sbatch and the record
-                    write_json(record, {**known, "name": self.name, "jobs": [*known["jobs"], live]})
-                say(self.run, f"attached to Slurm job {live}")
-                return live
-            if self.goal.reached():
-                return None
-            known = {"name": self.name, "config": config, "jobs": known["jobs"] if known["config"] == config else []}
-            write_json(record, known)
-            job = self.submit()
-            write_json(record, {**known, "jobs": [*known["jobs"], job]})
-            say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
-            return job
+        A controller that does not answer is waited for.
 
-    def live_job(self) -> str | None:
-        """Id of this run's job that is waiting or running; one that is just ending is waited for."""
+        Raises:
+            UserError: a live job trains another config of this run, or this one while it is to be trained anew, Slurm
+                refuses, or the folder cannot be written.
+        """
+        anew = is_due(self.goal, self.again)
+        if not anew and submissions(self.run)["config"] in (None, self.goal.config) and self.goal.reached():
+            return None  # whatever Slurm may still have to clear away
+        path, silent = self.run.folder / ".submit.lock", ""
+        with writing(path):
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        with lock:
+            self._wait_for(lock)
+            while True:
+                try:
+                    if live := self._attached(after_silence=bool(silent), anew=anew):
+                        return live
+                    if anew:
+                        make_anew(self.goal)
+                        self._record([])  # what the old training cost is told by its train.json
+                        anew = False
+                    return self._submitted(lock)
+                except NoAnswer as error:
+                    if not silent:
+                        say(self.run, f"{error}; waiting until it does")
+                    silent = str(error)
+                    time.sleep(max(SETTLE, self.cluster.training.poll_seconds))
+
+    def _wait_for(self, lock: TextIO) -> None:
+        """Take the submission lock. A sbatch whose launcher was killed holds it, too, until Slurm has its job."""
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            say(self.run, "another launcher, or a sbatch that it left, is submitting this run: waiting for it")
+            flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
+
+    def _attached(self, after_silence: bool, anew: bool) -> str | None:
+        """Id of the live job of this run, which job.json then names."""
+        known = submissions(self.run)
+        if not (live := self.live_job(known)) and after_silence:
+            time.sleep(SETTLE)  # a sbatch that got no answer may still be carried out
+            live = self.live_job(known)
+        if not live:
+            return None
+        stop = f"wait for it, or stop it by `python -m dmd2.launch cancel {self.run}`"
+        if known["config"] not in (None, self.goal.config):
+            raise UserError(f"{self.run}: Slurm job {live} trains an older config of this run: {stop}, and run again")
+        if anew and self.again == "always":
+            raise UserError(f"{self.run}: Slurm job {live} trains this run: {stop}, before you train it again")
+        if live not in known["jobs"]:  # killed between sbatch and the record
+            self._record([*known["jobs"], live])
+        say(self.run, f"attached to Slurm job {live}")
+        return live
+
+    def _submitted(self, lock: TextIO) -> str | None:
+        """Id of the job that is submitted now; None if the training is finished."""
+        if self.goal.reached():
+            return None
+        known = submissions(self.run)
+        jobs = known["jobs"] if known["config"] == self.goal.config else []
+        self._record(jobs)
+        job = self.submit(lock)
+        try:
+            self._record([*jobs, job])
+        except UserError as error:
+            raise UserError(
+                f"{self.run}: Slurm job {job} was submitted and is left to run, and the same command will find it; but "
+                f"{error}"
+            ) from None
+        say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
+        return job
+
+    def _record(self, jobs: list[str]) -> None:
+        write_json(self.run.folder / "job.json", {"name": self.name, "config": self.goal.config, "jobs": jobs})
+
+    def live_job(self, known: dict[str, Any]) -> str | None:
+        """Id of this run's job that is waiting or running, of several the one that runs first.
+
+        One that is just ending is waited for, but not longer than it may take once its processes are gone.
+
+        Raises:
+            UserError: it does not end.
+        """
+        began: float | None = None
         while True:
-            entries = [entry for entry in squeue("--name", self.name).values() if not entry.ended]
-            if not any(entry.state == "COMPLETING" for entry in entries):
-                return entries[-1].job if entries else None
+            named = [entry for entry in squeue("--name", self.name).values() if entry.name == self.name]
+            entries = [entry for entry in named if not entry.ended]
+            if live := [entry for entry in entries if entry.live]:
+                return min(live, key=lambda entry: (entry.state != "RUNNING", int(entry.job))).job
+            if not entries:
+                return self._not_shown(known)
+            job, now = entries[-1].job, time.monotonic()
+            if began is None:
+                began = now
+                say(self.run, f"job {job} is COMPLETING on {entries[-1].nodes}; waiting until it is cleared away")
+            if now - began >= STUCK:
+                if locked(self.run.folder):
+                    raise UserError(
+                        f"{self.run}: Slurm job {job} has been COMPLETING for {STUCK / 60:.0f} min and still holds the "
+                        f"run: let an administrator look at {entries[-1].nodes}, and run again"
+                    )
+                say(self.run, f"job {job} is COMPLETING still, but its training has ended: going on without it")
+                return None
             time.sleep(1)
 
-    def submit(self) -> str:
-        """Send the job."""
+    def _not_shown(self, known: dict[str, Any]) -> str | None:
+        """The last job of this workspace, if it lives although squeue does not show it."""
+        if known["name"] != self.name or not known["jobs"] or not is_live(state_of(known["jobs"][-1])):
+            return None
+        return known["jobs"][-1]
+
+    def submit(self, lock: TextIO) -> str:
+        """Send the job. sbatch inherits the lock: if this process is killed, the next launcher waits for its end."""
         kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
+        path = self.folder / "submission.sh"
+        write_text(path, self.script())
         # Inside another job SLURM_MEM_PER_CPU and the like would contradict the script; these are the user's own.
         with clean_env():
             os.environ.update(kept)
             try:
-                return str(self.executor().submit(TrainingJob.of(self.run, self.cfg, self.cluster)).job_id)
-            except (OSError, RuntimeError) as error:  # submitit's errors carry what sbatch said
-                raise UserError(f"{self.run}: the job could not be submitted: {_last_line(str(error))}") from None
+                said = slurm("sbatch", str(path.absolute()), timeout=PATIENCE, inherited=(lock.fileno(),))
+            except NoAnswer:
+                raise
+            except UserError as error:
+                raise UserError(f"{self.run}: the job could not be submitted: {error}") from None
+        if not (job := re.search(r"job (\d+)", said)):
+            raise UserError(f"{self.run}: sbatch printed no job id but {said.strip()!r}; run again, to find the job")
+        return job[1]
 
 
 def extra_options(text: str | None) -> dict[str, Any]:
@@ -157,7 +246,3 @@ def extra_options(text: str | None) -> dict[str, Any]:
         elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
             raise UserError(f"slurm_extra: write options in their long form, as --name=value, not {word!r}")
     return options
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "no reason given"

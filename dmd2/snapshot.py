@@ -18,8 +18,7 @@ from dmd2.inputs import TEACHERS
 from dmd2.lora import IN_SNAPSHOT, State, split
 from dmd2.run import RunId
 from dmd2.teachers import NETWORKS, wrap
-
-LOWER_IS_BETTER = ("fd", "fid", "patch_fid", "kid")
+from eval.metrics import BETTER, best_first, measured
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,12 @@ def _metrics(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
 def _best(run: RunId, metrics: dict[str, Any] | None) -> tuple[int, str]:
     if metrics is None:
         raise UserError(f"{run} has no metrics.json of this training, so none of its snapshots is known to be the best")
-    metric, lines = metrics["config"]["eval"]["metrics"][0], metrics["snapshots"]
-    if metric not in LOWER_IS_BETTER:
-        raise UserError(f"{run} is measured by {metric} first, of which the lowest is not the best: choose with --step")
-    text = f"the snapshot with the lowest {metric} of {len(lines)}, chosen on the same images, so its {metric} flatters"
-    return min(lines, key=lambda line: line[metric])["step"], text
+    metric, lines = measured(metrics["config"]["eval"]["metrics"])[0], metrics["snapshots"]
+    if metric not in BETTER:
+        raise UserError(
+            f"{run.folder / 'metrics.json'}: eval.metrics begins with {metric}, of which neither the lowest nor the "
+            "highest is the best: choose with --step"
+        )
+    end = "lowest" if BETTER[metric] == "lower" else "highest"
+    text = f"the snapshot with the {end} {metric} of {len(lines)}, chosen on the same images, so its {metric} flatters"
+    return min(lines, key=lambda line: best_first(metric, line[metric]))["step"], text

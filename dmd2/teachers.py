@@ -24,6 +24,7 @@ from dmd2.files import content_of, listing, read_json, sha256, verified, write_j
 from dmd2.inputs import pipeline_manifest
 from dmd2.losses import denoising_loss
 from dmd2.made import recorded
+from dmd2.network_checks import network_problems
 from dmd2.optimiser import Optimiser
 from dmd2.pipelines import Pipeline, belongs, time_ids
 from dmd2.progress import Progress
@@ -44,11 +45,19 @@ def wrap(network: Network, parameterisation: str, precision: Any = "fp32") -> De
 
 
 def build_network(spec: dict[str, Any], seed: int) -> Network:
-    """A freshly initialised diffusers UNet; the draw of its weights depends on `seed` only."""
+    """A freshly initialised diffusers UNet; the draw of its weights depends on `seed` only.
+
+    Raises:
+        UserError: its class refuses the config.
+    """
     kind = spec.get("_class_name", "UNet2DModel")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{seed}/network").initial_seed())
-        return NETWORKS[kind].from_config({k: v for k, v in spec.items() if k != "_class_name"})
+        try:
+            return NETWORKS[kind].from_config({k: v for k, v in spec.items() if k != "_class_name"})
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"teacher.network: no {kind} can be built of it ({why})") from error
 
 
 def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32") -> Denoiser:
@@ -116,7 +125,7 @@ def train_teacher(
     identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
-    if state := checkpoints.load_latest(device):
+    if state := checkpoints.load_latest():
         denoiser.load_state_dict(state["denoiser"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
@@ -156,13 +165,13 @@ def _denoising_step(
     return denoising_loss(denoiser(x_t, t, cond), x, loss_weight(denoiser.schedule, t, kind))  # type: ignore[arg-type]
 
 
-def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
+def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> Path:
     """Write the manifest of the diffusers UNet at ``folder/unet``: the user's, or converted from ``teacher.source``.
 
     A source that is such a folder already, as of a pipeline, is used where it lies.
 
     Raises:
-        UserError: neither is there, or the network is not what ``teacher.network`` says.
+        UserError: neither is there, or the network is not what ``teacher.network`` says or is not of `data`.
     """
     unet, extra = folder / "unet", {}
     source = Path(teacher.source) if teacher.source else None
@@ -180,6 +189,9 @@ def adopt_teacher(teacher: Teacher, folder: Path) -> Path:
     for key, wanted in teacher.settings().get("network", {}).items():
         if config.get(key, wanted) != wanted:
             raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
+    guided = "teacher.guidance" if teacher.guidance > 1 else None
+    for _, told in network_problems(config, data, guided) if data is not None else ():
+        raise UserError(f"teacher {teacher.name}: {unet}: {told}")
     return _manifest(folder, os.path.relpath(unet, folder), extra)
 
 
@@ -204,9 +216,10 @@ def main(
     torch.set_num_threads(threads)
     with readable_errors():
         spec = Teacher.model_validate(json.loads(teacher))
-        with recorded(out, [json.loads(data), json.loads(teacher)], [real] if real else []):
+        settings, inputs = [json.loads(data), json.loads(teacher)], [real] if real else []
+        with recorded(out, settings, inputs, sources=[spec.source]):
             if spec.train is None or real is None:
-                adopt_teacher(spec, out.parent)
+                adopt_teacher(spec, out.parent, Data.model_validate(json.loads(data)))
             else:
                 place = local_device(device, "teacher")
                 with deterministic_kernels(deterministic), float32_products(spec.train.precision):

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmd2 import distributed
+from dmd2.again import code_parts, continued, current_key, other_code
 from dmd2.batches import Batches
 from dmd2.build import build_models
 from dmd2.checkpoint import Checkpoints
@@ -21,16 +21,28 @@ from dmd2.config import TrainConfig
 from dmd2.data import load_set, save_shard
 from dmd2.denoisers import Denoiser
 from dmd2.errors import UserError
-from dmd2.files import digest_of, listing, write_json, write_text
+from dmd2.files import digest_of, listing, write_json, write_text, writing
 from dmd2.inputs import Inputs
 from dmd2.interrupts import STOP, Actions, collected, single_writer
 from dmd2.lora import snapshot_state
+from dmd2.method import modules_of
 from dmd2.optimiser import Optimiser
 from dmd2.parts import Spans
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
 from dmd2.sample import student_sample, to_images
-from dmd2.shard import equal_passes, gathered, load_local, local, local_state, recompute_activations, shard, span
+from dmd2.shard import (
+    equal_passes,
+    gathered,
+    load_local,
+    local,
+    local_state,
+    materialise,
+    recompute_activations,
+    shard,
+    sharing,
+    spans_of,
+)
 from dmd2.step import Logs, brightness, train_step
 
 PROBE_SEEDS = list(range(100))  # fixed-noise samples whose brightness is followed during training
@@ -69,7 +81,7 @@ class Training:
                 f"{hardware.micro_batch} does not give {distributed.world_size()} processes of a batch of "
                 f"{cfg.optim.batch}: change it"
             )
-        self.key = inputs.key(cfg, run.seed)
+        self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
         self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
@@ -85,17 +97,17 @@ class Training:
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
         self.log: list[dict[str, float]] = []
 
-    def _place(self, name: str, network: torch.nn.Module) -> None:
+    def _place(self, name: str, network: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
         """Put a new network where it is trained, the student's EMA beside it."""
         if name == "student" and self.cfg.optim.ema:
-            self.ema = deepcopy(network).requires_grad_(False)  # type: ignore[assignment]
-            self._place("ema", self.ema)  # type: ignore[arg-type]
+            self.ema = sharing(network).requires_grad_(False)
+            self._place("ema", self.ema)
         if name in ("student", "critic") and self.hardware.checkpointing:
             recompute_activations(network.network)
         if self.sharded:
-            shard(network, self.device)
+            shard(network, self.device, dtype)
         else:
-            network.to(self.device)
+            materialise(network, self.device, dtype, own=name != "teacher")
 
     def run(self, actions: Actions = STOP, patience: float = 0) -> Path:
         """Train to the end and write finished.json.
@@ -111,6 +123,11 @@ class Training:
         writer = single_writer(self.folder, patience) if self.leads else nullcontext()
         with writer, collected(actions) as received:
             self.resume()
+            parts = code_parts(self.run_id, self.key)
+            if self.leads and self.step < self.cfg.train.steps:
+                parts = continued(self.run_id, self.key, self.step, self.code)
+                if len(parts) > 1:
+                    print(f"{self.run_id} {other_code(parts)}; --again starts anew", file=sys.stderr, flush=True)
             progress = Progress(str(self.run_id), self.cfg.train.steps, self.step, self.folder if self.leads else None)
             while self.step < self.cfg.train.steps:
                 started = time.monotonic()
@@ -126,7 +143,7 @@ class Training:
                     number = received.pop(0)
                     if self.leads:  # the others end when process 0 does
                         actions[number]()
-            return self.finish() if self.leads else self.folder / "finished.json"
+            return self.finish(parts) if self.leads else self.folder / "finished.json"
 
     def last_logged(self) -> dict[str, float]:
         """The values worth watching, of the last line of the log."""
@@ -166,7 +183,7 @@ class Training:
         if not self.leads:
             return
         self.log.append(line)
-        with open(self.log_path, "a", encoding="utf-8") as file:
+        with writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def check_finite(self) -> None:
@@ -241,10 +258,12 @@ class Training:
 
     def spans(self) -> Spans:
         """Rows of sharded tensors that this process owns, by their path in `state`."""
-        found = {f"{who}/{name}": span(v) for who, m in self.trained.items() for name, v in m.state_dict().items()}
+        found: dict[str, tuple[int, int]] = {}
+        for who, module in self.trained.items():
+            found |= spans_of(module, who)
         for who, optimiser in self.optimisers.items():
             found |= {f"{who}/state/{number}": rows for number, rows in optimiser.spans().items()}
-        return {path: rows for path, rows in found.items() if rows is not None}
+        return found
 
     def resume(self) -> None:
         """Load the newest good checkpoint of this run, the same in every process, and set all else back to it.
@@ -255,7 +274,7 @@ class Training:
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
         if step:
-            self.load(self.checkpoints.load(step, self.device, self.spans() if self.sharded else None))
+            self.load(self.checkpoints.load(step, self.spans() if self.sharded else None))
             if self.leads:
                 print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:
@@ -274,8 +293,8 @@ class Training:
             optimiser.load_state_dict(state[name])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
-    def finish(self) -> Path:
-        """Write finished.json, the record of a complete training."""
+    def finish(self, code: list[dict[str, Any]]) -> Path:
+        """Write finished.json, the record of a complete training, with the `code` that trained each part of it."""
         files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
         record = {
             "kind": "run", "run": str(self.run_id), "key": self.key, "steps": self.step,
@@ -285,7 +304,7 @@ class Training:
             "deterministic": self.hardware.deterministic or self.device.type == "cpu",
             "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "config": self.cfg.model_dump(mode="json"), "settings": digest_of(self.cfg.settings()),
-            "last": self.log[-1] if self.log else {},
+            "last": self.log[-1] if self.log else {}, "code": code,
             "files": listing(files, self.folder),
         }  # fmt: skip
         write_json(self.folder / "finished.json", record)

@@ -18,8 +18,10 @@ import typer
 from dmd2.errors import UserError
 from dmd2.files import write_json, write_text
 from eval.compare_page import html, markdown
-from eval.contrasts import BETTER, Contrast, Pair, Seeds, judge
+from eval.contrasts import Contrast, Pair, Seeds, judge
 from eval.differences import shown
+from eval.metrics import BETTER
+from eval.metrics import measured as numbers_of
 from eval.report import sample_side
 from eval.table_text import LABELS
 from eval.versions import WORKSPACE, Rows, Side, open_side, read_published, read_rows, read_tables
@@ -107,7 +109,7 @@ def _metrics(base: str, rows: tuple[Rows, Rows], tables: tuple[Tables, Tables]) 
     """Metrics of a base in the order of its evaluation, else of its tables, else as measured."""
     sections = [config.get("eval", {}).get("metrics") for config in _configs(base, rows)]
     sections += [t["metrics"] for side in reversed(tables) for t in side.values() if t["base"] == base]
-    known: list[str] = next((metrics for metrics in sections if metrics), [])
+    known = numbers_of(next((metrics for metrics in sections if metrics), []))
     return known or [m for (b, _), seeds in rows[1].items() if b == base for m in next(iter(seeds.values())).values]
 
 

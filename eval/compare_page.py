@@ -9,8 +9,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval.contrasts import BETTER, EQUAL, Verdict
+from eval.contrasts import EQUAL, Verdict
 from eval.differences import shown
+from eval.metrics import BETTER
 from eval.report import TEMPLATES, code, sample_grid
 from eval.table_text import LABELS, summary
 from eval.versions import Side
@@ -61,9 +62,9 @@ def html(document: Document, a: Side, b: Side) -> str:
 
 READING = (
     "Numbers are means ± SD over the training seeds that were compared; equal means to six digits; in bold, intervals "
-    "that exclude 0. An interval over training seeds holds all noise, one of the finite sample only that of the "
-    "images; each holds its difference with 95 % by itself, so of many rows some are out by chance. Compared is the "
-    "last snapshot."
+    "that exclude 0. An interval over training seeds holds all noise but what the same sample seeds do to every "
+    "training alike, one of the finite sample only that of the images; each holds its difference with 95 % by itself, "
+    "so of many rows some are out by chance. Compared is the last snapshot."
 )
 
 

@@ -13,18 +13,15 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t, ttest_ind
 
+from dmd2.again import differences, named
 from dmd2.config import NOT_IDENTITY
 from eval.differences import WITH_INFLUENCES, Arm, difference, influences
-from eval.report import HIGHER, LOWER
 from eval.versions import Seed, Side, inputs
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
 Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
 Seeds = Mapping[int, Seed]
-BETTER = dict.fromkeys(LOWER | {"kid"}, "lower") | dict.fromkeys(
-    HIGHER | {"precision", "recall", "density", "coverage", "is"}, "higher"
-)
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,15 @@ class Pair:
             old, new = ({s.about.get(fact, "unknown") for s in seeds.values()} for seeds in (self.a, self.b))
             if old != new:
                 texts.append(f"{fact}: {', '.join(sorted(old))} → {', '.join(sorted(new))}")
-        return {"config": config, "other": texts}
+        return {"config": config, "other": texts + self._code()}
+
+    def _code(self) -> list[str]:
+        """What of the method's code is not the same on both sides, where both know by which they were trained."""
+        known = [[(s.metrics or {}).get("train_code", []) for s in side.values()] for side in (self.a, self.b)]
+        a, b = ([part for parts in side for part in parts] for side in known)
+        alike = {frozenset(part["modules"].values()) for part in a} == {frozenset(p["modules"].values()) for p in b}
+        files = differences([*a, *b]) if a and b and not alike else []
+        return [f"trained by other code: {named(files)} differ"] if files else []
 
     def _beside(self) -> tuple[Seed, Seed]:
         """The records of the first shared seed, or the first of each side."""

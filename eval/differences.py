@@ -1,8 +1,9 @@
 """How far a row is from the reference row, with a 95 % interval that says which noise it covers.
 
 Rows share training seeds, sample seeds and labels, so differences are taken seed by seed. Over two or more training
-seeds the interval is a t-interval of those differences: all noise is in it. With one seed it covers the finite sample
-of images only, from the per-image influences of both rows; another training could differ by more.
+seeds the interval is a t-interval of those differences, with all noise but what the common sample seeds do to
+every training alike. With one seed it covers the finite sample of images only, from the per-image influences of both
+rows; another training could differ by more.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from scipy.stats import t
 from dmd2.data import load_shard
 from dmd2.files import verified
 from eval.estimate import standard_error
+from eval.metrics import FRECHET
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ def difference(ours: Arm, base: Arm, classes: int | None) -> dict[str, Any]:
     return {"value": mean, "low": mean - half, "high": mean + half, "sampling_se": sampling, "covers": covers}
 
 
-FRECHET = ("fd", "fid")  # metrics whose evaluation leaves per-image influences
-WITH_INFLUENCES = (*FRECHET, "patch_fd", "patch_fid", "clip_score")
+WITH_INFLUENCES = (*FRECHET, "patch_fd", "patch_fid", "clip_score")  # metrics whose evaluation leaves them per image
 
 
 def influences(metrics: Mapping[str, Any], folder: Path, step: int, metric: str) -> np.ndarray:

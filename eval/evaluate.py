@@ -103,6 +103,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         **brightness_stability(run, record), "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
+        "train_code": record.get("code", []),
         "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
         "files": save_influence(out.with_name("influence.safetensors"), found),
     })  # fmt: skip
@@ -124,10 +125,10 @@ def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.dev
     scratch = out.with_name(SCRATCH)
     measured = protocol.measure(sample, identity, scratch)
     captions = _save_grid(cfg, sample, out.with_name("grid.png"))
-    calls = 2 * spec.steps - 1 if spec.solver == "heun" else spec.steps
     write_json(out, {
         "kind": "metrics", "run": f"{out.parent.parent.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
-        "protocol": protocol.names, **captions, "network_calls": calls, "sampler": spec.model_dump(mode="json"),
+        "protocol": protocol.names, **captions,
+        "network_calls": spec.network_calls, "sampler": spec.model_dump(mode="json"),
         "snapshots": [{"step": 0, "student_updates": 0, **measured.as_json()}], "eval_commit": commit(),
         "seconds": round(time.monotonic() - started, 1),
         "files": save_influence(out.with_name("influence.safetensors"), {0: measured}),

@@ -25,19 +25,12 @@ from eval.detectors import Detector, load_detector
 from eval.estimate import Estimate
 from eval.features import FeatureSet, Sampled, account, extract, join, share
 from eval.measure import METRICS, from_ones
-from eval.protocols import named, ranks_of
+from eval.protocols import KNOWN, NEEDS_IMAGES, named, ranks_of
 from eval.reference import FEATURES, Engine, Reference
 from eval.resize import Geometry
 from eval.scores import mean_estimate
 from eval.stats import describe
 from eval.taps import APPEARANCE, Tap, Taps
-
-# What eval.metrics may name, and the engine's metric behind it; empty where it is a mean over images.
-KNOWN = {
-    "fd": "fd", "fid": "fd", "patch_fd": "patch", "patch_fid": "patch", "kid": "kid", "prdc": "prdc", "is": "is",
-    "accuracy": "accuracy", "clip_score": "clip", "brightness": "", **dict.fromkeys(APPEARANCE, ""),
-}  # fmt: skip
-NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
 
 Sample = Callable[[list[int]], Tensor]
 

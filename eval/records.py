@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import UserError
+from dmd2.eval_config import Sampler
 from dmd2.files import read_json
-from dmd2.overview import locked
+from dmd2.interrupts import locked
 from dmd2.run import RUNS, RunId
 from eval.columns import IN_JSON, MAX_INT, SUFFIXES, describe
 from eval.protocols import of_record
@@ -146,7 +147,8 @@ def _same(record: Row, metrics: Row) -> bool:
 def _of_sampler(metrics: Row) -> list[Row]:
     """Lines of the metrics of a teacher's sampler; its record calls the time of the evaluation seconds."""
     common = {
-        "state": "evaluated", "eval_seconds": metrics.get("seconds"), "network_calls": metrics.get("network_calls"),
+        "state": "evaluated", "eval_seconds": metrics.get("seconds"),
+        "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
         **_flat("sampler", metrics["sampler"]),
     }  # fmt: skip
     return _snapshots(common, metrics, {})

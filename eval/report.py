@@ -22,15 +22,24 @@ from dmd2.files import read_json, sha256, write_text
 from dmd2.made import made_from
 from dmd2.run import commit
 from eval import figures
-from eval.claims import MIN_SEEDS, SETTLED
-from eval.differences import FRECHET
-from eval.table_text import GRID_ROWS, LABELS, PAPER_NAME, cells, certainty, explained, hours, published, summary
+from eval.claims import SETTLED
+from eval.metrics import BETTER, FRECHET, best_first
+from eval.rules import MIN_SEEDS
+from eval.table_text import (
+    GRID_ROWS,
+    LABELS,
+    cells,
+    certainty,
+    explained,
+    hours,
+    published,
+    stand_in,
+    summary,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
           "notes", "reference_row")  # fmt: skip
-# Which direction is better.
-LOWER, HIGHER = {"fd", "fid", "patch_fd", "patch_fid", "brightness_std"}, {"accuracy", "clip_score"}
 MARKS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 GRID_SMALL, GRID_WIDTH = 340, 640  # pixels: shown enlarged up to the first, scaled down beyond the second
 
@@ -77,7 +86,7 @@ def render(paths: list[Path]) -> str:
         arms=figures.ARMS,
         marks=MARKS,
         min_seeds=MIN_SEEDS,
-        stand_in=any(bundle["metrics"][0] in PAPER_NAME for bundle in bundles),
+        stand_in=any(map(stand_in, bundles)),
     )
 
 
@@ -184,16 +193,15 @@ def kinds(bundle: Bundle) -> list[str]:
 
 def header(bundle: Bundle) -> list[dict[str, str]]:
     """Column heads with the direction that is better."""
-    arrows = dict.fromkeys(LOWER, "lower is better") | dict.fromkeys(HIGHER, "higher is better")
     return [
-        {"text": text, "kind": kind, "better": arrows.get(kind, "")}
+        {"text": text, "kind": kind, "better": f"{BETTER[kind]} is better" if kind in BETTER else ""}
         for text, kind in zip(cells(bundle)[0], kinds(bundle), strict=True)
     ]
 
 
 def lines(bundle: Bundle) -> list[dict[str, Any]]:
     """The table's rows: text cells as in the Markdown, each with its kind and whether it is the best student's."""
-    best = {metric: best_runs(bundle, metric) for metric in LOWER | HIGHER}
+    best = {metric: best_runs(bundle, metric) for metric in BETTER}
     return [
         {
             "run": row["run"],
@@ -214,7 +222,7 @@ def best_runs(bundle: Bundle, metric: str) -> list[str]:
     finite = {run: mean for run, mean in means.items() if isfinite(mean)}
     if len(set(finite.values())) < 2:
         return []
-    best = min(finite.values()) if metric in LOWER else max(finite.values())
+    best = min(finite.values(), key=lambda mean: best_first(metric, mean))
     return [run for run, mean in finite.items() if mean == best]
 
 

@@ -1,24 +1,32 @@
 """One table: measured values beside the paper's, as tidy CSV, Markdown (eval.table_text), and JSON for the report."""
 
 import json
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 import yaml
 
 from dmd2.ablations import BESIDE, Experiment, Table, load_experiment
+from dmd2.again import Part
 from dmd2.changes import dotted_keys
 from dmd2.config import RunConfig
 from dmd2.errors import readable_errors
+from dmd2.eval_config import Sampler
 from dmd2.files import read_json, read_json_lines, write_json, write_text
 from dmd2.made import recorded
 from dmd2.run import SAMPLERS, RunId
-from eval.claims import TEACHER, Curve, Measurements, judge
-from eval.differences import FRECHET, Arm, difference, influences
+from eval.claims import CLAIMS, distance, judge
+from eval.code_warnings import code_warnings
+from eval.differences import Arm, difference, influences
+from eval.metrics import BETTER, FRECHET, best_first
 from eval.protocols import of_record
+from eval.rules import TEACHER, Curve, Measurements
 from eval.table_text import Row, markdown, paper_value
 
 
@@ -36,13 +44,15 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
     return {
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
         "step": {s: chosen[s]["step"] for s in metrics}, "student_updates": first["student_updates"],
-        "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": first["device"],
+        "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": _all(m["device"] for m in metrics.values()),
         "cost": {s: m["cost"] for s, m in metrics.items() if m["cost"]},
         "curves": {s: m["snapshots"] for s, m in metrics.items()},
+        "times": {s: _times(m, logs[s]) for s, m in metrics.items() if s in logs},
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "grid": {s: str(RunId(table.base, run, s).folder / "grid.png") for s in metrics},
         "changed": _changed(experiment.bases[table.base], experiment.runs[table.base, run]),
         "config": first["config"], "protocol": of_record(first),
+        "protocols": [of_record(m) for m in metrics.values()],
         "commits": {s: m["train_commit"] for s, m in metrics.items()},
         "estimates": {s: chosen[s]["estimates"] for s in metrics}, "captions": first.get("captions", []),
     }  # fmt: skip
@@ -57,15 +67,29 @@ def teacher_row(table: Table, sampler: str, paper: dict[str, float | None]) -> R
         "run": f"teacher-{sampler}", "kind": "teacher", "ticks": {}, "paper": paper, "values": values,
         "step": {0: 0}, "student_updates": 0, "seconds": {0: metrics["seconds"]}, "device": "", "cost": {},
         "curves": {}, "probe": {}, "grid": {0: str(folder / "grid.png")}, "changed": {}, "config": metrics["sampler"],
-        "protocol": of_record(metrics), "commits": {0: metrics["eval_commit"]},
-        "network_calls": metrics["network_calls"], "estimates": {0: metrics["snapshots"][0]["estimates"]},
+        "protocol": of_record(metrics), "protocols": [of_record(metrics)], "commits": {0: metrics["eval_commit"]},
+        "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
+        "estimates": {0: metrics["snapshots"][0]["estimates"]},
         "captions": metrics.get("captions", []),
     }  # fmt: skip
 
 
 def _chosen(snapshots: list[dict[str, Any]], table: Table) -> dict[str, Any]:
     """The snapshot that is reported: the last one, or, if the table says so, the best of its first metric."""
-    return snapshots[-1] if table.select == "last" else min(snapshots, key=lambda s: s[table.metrics[0]])
+    metric = table.metrics[0]
+    return snapshots[-1] if table.select == "last" else min(snapshots, key=lambda s: best_first(metric, s[metric]))
+
+
+def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
+    """Seconds trained until every snapshot: as logged, for a run may have gone on elsewhere, at another speed."""
+    steps = [snapshot["step"] for snapshot in metrics["snapshots"]]
+    known = [(line["step"], line["seconds"]) for line in log if "seconds" in line]
+    known = [(0, 0.0), *known] if known else [(0, 0.0), (steps[-1], metrics["seconds"])]
+    return [float(seconds) for seconds in np.interp(steps, *zip(*known, strict=True))]
+
+
+def _all(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
 
 
 def _changed(base: RunConfig, cfg: RunConfig) -> dict[str, Any]:
@@ -85,20 +109,21 @@ def build(name: str) -> dict[str, Any]:
     rows = [student_row(experiment, name, row.run, row.paper) for row in experiment.rows[name]]
     rows += [teacher_row(table, sampler, paper) for sampler, paper in table.teachers.items()]
     _add_differences(table, rows)
-    claims = judge(table.claims, measurements(table, rows), table.metrics[0])
+    warnings = _warnings(table, rows) + code_warnings(_trained_by(rows))
+    claims = judge(table.claims, measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
-    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": _warnings(rows)}
+    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
 
 
 def measurements(table: Table, rows: list[Row]) -> Measurements:
-    """What the claims may ask for; the lowest published value of a metric is ``published best``.
+    """What the claims may ask for; the best published value of a metric is ``published best``.
 
     ``teacher`` is its sampler at the guidance that is distilled, and where none has that one the last of the table.
     """
-    values = {(row["run"], metric): found for row in rows for metric, found in row["values"].items()}
-    for metric in table.metrics:
+    values = {(row["run"], metric): _seeded(row, found) for row in rows for metric, found in row["values"].items()}
+    for metric in (metric for metric in table.metrics if metric in BETTER):
         if known := [numbers[metric] for numbers in table.published.values() if metric in numbers]:
-            values["published best", metric] = {0: min(known)}
+            values["published best", metric] = {0: min(known, key=partial(best_first, metric))}
     teachers, students = ([row for row in rows if row["kind"] == kind] for kind in ("teacher", "student"))
     distilled = students[0]["config"]["teacher"]["guidance"]
     for row in sorted(teachers, key=lambda row: row["config"]["guidance"] == distilled):  # that one last, so it stays
@@ -110,8 +135,14 @@ def measurements(table: Table, rows: list[Row]) -> Measurements:
 
 def _over_time(row: Row, metric: str) -> dict[int, Curve]:
     """Values at every snapshot of every seed, by the seconds trained until then."""
-    per_step = {s: row["seconds"][s] / snapshots[-1]["step"] for s, snapshots in row["curves"].items()}
-    return {s: [(point["step"] * per_step[s], point[metric]) for point in row["curves"][s]] for s in per_step}
+    return {s: [(seconds, point[metric]) for seconds, point in zip(times, row["curves"][s], strict=True)]
+            for s, times in row["times"].items()}  # fmt: skip
+
+
+def _seeded(row: Row, found: dict[int, float]) -> dict[int, float]:
+    """Values by seed; only the first of a released student, whose one training every seed repeats."""
+    released = row["kind"] == "student" and row["config"]["train"]["released"] is not None
+    return dict([*found.items()][:1]) if released else found
 
 
 def _add_differences(table: Table, rows: list[Row]) -> None:
@@ -133,16 +164,31 @@ def _arm(row: Row, metric: str) -> Arm:
     return Arm(row["values"][metric], psi, row["kind"] == "teacher")
 
 
-def _warnings(rows: list[Row]) -> list[str]:
+def _warnings(table: Table, rows: list[Row]) -> list[str]:
     warnings = []
     commits = {c for row in rows if row["kind"] == "student" for c in row["commits"].values()}
     if len(commits) > 1:
         warnings.append(f"rows were trained at different commits: {', '.join(sorted(commits))}")
     if any(c.endswith("+") or c == "unknown" for c in commits):
         warnings.append("some rows were trained from files that differ from their commit (marked +)")
-    if len({json.dumps(row["protocol"], sort_keys=True) for row in rows}) > 1:
+    devices = sorted({row["device"] for row in rows if row["kind"] == "student"})
+    if (timed := [claim for claim in table.claims if CLAIMS[claim].timed]) and len(devices) > 1:
+        claims, machines = ", ".join(timed), "; ".join(devices)
+        warnings.append(
+            f"{claims} compare rows at equal training time, but they trained on different devices: {machines}"
+        )
+    if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:
         warnings.append("rows were measured with different protocols and must not be compared")
     return warnings
+
+
+def _trained_by(rows: list[Row]) -> dict[str, list[list[Part]]]:
+    """Code that trained each seed of each row, where that is known."""
+    students = {row["run"]: row["grid"].values() for row in rows if row["kind"] == "student"}
+    return {
+        run: [read_json(Path(grid).with_name("metrics.json")).get("train_code", []) for grid in grids]
+        for run, grids in students.items()
+    }
 
 
 def tidy(bundle: dict[str, Any]) -> pd.DataFrame:

@@ -124,7 +124,7 @@ def values(kind: str = "edm") -> dict[str, Any]:
                   "betas": [0.9, 0.999], "ema": None},
         "train": {"steps": 20, "precision": "fp32", "init_from": None, "snapshot_every": 10, "checkpoint_every": 10,
                   "log_every": 10},
-        "eval": {"metrics": ["fd"], "detector": "none", "reference": "tiny", "images": 8, "draws": 1, "batch": 4,
+        "eval": {"metrics": ["fd"], "detector": "lite0-320@32", "reference": "tiny", "images": 8, "draws": 1, "batch": 4,
                  "labels": "cyclic", "rounding": "round", "teacher_samplers": {"ode": solver}},
     }  # fmt: skip
 

@@ -38,6 +38,8 @@ def student(
             "cost": {"source": "wall clock", "gpu_hours": 0.0, "cpu_hours": 0.03}, "eval_seconds": 3.0,
             "train_commit": facts.get("commit", "4be1c02d9"), "eval_commit": "4be1c02d9", "config": config,
         }  # fmt: skip
+        if "code" in facts:
+            record["train_code"] = [{"step": 0, "commit": "c", "modules": facts["code"]}]
         write_json(folder / "metrics.json", record)
         write_json(folder / "train.json", {"kind": "run", "key": facts.get("key", "k") + str(seed), "torch": "2.11"})
 

@@ -1,9 +1,11 @@
 """Verdicts follow the rules of claims fixed beforehand."""
 
+import numpy as np
 import pytest
 
 from dmd2.ablations import Table
-from eval.claims import CLAIMS, Measurements, equivalent, judge, lower, no_gain
+from eval.claims import CLAIMS, judge
+from eval.rules import Measurements, equivalent, lower, no_gain, show
 
 
 def measured(**runs: list[float]) -> Measurements:
@@ -157,3 +159,59 @@ def test_c2_and_the_second_half_of_c5_are_one_test() -> None:
     curves = over_time(**{"ttur": [(10.0, 1.0)], "ttur_10": [(10.0, 2.0)]}).curves
     c2, c5 = (CLAIMS[name].test(Measurements(m.values, curves), "fd") for name in ("C2", "C5"))
     assert c2.verdict == c5.verdict == "supported" and c2.evidence in c5.evidence and c2.rule in c5.rule
+
+
+@pytest.mark.parametrize("constant", ["teacher-ode", "published best"])
+@pytest.mark.parametrize(("gap", "verdict"), [(0.17, "undecided"), (0.21, "supported")])  # at 1.7 and at 2.1 SD
+def test_against_one_value_the_gap_is_twice_the_sd_of_the_arm_that_has_seeds(constant, gap, verdict) -> None:
+    m = Measurements({("dmd2", "fd"): {0: 1.0, 1: 1.1, 2: 0.9}, (constant, "fd"): {0: 1.0 + gap}})
+    found, reverse = lower(m, "fd", "dmd2", constant), lower(m, "fd", constant, "dmd2")
+    assert (found.verdict, reverse.verdict) == (verdict, verdict.replace("supported", "refuted"))
+    assert f"twice the seed SD of dmd2 ({constant} has one value)" in found.rule and "pooled" not in found.rule
+    assert f"{constant} {1 + gap:g}; " in found.evidence and "SD of dmd2 0.1" in found.evidence
+
+
+def of_c5(five: list[float], one: list[float], ten: float = 2.0) -> Measurements:
+    """Brightness SD of ratios 5 and 1 by seed; FD 1 of ratio 5 and `ten` of ratio 10 at equal time."""
+    curves = over_time(**{"ttur": [(10.0, 1.0)], "ttur_10": [(10.0, ten)]}).curves
+    steadiness = {"ttur": five, "no-regression": one}
+    return Measurements({(run, "brightness_std"): dict(enumerate(v)) for run, v in steadiness.items()}, curves)
+
+
+STEADY, RESTLESS = [0.006, 0.007, 0.005], [0.05, 0.06, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("five", "one", "ten", "verdict"),
+    [
+        (STEADY, RESTLESS, 2.0, "supported"),
+        (STEADY, RESTLESS, 0.5, "undecided"),  # another optimum than 5
+        (STEADY, [0.0061, 0.0069, 0.0052], 2.0, "refuted"),  # ratio 1 as steady as ratio 5
+        (STEADY, [0.0061, 0.0069, 0.0052], 0.5, "refuted"),
+        (RESTLESS, STEADY, 2.0, "refuted"),  # or steadier
+        (STEADY, [0.012, 0.008, 0.0055], 2.0, "undecided"),  # less steady, neither clearly nor by little
+        (STEADY, [0.05, 0.2, 0.004], 2.0, "undecided"),
+        (STEADY[:2], STEADY[:2], 2.0, "undecided"),  # too few seeds to refute
+    ],
+)
+def test_c5_is_refuted_by_a_steady_ratio_1_and_by_nothing_else(five, one, ten, verdict) -> None:
+    found = CLAIMS["C5"].test(of_c5(five, one, ten), "fd")
+    assert found.verdict == verdict, found.evidence
+    assert "Refuted only if no-regression is as steady as ttur" in found.rule
+
+
+def test_before_its_first_snapshot_a_run_has_no_value_to_compare() -> None:
+    late = over_time(ttur=[(100.0, 8.0)], dmd=[(200.0, 5.0), (400.0, 1.0)])
+    [verdict] = judge(["C4"], late, "fd")
+    assert verdict["verdict"] == "undecided"
+    assert verdict["evidence"] == "not measured: fd at 100 s, before the first snapshot (200 s), of dmd"
+
+
+def test_a_student_worse_than_its_teacher_is_said_as_it_is() -> None:
+    m = measured(dmd2=[1.0, 1.1, 0.9], ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0])
+    found = CLAIMS["C8"].test(m, "fd")
+    assert "(2) supported: teacher-ode 2, ttur 3 ± 0.1; teacher-ode lower in 3 of 3 seeds" in found.evidence
+
+
+def test_equal_seeds_have_an_sd_of_0() -> None:
+    assert show(np.array([0.9, 0.9])) == "0.9 ± 0" and show(np.array([0.9])) == "0.9"

@@ -57,6 +57,16 @@ def test_another_seed_set_and_one_changed_hyper_parameter_says_both(places: tupl
     assert row["verdict"] == "worse"
 
 
+def test_other_code_of_the_method_is_told_where_both_sides_know_theirs(places: tuple[Path, Path]) -> None:
+    old = {"dmd2.losses": "a", "dmd2.step": "b"}
+    student(places[0], "dmd2", THREE, code=old)
+    student(places[1], "dmd2", THREE)
+    assert "trained by other code" not in run(places).stdout
+    for modules, told in (({**old, "dmd2.losses": "c"}, True), ({"dmd2.x.losses": "a", "dmd2.x.step": "b"}, False)):
+        student(places[1], "dmd2", THREE, code=modules)
+        assert ("- trained by other code: dmd2/losses.py differ" in run(places).stdout) is told
+
+
 def test_the_same_seeds_are_paired(places: tuple[Path, Path]) -> None:
     student(places[0], "dmd2", THREE)
     student(places[1], "dmd2", {0: 8.0, 1: 8.6, 2: 7.4})

@@ -13,6 +13,7 @@ import torch
 
 from dmd2.ablations import load_experiment
 from dmd2.files import read_json, write_json, write_text
+from dmd2.method import modules_of
 from dmd2.run import RunId
 from eval import evaluate, report
 from eval.table_text import cells, markdown, other, published
@@ -48,7 +49,7 @@ def column(bundle: dict[str, Any]) -> dict[str, str]:
 
 def test_without_gpu_the_column_has_cpu_hours(place: Path) -> None:
     shown = column(build("digits-table3"))
-    assert shown["CPU-hours"] == "wall time"
+    assert shown["CPU-hours"] == "training time"
     assert (shown["dmd"], shown["gan-only-ttur"]) == ("0.0333", "0.0347")
     assert shown["teacher-ode"] == shown["teacher-sde"] == "–"
 
@@ -56,7 +57,7 @@ def test_without_gpu_the_column_has_cpu_hours(place: Path) -> None:
 def test_one_row_on_a_gpu_makes_it_gpu_hours_in_mean_over_seeds(place: Path) -> None:
     by_gpu()
     shown = column(build("digits-table3"))
-    assert shown["GPU-hours"] == "wall time"
+    assert shown["GPU-hours"] == "training time"
     assert (shown["dmd2"], shown["gan-only"], shown["dmd"], shown["teacher-ode"]) == ("31.5", "0.0123", "0", "–")
 
 
@@ -70,7 +71,7 @@ def test_markdown_and_csv_carry_the_cost_of_every_seed(place: Path) -> None:
     by_gpu()
     bundle = build("digits-table3")
     text = markdown(bundle)
-    assert " | wall time | GPU-hours |" in text
+    assert " | training time | GPU-hours |" in text
     assert re.search(r"^\| `dmd2` .* \| 31\.5 \|$", text, re.MULTILINE)
     table = tidy(bundle)
     fd = table[table.metric == "fd"].set_index(["run", "seed"])
@@ -84,7 +85,7 @@ def test_the_report_has_the_column_and_in_each_row_who_counted(place: Path) -> N
     write_json(place, build("digits-table3"))
     page = report.render([place])
     heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)
-    assert heads[heads.index("GPU-hours") - 1] == "wall time"
+    assert heads[heads.index("GPU-hours") - 1] == "training time"
     row = re.search(r'<tr class="reference">.*?</tr>', page, re.DOTALL)
     assert row and re.findall(r"<td[^>]*>(.*?)</td>", row[0])[-1] == "31.5"
     told = re.findall(r"<dt>Cost</dt><dd>(.*?)</dd>", page)
@@ -112,6 +113,31 @@ def test_evaluation_hands_on_what_train_json_says(tmp_path: Path, root: Path, mo
     assert read_json(run.folder / "metrics.json")["cost"] == cost
 
 
+def trained_by(run: str, *modules: dict[str, str]) -> None:
+    """All seeds of a run were trained by this code, one after the other."""
+    parts = [{"step": 10 * i, "commit": "c", "modules": found} for i, found in enumerate(modules)]
+    for seed in range(3):
+        path = RunId("digits", run, seed).folder / "metrics.json"
+        write_json(path, {**read_json(path), "train_code": parts})
+
+
+def test_table_and_report_tell_by_which_code_rows_were_trained(place: Path) -> None:
+    present, old = modules_of(), {**modules_of(), "dmd2.losses": "old"}
+    trained_by("dmd2", present)
+    assert not any("code" in warning for warning in build("digits-table3")["warnings"])
+    trained_by("dmd", old)
+    trained_by("gan-only", old, present)
+    bundle = build("digits-table3")
+    told = [
+        "not all of this was trained by the same code: dmd2/losses.py differ",
+        "other code went on with half-trained runs: gan-only",
+        "trained by other code than the table was made with: dmd, gan-only",
+    ]
+    assert bundle["warnings"][-3:] == told and all(f"**Warning:** {text}." in markdown(bundle) for text in told)
+    write_json(place, bundle)
+    assert all(text in report.render([place]) for text in told)
+
+
 def test_what_dvc_compares_are_means_over_seeds_and_points_of_curves(place: Path) -> None:
     by_gpu()
     bundle = build("digits-table3")
@@ -137,7 +163,7 @@ def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) 
         path = fake_results.bundle("released-imagenet64")
         header, lines = cells(read_json(path))
         shown = dict(zip(header, lines[1], strict=True))
-        assert (shown["run"], shown["wall time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
+        assert (shown["run"], shown["training time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
         assert (shown["student updates"], shown["paper's FID"]) == ("38700", "1.51")
         assert report.render([path]).count("released-dmd2") > 3
 

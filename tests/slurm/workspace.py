@@ -106,7 +106,7 @@ class SlurmWorkspace(Workspace):
 
     def training_pid(self, job: str) -> int:
         """Process in which a job of one task trains."""
-        return next(pid for pid in processes(f"SLURM_JOB_ID={job}") if b"submitit.core._submit" in command_of(pid)
+        return next(pid for pid in processes(f"SLURM_JOB_ID={job}") if b"dmd2.job" in command_of(pid)
                     and b"python" in command_of(pid).split(b"\0")[0])  # fmt: skip
 
     def jobs(self, run: str) -> list[str]:

@@ -71,6 +71,18 @@ def test_a_table_can_take_the_rows_of_another_and_change_base_and_rows(folder):
     assert (runs["large", "b"].optim.lr, runs["large", "b"].optim.batch) == (0.5, 4)
 
 
+def test_a_table_can_extend_another_which_does_not_get_its_rows(folder):
+    folder.table("one")
+    folder.table("two", rows={"from": "one", "add": [{"run": "c", "change": {"critic.ratio": 9}}]}, change={"optim.lr": 0.5},
+                 base="large")  # fmt: skip
+    folder.base("large", tiny.values("edm"))
+    folder.table("three", rows="two", base="large", change={"optim.lr": 0.5})
+    experiment = folder.load()
+    names = {name: [row.run for row in rows] for name, rows in experiment.rows.items()}
+    assert names == {"one": ["a", "b"], "two": ["a", "b", "c"], "three": ["a", "b", "c"]}
+    assert (experiment.runs["large", "c"].critic.ratio, experiment.runs["large", "c"].optim.lr) == (9, 0.5)
+
+
 def test_order_of_changes_is_table_then_row_then_row_change(folder):
     rows = [{"run": "a", "change": {"optim.batch": 2, "optim.lr": 0.2}}]
     folder.table(rows=rows, change={"optim.batch": 1, "optim.clip": 1.0}, row_change={"a": {"optim.lr": 0.3}})

@@ -14,7 +14,7 @@ WRONG_TABLES = {
     "misspelled key in row_change": (
         {"row_change": {"a": {"optim.learning_rate": 0}}}, "optim.learning_rate", "no key optim.learning_rate"),
     "misspelled key of the table": ({"column": {}}, "column:", "did you mean columns?"),
-    "misspelled key of a row": ({"rows": [{"run": "a", "chnge": {}}]}, "run: a", "did you mean change?"),
+    "misspelled key of a row": ({"rows": [{"run": "a", "chnge": {}}]}, "chnge", "did you mean change?"),
     "wrong type in a row": ({"rows": [{"run": "a", "change": {"critic.ratio": "five"}}]}, "critic.ratio", "critic.ratio"),
     "negative weight in a row": ({"rows": [{"run": "a", "change": {"dm.weight": -1}}]}, "dm.weight", "dm.weight"),
     "section replaced by a number": ({"rows": [{"run": "a", "change": {"critic": 1}}]}, "critic:", "critic"),
@@ -25,10 +25,21 @@ WRONG_TABLES = {
     "column that compares a number with a word": ({"columns": {"X": "critic.ratio > many"}}, "X:", "many"),
     "rows of an unknown table": ({"rows": "two"}, "rows:", "is no other table"),
     "rows of the table itself": ({"rows": "one"}, "rows:", "is no other table"),
+    "extension of an unknown table": ({"rows": {"from": "two", "add": [{"run": "c"}]}}, "from:", "is no other table"),
+    "extension of the table itself": ({"rows": {"from": "one", "add": [{"run": "c"}]}}, "from:", "is no other table"),
+    "extension without rows": ({"rows": {"from": "two", "add": []}}, "add:", "at least 1"),
+    "extension without its origin": ({"rows": {"add": [{"run": "c"}]}}, "rows:", "key rows.from is missing"),
+    "misspelled key of an extension": ({"rows": {"form": "two", "add": [{"run": "c"}]}}, "form:", "did you mean from?"),
+    "misspelled key of an added row": (
+        {"rows": {"from": "two", "add": [{"run": "c", "papper": {}}]}}, "papper", "did you mean paper?"),
+    "negative seed": ({"seeds": [0, -1]}, "- -1", "seeds.1: Input should be greater than or equal to 0, got -1"),
+    "repeated seed": ({"seeds": [0, 1, 0]}, "seeds:", "seeds: 0 is given twice"),
+    "repeated metric": ({"metrics": ["fd", "fd"]}, "metrics:", "metrics: fd is given twice"),
     "row given twice": ({"rows": [{"run": "a"}, {"run": "a"}]}, "run: a", "twice"),
     "unknown reference row": ({"reference_row": "z"}, "reference_row", "is no row"),
     "unknown row in row_change": ({"row_change": {"z": {}}}, "z:", "is no row"),
     "unknown teacher sampler": ({"teachers": {"sd": {}}}, "sd:", "no sampler sd"),
+    "row named like a sampler of the teacher": ({"rows": [{"run": "teacher-forced"}]}, "teacher-", "the teacher's samplers"),
     "run name with a space": ({"rows": [{"run": "a b"}]}, "a b", "a b"),
 }  # fmt: skip
 
@@ -124,6 +135,19 @@ def test_init_from_must_name_a_row_of_some_table(folder):  # noqa: F811
     assert "train.init_from names nowhere" in folder.error()
 
 
+def test_init_from_may_not_lead_back(folder):  # noqa: F811
+    rows = [{"run": "a", "change": {"train.init_from": "b"}}, {"run": "b", "change": {"train.init_from": "a"}}]
+    folder.table(rows=rows)
+    assert "train.init_from leads in a circle: a from b from a" in folder.error()
+
+
+def test_an_added_row_may_not_have_the_name_of_one_that_is_taken(folder):  # noqa: F811
+    folder.table("one")
+    folder.table("two", rows={"from": "one", "add": [{"run": "a", "change": {"critic.ratio": 7}}]})
+    at, first = (f"{folder.tables}/{place}" for place in ("two.yaml:6", "one.yaml:4"))
+    assert folder.error() == f"{at}: row a appears twice in the table, the first time at {first}"
+
+
 def test_init_from_may_name_a_row_of_another_table(folder):  # noqa: F811
     folder.table("one")
     folder.table("two", rows=[{"run": "c", "change": {"train.init_from": "a"}}])
@@ -146,3 +170,29 @@ def test_two_mistakes_are_still_one_sentence(folder):  # noqa: F811
     folder.base("tiny", base_text("ratio: 5", "ratio: five").replace("lr: 0.001", "lr: fast"))
     folder.table()
     assert "\n" not in folder.error()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle", "sentence"),
+    [
+        ({"metrics": ["brightness"], "select": "best"}, "select:", "neither the lowest nor the highest brightness"),
+        ({"metrics": ["brightness", "accuracy"], "claims": ["C2", "C7"]}, "claims:", "C7 is about the paper's FID"),
+        ({"metrics": ["prdc"]}, "prdc", "does not measure prdc, only fd, accuracy, brightness, precision, recall"),
+    ],
+)
+def test_a_choice_or_claim_by_a_metric_without_a_better_direction_is_named(folder, changes, needle, sentence):  # noqa: F811
+    values = tiny.values("edm")
+    values["eval"]["metrics"] = ["fd", "accuracy", "brightness", "prdc"]
+    folder.base("tiny", values)
+    folder.table(**changes)
+    error, path = folder.error(), folder.tables / "one.yaml"
+    assert error.startswith(f"{path}:{line_of(path, needle)}") and sentence in error
+
+
+def test_higher_is_better_and_parts_of_a_metric_may_stand_in_a_table(folder):  # noqa: F811
+    values = tiny.values("edm")
+    values["eval"]["metrics"] = ["fd", "accuracy", "prdc"]
+    folder.base("tiny", values)
+    folder.table("one", metrics=["accuracy", "fd"], select="best", claims=["C7"])
+    folder.table("two", metrics=["recall"], select="best", claims=["C2"])
+    assert folder.load().tables["two"].metrics == ["recall"]

@@ -73,6 +73,16 @@ def test_a_damaged_manifest_falls_back_too(tmp_path, capsys):
     assert "00000020.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ['{"step": 20}', "[]", '{"files": [{"path": "x"}, 3]}', '{"files": 3}'])
+def test_a_manifest_that_is_json_but_lists_no_files_is_passed_over_in_a_sentence(tmp_path, capsys, text):
+    checkpoints = saved(tmp_path, 10, 20)
+    (checkpoints.folder / "00000020.json").write_text(text)
+    (checkpoints.folder / "notes.json").write_text("{}")
+    assert newest(checkpoints) == 10 and checkpoints.newest_step() == 20
+    message = capsys.readouterr().err
+    assert message.startswith("checkpoint passed over: ") and message.count("\n") == 1
+
+
 def test_all_damaged_is_none_and_names_each(tmp_path, capsys):
     checkpoints = saved(tmp_path, 10, 20)
     for path in checkpoints.folder.glob("*.pt"):

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from dmd2.data import load_shard, save_shard
 from dmd2.errors import UserError, readable_errors
 from dmd2.files import atomic, listing, read_json, sha256, verified, write_json, write_text
+from dmd2.folders import atomic_folder
 
 
 @contextmanager
@@ -42,6 +44,20 @@ def test_a_write_replaces_the_file(tmp_path):
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_writers_of_one_process_id_on_two_nodes_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
+    path = tmp_path / "a.txt"
+    with atomic(path) as first, atomic(path) as second:
+        assert first != second
+        assert {first.name, second.name} == {p.name for p in (first, second) if fnmatch(p.name, ".a.txt.*.tmp")}
+        first.write_text("one")
+        second.write_text("two")
+    assert path.read_text() == "one"
+    with atomic_folder(tmp_path / "f", True, "") as ours, atomic_folder(tmp_path / "f", True, "") as theirs:
+        assert ours != theirs
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "f"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, full_disk):
@@ -123,6 +139,23 @@ def test_a_writer_with_exceptions_of_its_own_still_says_that_the_disk_is_full(tm
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=0))
     with largest_file(10_000), pytest.raises(UserError, match="the disk is full"):
         WRITERS[writer](tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk is full; earlier files are kept, free some space and"),
+        (errno.EDQUOT, "the quota is used up; earlier files are kept, free some space and"),
+        (errno.EROFS, "the file system is read-only; earlier files are kept, have it mounted for writing and"),
+        (errno.EACCES, "permission denied; earlier files are kept, get the right to write there and"),
+        (errno.EPERM, "immutable, perhaps: see lsattr); earlier files are kept, allow changes and"),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError, lambda code, text: RuntimeError(f"inline_container.cc: failed: {text}")])
+def test_the_advice_fits_the_reason(tmp_path, code, words, error):
+    with pytest.raises(UserError) as told, atomic(tmp_path / "a"):
+        raise error(code, os.strerror(code))
+    assert words in str(told.value)
 
 
 # JSON.

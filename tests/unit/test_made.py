@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -173,6 +174,14 @@ def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> 
     assert os.stat("last.md").st_mtime_ns > times[1]
     found.review([out({"x": 3})])
     assert found.reasons == {"out.json": "was made with other settings"} and os.stat("out.json").st_mtime_ns == times[1]
+
+
+def test_clock_that_was_ahead_dates_nothing_into_the_future(folder) -> None:
+    future = time.time() + 1e8
+    os.utime("in.json", (future, future))
+    found = Outdated()
+    found.review([out(), Artefact(["absent.json"], {}, ["in.json"])])
+    assert found.reasons == {} and os.stat("in.json").st_mtime < os.stat("out.json").st_mtime < time.time() + 1
 
 
 def test_long_lists_are_cut() -> None:

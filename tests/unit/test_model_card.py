@@ -35,6 +35,19 @@ def test_best_is_the_lowest_of_the_first_metric_and_the_card_says_so(tmp_path):
     assert find_snapshot(run).step == find_snapshot(run, select="last").step == 4
 
 
+def test_best_of_accuracy_is_the_highest():
+    run = trained("edm")
+    measured(run, {2: 3.0, 4: 5.0})
+    path = run.folder / "metrics.json"
+    metrics = read_json(path)
+    values = {2: 0.99, 4: 0.9}
+    lines = [line | {"accuracy": values[line["step"]]} for line in metrics["snapshots"]]
+    lines.append({**lines[0], "step": 3, "accuracy": float("nan")})
+    write_json(path, {**metrics, "snapshots": lines, "config": {"eval": {"metrics": ["accuracy", "fd"]}}})
+    found = find_snapshot(run, select="best")
+    assert found.step == 2 and found.selection.startswith("the snapshot with the highest accuracy of 3")
+
+
 def test_metrics_of_an_earlier_training_are_left_out(tmp_path):
     run = trained("edm")
     measured(run, {2: 3.0, 4: 5.0})
@@ -74,8 +87,8 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(tmp_path):
     refused("none of its snapshots is known to be the best", select="best")
     measured(run, {2: 3.0, 4: 5.0})
     metrics = read_json(run.folder / "metrics.json")
-    write_json(run.folder / "metrics.json", {**metrics, "config": {"eval": {"metrics": ["accuracy"]}}})
-    refused("of which the lowest is not the best", select="best")
+    write_json(run.folder / "metrics.json", {**metrics, "config": {"eval": {"metrics": ["brightness"]}}})
+    refused("seed0/metrics.json: eval.metrics begins with brightness, of which neither the lowest nor", select="best")
     snapshot = run.folder / find_snapshot(run).entry["path"]
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:-1] + b"?")

@@ -13,7 +13,7 @@ from dmd2.errors import UserError
 from dmd2.files import write_json
 from dmd2.overview import Row, chosen_runs, overview_row, print_overview
 from dmd2.run import RunId
-from dmd2.slurm_queue import Entry
+from dmd2.slurm_queue import Entry, job_name
 
 RUN = RunId("digits", "dmd2", 0)
 NOW = 1_000_000.0
@@ -31,8 +31,8 @@ def place(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def job(state: str, reason: str = "None", nodes: str = "", number: str = "7", name: str = "x") -> dict[str, Entry]:
-    return {number: Entry(number, name, state, reason, nodes)}
+def job(state: str, reason: str = "None", nodes: str = "", run: RunId = RUN) -> dict[str, Entry]:
+    return {job_name(run): Entry("7", job_name(run), state, reason, nodes)}
 
 
 def wrote(run: RunId = RUN, progress: dict | None = None, jobs: list[str] | None = None, *records: str) -> RunId:
@@ -66,25 +66,27 @@ def test_a_running_job_shows_all_its_progress(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "state"),
+    ("jobs", "state"),
     [
-        (job("PENDING", "Resources"), "pending (Resources)"),
-        (job("PENDING"), "pending"),
-        (job("COMPLETING", "Resources"), "completing"),
-        (job("CONFIGURING"), "configuring"),
-        ({}, "stopped"),
-        (job("RUNNING", number="5", name="another run"), "stopped"),
-        (None, "unknown"),
+        (lambda: job("PENDING", "Resources"), "pending (Resources)"),
+        (lambda: job("PENDING"), "pending"),
+        (lambda: job("COMPLETING", "Resources"), "completing"),
+        (lambda: job("CONFIGURING"), "configuring"),
+        (dict, "stopped"),
+        (lambda: job("RUNNING", run=RunId("digits", "dmd2", 1)), "stopped"),
+        (lambda: None, "unknown"),
     ],
 )
-def test_only_a_running_job_has_rate_time_left_and_node(place: Path, entry: dict[str, Entry], state: str) -> None:
-    row = overview_row(wrote(RUN, PROGRESS, ["5", "7"]), entry, NOW)
+def test_only_a_running_job_has_rate_time_left_and_node(
+    place: Path, jobs: Callable[[], dict[str, Entry] | None], state: str
+) -> None:
+    row = overview_row(wrote(RUN, PROGRESS, ["5", "7"]), jobs(), NOW)
     assert state_of(row) == state
     assert (row.step, row.rate, row.eta, row.node, row.restarts) == ("300/1500", "–", "–", "–", "3")
 
 
 def test_a_job_that_its_launcher_could_not_record_is_found_by_its_name(place: Path) -> None:
-    row = overview_row(wrote(RUN, None, []), {"x": Entry("9", "x", "PENDING", "Priority", "")}, NOW)
+    row = overview_row(wrote(RUN, None, []), {job_name(RUN): Entry("9", job_name(RUN), "PENDING", "Priority", "")}, NOW)
     assert (state_of(row), row.job) == ("pending (Priority)", "9")
 
 
@@ -180,8 +182,8 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[None]]:
 def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: Path, slurm, capsys) -> None:
     runs = [wrote(RunId("digits", "a-run-with-quite-a-long-name", i), PROGRESS, [str(i)]) for i in range(1000)]
     reason = "ReqNodeNotAvail, UnavailableNodes:gpu[01-64],other[bold]"
-    queue = {str(i): Entry(str(i), f"n{i}", "PENDING", reason, "") for i in range(400)}
-    queue |= {str(i): Entry(str(i), f"n{i}", "FAILED", "None", "") for i in range(400, 500)}
+    states = [("PENDING", reason)] * 400 + [("FAILED", "None")] * 100
+    queue = {str(i): Entry(str(i), job_name(runs[i]), *state, "") for i, state in enumerate(states)}
     calls = slurm(lambda: queue)
     print_overview(chosen_runs([]))
     out = capsys.readouterr().out.splitlines()
@@ -219,6 +221,22 @@ def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(
     assert len(lines) == 5
     assert lines[3] == "2 runs: 1 unknown, 1 stopped"
     assert lines[4].startswith(f"states are unknown: {note}")
+
+
+@pytest.mark.parametrize(("name", "text", "told"), [
+    ("progress.json", '{"step"', "progress.json is not valid JSON"), ("progress.json", "[]", "progress.json or job.json"),
+    ("progress.json", '{"step": 1}', "progress.json or job.json"), ("job.json", '{"jobs": 3}', "progress.json or job.json"),
+])  # fmt: skip
+def test_a_damaged_file_of_one_run_leaves_the_others_as_they_are(
+    place: Path, slurm, capsys, name: str, text: str, told: str
+) -> None:
+    slurm(dict)
+    (wrote(RUN, PROGRESS, ["7"]).folder / name).write_text(text)
+    wrote(RunId("digits", "ttur", 0), PROGRESS)
+    launch.status([])
+    lines = capsys.readouterr().out.splitlines()
+    assert "damaged (" in lines[1] and told in lines[1] and " stopped " in lines[2]
+    assert lines[3] == "2 runs: 1 damaged, 1 stopped"
 
 
 def test_an_ended_run_says_who_publishes_it(place: Path, capsys) -> None:

@@ -10,10 +10,9 @@ from typer.testing import CliRunner
 from dmd2 import plan, rates
 from dmd2.ablations import load_base, load_experiment
 from dmd2.data import load_shard
-from dmd2.eval_config import Sampler
 from dmd2.memory import Memory
 from dmd2.pairs import make_shard
-from dmd2.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, calls, fit, snapshots
+from dmd2.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, fit, snapshots
 from dmd2.rates import Rate
 from dmd2.step import train_step
 from dmd2.teachers import adopt_teacher
@@ -151,8 +150,6 @@ def test_a_given_rate_is_that_of_all_gpus_together():
 
 
 def test_sampling_costs_its_network_calls():
-    assert calls(Sampler(solver="heun", steps=256)) == 511
-    assert calls(Sampler(solver="pndm", steps=50, guidance=3.0)) == 102
     cfg = config(eval__images=10, train__steps=25)
     planned = Plan("r", cfg, Counts().of(cfg), 1.0, Rate(3600.0, "GPU", "given"))
     forward = planned.counted.forward_flops() / 3600 / 3600

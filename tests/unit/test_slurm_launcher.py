@@ -1,5 +1,6 @@
 """A training as a Slurm job: what is sent, that it is sent once, and what is said when it fails."""
 
+import dataclasses
 import re
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 import dmd2.slurm
 import dmd2.wait
 from dmd2.ablations import load_experiment
+from dmd2.again import continued
 from dmd2.cluster import Cluster
 from dmd2.errors import UserError
 from dmd2.files import digest_of, read_json, write_json
@@ -59,7 +61,9 @@ def finish(seed=RUN.seed):
 
 def whenever_it_sleeps(monkeypatch, action):
     """Instead of sleeping the launcher does this; subprocess, which sleeps too, is left alone."""
-    clock = SimpleNamespace(time=time.time, strftime=time.strftime, sleep=lambda seconds: action())
+    clock = SimpleNamespace(
+        time=time.time, monotonic=time.monotonic, strftime=time.strftime, sleep=lambda seconds: action()
+    )
     monkeypatch.setattr(dmd2.slurm, "time", clock)
     monkeypatch.setattr(dmd2.wait, "time", clock)
 
@@ -137,6 +141,28 @@ def test_jobs_of_another_config_are_not_counted_as_this_runs(fake):
     assert submissions() == ["8"]
 
 
+def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
+    training().submit_or_attach()
+    old = training().goal.key
+    finish()
+    again = dataclasses.replace(training(), again="always")
+    fake.answer("sbatch", "Submitted batch job 8")
+    assert again.submit_or_attach() == "8" and submissions() == ["8"]  # whose costs are not those of job 7
+    assert again.goal.key == training().goal.key != old
+    queued(fake, job="8")
+    with pytest.raises(UserError, match="Slurm job 8 trains this run: wait for it, or stop it by"):
+        again.submit_or_attach()
+    assert training().submit_or_attach() == "8"
+
+
+def test_a_training_of_other_code_is_submitted_again_only_under_the_policy(fake):
+    continued(RUN, training().goal.key, 0, {"dmd2.losses": "old"})
+    record = finish()
+    assert training().submit_or_attach() is None and training().goal.reached() == record
+    assert dataclasses.replace(training(), again="changed").submit_or_attach() == "7"
+    assert training().goal.key != record["key"] and training().goal.reached() is None
+
+
 def test_a_finished_training_is_not_submitted_again(fake):
     record = finish()
     assert training().submit_or_attach() is None
@@ -184,17 +210,17 @@ def test_setup_comes_before_srun_and_the_container_before_python():
     before, command = script.split("# command")
     assert "\nmodule load cuda\nexport A=1\n" in before
     assert re.search(
-        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m submitit", command, re.M
+        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m dmd2\.job ", command, re.M
     )
 
 
 def test_without_a_container_this_python_runs():
-    assert f" {sys.executable} -u -m submitit" in training().script()
+    assert f" {sys.executable} -u -m dmd2.job" in training().script()
 
 
 def test_the_script_that_is_printed_is_the_one_that_is_sent(fake):
     training(train={"gpu": 2}).submit_or_attach()
-    assert (RUN.folder / "jobs/7_submission.sh").read_text() == training(train={"gpu": 2}).script()
+    assert (RUN.folder / "jobs/submission.sh").read_text() == training(train={"gpu": 2}).script()
 
 
 @pytest.mark.parametrize(

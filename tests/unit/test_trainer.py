@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +192,14 @@ def test_an_action_comes_after_the_save_and_the_training_goes_on_if_it_returns(i
 def test_a_finished_training_says_with_what_it_was_made(inputs):
     record, _ = train(inputs, 2, hardware=Hardware(threads=3))
     assert (record["device"], record["processes"], record["threads"], record["restarts"]) == ("cpu", 1, 3, 0)
+
+
+def test_a_log_line_for_which_there_is_no_space_is_one_sentence(inputs, monkeypatch):
+    training = Training(RUN, config(4), Hardware(), inputs)
+    resume = training.resume
+    monkeypatch.setattr(training, "resume", lambda: (resume(), setattr(training, "log_path", Path("/dev/full"))))
+    with pytest.raises(UserError, match="cannot write /dev/full: the disk is full; earlier files are kept"):
+        training.run()
 
 
 def test_micro_batch_0_is_all_of_the_batch(inputs):

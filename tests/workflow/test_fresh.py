@@ -4,9 +4,11 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dmd2.files import write_json
 from dmd2.made import signed
@@ -24,6 +26,15 @@ def pulled(edited: Workspace) -> Workspace:
             moment = 1.7e9 + order.random() * 1e6
             os.utime(path, (moment, moment))
     return edited
+
+
+def test_input_dated_in_the_future_costs_no_finished_training(edited: Workspace) -> None:
+    train, real = "results/runs/digits/dmd2/seed0/train.json", edited.path / "data/real/digits/manifest.json"
+    os.utime(real, (4e9, 4e9))
+    (edited.path / train).unlink()
+    result = edited.snakemake(train)
+    assert result.returncode == 0, result.stderr
+    assert (edited.path / train).exists()
 
 
 def remake(manifest: Path) -> None:
@@ -95,3 +106,69 @@ def test_retraining_that_was_killed_goes_on(pulled: Workspace) -> None:
 def test_damaged_record_is_made_again(pulled: Workspace) -> None:
     Path(pulled.path / "results/runs/digits/dmd/seed0/metrics.json").write_text("{")
     assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1}
+
+
+TOLD = "results/runs/digits/dmd/seed0/train.json was trained by other code (dmd2/losses.py changed"
+
+
+def test_flipped_sign_in_the_losses_is_told_and_retrained_when_asked_to(pulled: Workspace) -> None:
+    run = pulled.path / "results/runs/digits/dmd/seed0"
+    old = json.loads((run / "train.json").read_text())
+    pulled.edit("dmd2/losses.py", '"""``mean(softplus(-l_fake))``', '"""Another text')
+    assert "other code" not in pulled.snakemake("-n", "demo").stderr
+    pulled.edit("dmd2/losses.py", "F.softplus(-fake_logits).mean()", "F.softplus(fake_logits).mean()")
+    assert pulled.planned("demo") == {}
+    assert f"note: {TOLD}" in pulled.snakemake("-n", "demo").stderr
+    retrain = pulled.snakemake("-n", "demo", "--config", "changed_code=retrain")
+    assert f"out of date: {TOLD}" in retrain.stderr and "rule train" in retrain.stdout + retrain.stderr
+    assert "write warn or retrain" in pulled.snakemake("-n", "demo", "--config", "changed_code=yes").stderr
+
+    result = pulled.run(sys.executable, "-m", "dmd2.launch", "train", "digits/dmd/seed0", "--again")
+    assert result.returncode == 0, result.stderr
+    new = json.loads((run / "train.json").read_text())
+    assert new["key"] != old["key"] and new["files"] != old["files"] and "resumes" not in result.stderr
+    assert all((run / entry["path"]).exists() for entry in old["files"])
+    # The other run, of the old code, is told of; what was made from the new one is made again, and the table says both.
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1}
+    assert TOLD not in pulled.snakemake("demo").stderr
+    table = (pulled.path / "results/tables/demo.md").read_text()
+    assert "not all of this was trained by the same code: dmd2/losses.py differ" in table
+
+    result = pulled.snakemake("demo", "--config", "changed_code=retrain")
+    assert result.returncode == 0, result.stderr
+    assert "same code" not in (pulled.path / "results/tables/demo.md").read_text()
+    assert pulled.planned("demo") == {}
+
+
+def test_picture_added_to_a_source_remakes_its_set(edited: Workspace) -> None:
+    def picture(number: int) -> None:
+        path = edited.path / f"pictures/{number % 10}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(path)
+
+    for number in range(40):
+        picture(number)
+    base = (
+        (edited.path / "workflow/base/digits.yaml")
+        .read_text()
+        .replace("kind: sklearn-digits", "kind: image-folder\n    path: pictures")
+    )
+    (edited.path / "workflow/base/pictures.yaml").write_text(base.replace("digits", "pictures"))
+    table = (edited.path / "workflow/tables/demo.yaml").read_text().replace("base: digits", "base: pictures")
+    (edited.path / "workflow/tables/pictures.yaml").write_text(table)
+    made = "data/real/pictures/manifest.json"
+    result = edited.snakemake(made, "data/teachers/pictures-edm/manifest.json")
+    assert result.returncode == 0, result.stderr
+    assert edited.planned(made, "pictures-teacher").get("real_data") is None
+
+    (edited.path / "pictures/notes.txt").write_text("no picture")
+    assert edited.planned(made) == {"real_data": 1}
+    assert f"{made} was made from another listing of pictures" in edited.snakemake(made).stderr
+    assert edited.planned(made, "data/teachers/pictures-edm/manifest.json") == {}  # its content is as it was
+
+    picture(40)
+    assert edited.planned("data/teachers/pictures-edm/manifest.json") == {"real_data": 1, "teacher": 1}
+    edited.snakemake(made)
+    assert json.loads((edited.path / made).read_text())["count"] == 41
+    shutil.rmtree(edited.path / "pictures")
+    assert edited.planned(made) == {}

@@ -4,7 +4,8 @@
 import sys
 from types import SimpleNamespace
 
-from dmd2.made import Artefact, Outdated
+from dmd2.again import trained_by_other_code
+from dmd2.made import Artefact, Outdated, not_in_the_future
 
 CHANGED = "results/.changed"  # input of everything outdated
 
@@ -68,9 +69,26 @@ def starts_before(base, run):
     return 0 if origin is None else 1 + starts_before(base, origin)
 
 
+def other_code():
+    """Trainings that are up to date but were done by other code, by train.json, with the modules that changed."""
+    paths = [artefact.outputs[0] for artefact in runs() if artefact.outputs[0].endswith("/train.json")]
+    told = {path: trained_by_other_code(Path(path)) for path in paths if path not in OUTDATED.reasons}
+    return {path: text for path, text in told.items() if text}
+
+
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    OUTDATED.review(artefacts())
+    try:
+        OUTDATED.review(artefacts())
+        not_in_the_future(WEIGHTS_OF.values())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    OTHER_CODE = other_code()
+    if CHANGED_CODE == "retrain":
+        OUTDATED.reasons |= OTHER_CODE
+    else:
+        for line in Outdated(OTHER_CODE).told():
+            print(f"note: {line}", file=sys.stderr)
     write_text(Path(CHANGED), f"{time.time_ns()}\n")
     for line in OUTDATED.told():
         print(f"out of date: {line}", file=sys.stderr)

@@ -30,4 +30,4 @@ rule train:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
         "exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
-        " --config {params.config:q} --cluster {CLUSTER_NAME}"
+        " --config {params.config:q} --cluster {CLUSTER_NAME} --changed-code {CHANGED_CODE}"

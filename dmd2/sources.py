@@ -1,0 +1,56 @@
+"""What lies in the folder or file that a set was made from, in a digest that is cheap enough for every start.
+
+It is of names and sizes. Times are left out, since a clone or a copy changes them, and so are contents: to read them is
+to prepare the set. A file that another one of its size replaces is therefore not seen. Of many files it is of the names
+alone, for which the folders are read and no file is looked at: 1.3 million take one to two seconds, with sizes fifteen.
+"""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+WITH_SIZES = 20_000  # files up to which sizes count
+NO_CONTENT = ("lock.mdb", "__MACOSX")  # what readers of an LMDB leave beside it, and what macOS puts into archives
+
+
+def source_listing(place: str) -> str | None:
+    """Digest of the files at a path or glob pattern, hidden ones apart; None where there are none or none to be read.
+
+    An empty folder counts as absent: it is what a disk that is not mounted looks like.
+    """
+    try:
+        names = sorted(_names(place))
+        if len(names) <= WITH_SIZES:
+            names = [f"{name} {os.stat(_path(place, name)).st_size}" for name in names]
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:12] if names else None
+
+
+def _names(place: str) -> Iterator[str]:
+    if Path(place).is_dir():
+        yield from _below(place, "")
+    elif Path(place).exists():
+        yield ""
+    else:
+        yield from (name for name in glob.glob(place, recursive=True) if Path(name).is_file())
+
+
+def _path(place: str, name: str) -> str:
+    return os.path.join(place, name) if Path(place).is_dir() else name or place
+
+
+def _below(folder: str, prefix: str) -> Iterator[str]:
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == "." or entry.name in NO_CONTENT:
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            else:
+                yield prefix + entry.name
+    for name in folders:
+        yield from _below(os.path.join(folder, name), f"{prefix}{name}/")

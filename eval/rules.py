@@ -1,0 +1,167 @@
+"""The rules, fixed beforehand, by which measured values support or refute a claim.
+
+Default rule: at least three seeds; *supported* if the sign is the paper's in every seed and the mean gap exceeds twice
+the pooled standard deviation over seeds, *refuted* if the reverse holds under the same test, else *undecided*. Against
+what has one value (the teacher, a published number) it is twice the standard deviation of the arm that has seeds.
+"""
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Verdict = Literal["supported", "refuted", "undecided"]
+MIN_SEEDS = 3
+MARGIN = 0.05  # equivalence margin of C3, C10 and C16, as a share of the distance compared with
+TEACHER = "teacher"  # the teacher's sampler at the guidance that the student is distilled with, if the table has one
+SINGLE = (TEACHER, "published ")  # how the names begin of what has one value, no training seeds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict with the numbers and the rule it rests on."""
+
+    verdict: Verdict
+    evidence: str
+    rule: str
+
+
+Curve = list[tuple[float, float]]  # (seconds of training, value)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Values per run and metric, by seed, and how they came about over training, as the claims ask for them."""
+
+    values: dict[tuple[str, str], dict[int, float]]
+    curves: dict[tuple[str, str], dict[int, Curve]] = field(default_factory=dict)
+
+    def pair(self, metric: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values of two runs at their common seeds; what has one value (a teacher, a published number) is repeated.
+
+        Raises:
+            KeyError: a run or metric was not measured.
+        """
+        left, right = self.values[a, metric], self.values[b, metric]
+        if b.startswith(SINGLE):
+            right = dict.fromkeys(left, next(iter(right.values())))
+        elif a.startswith(SINGLE):
+            left = dict.fromkeys(right, next(iter(left.values())))
+        seeds = sorted(left.keys() & right.keys())
+        return np.array([left[s] for s in seeds]), np.array([right[s] for s in seeds])
+
+    def at_equal_time(self, metric: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values of two runs when the quicker of them ended, linear between snapshots, at their common seeds.
+
+        Raises:
+            KeyError: a run or metric was not measured over a training, or not as early as that.
+        """
+        left, right = self.curves[a, metric], self.curves[b, metric]
+        values = []
+        for seed in sorted(left.keys() & right.keys()):
+            curves = left[seed], right[seed]
+            end = min(curve[-1][0] for curve in curves)
+            for run, curve in zip((a, b), curves, strict=True):
+                if (first := curve[0][0]) > end:
+                    raise KeyError((run, f"{metric} at {end:.0f} s, before the first snapshot ({first:.0f} s),"))
+            values.append([np.interp(end, *zip(*curve, strict=True)) for curve in curves])
+        x, y = np.array(values).reshape(-1, 2).T
+        return x, y
+
+
+def lower(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a is lower than b" under the default rule."""
+    return _below(*m.pair(metric, a, b), metric, a, b)
+
+
+def faster(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a is lower than b at equal time" under the default rule; lower must be better."""
+    return _below(*m.at_equal_time(metric, a, b), f"{metric} at equal training time", a, b)
+
+
+def _below(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Finding:
+    spread = {name: values for name, values in ((a, x), (b, y)) if not name.startswith(SINGLE)}
+    sd, noise, one = "pooled SD", "pooled seed SD", ""
+    if len(spread) == 1:
+        seeded, constant = (a, b) if a in spread else (b, a)
+        sd, noise, one = f"SD of {seeded}", f"seed SD of {seeded}", f" ({constant} has one value)"
+    rule = f"{metric} of {a} below {b} in each of {MIN_SEEDS} or more seeds, mean gap above twice the {noise}{one}"
+    gaps = y - x
+    evidence = f"{_both(x, y, a, b)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
+    if len(gaps) < MIN_SEEDS:
+        return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
+    deviation = sqrt(np.mean([values.var(ddof=1) for values in spread.values()]))
+    clear = abs(gaps.mean()) > 2 * deviation
+    evidence += f"; mean gap {gaps.mean():.3g}, {sd} {deviation:.2g}"
+    if clear and (gaps > 0).all():
+        return Finding("supported", evidence, rule)
+    if clear and (gaps < 0).all():
+        return Finding("refuted", evidence, rule)
+    return Finding("undecided", evidence, rule)
+
+
+def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
+    rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
+    evidence, interval, margin = _interval(m, metric, a, b, MARGIN)
+    if interval is None:
+        return Finding("undecided", evidence, rule)
+    low, high = interval
+    if -margin < low and high < margin:
+        return Finding("supported", evidence, rule)
+    return Finding("refuted" if low > margin or high < -margin else "undecided", evidence, rule)
+
+
+def no_gain(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN) -> Finding:
+    """The claim "a is no better than b": not lower by more than a share of b (a one-sided test at 5 %)."""
+    rule = (
+        f"90 % paired t-interval of the {metric} difference {a} minus {b} above -{share:.0%} of {b}, at least "
+        f"{MIN_SEEDS} seeds; refuted if all of it is below that"
+    )
+    evidence, interval, margin = _interval(m, metric, a, b, share)
+    if interval is None:
+        return Finding("undecided", evidence, rule)
+    low, high = interval
+    return Finding("supported" if low > -margin else "refuted" if high < -margin else "undecided", evidence, rule)
+
+
+def _interval(
+    m: Measurements, metric: str, a: str, b: str, share: float
+) -> tuple[str, tuple[float, float] | None, float]:
+    """Evidence, the paired 90 % t-interval of ``a - b`` (None with too few seeds), and the margin on its scale."""
+    x, y = m.pair(metric, a, b)
+    margin, gaps = share * float(y.mean()), x - y
+    evidence = f"{_both(x, y, a, b)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
+    if len(gaps) < MIN_SEEDS:
+        return f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", None, margin
+    half = float(stats.t.ppf(0.95, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
+    low, high = float(gaps.mean() - half), float(gaps.mean() + half)
+    return f"{evidence}, interval {low:+.3g} to {high:+.3g}", (low, high), margin
+
+
+def every(*parts: Finding) -> Finding:
+    """A claim of several parts: supported if all are, refuted if one is."""
+    verdicts = {part.verdict for part in parts}
+    verdict: Verdict = "refuted" if "refuted" in verdicts else "undecided" if "undecided" in verdicts else "supported"
+    numbered = [(f"({i})", part) for i, part in enumerate(parts, start=1)]
+    evidence = ". ".join(f"{number} {part.verdict}: {part.evidence}" for number, part in numbered)
+    return Finding(verdict, evidence, ". ".join(f"{number} {part.rule}" for number, part in numbered))
+
+
+def _both(x: np.ndarray, y: np.ndarray, a: str, b: str) -> str:
+    """Both runs with their values; a repeated single one is shown once."""
+    runs = ((a, x), (b, y))
+    return ", ".join(f"{name} {show(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)
+
+
+def show(values: np.ndarray) -> str:
+    """``mean ± SD`` of a value per seed, or the one value; large numbers without exponent."""
+    if len(values) < 2:
+        return _number(float(values[0]), 3)
+    return f"{_number(values.mean(), 3)} ± {_number(values.std(ddof=1), 2)}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"

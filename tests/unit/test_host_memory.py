@@ -1,0 +1,141 @@
+"""Networks and checkpoints stay mapped from their files until they are copied, once, to where they are trained."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dmd2.build import build_models
+from dmd2.checkpoint import Checkpoints
+from dmd2.config import Teacher
+from dmd2.inputs import Inputs
+from dmd2.lora import add_lora
+from dmd2.meta import Ledger
+from dmd2.optimiser import Optimiser
+from dmd2.rng import stream
+from dmd2.shapes import META
+from dmd2.shard import load_local
+from dmd2.teachers import adopt_teacher, load_teacher
+from tests import tiny
+
+MIB = 1 << 20
+LARGE = {"block_out_channels": (64, 512)}  # 64 MiB
+in_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
+def anonymous_mib():
+    """Memory of this process that no file backs."""
+    gc.collect()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def teacher_in(folder, kind, **changes):
+    tiny.KINDS[kind][1](**{**tiny.KINDS[kind][2], **changes}).save_pretrained(folder / "unet")
+    return adopt_teacher(Teacher(name="t", parameterisation=tiny.KINDS[kind][0], guidance=1.0), folder)
+
+
+@in_linux
+def test_networks_take_no_host_memory_before_they_are_placed(tmp_path):
+    manifest, grown, sizes = teacher_in(tmp_path, "edm", **LARGE), [], []
+    before = anonymous_mib()
+
+    def place(name, network, *_):
+        grown.append(anonymous_mib() - before)
+        sizes.append(sum(p.nbytes for p in network.parameters()) / MIB)
+
+    build_models(tiny.config("edm"), 0, Inputs(manifest, None, None, None), torch.device("cpu"), place)
+    assert min(sizes[:3]) > 48
+    assert max(grown) < 24  # three copies in memory are 190
+
+
+@in_linux
+def test_a_checkpoint_takes_no_host_memory_before_it_is_copied(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"student": {"w": torch.ones(16, MIB)}, "step": 1})
+    before = anonymous_mib()
+    state = checkpoints.load_latest()
+    assert float(state["student"]["w"].mean()) == 1
+    assert anonymous_mib() - before < 24  # of 64
+
+
+def stepped(device="cpu"):
+    """A network and its optimiser, after an update unless it is on the meta device."""
+    with torch.device(device):
+        network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    optimiser = Optimiser([network], tiny.config("edm").optim, 1e-3)
+    if device == "cpu":
+        network(torch.ones(1, 64)).sum().backward()
+        optimiser.step(1)
+    return network, optimiser
+
+
+def moments(optimiser):
+    return [value for state in optimiser.adamw.state.values() for value in state.values()]
+
+
+def test_a_resume_makes_each_moment_once_on_the_device_and_nothing_else(tmp_path):
+    network, optimiser = stepped()
+    Checkpoints(tmp_path).save(1, {"net": network.state_dict(), "opt": optimiser.state_dict()})
+    state = Checkpoints(tmp_path).load(1)
+    twin, other = stepped(META)
+    with Ledger([*twin.parameters()]) as ledger:
+        load_local(twin, state["net"])
+        assert ledger.peak == ledger.standing  # weights are copied in place
+        other.load_state_dict(state["opt"])
+        made = sum(-(-moment.nbytes // 512) * 512 for moment in moments(other))
+        assert ledger.peak - ledger.standing == made > 2 * sum(p.nbytes for p in twin.parameters())
+        addresses = [id(moment) for moment in moments(other)]
+        other.load_state_dict(state["opt"])  # into moments that are there
+        assert ledger.peak - ledger.standing == made
+        assert [id(moment) for moment in moments(other)] == addresses
+
+
+def test_a_resumed_optimiser_has_the_saved_moments_in_memory_of_its_own(tmp_path):
+    network, optimiser = stepped()
+    Checkpoints(tmp_path).save(1, {"opt": optimiser.state_dict()})
+    twin, other = stepped()
+    other.adamw.state.clear()
+    other.load_state_dict(Checkpoints(tmp_path).load(1)["opt"])
+    for mine, saved in zip(moments(other), moments(optimiser), strict=True):
+        assert torch.equal(mine, saved) and mine.dtype == saved.dtype and mine.device == saved.device
+
+
+@pytest.mark.parametrize(
+    "saved", [{"a.weight": torch.zeros(1, 2)}, {"a.weight": torch.zeros(2, 2), "b": torch.zeros(1)}, {}]
+)
+def test_a_state_that_does_not_fit_is_refused_and_not_spread(saved):
+    module = nn.Sequential()
+    module.add_module("a", nn.Linear(2, 2, bias=False))
+    with pytest.raises(RuntimeError):
+        load_local(module, saved)
+
+
+def test_low_rank_factors_and_all_else_are_those_of_plain_copies(tmp_path):
+    manifest = teacher_in(tmp_path, "eps-sdxl")
+    cfg = tiny.config("eps-sdxl", generator__lora={"rank": 2, "alpha": 2.0})
+    student = build_models(cfg, 3, Inputs(manifest, None, None, None), torch.device("cpu")).student
+    plain = load_teacher(manifest, "eps")
+    torch.manual_seed(stream("3/lora").initial_seed())
+    add_lora(plain.network, 2, 2.0)
+    expected, found = plain.state_dict(), student.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(name.endswith("lora_A.default.weight") and value.abs().sum() > 0 for name, value in found.items())
+
+
+def test_weights_that_are_trained_are_never_those_in_a_file(tmp_path):
+    """Buffers included: a network that shares pages with its teacher would train it, too."""
+    manifest = teacher_in(tmp_path, "edm")
+    m = build_models(tiny.config("edm"), 0, Inputs(manifest, None, None, None), torch.device("cpu"))
+    owners = [
+        {t.untyped_storage().data_ptr() for t in (*d.parameters(), *d.buffers())}
+        for d in (m.teacher, m.student, m.critic)
+    ]
+    assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]
+    with torch.no_grad():
+        for p in (*m.student.parameters(), *m.critic.parameters()):
+            p.fill_(7)
+    assert tiny.same(tiny.weights(load_teacher(manifest, "edm")), m.teacher)
