@@ -4,7 +4,7 @@ UV := 0.13.9
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint lock clean reference
+.PHONY: demo test test-gpu lint lock clean reference
 demo: $(READY)
 	snakemake --profile local demo
 	@echo "open results/report.html; the table is results/tables/demo.md"
@@ -12,6 +12,12 @@ demo: $(READY)
 test: $(READY)
 	@sh tests/install_packages.sh
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+# In an environment that is ready: of .venv it takes what is there, and of PATH and PYTHONPATH the rest.
+DEVICE ?= cuda
+test-gpu:
+	OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 DMD2_TEST_DEVICE=$(DEVICE) \
+		$(if $(wildcard $(READY)),.venv/bin/python,$(PYTHON)) -m pytest tests/gpu --durations=15
 
 lint: $(READY)
 	ruff check .

@@ -4,6 +4,7 @@ Run by torchrun in a workspace with the inputs' manifests; every process leaves 
 """
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests import tiny
 
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
 STEPS, STOP = 6, 3
+DEVICE = distributed.local_device(os.environ.get("DMD2_TEST_DEVICE") or "cpu", "train")
 
 
 def config(**changes: object) -> RunConfig:
@@ -35,13 +37,13 @@ def config(**changes: object) -> RunConfig:
 
 def training(name: str, **changes: object) -> Training:
     """A training of that config under some name."""
-    return Training(RunId("tiny", name, 0), config(**changes), Hardware(), INPUTS)
+    return Training(RunId("tiny", name, 0), config(**changes), Hardware(str(DEVICE)), INPUTS)
 
 
 def trained(t: Training) -> dict[str, Tensor]:
     """All weights of a training by dotted names."""
     modules = {"student": t.models.student, "critic": t.models.critic, "head": t.models.head, "ema": t.ema}
-    return {f"{who}.{name}": v.contiguous() for who, m in modules.items() for name, v in m.state_dict().items()}
+    return {f"{who}.{name}": v.cpu().contiguous() for who, m in modules.items() for name, v in m.state_dict().items()}
 
 
 def interrupt_at(step: int) -> None:
@@ -69,7 +71,7 @@ def main() -> None:
     """Train undisturbed, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
     distributed.BUCKET = 1000  # so that gradients travel in several messages
-    with distributed.process_group(torch.device("cpu")):
+    with distributed.process_group(DEVICE):
         me = distributed.rank()
         undisturbed = training("two")
         undisturbed.run()

@@ -34,7 +34,7 @@ class Workspace:
 
     def snakemake(self, *args: str) -> subprocess.CompletedProcess[str]:
         """``snakemake --profile local``."""
-        return self.run("snakemake", "--profile", "local", "--cores", "2", *args)
+        return self.run(sys.executable, "-m", "snakemake", "--profile", "local", "--cores", "2", *args)
 
     def planned(self, *targets: str) -> dict[str, int]:
         """Jobs a dry run would start, by rule."""
@@ -53,7 +53,7 @@ class Workspace:
 def copy_repository(target: Path) -> Workspace:
     """The files git would commit, with the digits base shrunk and the demo cut to two rows."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
-    for name in listed.stdout.splitlines():
+    for name in listed.stdout.splitlines() or _without_git():
         if (REPO / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPO / name, target / name, follow_symlinks=False)
@@ -72,3 +72,10 @@ def copy_repository(target: Path) -> Workspace:
     demo["rows"] = [row for row in rows if row["run"] in ROWS]
     demo_file.write_text("# a comment\n" + yaml.safe_dump(demo, sort_keys=False))
     return Workspace(target)
+
+
+def _without_git() -> list[str]:
+    """Files of a copy of the repository that has no history, without what installations and runs put there."""
+    made = {".git", ".venv", ".snakemake", "__pycache__", "results", ".site", ".whl"}
+    files = (path.relative_to(REPO) for path in REPO.rglob("*") if path.is_file() or path.is_symlink())
+    return [str(path) for path in files if not made & set(path.parts)]

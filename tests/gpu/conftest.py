@@ -1,0 +1,49 @@
+"""The device of these tests, from one place: DMD2_TEST_DEVICE is ``cuda`` (`make test-gpu`), ``cpu``, or not set.
+
+Not set, as in the ordinary suite, they run on a CUDA device that is pretended, which finds tensors of mixed devices;
+those that start processes or take times and memory are skipped.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretended import pretended_cuda
+
+KIND = os.environ.get("DMD2_TEST_DEVICE", "")
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device under test, or a pretended one."""
+    if KIND:
+        yield _real()
+    elif torch.cuda.is_available():
+        pytest.skip("there is a GPU here, none is pretended: make test-gpu")
+    else:
+        with pretended_cuda() as pretended:
+            yield pretended
+
+
+@pytest.fixture(scope="session")
+def real_device() -> torch.device:
+    """The device under test, for what cannot run on a pretended one."""
+    if not KIND:
+        pytest.skip("needs a GPU (make test-gpu) or the CPU in its place (make test-gpu DEVICE=cpu)")
+    return _real()
+
+
+def _real() -> torch.device:
+    if KIND == "cuda" and not torch.cuda.is_available():
+        pytest.fail("DMD2_TEST_DEVICE is cuda, but PyTorch sees no GPU here")
+    return torch.device(KIND, 0) if KIND == "cuda" else torch.device(KIND)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,77 @@
+"""The demo at reduced length on the device, through Snakemake to table and report, and `eval score` of image files."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from tests.workspace import ROWS, Workspace, copy_repository
+
+
+@pytest.fixture(scope="module")
+def demo(real_device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose demo ran on the device, with deterministic kernels."""
+    workspace = copy_repository(tmp_path_factory.mktemp("demo"))
+    file = workspace.path / "workflow/cluster/local.yaml"
+    cluster = yaml.safe_load(file.read_text())
+    for resources in cluster["jobs"].values():
+        resources["device"] = real_device.type
+    cluster["training"] = {**(cluster.get("training") or {}), "deterministic": True}
+    file.write_text(yaml.safe_dump(cluster))
+    result = workspace.snakemake("demo")
+    assert result.returncode == 0, result.stderr[-5000:]
+    return workspace
+
+
+def test_the_demo_ends_with_table_and_report(demo: Workspace, real_device: torch.device) -> None:
+    table = pd.read_csv(demo.path / "results/tables/demo.csv")
+    assert set(table[table.metric == "fd"]["run"]) == {*ROWS, "teacher-ode", "teacher-sde"}
+    assert (demo.path / "results/report.html").stat().st_size > 10_000
+    records = [json.loads(path.read_text()) for path in demo.path.glob("results/runs/digits/*/seed0/train.json")]
+    assert len(records) == len(ROWS)
+    for record in records:
+        assert (record["device"] == "cpu") == (real_device.type == "cpu") and record["deterministic"]
+
+
+def test_nothing_is_left_to_do(demo: Workspace) -> None:
+    assert demo.planned("demo") == {}
+
+
+def test_a_stopped_training_ends_with_the_same_weights(demo: Workspace) -> None:
+    """All of a run but its checkpoint of half way is taken away: what goes on from there is bit-equal."""
+    run = demo.path / "results/runs/digits/dmd2/seed0"
+    before = json.loads((run / "train.json").read_text())
+    kept = demo.path / "kept"
+    shutil.copytree(run, kept)
+    checkpoints = next(run.glob("checkpoints-*"))
+    for path in sorted(checkpoints.iterdir()):
+        if "0000020" in path.name or "0000015" in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert any("0000010" in path.name for path in checkpoints.iterdir())
+    for path in (run / "train.json", run / "finished.json"):
+        path.unlink(missing_ok=True)
+    result = demo.snakemake("results/runs/digits/dmd2/seed0/train.json")
+    assert result.returncode == 0, result.stderr[-5000:]
+    after = json.loads((run / "train.json").read_text())
+    assert after["files"][-1]["sha256"] == before["files"][-1]["sha256"]
+
+
+def test_image_files_are_scored(demo: Workspace, real_device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(demo.path / f"{name}.npy", rng.integers(0, 256, (80, 32, 32, 3), dtype=np.uint8))
+    found = {}
+    for device in {real_device.type, "cpu"}:
+        command = [sys.executable, "-m", "eval", "score", "a.npy", "b.npy", "--detector", "lite0-320@32"]
+        result = demo.run(*command, "--metrics", "fd,kid", "--device", device, "--json", f"{device}.json")
+        assert result.returncode == 0, result.stderr[-5000:]
+        found[device] = result.stdout
+        for cached in demo.path.glob("data/features/*"):
+            shutil.rmtree(cached) if cached.is_dir() else cached.unlink()
+    assert Path(demo.path / f"{real_device.type}.json").exists() and all("KID" in text for text in found.values())

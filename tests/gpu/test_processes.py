@@ -1,0 +1,34 @@
+"""Two processes on two GPUs, or on the CPU in their place, train the same weights and go on from a checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmd2.config import Teacher
+from dmd2.data import save_shard
+from dmd2.files import listing, write_json
+from dmd2.teachers import adopt_teacher
+from tests import tiny
+from tests.conftest import ROOT
+
+
+def test_two_processes_train_and_resume(real_device: torch.device, place: Path) -> None:
+    if real_device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(f"two processes need two GPUs, here is {torch.cuda.device_count()}")
+    tiny.network("edm", seed=5).save_pretrained(place / "unet", safe_serialization=True)
+    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), place)
+    save_shard(place / "set.safetensors", tiny.tensors("edm", 32))
+    write_json(place / "set.json", {"files": listing([place / "set.safetensors"], place)})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*command, "-m", "tests.two_processes"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = {(name, rank): load_file(f"{name}-{rank}.safetensors") for name in ("two", "stopped") for rank in (0, 1)}
+    for key, weight in found["two", 0].items():
+        assert torch.equal(weight, found["two", 1][key])
+        torch.testing.assert_close(weight, found["stopped", 0][key], rtol=1e-4, atol=1e-4)
