@@ -107,11 +107,14 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
 
 
 def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]:
-    """SD of the fixed-noise brightness over training; nothing for a released student, whose training is unknown."""
+    """SD of the fixed-noise brightness over training.
+
+    Nothing for a released student, whose training is unknown, and where fewer than two values were logged.
+    """
     if "released" in record:
         return {}
     log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
-    return {"brightness_std": float(np.std([line["probe/brightness"] for line in log]))}
+    return {"brightness_std": float(np.std([line["probe/brightness"] for line in log]))} if len(log) > 1 else {}
 
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:
