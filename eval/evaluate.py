@@ -112,7 +112,9 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
 
 
 def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]:
-    """SD of the fixed-noise brightness over training; nothing for a released student, whose training is unknown.
+    """SD of the fixed-noise brightness over training.
+
+    Nothing for a released student, whose training is unknown, and where fewer than two values were logged.
 
     Raises:
         UserError: the log is not that of the training in `record`.
@@ -123,7 +125,8 @@ def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]
     log = [line for line in read_json_lines(path) if line["step"] <= steps]
     if json.dumps(log[-1] if log else {}) != json.dumps(record.get("last", log[-1] if log else {})):
         raise UserError(f"{path} is of another training than train.json: one was begun since; finish it with Snakemake")
-    return {"brightness_std": float(np.std([x["probe/brightness"] for x in log if x["step"] >= SETTLED * steps]))}
+    settled = [line["probe/brightness"] for line in log if line["step"] >= SETTLED * steps]
+    return {"brightness_std": float(np.std(settled))} if len(settled) > 1 else {}
 
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:

@@ -79,7 +79,9 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
     ours, theirs = (found.features.astype(np.float64) for found in (made[device.type], made["cpu"]))
     assert apart(torch.from_numpy(ours), torch.from_numpy(theirs)) < TOLERANCE
     assert np.array_equal(made[device.type].pixels, made["cpu"].pixels)
-    reference = FrechetReference(moments(theirs[: COUNT // 2, :8]))  # of some columns: an SD needs more images than these
+    reference = FrechetReference(
+        moments(theirs[: COUNT // 2, :8])
+    )  # of some columns: an SD needs more images than these
     found = [reference.estimate(features[COUNT // 2 :, :8]) for features in (ours, theirs)]
     assert found[1].se is not None
     assert abs(found[0].value - found[1].value) < TOLERANCE * found[1].se
