@@ -155,6 +155,8 @@ class Artefact:
         contents = {path: known for path, (_, known) in record.get("origins", {}).items()} | record["inputs"]
         if other := [path for path, known in contents.items() if Path(path).exists() and content(path) != known]:
             return f"was made from another {other[-1]}"
+        if other := [path for path in self.inputs if _of_another_training(entry, Path(path))]:
+            return f"was made from another {other[0]}"
         for path, (config, _) in record.get("origins", {}).items():
             if not Path(path).exists() and config is not None and settings.get(path, config) != config:
                 return f"was made from a {path} of other settings"
@@ -170,6 +172,12 @@ class Artefact:
                  if Path(path).exists()}  # fmt: skip
         newest = max((found[path] for path in self.inputs if path in found), default=0)
         return {path: newest + 1_000_000 for path in self.outputs if path in found and found[path] <= newest}
+
+
+def _of_another_training(entry: Any, path: Path) -> bool:
+    """Whether metrics are of a training that was made anew since, though perhaps with equal weights."""
+    train = _document(path) if entry.get("kind") == "metrics" and path.name == "train.json" else None
+    return isinstance(train, dict) and train.get("key", entry.get("key")) != entry.get("key")
 
 
 def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | None:

@@ -161,6 +161,17 @@ def test_metrics_are_their_numbers_not_only_their_files(folder) -> None:
     assert content("m.json") != before
 
 
+def test_metrics_are_of_one_training_though_another_gave_equal_weights(folder) -> None:
+    run = {"kind": "run", "key": "a", "files": [{"sha256": "w"}]}
+    write_json(folder / "train.json", run)
+    with recorded(folder / "metrics.json", {}, ["train.json"]):
+        write_json(folder / "metrics.json", {"kind": "metrics", "key": "a"})
+    artefact = Artefact(["metrics.json"], {}, ["train.json"])
+    assert artefact.outdated() is None
+    write_json(folder / "train.json", {**run, "key": "b"})
+    assert artefact.outdated() == "was made from another train.json"
+
+
 def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
     with recorded(folder / "last.json", None, ["out.json"], beside=["last.md"]):
         write_json(folder / "last.json", {})
