@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import dmd2.trainer
+import dmd2.probe
 from dmd2 import checkpoint, distributed, files
 from dmd2.inputs import Inputs
 from dmd2.job import TrainingJob
@@ -34,7 +34,7 @@ def slowly(*args: object) -> None:
 
 
 sha256, files.sha256 = files.sha256, counted
-dmd2.trainer.PROBE_SEEDS = [0]
+dmd2.probe.SEEDS = [0]
 distributed.TIMEOUT = timedelta(seconds=TIMEOUT)
 Inputs.of = staticmethod(lambda run, cfg: two_processes.INPUTS)
 if hasattr(checkpoint, "verify_inputs"):

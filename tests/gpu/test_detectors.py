@@ -20,8 +20,7 @@ from eval.resize import NONE, Geometry
 from eval.small_clip import SmallTowers, train_clip
 from eval.taps import Tap, Taps
 from tests.eval.test_clip import write_model
-from tests.eval.test_networks import folder as inceptions  # noqa: F401
-from tests.eval.test_networks import noise
+from tests.eval.test_networks import folder, noise  # noqa: F401
 
 CPU, COUNT = torch.device("cpu"), 80
 TOLERANCE = 1e-3  # of the SD over images
@@ -55,22 +54,22 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_those_of_the_cpu(name: str, weights: Path, inceptions: Path, device: torch.device) -> None:  # noqa: F811
+def test_features_are_those_of_the_cpu(name: str, weights: Path, folder: Path, device: torch.device) -> None:  # noqa: F811
     if name.startswith("inception-2015") and not torch.cuda.is_available() and device.type == "cuda":
         pytest.skip("TorchScript modules keep their weights where no pretended device reaches: make test-gpu")
     images = noise(5 if name.startswith(("inception", "clip")) else COUNT, 32)
-    (ours, logits), (theirs, wanted) = (of(name, weights, inceptions, where)(images) for where in (device, CPU))
+    (ours, logits), (theirs, wanted) = (of(name, weights, folder, where)(images) for where in (device, CPU))
     assert apart(ours.cpu(), theirs) < TOLERANCE
     assert (logits is None) == (wanted is None)
     if wanted is not None:
         assert apart(logits.cpu(), wanted) < TOLERANCE
 
 
-def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device: torch.device) -> None:  # noqa: F811
+def test_distances_are_those_of_the_cpu(weights: Path, folder: Path, device: torch.device) -> None:  # noqa: F811
     """The whole path of an evaluation: taps of several networks and statistics, shards of features, FD."""
     made = {}
     for where in (CPU, device):
-        main, tower = (of(name, weights, inceptions, where) for name in ("digits-classifier", "colours-clip"))
+        main, tower = (of(name, weights, folder, where) for name in ("digits-classifier", "colours-clip"))
         others = {"clip": Tap(tower, NONE), "patch": Tap(main, Geometry("square-crop+lanczos-32"))}
         taps = Taps(main, NONE, others, ["saturation", "sharpness"])
         images = noise(COUNT, 32).to(where)
