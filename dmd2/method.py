@@ -20,7 +20,7 @@ START = f"{PACKAGE}.trainer"
 NO_PART = {
     "again", "captioned", "captions", "checkpoint", "cifar", "convert", "decode", "errors", "eval_config", "files",
     "hub_sets", "image_files", "inputs", "interrupts", "lmdb_sets", "made", "method", "parts", "progress", "readers",
-    "run", "sources", "tar_sets",
+    "run", "slurm_queue", "sources", "tar_sets",
 }  # fmt: skip
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}
 SETTINGS = ("Section", "TrainConfig")  # bases of sections of a configuration

@@ -103,6 +103,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
         "protocol": protocol.names, **captions,
         **stability, "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
+        "deterministic": record.get("deterministic", record["device"] == "cpu"),
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
         "train_code": record.get("code", []),
         "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),

@@ -46,6 +46,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
         "step": {s: chosen[s]["step"] for s in metrics}, "student_updates": first["student_updates"],
         "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": _all(m["device"] for m in metrics.values()),
+        "deterministic": all(m.get("deterministic", m["device"] == "cpu") for m in metrics.values()),
         "cost": {s: m["cost"] for s, m in metrics.items() if m["cost"]},
         "curves": {s: m["snapshots"] for s, m in metrics.items()},
         "times": {s: _times(m, logs[s]) for s, m in metrics.items() if s in logs},
