@@ -135,7 +135,7 @@ def test_flipped_sign_in_the_losses_is_told_and_retrained_when_asked_to(pulled: 
     old = json.loads((run / "train.json").read_text())
     pulled.edit("dmd2/losses.py", '"""``mean(softplus(-l_fake))``', '"""Another text')
     assert "other code" not in pulled.snakemake("-n", "demo").stderr
-    pulled.edit("dmd2/losses.py", "g = (fake - real) /", "g = (real - fake) /")
+    pulled.edit("dmd2/losses.py", "g = (fake - real) / normaliser", "g = (real - fake) / normaliser")
     assert pulled.planned("demo") == {}
     assert f"note: {TOLD}" in pulled.snakemake("-n", "demo").stderr
     retrain = pulled.snakemake("-n", "demo", "--config", "changed_code=retrain")
