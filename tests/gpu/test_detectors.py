@@ -20,8 +20,7 @@ from eval.resize import NONE, Geometry
 from eval.small_clip import SmallTowers, train_clip
 from eval.taps import Tap, Taps
 from tests.eval.test_clip import write_model
-from tests.eval.test_networks import folder as inceptions  # noqa: F401
-from tests.eval.test_networks import noise
+from tests.eval.test_networks import folder, noise  # noqa: F401
 
 CPU, COUNT = torch.device("cpu"), 80
 TOLERANCE = 1e-3  # of the SD over images
@@ -44,6 +43,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def inceptions(folder: Path) -> Path:  # noqa: F811
+    """Random weights of both Inceptions."""
+    return folder
+
+
 def of(name: str, weights: Path, inceptions: Path, device: torch.device) -> Detector:
     random = name.startswith("inception")
     return load_detector(name, inceptions if random else weights, device, random_weights=random)
@@ -55,7 +60,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_those_of_the_cpu(name: str, weights: Path, inceptions: Path, device: torch.device) -> None:  # noqa: F811
+def test_features_are_those_of_the_cpu(name: str, weights: Path, inceptions: Path, device: torch.device) -> None:
     if name.startswith("inception-2015") and not torch.cuda.is_available() and device.type == "cuda":
         pytest.skip("TorchScript modules keep their weights where no pretended device reaches: make test-gpu")
     images = noise(5 if name.startswith(("inception", "clip")) else COUNT, 32)
@@ -66,7 +71,7 @@ def test_features_are_those_of_the_cpu(name: str, weights: Path, inceptions: Pat
         assert apart(logits.cpu(), wanted) < TOLERANCE
 
 
-def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device: torch.device) -> None:  # noqa: F811
+def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device: torch.device) -> None:
     """The whole path of an evaluation: taps of several networks and statistics, shards of features, FD."""
     made = {}
     for where in (CPU, device):
@@ -79,7 +84,8 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
     ours, theirs = (found.features.astype(np.float64) for found in (made[device.type], made["cpu"]))
     assert apart(torch.from_numpy(ours), torch.from_numpy(theirs)) < TOLERANCE
     assert np.array_equal(made[device.type].pixels, made["cpu"].pixels)
-    reference = FrechetReference(moments(theirs[: COUNT // 2, :8]))  # of some columns: an SD needs more images than these
+    # Of some columns: an SD of all would need more images than these.
+    reference = FrechetReference(moments(theirs[: COUNT // 2, :8]))
     found = [reference.estimate(features[COUNT // 2 :, :8]) for features in (ours, theirs)]
     assert found[1].se is not None
     assert abs(found[0].value - found[1].value) < TOLERANCE * found[1].se
