@@ -16,6 +16,7 @@ from dmd2.errors import UserError, readable_errors
 from dmd2.files import digest_of, read_json
 from dmd2.inputs import TEACHERS
 from dmd2.interrupts import locked, single_writer
+from dmd2.made import sole_maker
 from dmd2.overview import chosen_runs
 from dmd2.run import RunId
 from dmd2.slurm_queue import submissions
@@ -52,7 +53,11 @@ def prunable(dry_run: bool = False) -> Iterator[Prunable]:
         except UserError as error:
             yield Prunable(run.folder, [], str(error))
     for manifest in sorted(TEACHERS.glob("*/manifest.json")):
-        yield Prunable(manifest.parent, _keyed(manifest.parent, set()))
+        try:
+            with nullcontext() if dry_run else sole_maker(manifest):
+                yield Prunable(manifest.parent, _keyed(manifest.parent, set()))
+        except UserError as error:
+            yield Prunable(manifest.parent, [], str(error))
 
 
 def _of_run(run: RunId, experiment: Experiment) -> Prunable:

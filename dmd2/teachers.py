@@ -64,12 +64,21 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
     """The teacher a manifest lists, verified, frozen, in eval mode.
 
     Raises:
-        UserError: a file is missing or does not match its checksum, or the network class is unknown.
+        UserError: a file is missing or does not match its checksum, the network's class is unknown, or the weights are
+            not those of its config.
     """
     entry = read_json(manifest)
     for file in entry["files"]:
         verified(manifest.parent, file)
-    network = NETWORKS[entry["class"]].from_pretrained(manifest.parent / entry["folder"], use_safetensors=True)
+    folder, kind = manifest.parent / entry["folder"], entry["class"]
+    if kind not in NETWORKS:
+        raise UserError(f"{manifest}: there is no network class {kind}: {' or '.join(NETWORKS)}")
+    try:
+        network, found = NETWORKS[kind].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: the weights do not fit config.json ({str(error).splitlines()[0]})") from None
+    if missing := found["missing_keys"]:  # diffusers would draw them
+        raise UserError(f"{folder}: the weights lack {len(missing)} tensors of config.json, such as {min(missing)}")
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the paper trains without dropout, whatever its teacher was trained with

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dmd2.build import build_models
 from dmd2.config import Teacher
@@ -92,6 +93,27 @@ def test_a_changed_teacher_file_is_named(kind, manifest, tmp_path):
     copy.write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not match the checksum"):
         load_teacher(copy, "edm")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda weights: weights.pop("conv_in.weight"),
+            "the weights lack 1 tensors of config.json, such as conv_in.weight",
+        ),
+        (lambda weights: weights.update({"conv_in.bias": torch.zeros(3)}), "the weights do not fit config.json"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, told):
+    tiny.network("edm", seed=1).save_pretrained(tmp_path / "unet", safe_serialization=True)
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+    made = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), tmp_path)
+    with pytest.raises(UserError, match=told):
+        load_teacher(made, "edm")
 
 
 def test_a_teacher_the_user_has_not_put_there_is_told(tmp_path):
