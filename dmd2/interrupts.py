@@ -74,7 +74,8 @@ def single_writer(
             file.truncate(0)
             holder = {"job": os.environ.get("SLURM_JOB_ID"), "host": socket.gethostname(), "pid": os.getpid()}
             os.write(file.fileno(), json.dumps(holder).encode())  # unbuffered, so that closing has nothing to write
-        for left in _left_behind(folder):
+        # An evaluation of a run has a lock of its own in the run's folder, where a training may be saving.
+        for left in _left_behind(folder) if name == LOCK or not (folder / LOCK).exists() else ():
             with suppress(OSError):
                 left.unlink()
         yield

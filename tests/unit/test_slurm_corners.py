@@ -26,6 +26,7 @@ from dmd2.files import read_json, write_json
 from dmd2.inputs import goal_of
 from dmd2.interrupts import single_writer
 from dmd2.job import TrainingJob
+from dmd2.made import sole_maker
 from dmd2.run import RunId
 from dmd2.slurm_queue import Queue, job_name
 from dmd2.wait import Watch, publish, wait
@@ -251,6 +252,15 @@ def test_temporary_files_of_killed_saves_are_deleted_by_the_next_writer():
         path.touch()
     with single_writer(RUN.folder):
         assert [path for path in left + kept if path.exists()] == kept
+
+
+def test_the_temporary_files_of_a_training_are_left_alone_by_an_evaluation_of_the_run():
+    saving = RUN.folder / "checkpoints-0123abcd/.00000010.pt.n1-12-ab.tmp"
+    with single_writer(RUN.folder):
+        saving.parent.mkdir()
+        saving.touch()
+        with sole_maker(RUN.folder / "metrics.json"):
+            assert saving.exists()
 
 
 # Cancelling.
