@@ -1,5 +1,6 @@
 """A small AutoencoderKL trained here, for sets whose latents no published autoencoder was made for."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dmd2.data_config import Autoencoder
+from dmd2.errors import UserError
 from dmd2.progress import Progress
 from dmd2.rng import Draws, stream
 
@@ -18,6 +20,9 @@ def train_autoencoder(spec: Autoencoder, images: Tensor, folder: Path, device: t
 
     L1 plus ``kl`` times the KL divergence per pixel; the rate falls to zero along a cosine. The scaling factor of its
     config makes latents of these images unit in standard deviation, as Stable Diffusion's does (Rombach et al. 2022).
+
+    Raises:
+        UserError: the training diverged.
     """
     train, started = spec.train, time.monotonic()
     with torch.random.fork_rng(devices=[]):
@@ -40,7 +45,10 @@ def train_autoencoder(spec: Autoencoder, images: Tensor, folder: Path, device: t
         optimiser.zero_grad(set_to_none=True)
         schedule.step()
         progress.update(it + 1, {"L1": error.detach()})
-    vae.register_to_config(scaling_factor=round(1 / _deviation(vae.eval(), images, device), 5))
+    deviation = _deviation(vae.eval(), images, device)
+    if not math.isfinite(deviation):
+        raise UserError(f"the autoencoder diverged, its latents deviate by {deviation}: lower autoencoder.train.lr")
+    vae.register_to_config(scaling_factor=round(1 / deviation, 5))
     vae.cpu().save_pretrained(folder, safe_serialization=True)
     return {
         "seconds": round(time.monotonic() - started, 1),

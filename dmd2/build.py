@@ -96,7 +96,7 @@ def _load_student(train_json: Path, student: Denoiser) -> None:
 
 def _load_critic(train_json: Path, critic: Denoiser) -> None:
     """The critic of the newest checkpoint, of which nothing else is read, into its place."""
-    checkpoints = Checkpoints(train_json.parent / f"checkpoints-{read_json(train_json)['key']}")
+    checkpoints = Checkpoints.of(train_json.parent, read_json(train_json)["key"])
     step = checkpoints.newest_good()
     if step is None:
         raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from dmd2 import distributed
+from dmd2.again import current_key
+from dmd2.config import TrainConfig
 from dmd2.errors import UserError
 from dmd2.files import atomic, listing, read_json, verified, write_json
+from dmd2.inputs import Inputs
 from dmd2.parts import Spans, cut, flat, nested, read_parts, write_part
+from dmd2.run import RunId
 
 READERS = 8  # files whose checksums are computed at a time
 
@@ -25,6 +29,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
+
+    @staticmethod
+    def of(run: Path, key: str) -> "Checkpoints":
+        """Those of the training `key` in the folder of a run."""
+        return Checkpoints(run / f"checkpoints-{key}")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` iterations; it counts only once its checksum lies beside it.
@@ -102,6 +111,29 @@ class Checkpoints:
         """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
         found = sorted(path for path in self.folder.glob("*.json") if path.stem.isdecimal())
         return found if step is None else [path for path in found if int(path.stem) <= step]
+
+
+def verify_inputs(run: RunId, cfg: TrainConfig, inputs: Inputs) -> None:
+    """Compare the checksum of every file that a training will read, the newest good checkpoint included.
+
+    Raises:
+        UserError: an input is missing or damaged.
+    """
+    files: list[tuple[Path, dict[str, Any]]] = []
+    for name, manifest in vars(inputs).items():
+        if manifest is None:
+            continue
+        entries = read_json(manifest)["files"]
+        if name == "init":
+            entries = entries[-1:]
+        elif name == "pipeline":  # its text encoders have done their work
+            entries = [entry for entry in entries if entry["path"].startswith(("vae", "null."))]
+        files += [(manifest.parent, entry) for entry in entries]
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda file: verified(*file), files))
+    if inputs.init is not None:
+        Checkpoints.of(inputs.init.parent, read_json(inputs.init)["key"]).newest_good()
+    Checkpoints.of(run.folder, current_key(run, inputs.key(cfg, run.seed))).newest_good(cfg.train.steps)
 
 
 def _plain(value: Any) -> bool:

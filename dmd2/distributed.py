@@ -4,8 +4,9 @@ Gradients are summed, not averaged, because each process weights its losses by i
 update is that of one process up to the order of the sum. Without a process group everything here is the identity.
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
@@ -16,9 +17,11 @@ import typer
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
+from dmd2.files import held, trust
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
 BUCKET = 1 << 24  # elements summed in one message
+TIMEOUT, PATIENCE = timedelta(minutes=30), timedelta(days=1)  # of a collective; of waiting for process 0 to verify
 
 
 def rank() -> int:
@@ -32,18 +35,52 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that the environment names (torchrun's variables); nothing to join when there is one."""
+def process_group(device: torch.device, verify: Callable[[], None] | None = None) -> Iterator[None]:
+    """Join the processes that the environment names (torchrun's variables); nothing to join when there is one.
+
+    Args:
+        device: of this process. verify: what process 0 does before collectives begin and can time out; meanwhile the
+            others wait, for a day if need be, and then trust the files that it verified (see `dmd2.files.held`).
+
+    Raises:
+        UserError: from `verify`, in process 0; the others are told that it ended.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    store, me, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if verify is not None:
+        verify_first(store, me, verify)
+    store.set_timeout(TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.PrefixStore("training", store)
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def verify_first(store: Any, me: int, verify: Callable[[], None]) -> None:
+    """Run `verify` in process 0 while the others wait on the store, then tell them which files it verified."""
+    if me == 0:
+        try:
+            verify()
+        except BaseException:
+            store.set("verified", "null")
+            raise
+        store.set("verified", json.dumps(held()))
+        return
+    try:
+        store.wait(["verified"], PATIENCE)
+        files = json.loads(store.get("verified"))
+    except RuntimeError:  # the store was process 0's
+        files = None
+    if files is None:
+        raise UserError("process 0 of this training ended before it began; its message says why")
+    trust(files)
 
 
 def part(total: int, parts: int, index: int) -> range:

@@ -1,5 +1,6 @@
 """How a run is measured, and the samplers of teachers."""
 
+from math import ceil
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -43,6 +44,12 @@ class Sampler(Section):
     def _consistent(self) -> Self:
         if self.solver == "heun" and self.steps < 2:
             raise ValueError("heun needs at least 2 steps: its grid runs from sigma_max to sigma_min")
+        if self.solver == "pndm" and self.steps < 2:
+            raise ValueError("pndm needs at least 2 steps: it visits its second time twice")
+        if self.solver != "heun" and self.steps > 999:
+            raise ValueError(f"{self.solver} takes at most 999 steps on a grid of 1000 levels")
+        if self.solver == "euler" and self.spacing == "trailing" and ceil(1000 / (1000 / self.steps)) != self.steps:
+            raise ValueError(f"diffusers rounds {self.steps} trailing steps to one more, beyond the grid: take another")
         if self.churn > 0 and self.solver != "heun":
             raise ValueError(f"churn belongs to heun, not {self.solver}")
         if self.eta > 0 and self.solver != "ddim":

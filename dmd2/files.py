@@ -113,8 +113,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Objects of a JSON-lines file, in order.
+
+    Raises:
+        UserError: the file is missing, or a line is not JSON.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the Snakemake target that makes it")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is not valid JSON ({error}): damaged or half-written") from None
+    return found
 
 
 def digest_of(value: Any) -> str:

@@ -96,18 +96,20 @@ class TrainingJob:
         import torch  # not above: a waiting launcher imports this module, and there may be hundreds
 
         from dmd2.arithmetic import deterministic_kernels, float32_products
+        from dmd2.checkpoint import verify_inputs
         from dmd2.distributed import local_device, process_group
         from dmd2.trainer import Hardware, Training
 
         torch.set_num_threads(self.threads)
         device = local_device(self.device, "train")
         patience = LOCK_PATIENCE if actions is not STOP else 0
+        inputs = Inputs.of(run, cfg)
         hardware = Hardware(
             str(device), self.threads, self.micro_batch, self.shard, self.checkpointing, self.deterministic
         )
         arithmetic = deterministic_kernels(self.deterministic), float32_products(cfg.train.precision)
-        with arithmetic[0], arithmetic[1], process_group(device):
-            Training(run, cfg, hardware, Inputs.of(run, cfg)).run(actions, patience)
+        with arithmetic[0], arithmetic[1], process_group(device, lambda: verify_inputs(run, cfg, inputs)):
+            Training(run, cfg, hardware, inputs).run(actions, patience)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ class Artefact:
         contents = {path: known for path, (_, known) in record.get("origins", {}).items()} | record["inputs"]
         if other := [path for path, known in contents.items() if Path(path).exists() and content(path) != known]:
             return f"was made from another {other[-1]}"
+        if other := [path for path in self.inputs if _of_another_training(entry, Path(path))]:
+            return f"was made from another {other[0]}"
         for path, (config, _) in record.get("origins", {}).items():
             if not Path(path).exists() and config is not None and settings.get(path, config) != config:
                 return f"was made from a {path} of other settings"
@@ -162,12 +164,20 @@ class Artefact:
         foreign = [path for path in beside if sha256(path)[:12] != record["beside"].get(str(path))]
         return f"was not made together with {foreign[0]}" if foreign else None
 
-    def touch(self) -> None:
-        """Make every output younger than every input: the content says that they belong together."""
-        newest = max((os.stat(path).st_mtime_ns for path in self.inputs if Path(path).exists()), default=0)
-        for path in self.outputs:
-            if Path(path).exists() and os.stat(path).st_mtime_ns <= newest:
-                os.utime(path, ns=(newest + 1_000_000, newest + 1_000_000))
+    def younger(self, times: Mapping[str, int]) -> dict[str, int]:
+        """Modification times (ns) that make every output younger than every input: the content says that they belong
+        together. `times` are those that other files are to get.
+        """
+        found = {path: times.get(path, os.stat(path).st_mtime_ns) for path in (*self.inputs, *self.outputs)
+                 if Path(path).exists()}  # fmt: skip
+        newest = max((found[path] for path in self.inputs if path in found), default=0)
+        return {path: newest + 1_000_000 for path in self.outputs if path in found and found[path] <= newest}
+
+
+def _of_another_training(entry: Any, path: Path) -> bool:
+    """Whether metrics are of a training that was made anew since, though perhaps with equal weights."""
+    train = _document(path) if entry.get("kind") == "metrics" and path.name == "train.json" else None
+    return isinstance(train, dict) and train.get("key", entry.get("key")) != entry.get("key")
 
 
 def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | None:
@@ -177,41 +187,46 @@ def _other_source(record: Any, listed: Callable[[str], str | None]) -> str | Non
     return f"was made from another listing of {other[0]}" if other else None
 
 
-def not_in_the_future(paths: Iterable[Path | str]) -> None:
-    """Date files of the future, from a clock that was ahead, now: Snakemake deletes outputs older than their inputs.
-
-    Raises:
-        UserError: it is somebody else's file.
-    """
-    now = time.time_ns()
-    for path in map(Path, paths):
-        if path.exists() and os.stat(path).st_mtime_ns > now:
-            try:
-                os.utime(path, ns=(now, now))
-            except OSError as error:
-                raise UserError(f"{path} is dated in the future and cannot be dated now ({error.strerror}): touch it"
-                                ) from None  # fmt: skip
-
-
 @dataclass
 class Outdated:
     """Every artefact that exists but is not what would be made now, by its first output, with the reason."""
 
     reasons: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)  # digests by path, of absent ones too
+    times: dict[str, int] = field(default_factory=dict)  # to be given to what is up to date, for `date`
 
     def review(self, artefacts: Iterable[Artefact]) -> None:
         """Compare artefacts with their records, inputs before what is made from them."""
         listed = cache(source_listing)  # the parts of a set have one source
         for artefact in artefacts:
             self.settings[artefact.outputs[0]] = digest_of(artefact.config)
-            not_in_the_future(artefact.inputs)
+            self.not_in_the_future(artefact.inputs)
             if not Path(artefact.outputs[0]).exists():
                 continue
             if reason := artefact.outdated(self.settings, listed):
                 self.reasons[artefact.outputs[0]] = reason
             else:
-                artefact.touch()
+                self.times |= artefact.younger(self.times)
+
+    def not_in_the_future(self, paths: Iterable[Path | str]) -> None:
+        """Files of the future, from a clock that was ahead, get the present time: Snakemake deletes outputs older than
+        their inputs.
+        """
+        now = time.time_ns()
+        found = [str(path) for path in paths if Path(path).exists()]
+        self.times |= {path: now for path in found if self.times.get(path, os.stat(path).st_mtime_ns) > now}
+
+    def date(self) -> None:
+        """Give the files their times, for a run; a dry run only tells Snakemake.
+
+        Raises:
+            UserError: one is somebody else's file.
+        """
+        for path, moment in self.times.items():
+            try:
+                os.utime(path, ns=(moment, moment))
+            except OSError as error:
+                raise UserError(f"{path} cannot be given another time ({error.strerror}): touch it") from None
 
     def told(self, most: int = 5) -> list[str]:
         """A line for each, up to `most`."""

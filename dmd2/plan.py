@@ -14,10 +14,12 @@ import typer
 
 from dmd2.ablations import load_base, load_experiment
 from dmd2.checkpoint import Checkpoints
+from dmd2.cluster import CLUSTERS, load_cluster
 from dmd2.config import Lora, RunConfig, TrainConfig, digest
 from dmd2.errors import UserError, readable_errors
 from dmd2.eval_config import Sampler
 from dmd2.files import read_json
+from dmd2.host import Host, condition_bytes, image_bytes, told
 from dmd2.inputs import REAL
 from dmd2.memory import WHOLE, Counted, Memory, Setup
 from dmd2.rates import PUBLISHED_IMAGES, Rate, given, rate_of
@@ -25,7 +27,7 @@ from dmd2.rates import PUBLISHED_IMAGES, Rate, given, rate_of
 GIB = 2.0**30  # bytes
 CARDS = (24.0, 40.0, 80.0)  # GiB
 RESERVE, FRAGMENTED = 2.0, 0.1  # GiB of CUDA's context, workspaces and NCCL; share of the rest that fragments
-FLOAT, LABEL = 4, 8  # bytes
+FLOAT = 4  # bytes
 FEATURES = {"inception": 2048, "dinov2-vitl14": 1024, "-classifier": 64}
 KEPT = Checkpoints(Path()).keep
 
@@ -65,13 +67,14 @@ class Disk:
 
     @staticmethod
     def of(cfg: RunConfig, counted: Counted) -> "Disk":
-        """As trainer, pairs and data write them: float32 weights, moments, noise and images; uint8 real images."""
+        """As trainer, pairs and data write them: in float32; real sets and text states as `dmd2.host` says."""
         pixels = cfg.data.channels * cfg.data.resolution**2
+        condition = condition_bytes(counted)
         kept = [name for name in ("student", "critic", "head", "EMA") if name in counted.parameters]
         weights = sum(counted.parameters[name] for name in kept)
-        pairs = cfg.regression.pairs.count * (2 * pixels * FLOAT + LABEL) if cfg.needs_pairs else 0
+        pairs = cfg.regression.pairs.count * (2 * pixels * FLOAT + condition) if cfg.needs_pairs else 0
         count = real_images(cfg)
-        real = None if count is None else count * (pixels + LABEL)
+        real = None if count is None else count * (image_bytes(cfg) + condition)
         features = snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT
         student = snapshots(cfg) * counted.parameters["student"] * FLOAT
         states = sum(tensor.nbytes for tensor in counted.states)
@@ -252,9 +255,8 @@ def main(
     micro_batch: Annotated[int, typer.Option(help="images of one forward pass; 0: as many as fit", min=0)] = 0,
     shard: Annotated[bool, typer.Option("--shard", help="split networks and optimisers over the GPUs")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute activations in backward")] = False,
-    lora: Annotated[
-        int, typer.Option(help="rank of a low-rank student instead of the base's; 0: as it says", min=0)
-    ] = 0,
+    lora: Annotated[int, typer.Option(help="rank of a low-rank student; 0: as the base says", min=0)] = 0,
+    cluster: Annotated[str | None, typer.Option(help="file in workflow/cluster; default: slurm if it is there")] = None,
     states: Annotated[Literal["fp32", "8bit"] | None, typer.Option(help="of AdamW, instead of the base's")] = None,
     seconds_per_iteration: Annotated[float, typer.Option(help="known rate on these GPUs; 0: look for one", min=0)] = 0,
 ) -> None:
@@ -277,8 +279,15 @@ def main(
         page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
         page.time(plan)
         page.disk(plan)
+        if cluster is not None or (CLUSTERS / "slurm.yaml").exists():
+            machine = load_cluster(cluster or "slurm")
+            share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))
+            peak = plan.memory.at(min(share, machine.training.micro_batch or share), accumulated=True)
+            page.console.print(told(Host.of(plan.counted, machine, peak), machine, cluster or "slurm"))
         if table is not None:
-            page.table(TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()]))
+            found = TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()])
+            if small := page.table(found, gpu_memory, micro_batch):
+                raise UserError(f"--gpu-memory {gpu_memory:g}: {', '.join(small)} of table {table} does not fit")
 
 
 if __name__ == "__main__":

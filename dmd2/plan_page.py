@@ -14,6 +14,7 @@ from dmd2.plan import (
     Disk,
     Plan,
     TablePlan,
+    available,
     binary,
     fit,
     real_images,
@@ -117,12 +118,15 @@ class Page:
             grid.add_row(f"{real_images(cfg):,} real images, shared", decimal(disk.real))
         self.console.print(grid)
 
-    def table(self, plan: TablePlan) -> None:
-        """All runs of a table, and their sum."""
+    def table(self, plan: TablePlan, card: float | None = None, micro_batch: int = 0) -> list[str]:
+        """All runs of a table, and their sum; returns those that GPUs of `card` GiB cannot train."""
         seeds, rate = plan.seeds, plan.rows[0].rate
         unit, many = rate.unit, self._processes(rate)
         self.console.print(f"\nTable {plan.name}: {len(plan.rows)} rows x {seeds} seed{'s' * (seeds > 1)}")
         grid = _grid("one run", "memory", "s/iteration", f"{unit} time", f"on {many}", "snapshots", "rate")
+        if card is not None:
+            grid.add_column(f"on {card:g} GiB")
+        small: list[str] = []
         for row in plan.rows:
             batch = row.cfg.optim.batch
             peak = row.counted.iteration(-(-batch // self.gpus)).peak
@@ -131,6 +135,7 @@ class Page:
             grid.add_row(
                 row.name, binary(peak), f"{seconds:.3g}", _hours(hours), _hours(hours / many),
                 decimal(written), row.rate.kind,
+                *([] if card is None else [self._fits(row, peak, card, micro_batch, small)]),
             )  # fmt: skip
         self.console.print(grid)
         work = plan.hours()
@@ -140,6 +145,17 @@ class Page:
         self.console.print(
             f"{_hours(total / many)} on {many}; {decimal(plan.bytes())} on disk, checkpoints not pruned."
         )
+        return small
+
+    def _fits(self, row: Plan, peak: int, card: float, micro_batch: int, small: list[str]) -> str:
+        """Whether a row fits, in which passes, as words; one that does not is added to `small`."""
+        if peak <= available(card) and not micro_batch:
+            return "fits"
+        how = fit(row.memory, card, row.cfg.optim.batch, self.gpus, micro_batch, self.setup.parts)[-1]
+        if "does not fit" in how:
+            small.append(row.name)
+            return "DOES NOT FIT"
+        return how.partition(":")[0]
 
     def _processes(self, rate: Rate) -> int:
         """A rate of CPUs says nothing of several GPUs."""

@@ -41,7 +41,7 @@ def publish_released(run: RunId, cfg: TrainConfig) -> Path:
     save_shard(snapshot, state)
     record = {
         "kind": "run", "run": str(run), "key": key,
-        "steps": cfg.train.steps, "student_updates": -(-cfg.train.steps // cfg.critic.ratio), "seconds": None,
+        "steps": cfg.train.steps, "student_updates": cfg.critic.student_updates(cfg.train.steps), "seconds": None,
         "device": "released", "commit": "released", "cost": {}, "released": {"path": str(source), "sha256": checksum},
         "imported_at": commit(), "config": cfg.model_dump(mode="json"), "last": {},
         "files": listing([snapshot], run.folder),

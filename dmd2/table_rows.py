@@ -85,7 +85,8 @@ def rows_of(name: str, rows: Mapping[str, Any], sources: Mapping[str, YamlFile])
     known: dict[str, Placed] = {}
     for row in placed:
         if row.row.run.startswith("teacher"):
-            raise UserError(f"{row.where()}: row {row.row.run}: names that begin with teacher are of its samplers")
+            told = "names that begin with teacher are those of the teacher's samplers"
+            raise UserError(f"{row.where()}: row {row.row.run}: {told}")
         if row.row.run in known:
             first = known[row.row.run].where()
             raise UserError(f"{row.where()}: row {row.row.run} appears twice in the table, the first time at {first}")

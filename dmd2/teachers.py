@@ -139,9 +139,9 @@ def train_teacher(
         decay = min(spec.ema, (1 + it) / (10 + it))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in denoiser.parameters()], 1 - decay)
         progress.update(it + 1, {"loss": loss.detach()})
+        if ((it + 1) % CHECKPOINT_EVERY == 0 or it + 1 == spec.steps) and not torch.isfinite(loss):
+            raise UserError(f"teacher {teacher.name}: the loss is {loss.item()} at step {it + 1}; lower train.lr")
         if (it + 1) % CHECKPOINT_EVERY == 0:
-            if not torch.isfinite(loss):
-                raise UserError(f"teacher {teacher.name}: the loss is {loss.item()} at step {it + 1}; lower train.lr")
             state = {"denoiser": denoiser.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
             checkpoints.save(it + 1, {**state, "step": it + 1})
     ema.network.save_pretrained(folder / "unet", safe_serialization=True)
@@ -173,18 +173,16 @@ def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> P
     Raises:
         UserError: neither is there, or the network is not what ``teacher.network`` says or is not of `data`.
     """
-    unet, extra = folder / "unet", {}
+    unet, extra = folder / "unet", dict[str, Any]()
     source = Path(teacher.source) if teacher.source else None
     if source is not None and (source / "config.json").exists():
         unet = source
-    elif not (unet / "config.json").exists():
-        if source is None or not source.exists():
+    else:
+        if source is not None:
+            extra = _convert(teacher.name, source, folder)
+        if not (unet / "config.json").exists():
             place = f", or {source.name} at {source}" if source else ""
             raise UserError(f"teacher {teacher.name}: put a diffusers UNet (config.json, safetensors) at {unet}{place}")
-        from dmd2.convert import convert  # reads formats that no other teacher needs
-
-        convert(source, unet)
-        extra = {"source": {"path": str(source), "sha256": sha256(source)}}
     config = read_json(unet / "config.json")
     for key, wanted in teacher.settings().get("network", {}).items():
         if config.get(key, wanted) != wanted:
@@ -193,6 +191,25 @@ def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> P
     for _, told in network_problems(config, data, guided) if data is not None else ():
         raise UserError(f"teacher {teacher.name}: {unet}: {told}")
     return _manifest(folder, os.path.relpath(unet, folder), extra)
+
+
+def _convert(name: str, source: Path, folder: Path) -> dict[str, Any]:
+    """Convert `source` to ``folder/unet`` unless that is the user's or of this very file; returns what it is of."""
+    unet, note = folder / "unet", folder / "converted.json"
+    there = (unet / "config.json").exists()
+    known = read_json(note) if there and note.exists() else {}
+    if not source.exists():
+        if known.get("path", str(source)) != str(source):
+            raise UserError(
+                f"teacher {name}: {unet} was converted from {known['path']}, teacher.source says {source}: put it there"
+            )
+    elif not there or (known and known["sha256"] != sha256(source)):
+        from dmd2.convert import convert  # reads formats that no other teacher needs
+
+        convert(source, unet)
+        known = {"path": str(source), "sha256": sha256(source)}
+        write_json(note, known)
+    return {"source": known} if known else {}
 
 
 def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:

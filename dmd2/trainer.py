@@ -28,9 +28,10 @@ from dmd2.lora import snapshot_state
 from dmd2.method import modules_of
 from dmd2.optimiser import Optimiser
 from dmd2.parts import Spans
+from dmd2.probe import probe_images
 from dmd2.progress import Progress
 from dmd2.run import RunId, commit
-from dmd2.sample import student_sample, to_images
+from dmd2.sample import to_images
 from dmd2.shard import (
     equal_passes,
     gathered,
@@ -45,8 +46,6 @@ from dmd2.shard import (
 )
 from dmd2.step import Logs, brightness, train_step
 
-PROBE_SEEDS = list(range(100))  # fixed-noise samples whose brightness is followed during training
-LATENT_PROBES = 16  # of them where each must be decoded
 SHOWN = ("critic/denoise", "critic/gan", "probe/brightness")  # in the progress line; L_DM is no objective
 
 
@@ -82,7 +81,7 @@ class Training:
                 f"{cfg.optim.batch}: change it"
             )
         self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
-        self.checkpoints = Checkpoints(self.folder / f"checkpoints-{self.key}")
+        self.checkpoints = Checkpoints.of(self.folder, self.key)
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
         self.ema: Denoiser | None = None
@@ -198,17 +197,8 @@ class Training:
                 )
 
     def probe(self) -> Tensor:
-        """Images of the student from fixed noise; a text run takes the first prompts that it is trained on."""
-        prompts, size, images = self.batches.prompts or self.batches.real, self.batches.micro_batch, []
-        chosen = PROBE_SEEDS[:LATENT_PROBES] if self.cfg.data.latents else PROBE_SEEDS
-        for start in range(0, len(chosen), size):  # no more at once than training has
-            seeds, cond = chosen[start : start + size], None
-            if self.cfg.data.text is not None:
-                assert prompts is not None
-                cond = prompts.condition(torch.tensor(seeds) % len(prompts), self.device)
-            with torch.no_grad():
-                images.append(self.to_images(student_sample(self.student, self.cfg, seeds, self.device, cond=cond)))
-        return torch.cat(images)
+        """Images of the student from fixed noise."""
+        return probe_images(self.student, self.cfg, self.batches, self.to_images)
 
     @property
     def student(self) -> Denoiser:
@@ -233,8 +223,7 @@ class Training:
         """Write the student as it is now; of a sharded one all processes must take part."""
         state = gathered(self.student.network.state_dict())
         if self.leads:
-            state = snapshot_state(self.student.network, state)
-            save_shard(self.snapshots / f"{self.step:07d}.safetensors", state)
+            save_shard(self.snapshots / f"{self.step:07d}.safetensors", snapshot_state(self.student.network, state))
 
     @property
     def trained(self) -> dict[str, torch.nn.Module]:

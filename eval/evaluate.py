@@ -19,7 +19,7 @@ from dmd2.config import RunConfig, Sampler
 from dmd2.data import load_shard
 from dmd2.denoisers import SAMPLING, Denoiser
 from dmd2.distributed import Device, local_device
-from dmd2.errors import readable_errors
+from dmd2.errors import UserError, readable_errors
 from dmd2.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.inputs import measured_with
 from dmd2.lora import split
@@ -48,7 +48,7 @@ class Students:
     cfg: RunConfig
     device: torch.device
     network: Denoiser
-    files: list[dict[str, Any]]
+    record: dict[str, Any]
     images: Callable[[Tensor], Tensor]
     prompts: EvalPrompts | None
 
@@ -65,8 +65,8 @@ class Students:
             network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision]).eval().to(device)
         else:
             network = teacher_of(cfg, device)  # same network, other weights
-        files = read_json(run.folder / "train.json")["files"]
-        return Students(run, cfg, device, network, files, to_images(cfg, device), EvalPrompts.of(cfg))
+        record = read_json(run.folder / "train.json")
+        return Students(run, cfg, device, network, record, to_images(cfg, device), EvalPrompts.of(cfg))
 
     def sample(self, seeds: list[int]) -> Tensor:
         """Images of the snapshot that was loaded last."""
@@ -77,7 +77,7 @@ class Students:
     def loaded(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
         generator = self.cfg.generator.model_dump(mode="json")
-        for entry in self.files:
+        for entry in self.record["files"]:
             plain, _ = split(load_shard(verified(self.run.folder, entry)))  # low-rank factors are merged in it
             self.network.network.load_state_dict(plain)
             yield int(Path(entry["path"]).stem), {"weights": entry["sha256"], "generator": generator}
@@ -85,12 +85,13 @@ class Students:
 
 def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) -> None:
     """Write metrics of every snapshot of a finished run, its brightness stability and its fixed-noise grid."""
-    record = read_json(run.folder / "train.json")
     protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
+    record = students.record
+    stability = brightness_stability(run, record)
     scratch = out.with_name(SCRATCH)
     snapshots: list[dict[str, Any]] = []
     found: dict[int, Measured] = {}
-    progress = Progress(f"evaluate {run}", len(students.files))
+    progress = Progress(f"evaluate {run}", len(record["files"]))
     started = time.monotonic()
     for step, identity in students.loaded():
         found[step] = measured = protocol.measure(students.sample, identity, scratch)
@@ -100,7 +101,7 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
     write_json(out, {
         "kind": "metrics", "run": str(run), "key": record["key"], "row": run.name, "seed": run.seed,
         "protocol": protocol.names, **captions,
-        **brightness_stability(run, record), "snapshots": snapshots,
+        **stability, "snapshots": snapshots,
         "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
         "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
         "train_code": record.get("code", []),
@@ -111,11 +112,21 @@ def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) ->
 
 
 def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]:
-    """SD of the fixed-noise brightness over training; nothing for a released student, whose training is unknown."""
+    """SD of the fixed-noise brightness over training.
+
+    Nothing for a released student, whose training is unknown, and where fewer than two values were logged.
+
+    Raises:
+        UserError: the log is not that of the training in `record`.
+    """
     if "released" in record:
         return {}
-    log = [line for line in read_json_lines(run.folder / "log.jsonl") if line["step"] >= SETTLED * record["steps"]]
-    return {"brightness_std": float(np.std([line["probe/brightness"] for line in log]))}
+    path, steps = run.folder / "log.jsonl", record["steps"]
+    log = [line for line in read_json_lines(path) if line["step"] <= steps]
+    if json.dumps(log[-1] if log else {}) != json.dumps(record.get("last", log[-1] if log else {})):
+        raise UserError(f"{path} is of another training than train.json: one was begun since; finish it with Snakemake")
+    settled = [line["probe/brightness"] for line in log if line["step"] >= SETTLED * steps]
+    return {"brightness_std": float(np.std(settled))} if len(settled) > 1 else {}
 
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fcntl import LOCK_EX, flock
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,10 +156,18 @@ def extract(
             parts.append(_embed(images, indices, detector))
             done += len(indices)
             progress.update(done, {})
-        path, note = _paths(folder, block)
-        save_shard(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        write_json(note, {"batch": batch, "torch": torch.__version__, "files": listing([path], folder)})
+        _publish(folder, block, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, batch)
     return folder
+
+
+def _publish(folder: Path, block: range, tensors: dict[str, Tensor], batch: int) -> None:
+    """Write a shard and its note, unless another process did so since: theirs may differ in rounding."""
+    path, note = _paths(folder, block)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        flock(lock, LOCK_EX)
+        if not (path.exists() and note.exists()):
+            save_shard(path, tensors)
+            write_json(note, {"batch": batch, "torch": torch.__version__, "files": listing([path], folder)})
 
 
 def collect(batches: Iterable[Tensor], detector: Detector, count: int, source: str) -> FeatureSet:

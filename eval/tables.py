@@ -39,7 +39,8 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
     first = next(iter(metrics.values()))
     logs: dict[int, list[dict[str, Any]]] = {}
     if experiment.runs[table.base, run].train.released is None:
-        values["brightness_std"] = {s: m["brightness_std"] for s, m in metrics.items()}
+        if steadiness := {s: m["brightness_std"] for s, m in metrics.items() if "brightness_std" in m}:
+            values["brightness_std"] = steadiness
         logs = {s: read_json_lines(RunId(table.base, run, s).folder / "log.jsonl") for s in metrics}
     return {
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
@@ -84,8 +85,10 @@ def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
     """Seconds trained until every snapshot: as logged, for a run may have gone on elsewhere, at another speed."""
     steps = [snapshot["step"] for snapshot in metrics["snapshots"]]
     known = [(line["step"], line["seconds"]) for line in log if "seconds" in line]
-    known = [(0, 0.0), *known] if known else [(0, 0.0), (steps[-1], metrics["seconds"])]
-    return [float(seconds) for seconds in np.interp(steps, *zip(*known, strict=True))]
+    if not known or known[-1][0] < steps[-1]:  # no times, or the log of a training that goes on
+        known = [(steps[-1], metrics["seconds"])]
+    at, seconds = zip((0, 0.0), *known, strict=True)
+    return [float(value) for value in np.interp(steps, at, seconds)]
 
 
 def _all(texts: Iterable[str]) -> str:
@@ -171,12 +174,10 @@ def _warnings(table: Table, rows: list[Row]) -> list[str]:
         warnings.append(f"rows were trained at different commits: {', '.join(sorted(commits))}")
     if any(c.endswith("+") or c == "unknown" for c in commits):
         warnings.append("some rows were trained from files that differ from their commit (marked +)")
-    devices = sorted({row["device"] for row in rows if row["kind"] == "student"})
+    devices = sorted({device for row in rows if row["kind"] == "student" for device in row["device"].split(", ")})
     if (timed := [claim for claim in table.claims if CLAIMS[claim].timed]) and len(devices) > 1:
-        claims, machines = ", ".join(timed), "; ".join(devices)
-        warnings.append(
-            f"{claims} compare rows at equal training time, but they trained on different devices: {machines}"
-        )
+        machines = f"trained on different devices ({', '.join(devices)})"
+        warnings.append(f"{', '.join(timed)}: rows are compared at equal training time but {machines}")
     if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:
         warnings.append("rows were measured with different protocols and must not be compared")
     return warnings

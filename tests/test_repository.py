@@ -42,10 +42,11 @@ def test_exported_schema_is_current(name: str, model: type) -> None:
 
 
 def _commands() -> list[str]:
-    return [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+    whole = re.sub(r"```yaml\n.*?```console\n.*?```", "", README, flags=re.S)  # a file and what is then asked for
+    return [line for block in re.findall(r"```console\n(.*?)```", whole, re.S) for line in block.splitlines() if line]
 
 
-# tests/slurm/test_dag.py runs those of dmd2.launch, tests/eval/test_readme_commands.py those of eval, the rest runs in
+# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py runs those of dmd2.launch, tests/eval/test_readme_commands.py those of eval, the rest runs in
 # tests/workflow/test_readme.py.
 @pytest.mark.parametrize("command", [c for c in _commands() if not re.search(r"python -m (dmd2|eval)|^dvc", c)])
 def test_readme_command_plans(command: str) -> None:

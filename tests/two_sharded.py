@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import dmd2.probe
 import dmd2.trainer
 from dmd2 import checkpoint, distributed
 from dmd2.errors import UserError
@@ -121,6 +122,6 @@ def second() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dmd2.trainer.PROBE_SEEDS = PROBES
+    dmd2.probe.SEEDS = PROBES
     with distributed.process_group(torch.device("cpu")):
         {"first": first, "second": second}[sys.argv[1]]()

@@ -1,5 +1,6 @@
 """Runs on text are evaluated from files: a real pipeline decodes, its prompts condition, captions stand in metrics.json."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dmd2.condition import Condition
 from dmd2.config import RunConfig
 from dmd2.data import TensorSet, save_shard
 from dmd2.encode import encode_prompts
+from dmd2.errors import UserError
 from dmd2.files import listing, read_json, write_json, write_text
 from dmd2.inputs import eval_prompts, measured_with, pipeline_manifest
 from dmd2.lora import IN_SNAPSHOT
@@ -25,6 +27,7 @@ from dmd2.run import RunId
 from dmd2.sample import student_sample
 from dmd2.teachers import adopt_teacher
 from eval import evaluate
+from eval.claims import SETTLED
 from eval.detectors import load_detector, record_network
 from eval.images import open_images
 from eval.reference import Engine, save_moments
@@ -145,6 +148,16 @@ def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -
     drawn = student_sample(students.network, cfg, [4], CPU, cond=other)
     assert not torch.allclose(students.images(drawn), students.sample([4]), atol=1e-3)
     assert evaluated(run.folder / "metrics.json")["snapshots"][0]["step"] == 20
+
+
+def test_stability_is_that_of_the_training_that_train_json_records(place: Path) -> None:
+    run, values = RunId("tiny", "log", 0), [0.1, 0.2, 0.3, 0.4, 9.0]
+    lines = [{"step": step, "probe/brightness": value} for step, value in enumerate(values, start=1)]
+    write_text(run.folder / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))  # a longer one goes on
+    found = evaluate.brightness_stability(run, {"steps": 4, "last": lines[3]})
+    assert found == {"brightness_std": pytest.approx(np.std([v for v in values[:4] if v * 10 >= SETTLED * 4]))}
+    with pytest.raises(UserError, match=r"log\.jsonl is of another training than train\.json"):
+        evaluate.brightness_stability(run, {"steps": 4, "last": {"step": 4, "probe/brightness": 0.5}})
 
 
 def test_an_image_depends_on_the_caption_of_its_seed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,29 @@ def test_moments_depend_neither_on_the_batch_nor_on_the_number_of_shards(tmp_pat
         assert stats.count == COUNT
         np.testing.assert_allclose(stats.mean, expected.mean, rtol=0, atol=1e-10)
         np.testing.assert_allclose(stats.covariance, expected.covariance, rtol=0, atol=1e-10)
+
+
+def test_two_processes_that_fill_the_same_shard_leave_a_whole_one(tmp_path, monkeypatch) -> None:
+    """Their features may differ in rounding, on two kinds of GPU: the note must be that of the file beside it."""
+
+    class Rounded(Quadrants):
+        def __call__(self, images):
+            return tuple(x + 1e-6 * (x.abs() + 1) for x in super().__call__(images))
+
+    source, original = Sampled("images", 50, draw), features.listing
+    other = threading.Thread(target=lambda: extract(source, Rounded(), tmp_path))
+
+    def listing(paths, folder):
+        found = original(paths, folder)
+        if threading.current_thread() is not other and not other.ident:
+            other.start()
+            other.join(timeout=1)  # between the checksum and the note of this one
+        return found
+
+    monkeypatch.setattr(features, "listing", listing)
+    folder = extract(source, Quadrants(), tmp_path)
+    other.join()
+    assert len(join(folder, 50)) == 50
 
 
 def test_moments_in_pieces_keep_their_digits_at_a_large_offset(tmp_path) -> None:

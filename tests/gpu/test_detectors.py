@@ -43,12 +43,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def inceptions(folder: Path) -> Path:  # noqa: F811
-    """Random weights of both Inceptions."""
-    return folder
-
-
 def of(name: str, weights: Path, inceptions: Path, device: torch.device) -> Detector:
     random = name.startswith("inception")
     return load_detector(name, inceptions if random else weights, device, random_weights=random)
@@ -60,22 +54,22 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_those_of_the_cpu(name: str, weights: Path, inceptions: Path, device: torch.device) -> None:
+def test_features_are_those_of_the_cpu(name: str, weights: Path, folder: Path, device: torch.device) -> None:  # noqa: F811
     if name.startswith("inception-2015") and not torch.cuda.is_available() and device.type == "cuda":
         pytest.skip("TorchScript modules keep their weights where no pretended device reaches: make test-gpu")
     images = noise(5 if name.startswith(("inception", "clip")) else COUNT, 32)
-    (ours, logits), (theirs, wanted) = (of(name, weights, inceptions, where)(images) for where in (device, CPU))
+    (ours, logits), (theirs, wanted) = (of(name, weights, folder, where)(images) for where in (device, CPU))
     assert apart(ours.cpu(), theirs) < TOLERANCE
     assert (logits is None) == (wanted is None)
     if wanted is not None:
         assert apart(logits.cpu(), wanted) < TOLERANCE
 
 
-def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device: torch.device) -> None:
+def test_distances_are_those_of_the_cpu(weights: Path, folder: Path, device: torch.device) -> None:  # noqa: F811
     """The whole path of an evaluation: taps of several networks and statistics, shards of features, FD."""
     made = {}
     for where in (CPU, device):
-        main, tower = (of(name, weights, inceptions, where) for name in ("digits-classifier", "colours-clip"))
+        main, tower = (of(name, weights, folder, where) for name in ("digits-classifier", "colours-clip"))
         others = {"clip": Tap(tower, NONE), "patch": Tap(main, Geometry("square-crop+lanczos-32"))}
         taps = Taps(main, NONE, others, ["saturation", "sharpness"])
         images = noise(COUNT, 32).to(where)
@@ -84,8 +78,9 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
     ours, theirs = (found.features.astype(np.float64) for found in (made[device.type], made["cpu"]))
     assert apart(torch.from_numpy(ours), torch.from_numpy(theirs)) < TOLERANCE
     assert np.array_equal(made[device.type].pixels, made["cpu"].pixels)
-    # Of some columns: an SD of all would need more images than these.
-    reference = FrechetReference(moments(theirs[: COUNT // 2, :8]))
+    reference = FrechetReference(
+        moments(theirs[: COUNT // 2, :8])
+    )  # of some columns: an SD needs more images than these
     found = [reference.estimate(features[COUNT // 2 :, :8]) for features in (ours, theirs)]
     assert found[1].se is not None
     assert abs(found[0].value - found[1].value) < TOLERANCE * found[1].se

@@ -100,7 +100,7 @@ def test_a_teacher_is_trained_and_resumed(form: str, device: torch.device, place
 
 
 def test_an_exported_script_samples_on_the_device(device: torch.device, place: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dmd2.trainer.PROBE_SEEDS", SEEDS)
+    monkeypatch.setattr("dmd2.probe.SEEDS", SEEDS)
     export(find_snapshot(trained("edm", steps=4)), Path("out"))
     for where in (CPU, device):
         arguments = ["--seeds", *map(str, SEEDS), "--device", str(where), "--out", f"{where.type}.safetensors"]

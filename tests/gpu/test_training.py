@@ -39,7 +39,7 @@ def trained(name: str, cfg: RunConfig, inputs: Inputs, hardware: Hardware) -> di
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few probes; and a pretended GPU has no name."""
-    monkeypatch.setattr("dmd2.trainer.PROBE_SEEDS", list(range(4)))
+    monkeypatch.setattr("dmd2.probe.SEEDS", list(range(4)))
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
 

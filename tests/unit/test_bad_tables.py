@@ -191,7 +191,7 @@ def test_a_choice_or_claim_by_a_metric_without_a_better_direction_is_named(folde
 
 def test_higher_is_better_and_parts_of_a_metric_may_stand_in_a_table(folder):  # noqa: F811
     values = tiny.values("edm")
-    values["eval"]["metrics"] = ["fd", "accuracy", "prdc"]
+    values["eval"] |= {"metrics": ["fd", "accuracy", "prdc"], "detector": "tiny-classifier"}
     folder.base("tiny", values)
     folder.table("one", metrics=["accuracy", "fd"], select="best", claims=["C7"])
     folder.table("two", metrics=["recall"], select="best", claims=["C2"])

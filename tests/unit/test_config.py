@@ -176,7 +176,8 @@ def test_refuses_a_missing_section(section):
 
 @pytest.mark.parametrize("options", [
     {"solver": "ddim", "churn": 1.0}, {"solver": "heun", "eta": 0.5}, {"solver": "dpm"}, {"solver": "heun", "steps": 0},
-    {"solver": "ddpm", "eta": 0.5}, {"solver": "pndm", "spacing": "leading"},
+    {"solver": "ddpm", "eta": 0.5}, {"solver": "pndm", "spacing": "leading"}, {"solver": "pndm", "steps": 1},
+    {"solver": "ddim", "steps": 1000}, {"solver": "euler", "steps": 61},
 ])  # fmt: skip
 def test_sampler_refuses(options):
     with pytest.raises(ValidationError):

@@ -161,6 +161,17 @@ def test_metrics_are_their_numbers_not_only_their_files(folder) -> None:
     assert content("m.json") != before
 
 
+def test_metrics_are_of_one_training_though_another_gave_equal_weights(folder) -> None:
+    run = {"kind": "run", "key": "a", "files": [{"sha256": "w"}]}
+    write_json(folder / "train.json", run)
+    with recorded(folder / "metrics.json", {}, ["train.json"]):
+        write_json(folder / "metrics.json", {"kind": "metrics", "key": "a"})
+    artefact = Artefact(["metrics.json"], {}, ["train.json"])
+    assert artefact.outdated() is None
+    write_json(folder / "train.json", {**run, "key": "b"})
+    assert artefact.outdated() == "was made from another train.json"
+
+
 def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
     with recorded(folder / "last.json", None, ["out.json"], beside=["last.md"]):
         write_json(folder / "last.json", {})
@@ -169,6 +180,8 @@ def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> 
         os.utime(folder / name, (moment, moment))
     found = Outdated()
     found.review([out(), Artefact(["last.json", "last.md"], None, ["out.json"])])
+    assert os.stat("out.json").st_mtime == 200  # a dry run ends here
+    found.date()
     times = [os.stat(name).st_mtime_ns for name in ("in.json", "out.json", "last.json")]
     assert found.reasons == {} and times == sorted(set(times))
     assert os.stat("last.md").st_mtime_ns > times[1]
@@ -181,6 +194,7 @@ def test_clock_that_was_ahead_dates_nothing_into_the_future(folder) -> None:
     os.utime("in.json", (future, future))
     found = Outdated()
     found.review([out(), Artefact(["absent.json"], {}, ["in.json"])])
+    found.date()
     assert found.reasons == {} and os.stat("in.json").st_mtime < os.stat("out.json").st_mtime < time.time() + 1
 
 

@@ -65,6 +65,11 @@ def test_a_released_student_is_a_run_without_a_training(place):
     assert "teacher" not in measured_with(cfg) and not cfg.needs_real
 
 
+def test_student_updates_follow_the_turns_of_its_training(place):
+    release(edm.random_state(SPEC))
+    assert publish(config(critic__ratio=6, critic__shares_iteration=False))["student_updates"] == 20 // 6
+
+
 def test_it_makes_the_images_of_edms_network(place):
     state = edm.random_state(SPEC)
     release(state)
@@ -116,6 +121,18 @@ def test_a_teacher_is_converted_from_its_source(place):
     assert (entry["class"], entry["source"]["sha256"]) == ("UNet2DModel", sha256(place / "net.pkl"))
     (place / "net.pkl").unlink()  # what is converted is not converted again
     assert read_json(adopt_teacher(teacher(network=NETWORK), place / "t"))["files"] == entry["files"]
+
+
+def test_another_source_is_converted_again(place):
+    edm.write(place / "net.pkl", SPEC, edm.random_state(SPEC))
+    first = read_json(adopt_teacher(teacher(), place / "t"))
+    edm.write(place / "net.pkl", SPEC, edm.random_state(SPEC, seed=1))
+    second = read_json(adopt_teacher(teacher(), place / "t"))
+    assert second["source"]["sha256"] == sha256(place / "net.pkl") != first["source"]["sha256"]
+    assert second["files"] != first["files"]
+    elsewhere = Teacher(name="t", parameterisation="edm", guidance=1.0, source="other.pkl")
+    with pytest.raises(UserError, match=r"t/unet was converted from net\.pkl, teacher\.source says other\.pkl"):
+        adopt_teacher(elsewhere, place / "t")
 
 
 def test_a_teacher_of_another_architecture_is_told(place):

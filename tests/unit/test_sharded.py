@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import dmd2.trainer
+import dmd2.probe
 from dmd2.config import Teacher
 from dmd2.data import save_shard
 from dmd2.errors import UserError
@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
     write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(dmd2.trainer, "PROBE_SEEDS", two_sharded.PROBES)
+        patch.setattr(dmd2.probe, "SEEDS", two_sharded.PROBES)
         save_shard(folder / "before.safetensors", two_sharded.trained(two_sharded.training("one", ALONE)))
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
         messages, code = two(folder, "first")

@@ -5,7 +5,7 @@ import pytest
 from tests import tiny
 from tests.unit.test_ablations import Folder, folder, line_of  # noqa: F401
 
-TRAINING = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 0, "ema": 0.9, "p_mean": -1.1}
+TRAINING = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 0, "ema": 0.9, "p_mean": -1.1, "label_dropout": 0.1}
 NETWORK = {key: list(value) if isinstance(value, tuple) else value for key, value in tiny.KINDS["edm"][2].items()}
 
 

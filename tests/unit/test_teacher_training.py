@@ -76,6 +76,14 @@ def null(value: float) -> None:
     made(manifest.parent, {"text": torch.full((1, tiny.TOKENS, tiny.TEXT_WIDTH), value)})
 
 
+def test_a_teacher_that_diverged_at_the_end_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmd2.teachers, "CHECKPOINT_EVERY", 100)
+    rows = tiny.tensors("edm", 16)
+    with pytest.raises(SystemExit, match="the loss is nan at step 2; lower train.lr"):
+        trained("edm", "a", {**rows, "images": rows["images"] * float("nan")})
+    assert not Path("a/manifest.json").exists()
+
+
 def test_a_training_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, steps = tiny.tensors("edm", 16), list[int]()
     original = dmd2.teachers._denoising_step

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from diffusers import EulerDiscreteScheduler
+from pydantic import ValidationError
 
 from dmd2.config import Sampler
 from dmd2.samplers import vp_solver
@@ -66,6 +68,21 @@ def test_euler_visits_trailing_times():
     denoiser = MixtureEps()
     ours("euler", 50, denoiser)
     assert denoiser.times == list(range(999, 0, -20))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_every_number_of_steps_that_is_allowed_has_as_many_times_of_the_grid(spacing):
+    """For some numbers diffusers' trailing times have one more, -1, by rounding."""
+    refused, scheduler = [], EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1)
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps
+        try:
+            Sampler(solver="euler", steps=steps, spacing=spacing)
+            assert len(times) == steps and times.min() >= 0 and times.max() <= 999
+        except ValidationError:
+            refused.append(steps)
+    assert len(refused) == {"leading": 1, "trailing": 63}[spacing]
 
 
 def test_each_solver_starts_from_unit_noise_at_its_first_time():

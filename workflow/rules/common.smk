@@ -6,16 +6,52 @@ from pathlib import Path
 
 import yaml
 
-from dmd2.files import write_text
+from dmd2.files import digest_of, read_json
 from dmd2.inputs import (
     Inputs, measured_with, pair_inputs, pipeline_manifest, pipeline_settings, prompt_set, prompt_settings,
 )
 from dmd2.run import RunId
 
-CONFIGS = list(RUNS.values())
+CONFIGS = [*EXPERIMENT.bases.values(), *RUNS.values()]
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
-TEACHERS = {cfg.teacher.name: cfg for cfg in CONFIGS}
-PAIR_SETS = {cfg.pair_set: cfg for cfg in CONFIGS if cfg.needs_pairs}
+
+
+def shared(name, settings, made):
+    """One config for each name that several may share: that with whose settings it was made here, or else the first.
+
+    Guidance, and the data of a teacher brought along, may differ between them and are in the record.
+    """
+    found = {}
+    for cfg in CONFIGS:
+        if name(cfg) is not None:
+            found.setdefault(name(cfg), []).append(cfg)
+    return {of: next((c for c in some if recorded_in(made(of)) == digest_of(settings(c))), some[0]) for of, some in found.items()}
+
+
+def recorded_in(path):
+    """Digest of the settings with which an artefact was made, None where there is none."""
+    try:
+        return read_json(Path(path))["made_from"]["config"]
+    except (KeyError, TypeError, UserError):
+        return None
+
+
+def pairs_config(cfg):
+    """What pairs depend on, and nothing else of the rows that use them."""
+    sections = cfg.settings(include={"data": True, "teacher": True, "regression": {"pairs"}})
+    return json.dumps(sections, sort_keys=True)
+
+
+def teacher_config(cfg):
+    return [cfg.data.settings(), cfg.teacher.settings()]
+
+
+TEACHERS = shared(lambda cfg: cfg.teacher.name, teacher_config, "data/teachers/{}/manifest.json".format)
+PAIR_SETS = shared(
+    lambda cfg: cfg.pair_set if cfg.needs_pairs else None,
+    lambda cfg: json.loads(pairs_config(cfg)),
+    "data/pairs/{}/shard-00000.json".format,
+)
 DETECTORS = {cfg.eval.detector for cfg in CONFIGS} | {cfg.eval.clip for cfg in CONFIGS if cfg.eval.clip}
 # Moments by name: detector, reference and geometry.
 STATISTICS = {cfg.eval.statistics: (cfg.eval.detector, cfg.eval.reference, cfg.eval.geometry) for cfg in CONFIGS}
@@ -84,18 +120,17 @@ def device_of(kind):
 
 def outdated(pattern):
     """Input function: a file that is always new, where the output exists but is not what would be made now."""
-    return lambda w: [CHANGED] if pattern.format(**dict(w.items())) in OUTDATED.reasons else []
+
+    def found(w):
+        settle()
+        return [CHANGED] if pattern.format(**dict(w.items())) in OUTDATED.reasons else []
+
+    return found
 
 
 def as_json(section):
     """A config section as canonical JSON: what Snakemake tracks is what runs."""
     return json.dumps(section.settings(), sort_keys=True)
-
-
-def pairs_config(cfg):
-    """What pairs depend on, and nothing else of the rows that use them."""
-    sections = cfg.settings(include={"data": True, "teacher": True, "regression": {"pairs"}})
-    return json.dumps(sections, sort_keys=True)
 
 
 def real_manifest(cfg):

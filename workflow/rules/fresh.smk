@@ -1,13 +1,16 @@
 # What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/made.py),
 # never by clocks or by .snakemake, which a clone or a `dvc pull` does not bring along. The profiles therefore leave
-# Snakemake the modification times only, which are put right for everything whose content says that it is up to date.
+# Snakemake the modification times only, which are put right for everything whose content says that it is up to date; a dry run tells
+# them to Snakemake only.
 import sys
 from types import SimpleNamespace
 
-from dmd2.again import trained_by_other_code
-from dmd2.made import Artefact, Outdated, not_in_the_future
+from snakemake_interface_storage_plugins.io import Mtime
 
-CHANGED = "results/.changed"  # input of everything outdated
+from dmd2.again import trained_by_other_code
+from dmd2.made import Artefact, Outdated
+
+CHANGED = "Snakefile"  # input of everything outdated: Snakemake is told that it is new
 
 
 def artefacts():
@@ -76,19 +79,36 @@ def other_code():
     return {path: text for path, text in told.items() if text}
 
 
+SETTLED = {}
+
+
+def settle():
+    """Tell Snakemake, while it builds the DAG, that what is up to date is younger than its inputs, and `CHANGED` new.
+
+    Only a run writes the times down (its jobs of Slurm look at the files); whatever only plans writes nothing.
+    """
+    known = workflow.iocache.mtime
+    if CHANGED in known and len(SETTLED) == len(OUTDATED.times):
+        return
+    known.setdefault(CHANGED, Mtime(local=time.time()))
+    known.update({path: Mtime(local=moment / 1e9) for path, moment in OUTDATED.times.items()})
+    SETTLED.update(OUTDATED.times)
+    if workflow.executor_plugin is not None and not workflow.dryrun:
+        try:
+            OUTDATED.date()
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+
+
 OUTDATED = Outdated()
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
-    try:
-        OUTDATED.review(artefacts())
-        not_in_the_future(WEIGHTS_OF.values())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
+    OUTDATED.review(artefacts())
+    OUTDATED.not_in_the_future(WEIGHTS_OF.values())
     OTHER_CODE = other_code()
     if CHANGED_CODE == "retrain":
         OUTDATED.reasons |= OTHER_CODE
     else:
         for line in Outdated(OTHER_CODE).told():
             print(f"note: {line}", file=sys.stderr)
-    write_text(Path(CHANGED), f"{time.time_ns()}\n")
     for line in OUTDATED.told():
         print(f"out of date: {line}", file=sys.stderr)
