@@ -57,12 +57,17 @@ class Goal:
         The job writes it as finished.json. Snakemake knows train.json, which it deletes whenever it reruns the rule;
         this file survives that, so a training that ended while nobody waited is not started again. Only if its log
         is still there: one of another config may have been begun and given up since.
+
+        Raises:
+            UserError: finished.json is damaged.
         """
         path = self.run.folder / "finished.json"
         if not path.exists():
             return None
         record = read_json(path)
-        same = record["key"] == self.key and record.get("settings") == self.config
+        if not isinstance(record, dict) or not isinstance(record.get("files"), list):
+            raise UserError(f"{path} is damaged: delete it and run again; the training goes on from its checkpoint")
+        same = record.get("key") == self.key and record.get("settings") == self.config
         whole = all((self.run.folder / f["path"]).exists() for f in record["files"])
         return record if same and whole and json.dumps(record.get("last", {})) == self._last_logged() else None
 

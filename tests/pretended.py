@@ -143,6 +143,18 @@ def _reach(loss: Tensor) -> None:
             leaf.grad = torch.ones_like(leaf) if leaf.grad is None else leaf.grad + 1
 
 
+def _data(tensor: Tensor, *, real: Any = Tensor.data) -> Tensor:
+    return tensor.detach() if isinstance(tensor, Pretended) else real.__get__(tensor)
+
+
+def _set_data(tensor: Tensor, value: Tensor, *, real: Any = Tensor.data) -> None:
+    """A tensor that is given the data of one on the GPU is one itself from then on, and a parameter if it was."""
+    parameter = isinstance(tensor, torch.nn.Parameter)
+    real.__set__(tensor, value)
+    if isinstance(value, Pretended):
+        tensor.__class__, tensor.inner, tensor._is_param = Pretended, value.inner, parameter
+
+
 def _moved(tree: Any, change: Callable[[Any], Any]) -> Any:
     return {key: _moved(leaf, change) for key, leaf in tree.items()} if isinstance(tree, dict) else change(tree)
 
@@ -177,6 +189,7 @@ def pretended_cuda() -> Iterator[torch.device]:
         stack.enter_context(mock.patch("safetensors.torch.save_file", _save_file))
         stack.enter_context(mock.patch("torch.load", _load))
         stack.enter_context(mock.patch("torch.save", _save))
+        stack.enter_context(mock.patch.object(Tensor, "data", property(_data, _set_data)))
         stack.enter_context(mock.patch.object(Tensor, "backward", _reach))
         stack.enter_context(_Mode())
         try:
