@@ -18,7 +18,7 @@ from eval.frechet import FrechetReference, moments
 from eval.networks import DinoV2
 from eval.resize import NONE, Geometry
 from eval.small_clip import SmallTowers, train_clip
-from eval.taps import Tap, Taps
+from eval.taps import Tap, Taps, brightness, saturation, sharpness
 from tests.eval.test_clip import write_model
 from tests.eval.test_networks import folder, noise  # noqa: F401
 
@@ -137,3 +137,10 @@ def test_detectors_of_a_set_are_trained(device: torch.device, tmp_path: Path, mo
     train_clip("x-clip", TensorSet(rows), tmp_path / "x-clip/manifest.json", device, steps=2)
     for name in ("x-classifier", "x-clip"):
         assert torch.isfinite(load_detector(name, tmp_path, device)(noise(5, 32))[0]).all()
+
+
+@pytest.mark.parametrize("statistic", [brightness, saturation, sharpness])
+def test_statistics_of_images_are_those_of_the_cpu(statistic: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    ours, theirs = (statistic(noise(4, 24).to(where)) for where in (device, CPU))
+    assert ours.device == device
+    torch.testing.assert_close(ours.cpu(), theirs)
