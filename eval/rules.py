@@ -66,7 +66,7 @@ class Measurements:
             for run, curve in zip((a, b), curves, strict=True):
                 if (first := curve[0][0]) > end:
                     raise KeyError((run, f"{metric} at {end:.0f} s, before the first snapshot ({first:.0f} s),"))
-            values.append([np.interp(end, *zip(*curve, strict=True)) for curve in curves])
+            values.append([np.interp(end, *np.array(curve).T) for curve in curves])
         x, y = np.array(values).reshape(-1, 2).T
         return x, y
 
