@@ -82,6 +82,8 @@ def rows_of(name: str, rows: Mapping[str, Any], sources: Mapping[str, YamlFile])
                 f"{sources[table].where(*key.split('.'))}: {key} names {origin}, which is no other table{hint}"
             )
         seen.append(origin)
+    if not placed:
+        raise UserError(f"{sources[name].where('rows')}: rows is empty: a table needs a row")
     known: dict[str, Placed] = {}
     for row in placed:
         if row.row.run.startswith("teacher"):

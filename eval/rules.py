@@ -66,7 +66,7 @@ class Measurements:
             for run, curve in zip((a, b), curves, strict=True):
                 if (first := curve[0][0]) > end:
                     raise KeyError((run, f"{metric} at {end:.0f} s, before the first snapshot ({first:.0f} s),"))
-            values.append([_value_at(end, curve) for curve in curves])
+            values.append([np.interp(end, *np.array(curve).T) for curve in curves])
         x, y = np.array(values).reshape(-1, 2).T
         return x, y
 
@@ -165,9 +165,3 @@ def show(values: np.ndarray) -> str:
 
 def _number(value: float, digits: int) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
-
-
-def _value_at(seconds: float, curve: Curve) -> float:
-    """Value of a curve at a time, linear between snapshots."""
-    times, values = zip(*curve, strict=True)
-    return float(np.interp(seconds, times, values))

@@ -88,7 +88,7 @@ def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
     known = [(line["step"], line["seconds"]) for line in log if "seconds" in line]
     if not known or known[-1][0] < steps[-1]:  # no times, or the log of a training that goes on
         known = [(steps[-1], metrics["seconds"])]
-    at, seconds = zip((0, 0.0), *known, strict=True)
+    at, seconds = np.array([(0, 0.0), *known]).T
     return [float(value) for value in np.interp(steps, at, seconds)]
 
 

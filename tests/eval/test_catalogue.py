@@ -55,6 +55,12 @@ def test_a_teachers_sampler_is_a_line_without_seed_and_training(place: Path) -> 
     assert (sde.run, sde.state) == ("digits/teacher-sde", "trained") and pd.isna(sde.fd)
 
 
+def test_calls_of_a_sampler_are_counted_again(place: Path) -> None:
+    sampler = {"solver": "pndm", "steps": 50, "guidance": 3.0}
+    edit(Path("results/teachers/digits/ode/metrics.json"), sampler=sampler, network_calls=50)
+    assert catalogue().query("kind == 'teacher'").network_calls.tolist() == [102]
+
+
 def test_the_configuration_has_the_types_of_its_values(place: Path) -> None:
     edit(RUN.folder / "metrics.json", config={**read_json(RUN.folder / "metrics.json")["config"],
                                               "gan": {"noise_range": None, "features_from": 3}})  # fmt: skip

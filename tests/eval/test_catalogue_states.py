@@ -102,11 +102,11 @@ def test_a_value_of_the_wrong_type_is_damage(place: Path, capsys, key: str, valu
 
 def test_a_damaged_sampler_and_a_number_beyond_64_bits_do_not_stop_the_others(place: Path, capsys) -> None:
     path = Path("results/teachers/digits/ode/metrics.json")
-    edit(path, network_calls=1 << 70)
+    edit(path, seconds=1 << 70)
     edit(RUN.folder / "metrics.json", config={**read_json(RUN.folder / "metrics.json")["config"], "dm": {"x": 1 << 70}})
     table = catalogue()
     assert table.query("kind == 'teacher'").state.tolist() == ["unreadable"]
-    assert f"{path} is damaged (network_calls is" in capsys.readouterr().err
+    assert f"{path} is damaged (eval_seconds is" in capsys.readouterr().err
     assert table["config.dm.x"].dropna().map(json.loads).tolist()[0] == 1 << 70
 
 

@@ -277,6 +277,18 @@ def test_the_first_metric_with_a_direction_decides(places: tuple[Path, Path]) ->
     assert row["others"].keys() == {"brightness", "fd", "brightness_std"}
 
 
+def test_the_parts_of_a_metric_that_comes_first_decide(places: tuple[Path, Path]) -> None:
+    for place, recall in zip(places, (0.6, 0.4), strict=True):
+        student(place, "dmd2", THREE, {"eval.metrics": ["prdc", "fd"]})
+        for seed in THREE:
+            path = place / f"results/runs/digits/dmd2/seed{seed}/metrics.json"
+            record = read_json(path)
+            record["snapshots"][-1] |= {"precision": recall + seed / 100, "recall": recall}
+            write_json(path, record)
+    row = only(places)
+    assert (row["metric"], row["better"], row["verdict"]) == ("precision", "higher", "worse")
+
+
 def test_a_metric_of_one_side_only_is_not_comparable(places: tuple[Path, Path]) -> None:
     student(places[0], "dmd2", THREE)
     student(places[1], "dmd2", THREE, {"eval.metrics": ["kid", "fd"]})

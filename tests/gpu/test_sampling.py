@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from dmd2.config import Data, Sampler, Teacher
-from dmd2.data import TensorSet, load_shard
+from dmd2.data import load_shard, save_shard
 from dmd2.export import export
+from dmd2.files import listing, write_json
 from dmd2.pairs import make_shard
 from dmd2.quantise import RULES, quantise
 from dmd2.rng import sample_labels, sample_noise
@@ -89,7 +90,9 @@ def test_a_teacher_is_trained_and_resumed(form: str, device: torch.device, place
     data = Data.model_validate(tiny.values(kind)["data"])
     network = {"_class_name": tiny.KINDS[kind][1].__name__, **tiny.KINDS[kind][2]}
     train = {"steps": 4, "batch": 4, "lr": 1e-3, "warmup": 2, "ema": 0.9, "label_dropout": 0.5, "seed": 0}
-    real = TensorSet(tiny.tensors(kind, 16))
+    real = place / "set.json"
+    save_shard(place / "set.safetensors", tiny.tensors(kind, 16))
+    write_json(real, {"files": listing([place / "set.safetensors"], place)})
     for steps in (2, 4):  # the second starts from the checkpoint of a shorter training of the same name
         spec = {"name": "t", "parameterisation": form, "guidance": 1.0, "network": network}
         teacher = Teacher.model_validate({**spec, "train": {**train, "steps": steps}})

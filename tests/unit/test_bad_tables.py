@@ -35,6 +35,7 @@ WRONG_TABLES = {
     "negative seed": ({"seeds": [0, -1]}, "- -1", "seeds.1: Input should be greater than or equal to 0, got -1"),
     "repeated seed": ({"seeds": [0, 1, 0]}, "seeds:", "seeds: 0 is given twice"),
     "repeated metric": ({"metrics": ["fd", "fd"]}, "metrics:", "metrics: fd is given twice"),
+    "no rows": ({"rows": []}, "rows:", "rows is empty"),
     "row given twice": ({"rows": [{"run": "a"}, {"run": "a"}]}, "run: a", "twice"),
     "unknown reference row": ({"reference_row": "z"}, "reference_row", "is no row"),
     "unknown row in row_change": ({"row_change": {"z": {}}}, "z:", "is no row"),

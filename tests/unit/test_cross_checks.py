@@ -101,7 +101,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "classifier of captions": ({"eval.detector": "emoji-classifier"}, "eval.detector", "has captions and no labels"),
         "patch larger than the images": ({"eval.patch.geometry": "patch-64"}, "eval.patch.geometry", "no patch-64"),
         "steps above the schedule's": (
-            {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1.steps", "has 1000 steps at most"),
+            {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
     },
     "cifar10": {
         "groups of SongUNet": ({f"{NET}.block_out_channels": [250] * 3}, f"{NET}.block_out_channels", "width 250"),
