@@ -65,7 +65,7 @@ def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
 
 
 def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
-    edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1}", "  train:     {threads: 1, device: cpu}")
+    edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1, device: cpu}", "  train:     {threads: 1}")
     assert edited.planned("demo") == {}
 
 
