@@ -123,6 +123,14 @@ class Cluster(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gpus_asked_for(self) -> Self:
+        for kind, job in self.jobs if self.launcher == "slurm" else ():
+            asks = job.gpu or job.gres or job.cpus_per_gpu or "gpu" in (job.slurm_extra or "")
+            if job.device == "cuda" and not asks:
+                raise ValueError(f"jobs.{kind}.device is cuda, but the job asks Slurm for no GPU: give it gpu or gres")
+        return self
+
     @property
     def python(self) -> str:
         """Shell command that starts Python in a job, after its `setup`."""

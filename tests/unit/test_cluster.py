@@ -47,6 +47,15 @@ def test_a_shipped_file_loads_and_names_every_kind_of_job(name, root):
     assert set(made.jobs.model_dump()) == set(KINDS)
 
 
+def test_on_slurm_a_job_for_a_gpu_asks_for_one(tmp_path, root):
+    shipped = load_cluster("slurm", root / CLUSTERS).jobs
+    wanted = {kind for kind in KINDS if getattr(shipped, kind).device == "cuda"}
+    assert wanted == {"encode", "reference", "teacher", "pairs", "train", "evaluate"}
+    assert all(getattr(shipped, kind).snakemake()["gpu"] == 1 for kind in wanted)
+    with pytest.raises(UserError, match=r"jobs\.pairs\.device is cuda, but the job asks Slurm for no GPU: give it gpu or"):
+        cluster(tmp_path, "pairs: {runtime: 5}", "pairs: {runtime: 5, device: cuda}")
+
+
 def test_all_is_merged_into_every_kind_and_a_kind_overrides_it(tmp_path):
     jobs = cluster(tmp_path).jobs
     assert {getattr(jobs, kind).slurm_partition for kind in KINDS} == {"gpu"}
