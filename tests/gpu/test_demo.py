@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -66,7 +65,9 @@ def test_image_files_are_scored(demo: Workspace, real_device: torch.device) -> N
         command = [sys.executable, "-m", "eval", "score", "a.npy", "b.npy", "--detector", "lite0-320@32"]
         result = demo.run(*command, "--metrics", "fd,kid", "--device", device, "--json", f"{device}.json")
         assert result.returncode == 0, result.stderr[-5000:]
-        found[device] = result.stdout
+        rows = json.loads((demo.path / f"{device}.json").read_text())["rows"]
+        found[device] = {row["metric"]: row["value"] for row in rows}
         for cached in demo.path.glob("data/features/*"):
             shutil.rmtree(cached) if cached.is_dir() else cached.unlink()
-    assert Path(demo.path / f"{real_device.type}.json").exists() and all("KID" in text for text in found.values())
+    assert found["cpu"].keys() == {"FD (lite0-320@32)", "KID"}
+    assert found[real_device.type] == pytest.approx(found["cpu"], rel=1e-3, abs=1e-6)
