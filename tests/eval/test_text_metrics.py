@@ -111,7 +111,8 @@ def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
 def test_captions_go_round_by_sample_seed() -> None:
     texts = Alignment(towers(), prompts()).texts([5, 0, 3, 4])
     assert torch.equal(texts[1], texts[2]) and not torch.equal(texts[0], texts[3])
-    assert torch.allclose(texts[0], towers().texts([], prompts().condition([2]).text)[0])
+    # Kernels round otherwise for another number of captions: to 1e-6 of embeddings of about 1.
+    assert torch.allclose(texts[0], towers().texts([], prompts().condition([2]).text)[0], atol=1e-6)
 
 
 def test_references_of_other_dimensions_are_refused() -> None:
