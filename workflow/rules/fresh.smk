@@ -1,8 +1,10 @@
 # What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/made.py),
 # never by clocks or by .snakemake, which a clone or a `dvc pull` does not bring along. The profiles therefore leave
-# Snakemake the modification times only, which are put right for everything whose content says that it is up to date; a dry run tells
-# them to Snakemake only.
+# Snakemake the modification times only, which are put right for everything whose content says that it is up to date; a dry
+# run tells them to Snakemake only.
+import atexit
 import sys
+import tempfile
 from types import SimpleNamespace
 
 from snakemake_interface_storage_plugins.io import Mtime
@@ -10,7 +12,14 @@ from snakemake_interface_storage_plugins.io import Mtime
 from dmd2.again import trained_by_other_code
 from dmd2.made import Artefact, Outdated
 
-CHANGED = "Snakefile"  # input of everything outdated: Snakemake is told that it is new
+# Input of everything outdated: new, and of a content that no job has seen, since Snakemake compares checksums, too.
+# Not in the workspace, where a dry run writes nothing.
+CHANGED = ""
+if workflow.is_main_process:
+    with tempfile.NamedTemporaryFile("w", prefix="dmd2-changed-", delete=False) as file:
+        CHANGED = file.name
+        file.write(f"{time.time_ns()}\n")
+    atexit.register(Path(CHANGED).unlink, missing_ok=True)
 
 
 def artefacts():
@@ -83,15 +92,13 @@ SETTLED = {}
 
 
 def settle():
-    """Tell Snakemake, while it builds the DAG, that what is up to date is younger than its inputs, and `CHANGED` new.
+    """Tell Snakemake, while it builds the DAG, that what is up to date is younger than its inputs.
 
     Only a run writes the times down (its jobs of Slurm look at the files); whatever only plans writes nothing.
     """
-    known = workflow.iocache.mtime
-    if CHANGED in known and len(SETTLED) == len(OUTDATED.times):
+    if len(SETTLED) == len(OUTDATED.times):
         return
-    known.setdefault(CHANGED, Mtime(local=time.time()))
-    known.update({path: Mtime(local=moment / 1e9) for path, moment in OUTDATED.times.items()})
+    workflow.iocache.mtime.update({path: Mtime(local=moment / 1e9) for path, moment in OUTDATED.times.items()})
     SETTLED.update(OUTDATED.times)
     if workflow.executor_plugin is not None and not workflow.dryrun:
         try:
