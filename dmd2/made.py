@@ -166,12 +166,19 @@ class Artefact:
 
     def younger(self, times: Mapping[str, int]) -> dict[str, int]:
         """Modification times (ns) that make every output younger than every input: the content says that they belong
-        together. `times` are those that other files are to get.
+        together. `times` are those that other files are to get, or of absent ones those of what they were made from.
         """
-        found = {path: times.get(path, os.stat(path).st_mtime_ns) for path in (*self.inputs, *self.outputs)
-                 if Path(path).exists()}  # fmt: skip
-        newest = max((found[path] for path in self.inputs if path in found), default=0)
-        return {path: newest + 1_000_000 for path in self.outputs if path in found and found[path] <= newest}
+        newest = self.newest_input(times)
+        present = [path for path in self.outputs if Path(path).exists()]
+        return {path: newest + 1_000_000 for path in present if _moment(path, times) <= newest}
+
+    def newest_input(self, times: Mapping[str, int]) -> int:
+        """Time (ns) of its youngest input, 0 without any; `times` as in `younger`."""
+        return max((_moment(path, times) for path in self.inputs), default=0)
+
+
+def _moment(path: str, times: Mapping[str, int]) -> int:
+    return times[path] if path in times else os.stat(path).st_mtime_ns if Path(path).exists() else 0
 
 
 def _of_another_training(entry: Any, path: Path) -> bool:
@@ -198,15 +205,18 @@ class Outdated:
     def review(self, artefacts: Iterable[Artefact]) -> None:
         """Compare artefacts with their records, inputs before what is made from them."""
         listed = cache(source_listing)  # the parts of a set have one source
+        absent: dict[str, int] = {}
         for artefact in artefacts:
             self.settings[artefact.outputs[0]] = digest_of(artefact.config)
             self.not_in_the_future(artefact.inputs)
             if not Path(artefact.outputs[0]).exists():
+                # Snakemake looks past an absent file at what it is made from.
+                absent[artefact.outputs[0]] = artefact.newest_input(absent | self.times)
                 continue
             if reason := artefact.outdated(self.settings, listed):
                 self.reasons[artefact.outputs[0]] = reason
             else:
-                self.times |= artefact.younger(self.times)
+                self.times |= artefact.younger(absent | self.times)
 
     def not_in_the_future(self, paths: Iterable[Path | str]) -> None:
         """Files of the future, from a clock that was ahead, get the present time: Snakemake deletes outputs older than

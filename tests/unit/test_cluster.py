@@ -52,7 +52,9 @@ def test_on_slurm_a_job_for_a_gpu_asks_for_one(tmp_path, root):
     wanted = {kind for kind in KINDS if getattr(shipped, kind).device == "cuda"}
     assert wanted == {"encode", "reference", "teacher", "pairs", "train", "evaluate"}
     assert all(getattr(shipped, kind).snakemake()["gpu"] == 1 for kind in wanted)
-    with pytest.raises(UserError, match=r"jobs\.pairs\.device is cuda, but the job asks Slurm for no GPU: give it gpu or"):
+    with pytest.raises(
+        UserError, match=r"jobs\.pairs\.device is cuda, but the job asks Slurm for no GPU: give it gpu or"
+    ):
         cluster(tmp_path, "pairs: {runtime: 5}", "pairs: {runtime: 5, device: cuda}")
 
 
