@@ -189,6 +189,19 @@ def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> 
     assert found.reasons == {"out.json": "was made with other settings"} and os.stat("out.json").st_mtime_ns == times[1]
 
 
+def test_what_lies_behind_an_absent_file_is_older_too(folder) -> None:
+    """Snakemake would make the absent file, and all after it, if what it is made from were younger."""
+    with recorded(folder / "last.json", None, ["out.json"]):
+        write_json(folder / "last.json", {})
+    os.utime("in.json", (300, 300))
+    os.utime("last.json", (100, 100))
+    (folder / "out.json").unlink()
+    found = Outdated()
+    found.review([out(), Artefact(["last.json"], None, ["out.json"])])
+    found.date()
+    assert found.reasons == {} and os.stat("last.json").st_mtime > 300
+
+
 def test_clock_that_was_ahead_dates_nothing_into_the_future(folder) -> None:
     future = time.time() + 1e8
     os.utime("in.json", (future, future))
