@@ -109,7 +109,7 @@ class Counted:
             for trained in (student, critic):
                 recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
         if cfg.train.precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
-            nn.Module.to(teacher.network, torch.bfloat16)  # diffusers' own warns for nothing
+            nn.Module.to(teacher.network, torch.bfloat16)  # diffusers' own `to` prints a needless warning
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
