@@ -120,7 +120,9 @@ def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
             time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)
         try:
-            with pytest.raises(SystemExit, match="another process makes metrics.json; wait for it or stop it"):
+            with pytest.raises(
+                SystemExit, match=r"another process makes metrics.json \(process \d+ on .*\); wait for it or stop it"
+            ):
                 evaluate.teacher("twice", out, cfg.model_dump_json())
         finally:
             first.send_signal(signal.SIGCONT)
