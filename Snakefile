@@ -3,10 +3,10 @@
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from dmd2.ablations import BESIDE, load_experiment
-from dmd2.cluster import load_cluster
-from dmd2.errors import UserError
-from dmd2.slurm_queue import slurm
+from dmd2.experiment.tables import BESIDE, load_experiment
+from dmd2.experiment.cluster import load_cluster
+from dmd2.core.errors import UserError
+from dmd2.core.slurm_queue import slurm
 
 min_version("9.20")
 

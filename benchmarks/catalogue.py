@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dmd2.ablations import load_experiment
-from dmd2.files import write_json, write_text
-from dmd2.run import RunId
-from eval.catalogue import catalogue, training_logs
-from eval.columns import LOG_SCHEMA, describe, write_parquet
-from eval.estimate import Estimate
+from dmd2.core.files import write_json, write_text
+from dmd2.core.run import RunId
+from dmd2.experiment.tables import load_experiment
+from eval.catalogue.columns import LOG_SCHEMA, describe, write_parquet
+from eval.catalogue.read import catalogue, training_logs
+from eval.metrics.estimate import Estimate
 
 RUNS, SNAPSHOTS, LOG_LINES, VALUES = 1000, 10, 150, 18
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dmd2.data import TensorSet
-from dmd2.readers import read_idx
-from eval.detectors import Detector, load_detector, train_classifier
-from eval.frechet import FrechetReference, moments
+from dmd2.data.readers import read_idx
+from dmd2.data.sets import TensorSet
+from eval.detectors.detectors import Detector, load_detector, train_classifier
+from eval.metrics.frechet import FrechetReference, moments
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSIFIER = "fashion-classifier"

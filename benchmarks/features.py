@@ -39,7 +39,7 @@ class Inception(nn.Module):
 
 
 def write_network(folder: Path) -> None:
-    from eval.networks import inception_2015
+    from eval.detectors.networks import inception_2015
 
     torch.manual_seed(0)
     net = inception_2015()
@@ -64,9 +64,9 @@ def write_images(folder: Path, count: int, size: int, seed: int) -> None:
 
 
 def ours(weights: Path, folder: Path, cache: Path):
-    from eval.detectors import load_detector
-    from eval.reference import Engine
-    from eval.resize import NONE
+    from eval.detectors.detectors import load_detector
+    from eval.detectors.reference import Engine
+    from eval.pixels.resize import NONE
 
     engine = Engine(load_detector(f"{SCRIPT}-clean", weights, random_weights=True), NONE, cache, BATCH)
     engine.features(engine.open(folder / "warm"))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from eval.frechet import FrechetReference, moments
-from eval.stats import FeatureStats, frechet_distance
+from eval.metrics.frechet import FrechetReference, moments
+from eval.metrics.stats import FeatureStats, frechet_distance
 
 DIMENSIONS, IMAGES, ROUNDS = 2048, 6000, 3
 

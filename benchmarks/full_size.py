@@ -1,10 +1,11 @@
 """Full-size networks of a base (random weights) through student updates and a critic-only iteration: time and memory.
 
-Beside each measured peak stands what dmd2/memory.py predicts for the same settings. On the CPU (float32, two images;
-14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the convolutions on
-top, and once that of the tensors alone. On a GPU (bf16, 40 images, 2 of a text base; see `--batch`) also with compiled
-network bodies unless activations are recomputed. The weights are random, so the losses mean nothing; no data, no
-teacher and no pipeline are needed. Stable Diffusion on one GPU:
+Beside each measured peak stands what dmd2/planning/memory.py predicts for the same settings. On the CPU (float32, two
+images; 14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the
+convolutions on top, and once that of the tensors alone. On a GPU (bf16, 40 images, 2 of a text base; see `--batch`)
+also with compiled network bodies unless activations are recomputed. The weights are random, so the losses mean
+nothing; no data, no teacher and no pipeline are needed.
+Stable Diffusion on one GPU:
 
     python -m benchmarks.full_size sd15 --checkpointing
     python -m benchmarks.full_size sdxl --checkpointing --lora 64 --states 8bit --batch 1
@@ -24,18 +25,18 @@ import typer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dmd2.ablations import load_base
-from dmd2.batches import Batches
-from dmd2.build import build_models
-from dmd2.config import RunConfig
-from dmd2.data import TensorSet
-from dmd2.errors import readable_errors
-from dmd2.inputs import Inputs
-from dmd2.memory import Counted, Setup, architecture
-from dmd2.plan import varied
-from dmd2.shard import materialise, recompute_activations
-from dmd2.step import Models, train_step
-from dmd2.teachers import adopt_teacher, build_network
+from dmd2.core.errors import readable_errors
+from dmd2.data.sets import TensorSet
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.experiment.tables import load_base
+from dmd2.method.batches import Batches
+from dmd2.method.step import Models, train_step
+from dmd2.planning.command import varied
+from dmd2.planning.memory import Counted, Setup, architecture
+from dmd2.training.build import build_models
+from dmd2.training.sharding import materialise, recompute_activations
+from dmd2.training.teachers import adopt_teacher, build_network
 
 GB = 1e9
 BLOCKS = 3  # timed on a GPU, each of critic.ratio iterations

@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from dmd2.ablations import BESIDE, load_experiment
-from dmd2.config import RunConfig
-from dmd2.files import listing, write_json, write_text
-from dmd2.inputs import REAL, TEACHERS, WEIGHTS, goal_of, measured_with
-from dmd2.made import made_from, recorded, signed
-from dmd2.run import SAMPLERS, RunId
+from dmd2.core.files import listing, write_json, write_text
+from dmd2.core.provenance import made_from, recorded, signed
+from dmd2.core.run import SAMPLERS, RunId
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.run_inputs import REAL, TEACHERS, WEIGHTS, goal_of, measured_with
+from dmd2.experiment.tables import BESIDE, load_experiment
 from tests.workspace import REPO, Workspace, copy_repository
 
 RUNS, SNAPSHOTS, SIZE = 1000, 2, 20_000  # bytes of a snapshot
@@ -123,9 +123,9 @@ def main(count: int) -> None:
         subprocess.run(["git", "clone", "-q", origin.path, f"{folder}/clone"], check=True)
         clone = Workspace(Path(folder) / "clone")
         timed("dvc pull", clone, "dvc", "pull")
-        timed("python -m dmd2.restore --check", clone, sys.executable, "-m", "dmd2.restore", "--check")
+        timed("python -m dmd2.publish.restore --check", clone, sys.executable, "-m", "dmd2.publish.restore", "--check")
         timed("snakemake -n", clone, "snakemake", "--profile", "local", "-n", "sweep")
-        timed("python -m dmd2.restore, again", clone, sys.executable, "-m", "dmd2.restore")
+        timed("python -m dmd2.publish.restore, again", clone, sys.executable, "-m", "dmd2.publish.restore")
         files = [path for path in (clone.path / "results").rglob("*") if path.is_file()]
         print(f"{count} runs: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB")
         os.chdir(REPO)

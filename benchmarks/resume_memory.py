@@ -18,13 +18,13 @@ import torch
 import typer
 
 from benchmarks.full_size import GB, _changed, _status, _teacher, random_rows
-from dmd2.ablations import load_base
-from dmd2.config import RunConfig
-from dmd2.data import save_shard
-from dmd2.files import listing, write_json
-from dmd2.inputs import Inputs
-from dmd2.run import RunId
-from dmd2.trainer import Hardware, Training
+from dmd2.core.files import listing, write_json
+from dmd2.core.run import RunId
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.experiment.tables import load_base
+from dmd2.training.trainer import Hardware, Training
 
 
 def config(width: int) -> RunConfig:

@@ -55,7 +55,7 @@ def wait_in_queue(workspace: SlurmWorkspace, slurm: Slurm, count: int) -> None:
     before = {p.pid: sum(p.cpu_times()[:2]) for p in psutil.Process(process.pid).children(recursive=True)}
     time.sleep(MINUTE)
     parent = psutil.Process(process.pid)
-    launchers = [p for p in parent.children(recursive=True) if "dmd2.wait" in p.cmdline()]
+    launchers = [p for p in parent.children(recursive=True) if "dmd2.launch.wait" in p.cmdline()]
     memory = [p.memory_full_info() for p in launchers]
     busy = sum(sum(p.cpu_times()[:2]) - before.get(p.pid, 0) for p in launchers)
     print(f"snakemake: RSS {parent.memory_info().rss / 1e6:.0f} MB")

@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from dmd2.ablations import load_experiment
-from dmd2.inputs import Inputs
-from dmd2.run import RunId
-from dmd2.step import train_step
-from dmd2.trainer import Hardware, Training
+from dmd2.core.run import RunId
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.experiment.tables import load_experiment
+from dmd2.method.step import train_step
+from dmd2.training.trainer import Hardware, Training
 
 ROUNDS, BLOCK = 8, 10  # a block of 10 iterations holds 2 student updates at ratio 5
 

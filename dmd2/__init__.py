@@ -2,7 +2,7 @@
 
 import logging
 
-# Where torchao is installed diffusers imports it, and warns that it knows another version; dmd2.quantised needs none of
-# what they disagree on.
+# Where torchao is installed diffusers imports it, and warns that it knows another version; what they disagree on is
+# not used here (dmd2.training.quantised).
 for _name in ("diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

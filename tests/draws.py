@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dmd2.batches import Batch
-from dmd2.rng import Draws
+from dmd2.core.rng import Draws
+from dmd2.method.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from dmd2.config import RunConfig, Teacher, TrainConfig
-from dmd2.data import load_shard, save_shard
-from dmd2.denoisers import Denoiser
-from dmd2.files import listing, read_json, write_json
-from dmd2.inputs import Inputs
-from dmd2.lora import snapshot_state
-from dmd2.run import Goal, RunId
-from dmd2.teachers import adopt_teacher, wrap
-from dmd2.trainer import Hardware, Training
-from dmd2.wait import publish
+from dmd2.core.files import listing, read_json, write_json
+from dmd2.core.run import Goal, RunId
+from dmd2.data.sets import load_shard, save_shard
+from dmd2.experiment.config import RunConfig, Teacher, TrainConfig
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.launch.wait import publish
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.lora import snapshot_state
+from dmd2.training.teachers import adopt_teacher, wrap
+from dmd2.training.trainer import Hardware, Training
 from tests import tiny
 
 # Runs the script given first, once per argument list, with our packages made impossible to import.

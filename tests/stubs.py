@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmd2.condition import Condition
-from dmd2.denoisers import EdmDenoiser, EpsDenoiser
-from dmd2.schedules import spread
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import EdmDenoiser, EpsDenoiser
+from dmd2.networks.schedules import spread
 from tests import reference
 
 NO_CONDITION = Condition()

@@ -5,20 +5,27 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from dmd2.ablations import Table, load_experiment
-from dmd2.cluster import Cluster
-from dmd2.config import RunConfig
+from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.tables import Table, load_experiment
 
 REPO = Path(__file__).parents[1]
-SOURCES = sorted([*(REPO / "dmd2").glob("*.py"), *(REPO / "eval").glob("*.py")])
+SOURCES = sorted([*(REPO / "dmd2").rglob("*.py"), *(REPO / "eval").rglob("*.py")])
+# A package imports only from itself and from those before it.
+PACKAGES = [
+    "dmd2.core", "dmd2.experiment", "dmd2.networks", "dmd2.data", "dmd2.convert", "dmd2.method", "dmd2.training",
+    "dmd2.launch", "dmd2.planning", "dmd2.publish", "eval.pixels", "eval.metrics", "eval.detectors", "eval.score",
+    "eval.runs", "eval.report", "eval.compare", "eval.catalogue",
+]  # fmt: skip
 README = (REPO / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
 def test_file_and_function_sizes(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 300
@@ -27,12 +34,53 @@ def test_file_and_function_sizes(path: Path) -> None:
             assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than 60 lines"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
 def test_nothing_unpickles_foreign_code(path: Path) -> None:
     text = path.read_text()
     assert "import pickle" not in text and "allow_pickle" not in text
     for call in re.findall(r"torch\.load\([^)]*\)", text):
         assert "weights_only=True" in call
+
+
+def package_of(module: str) -> str:
+    """The first two parts of a dotted name."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports of this project, anywhere in it; every name of ``from a import b`` as ``a.b``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("dmd2", "eval")}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if len(p.relative_to(REPO).parts) > 2], ids=lambda p: str(p.relative_to(REPO))
+)
+def test_a_package_imports_only_those_before_it(path: Path) -> None:
+    own = package_of(".".join(path.relative_to(REPO).with_suffix("").parts))
+    for name in imports(path):
+        assert PACKAGES.index(package_of(name)) <= PACKAGES.index(own), f"{own} imports {name}"
+
+
+def test_imports_have_no_cycle() -> None:
+    modules = {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in SOURCES if p.name != "__init__.py"}
+    graph = {
+        name: {m for i in imports(path) for m in (i, i.rpartition(".")[0]) if m in modules and m != name}
+        for name, path in modules.items()
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+
+
+def test_packages_are_small_and_their_init_files_empty() -> None:
+    for folder in {path.parent for path in SOURCES} - {REPO / "dmd2", REPO / "eval"}:
+        assert len([path for path in folder.glob("*.py") if not path.name.startswith("__")]) <= 15, folder
+        assert (folder / "__init__.py").read_text() == "", "a waiting launcher imports no torch"
 
 
 @pytest.mark.parametrize(("name", "model"), [("base", RunConfig), ("table", Table), ("cluster", Cluster)])
@@ -46,7 +94,7 @@ def _commands() -> list[str]:
     return [line for block in re.findall(r"```console\n(.*?)```", whole, re.S) for line in block.splitlines() if line]
 
 
-# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py runs those of dmd2.launch, tests/eval/test_readme_commands.py those of eval, the rest runs in
+# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py runs those of dmd2.launch.command, tests/eval/test_readme_commands.py those of eval, the rest runs in
 # tests/workflow/test_readme.py.
 @pytest.mark.parametrize("command", [c for c in _commands() if not re.search(r"python -m (dmd2|eval)|^dvc", c)])
 def test_readme_command_plans(command: str) -> None:

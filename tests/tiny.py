@@ -8,15 +8,15 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from dmd2.batches import Batch, Batches
-from dmd2.condition import Condition
-from dmd2.config import RunConfig
-from dmd2.data import TensorSet
-from dmd2.denoisers import Denoiser
-from dmd2.head import Head
-from dmd2.optimiser import Optimiser
-from dmd2.step import Models
-from dmd2.teachers import wrap
+from dmd2.data.sets import TensorSet
+from dmd2.experiment.config import RunConfig
+from dmd2.method.batches import Batch, Batches
+from dmd2.method.step import Models
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.head import Head
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.teachers import wrap
 
 SIZE, CLASSES, TOKENS, TEXT_WIDTH, POOLED = 8, 4, 5, 8, 6
 BODY = {"sample_size": SIZE, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}

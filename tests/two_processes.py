@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import dmd2.trainer
-from dmd2 import distributed
-from dmd2.config import RunConfig
-from dmd2.errors import UserError
-from dmd2.inputs import Inputs
-from dmd2.run import RunId
-from dmd2.trainer import Hardware, Training
+import dmd2.training.trainer
+from dmd2.core import distributed
+from dmd2.core.errors import UserError
+from dmd2.core.run import RunId
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.training.trainer import Hardware, Training
 from tests import tiny
 
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
@@ -48,7 +48,7 @@ def trained(t: Training) -> dict[str, Tensor]:
 
 def interrupt_at(step: int) -> None:
     """Process 0 gets a signal during the iteration before `step`, saves after it and leaves; the other dies with it."""
-    original = dmd2.trainer.train_step
+    original = dmd2.training.trainer.train_step
 
     def step_until(m, b, it, cfg):
         if it == step and distributed.rank() == 1:
@@ -57,13 +57,13 @@ def interrupt_at(step: int) -> None:
             signal.raise_signal(signal.SIGTERM)
         return original(m, b, it, cfg)
 
-    dmd2.trainer.train_step = step_until
+    dmd2.training.trainer.train_step = step_until
     try:
         training("stopped").run()
     except KeyboardInterrupt:
         return
     finally:
-        dmd2.trainer.train_step = original
+        dmd2.training.trainer.train_step = original
     raise AssertionError("it was not interrupted")
 
 

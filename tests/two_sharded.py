@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import dmd2.probe
-import dmd2.trainer
-from dmd2 import checkpoint, distributed
-from dmd2.errors import UserError
-from dmd2.inputs import Inputs
-from dmd2.run import RunId
-from dmd2.shard import gathered
-from dmd2.trainer import Hardware, Training
+import dmd2.training.probe
+import dmd2.training.trainer
+from dmd2.core import distributed
+from dmd2.core.errors import UserError
+from dmd2.core.run import RunId
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.training import checkpoint
+from dmd2.training.sharding import gathered
+from dmd2.training.trainer import Hardware, Training
 from tests import tiny
 
 KIND, STEPS, EVERY = "eps-sdxl", 4, 2
@@ -75,7 +76,7 @@ def killed_at(step: int) -> None:
 
 def signalled_at(step: int) -> None:
     """Process 0 alone gets SIGTERM in the iteration before `step`; both save, and it leaves."""
-    original = dmd2.trainer.train_step
+    original = dmd2.training.trainer.train_step
 
     def step_until(m, b, it, cfg):
         if it == step and distributed.rank() == 1:
@@ -84,13 +85,13 @@ def signalled_at(step: int) -> None:
             signal.raise_signal(signal.SIGTERM)
         return original(m, b, it, cfg)
 
-    dmd2.trainer.train_step = step_until
+    dmd2.training.trainer.train_step = step_until
     try:
         training("signalled", CUT).run()
     except KeyboardInterrupt:
         pass
     finally:
-        dmd2.trainer.train_step = original
+        dmd2.training.trainer.train_step = original
 
 
 def refused() -> str:
@@ -122,6 +123,6 @@ def second() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dmd2.probe.SEEDS = PROBES
+    dmd2.training.probe.SEEDS = PROBES
     with distributed.process_group(torch.device("cpu")):
         {"first": first, "second": second}[sys.argv[1]]()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-import dmd2.probe
-from dmd2 import checkpoint, distributed, files
-from dmd2.inputs import Inputs
-from dmd2.job import TrainingJob
+import dmd2.training.probe
+from dmd2.core import distributed, files
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.launch.job import TrainingJob
+from dmd2.training import checkpoint
 from tests import two_processes
 
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ def slowly(*args: object) -> None:
 
 
 sha256, files.sha256 = files.sha256, counted
-dmd2.probe.SEEDS = [0]
+dmd2.training.probe.SEEDS = [0]
 distributed.TIMEOUT = timedelta(seconds=TIMEOUT)
 Inputs.of = staticmethod(lambda run, cfg: two_processes.INPUTS)
 if hasattr(checkpoint, "verify_inputs"):

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dmd2.ablations import load_experiment
-from dmd2.config import RunConfig
-from dmd2.data import save_shard
-from dmd2.files import listing, write_json, write_text
-from dmd2.run import RunId
-from eval.claims import SETTLED
-from eval.tables import build
+from dmd2.core.files import listing, write_json, write_text
+from dmd2.core.run import RunId
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.tables import load_experiment
+from eval.report.tables import build
 
 SNAPSHOTS, ROWS, COLUMNS = 20, 6, 10
 PROTOCOL = {

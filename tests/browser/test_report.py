@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dmd2.errors import UserError
-from eval import report
-from eval.figures import ARMS
+from dmd2.core.errors import UserError
+from eval.report import page as report
+from eval.report.figures import ARMS
 from tests.browser import fake_results
 
 TITLE = "One seed <script>alert(1)</script>"

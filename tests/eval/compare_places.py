@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dmd2.ablations import load_experiment
-from dmd2.changes import set_dotted
-from dmd2.data import save_shard
-from dmd2.files import listing, write_json
+from dmd2.core.files import listing, write_json
+from dmd2.data.sets import save_shard
+from dmd2.experiment.dotted_keys import set_dotted
+from dmd2.experiment.tables import load_experiment
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base").runs["digits", "dmd2"]

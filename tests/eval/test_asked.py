@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.errors import UserError
-from eval import asked as module
-from eval.asked import Asked, Inputs
-from eval.measure import METRICS, PAIRED
-from eval.protocols import NamedProtocol, names
+from dmd2.core.errors import UserError
+from dmd2.experiment.protocols import NamedProtocol, names
+from eval.score import options as module
+from eval.score.measure import METRICS, PAIRED
+from eval.score.options import Asked, Inputs
 
 PROTOCOL = NamedProtocol(
     name="p", detector="quadrants", geometry="square-crop+lanczos-8", images=120, labels="cyclic", classes=10,

@@ -13,13 +13,13 @@ import pytest
 from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-import eval.catalogue
-from dmd2.errors import UserError
-from dmd2.files import read_json, sha256, write_text
-from eval.catalogue import catalogue, training_logs
-from eval.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
-from eval.estimate import Estimate
-from eval.protocol import KNOWN
+import eval.catalogue.read
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, sha256, write_text
+from eval.catalogue.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
+from eval.catalogue.read import catalogue, training_logs
+from eval.metrics.estimate import Estimate
+from eval.runs.protocol import KNOWN
 from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, edit, of
 from tests.workspace import Workspace
 

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from dmd2.files import read_json, write_json
-from dmd2.interrupts import single_writer
-from dmd2.progress import Progress
-from eval.catalogue import catalogue
+from dmd2.core.files import read_json, write_json
+from dmd2.core.interrupts import single_writer
+from dmd2.core.progress import Progress
+from eval.catalogue.read import catalogue
 from tests.eval.catalogue_workspace import RUN, RUNS, STEPS, edit, of
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dmd2.ablations import Table
-from eval.claims import CLAIMS, judge
-from eval.rules import Measurements, equivalent, lower, no_gain, show
+from dmd2.experiment.tables import Table
+from eval.report.claims import CLAIMS, judge
+from eval.report.rules import Measurements, equivalent, lower, no_gain, show
 
 
 def measured(**runs: list[float]) -> Measurements:

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import eval.__main__ as command
-from eval import call as calls
-from eval import features
+import eval.score.command as command
+from eval.detectors.detectors import features
+from eval.score import call as calls
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical
 

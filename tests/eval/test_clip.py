@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dmd2.errors import UserError
-from eval.clip import PREFIX, ClipScore
-from eval.detectors import load_detector
+from dmd2.core.errors import UserError
+from eval.detectors.clip import PREFIX, ClipScore
+from eval.detectors.detectors import load_detector
 
 MODEL = open_clip.get_model_config("ViT-S-32-alt")  # the smallest of open_clip's: 43 M parameters, 224 px
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

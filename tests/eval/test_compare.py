@@ -11,9 +11,9 @@ from scipy.stats import t, ttest_ind
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from dmd2.files import read_json, write_json
-from eval import compare
-from eval.contrasts import judge
+from dmd2.core.files import read_json, write_json
+from eval.compare import command as compare
+from eval.compare.contrasts import judge
 from tests.eval.compare_places import psi, student, teacher
 
 APP = Typer()
@@ -58,13 +58,16 @@ def test_another_seed_set_and_one_changed_hyper_parameter_says_both(places: tupl
 
 
 def test_other_code_of_the_method_is_told_where_both_sides_know_theirs(places: tuple[Path, Path]) -> None:
-    old = {"dmd2.losses": "a", "dmd2.step": "b"}
+    old = {"dmd2.method.losses": "a", "dmd2.method.step": "b"}
     student(places[0], "dmd2", THREE, code=old)
     student(places[1], "dmd2", THREE)
     assert "trained by other code" not in run(places).stdout
-    for modules, told in (({**old, "dmd2.losses": "c"}, True), ({"dmd2.x.losses": "a", "dmd2.x.step": "b"}, False)):
+    for modules, told in (
+        ({**old, "dmd2.method.losses": "c"}, True),
+        ({"dmd2.x.losses": "a", "dmd2.x.step": "b"}, False),
+    ):
         student(places[1], "dmd2", THREE, code=modules)
-        assert ("- trained by other code: dmd2/losses.py differ" in run(places).stdout) is told
+        assert ("- trained by other code: dmd2/method/losses.py differ" in run(places).stdout) is told
 
 
 def test_the_same_seeds_are_paired(places: tuple[Path, Path]) -> None:

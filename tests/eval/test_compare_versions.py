@@ -15,10 +15,10 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from dmd2.files import read_json, write_json, write_text
-from eval import compare
-from eval.tables import build, tidy
-from eval.versions import open_side
+from dmd2.core.files import read_json, write_json, write_text
+from eval.compare import command as compare
+from eval.compare.versions import open_side
+from eval.report.tables import build, tidy
 from tests.browser import fake_results
 from tests.eval.compare_places import student
 

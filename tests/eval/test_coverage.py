@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eval.estimate import Estimate
-from eval.frechet import FrechetReference, between_samples, paired
-from eval.kid import kid, kid_paired
-from eval.neighbours import prdc
-from eval.scores import accuracy, inception_score, mean_estimate, paired_mean
-from eval.stats import FeatureStats
+from eval.metrics.estimate import Estimate
+from eval.metrics.frechet import FrechetReference, between_samples, paired
+from eval.metrics.kid import kid, kid_paired
+from eval.metrics.neighbours import prdc
+from eval.metrics.scores import accuracy, inception_score, mean_estimate, paired_mean
+from eval.metrics.stats import FeatureStats
 
 REPEATS = 200
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from dmd2.ablations import load_base
-from dmd2.data import load_set, prepare
-from dmd2.errors import UserError
-from eval import protocol
-from eval.detectors import load_detector, record_network, train_classifier
-from eval.frechet import moments
-from eval.stats import FeatureStats, frechet_distance
+from dmd2.core.errors import UserError
+from dmd2.data.sets import load_set, prepare
+from dmd2.experiment.tables import load_base
+from eval.detectors.detectors import load_detector, record_network, train_classifier
+from eval.metrics.frechet import moments
+from eval.metrics.stats import FeatureStats, frechet_distance
+from eval.runs import protocol
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from eval.differences import Arm, difference, shown
+from eval.report.differences import Arm, difference, shown
 
 RNG = np.random.default_rng(0)
 PSI = RNG.standard_normal(1000)

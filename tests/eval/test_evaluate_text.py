@@ -13,26 +13,26 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd2.condition import Condition
-from dmd2.config import RunConfig
-from dmd2.data import TensorSet, save_shard
-from dmd2.encode import encode_prompts
-from dmd2.errors import UserError
-from dmd2.files import listing, read_json, write_json, write_text
-from dmd2.inputs import eval_prompts, measured_with, pipeline_manifest
-from dmd2.lora import IN_SNAPSHOT
-from dmd2.make_pipeline import make_pipeline
-from dmd2.quantise import quantise
-from dmd2.run import RunId
-from dmd2.sample import student_sample
-from dmd2.teachers import adopt_teacher
-from eval import evaluate
-from eval.claims import SETTLED
-from eval.detectors import load_detector, record_network
-from eval.images import open_images
-from eval.reference import Engine, save_moments
-from eval.resize import Geometry
-from eval.small_clip import train_clip
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, read_json, write_json, write_text
+from dmd2.core.run import RunId
+from dmd2.data.encode import encode_prompts
+from dmd2.data.make_pipeline import make_pipeline
+from dmd2.data.sets import TensorSet, save_shard
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.run_inputs import eval_prompts, measured_with, pipeline_manifest
+from dmd2.networks.condition import Condition
+from dmd2.networks.lora import IN_SNAPSHOT
+from dmd2.networks.quantise import quantise
+from dmd2.training.sampling import student_sample
+from dmd2.training.teachers import adopt_teacher
+from eval.detectors.detectors import load_detector, record_network
+from eval.detectors.reference import Engine, save_moments
+from eval.detectors.small_clip import train_clip
+from eval.pixels.images import open_images
+from eval.pixels.resize import Geometry
+from eval.runs import evaluate
 from tests import tiny, tiny_pipelines
 from tests.conftest import ROOT
 
@@ -114,7 +114,7 @@ def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
     samplers = {"twice": config().eval.teacher_samplers["ode"]}
     cfg = config().model_copy(update={"eval": config().eval.model_copy(update={"teacher_samplers": samplers})})
     words, path = ["twice", str(out), "--config", cfg.model_dump_json()], {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "eval.evaluate", "teacher", *words]
+    command = [sys.executable, "-m", "eval.runs.evaluate", "teacher", *words]
     with subprocess.Popen(command, env=os.environ | path, stderr=subprocess.PIPE, text=True) as first:
         while first.poll() is None and not list(out.parent.glob("features/*/about.json")):
             time.sleep(0.01)

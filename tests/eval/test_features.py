@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.errors import UserError
-from dmd2.files import read_json
-from dmd2.rng import sample_labels, sample_noise
-from eval import features
-from eval.features import FeatureSet, Sampled, blocks, cache_folder, collect, extract, join, share, stream_moments
-from eval.stats import FeatureStats
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
+from dmd2.core.rng import sample_labels, sample_noise
+from eval.detectors.detectors import features
+from eval.detectors.features import (
+    FeatureSet,
+    Sampled,
+    blocks,
+    cache_folder,
+    collect,
+    extract,
+    join,
+    share,
+    stream_moments,
+)
+from eval.metrics.stats import FeatureStats
 
 COUNT = 730
 
@@ -259,7 +269,7 @@ def test_error_in_a_worker_arrives_as_its_sentence(tmp_path) -> None:
 def test_every_start_method_gives_equal_features(tmp_path, method) -> None:
     from safetensors.torch import save_file
 
-    from eval.images import open_images
+    from eval.pixels.images import open_images
 
     save_file({"images": draw(list(range(130)))}, tmp_path / "images.safetensors")
     source = open_images(tmp_path / "images.safetensors")

@@ -9,9 +9,9 @@ from cleanfid.fid import frechet_distance as cleanfid_distance
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from dmd2.errors import UserError
-from eval.frechet import FrechetReference, between_samples, from_features, moments, paired
-from eval.stats import FeatureStats, frechet_distance, ones_initialised
+from dmd2.core.errors import UserError
+from eval.metrics.frechet import FrechetReference, between_samples, from_features, moments, paired
+from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
 from tests.eval.test_stats import commuting
 from tests.eval.test_stats import moments as stats
 

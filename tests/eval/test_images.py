@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmd2.data import save_shard
-from dmd2.errors import UserError
-from dmd2.files import listing, write_json
-from eval.images import ImageSource, duplicates, open_images
-from eval.resize import Geometry
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, write_json
+from dmd2.data.sets import save_shard
+from eval.pixels.images import ImageSource, duplicates, open_images
+from eval.pixels.resize import Geometry
 
 COUNT = 7
 KINDS = ("folder", "zip", "npz", "npz-nchw", "npy", "npy-nchw", "safetensors", "manifest")

@@ -6,9 +6,9 @@ import torch
 from cleanfid.fid import kernel_distance
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from dmd2.errors import UserError
-from eval import kid as module
-from eval.kid import kid, kid_paired, kid_subsets, random_subsets
+from dmd2.core.errors import UserError
+from eval.metrics import kid as module
+from eval.metrics.kid import kid, kid_paired, kid_subsets, random_subsets
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((50, 12)), 1.2 * RNG.standard_normal((60, 12)) + 0.3

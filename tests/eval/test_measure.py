@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
-from dmd2.errors import UserError
-from eval.estimate import Estimate
-from eval.features import FeatureSet, collect
-from eval.frechet import between_samples
-from eval.measure import (
+from dmd2.core.errors import UserError
+from eval.detectors.features import FeatureSet, collect
+from eval.detectors.reference import Engine, Reference, holds_moments, part_of, save_moments
+from eval.metrics.estimate import Estimate
+from eval.metrics.frechet import between_samples
+from eval.metrics.stats import FeatureStats
+from eval.pixels.resize import NONE, Geometry
+from eval.score.measure import (
     COMPARE,
     METRICS,
     PAIRED,
@@ -24,9 +27,6 @@ from eval.measure import (
     verdict,
     warnings,
 )
-from eval.reference import Engine, Reference, holds_moments, part_of, save_moments
-from eval.resize import NONE, Geometry
-from eval.stats import FeatureStats
 from tests.eval.test_features import Quadrants, draw
 
 
@@ -212,7 +212,7 @@ def test_moments_saved_once_serve_as_reference(engine, tmp_path) -> None:
 
 
 def test_older_manifest_with_the_name_only_is_accepted_for_that_name(engine, tmp_path) -> None:
-    from eval.stats import save_stats
+    from eval.metrics.stats import save_stats
 
     save_stats(FeatureStats.of(sample(range(50)).features), tmp_path / "manifest.json", {"detector": "quadrants"})
     assert engine.reference(tmp_path).stats.count == 50

@@ -4,10 +4,10 @@ from math import nan
 
 import pytest
 
-from eval.columns import METRICS
-from eval.metrics import BETTER, PARTS, UNDIRECTED, best_first, measured
-from eval.protocol import KNOWN
-from eval.table_text import LABELS
+from dmd2.experiment.metrics import BETTER, PARTS, UNDIRECTED, best_first, measured
+from eval.catalogue.columns import METRICS
+from eval.report.table_text import LABELS
+from eval.runs.protocol import KNOWN
 
 
 def test_every_number_of_an_evaluation_has_a_direction_or_none_a_label_and_a_meaning() -> None:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from dmd2.errors import UserError
-from eval import neighbours
-from eval.neighbours import memorisation, prdc, precision_recall
+from dmd2.core.errors import UserError
+from eval.metrics import neighbours
+from eval.metrics.neighbours import memorisation, prdc, precision_recall
 
 RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.standard_normal((120, 6)), 0.8 * RNG.standard_normal((100, 6)) + 0.4

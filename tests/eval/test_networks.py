@@ -12,13 +12,14 @@ from cleanfid.resize import build_resizer
 from safetensors.torch import save_file
 from torch import nn
 
-from dmd2.arithmetic import GPU_PRODUCTS
-from dmd2.errors import UserError
-from eval import networks, resize
-from eval.detectors import load_detector
-from eval.features import account
-from eval.networks import NETWORKS, DinoV2, inception_2015, position_embedding
-from eval.weights import Weights, load_state, locate, registry
+from dmd2.core.errors import UserError
+from dmd2.core.precision import GPU_PRODUCTS
+from eval.detectors import networks
+from eval.detectors.detectors import load_detector
+from eval.detectors.features import account
+from eval.detectors.networks import NETWORKS, DinoV2, inception_2015, position_embedding
+from eval.detectors.weights import Weights, load_state, locate, registry
+from eval.pixels import resize
 
 LITE = [name for name in NETWORKS if name.startswith("lite0")]
 

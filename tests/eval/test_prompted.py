@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import eval.__main__ as command
-from dmd2.lpips import Lpips
-from eval import asked, features, prompted
-from eval import call as calls
-from eval.call import Call
-from eval.clip import ClipImages, ClipScore
-from eval.estimate import Estimate
-from eval.protocols import NamedProtocol, names
-from eval.resize import Geometry
-from eval.scores import Scored, mean_estimate, paired_mean
-from eval.weights import locate
+import eval.score.command as command
+from dmd2.experiment.protocols import NamedProtocol, names
+from dmd2.networks.lpips import Lpips
+from eval.detectors.clip import ClipImages, ClipScore
+from eval.detectors.detectors import features
+from eval.detectors.weights import locate
+from eval.metrics.estimate import Estimate
+from eval.metrics.scores import Scored, mean_estimate, paired_mean
+from eval.pixels.resize import Geometry
+from eval.score import call as calls
+from eval.score import options as asked
+from eval.score import prompted
+from eval.score.call import Call
 from tests.eval.test_clip import write_model
 from tests.eval.test_features import Quadrants, draw
 from tests.unit.test_lpips import write_weights

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.ablations import BASES, load_base, load_experiment
-from dmd2.errors import UserError
-from dmd2.rng import sample_labels
-from eval import features
-from eval.frechet import moments
-from eval.measure import METRICS
-from eval.networks import NETWORKS
-from eval.protocol import KNOWN, Protocol, spoken
-from eval.protocols import named, names, ranks_of
-from eval.reference import Reference
-from eval.resize import Geometry
-from eval.stats import FeatureStats, frechet_distance, ones_initialised
-from eval.weights import registry
+from dmd2.core.errors import UserError
+from dmd2.core.rng import sample_labels
+from dmd2.experiment.protocols import named, names, ranks_of
+from dmd2.experiment.tables import BASES, load_base, load_experiment
+from eval.detectors.detectors import features
+from eval.detectors.networks import NETWORKS
+from eval.detectors.reference import Reference
+from eval.detectors.weights import registry
+from eval.metrics.frechet import moments
+from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
+from eval.pixels.resize import Geometry
+from eval.runs.protocol import KNOWN, Protocol, spoken
+from eval.score.measure import METRICS
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import config
 

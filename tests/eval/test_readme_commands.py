@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-import eval.__main__ as command
+import eval.score.command as command
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^python -m eval (.*)$", README, re.M)

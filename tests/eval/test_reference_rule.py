@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dmd2.data import save_shard
-from dmd2.files import listing, read_json, write_json
-from eval import reference
-from eval.frechet import moments
-from eval.reference import Engine, main
-from eval.resize import NONE
+from dmd2.core.files import listing, read_json, write_json
+from dmd2.data.sets import save_shard
+from eval.detectors import reference
+from eval.detectors.reference import Engine, main
+from eval.metrics.frechet import moments
+from eval.pixels.resize import NONE
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical
 

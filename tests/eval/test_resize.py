@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from dmd2.errors import UserError
-from eval.resize import (
+from dmd2.core.errors import UserError
+from eval.pixels.resize import (
     Geometry,
     clean,
     clean_by_matrix,
@@ -62,7 +62,7 @@ def test_images_are_resized_alike_alone_and_in_a_batch(monkeypatch: pytest.Monke
     images = torch.cat([nchw(noise(40, 40, seed)) for seed in range(5)])
     resizers = (resize_uint8, partial(uint8_by_matrix, name="lanczos"), clean, clean_by_matrix, tf1)
     together = [resize(images, 32) for resize in resizers]
-    monkeypatch.setattr("eval.resize.ELEMENTS", 2 * images[0].numel())
+    monkeypatch.setattr("eval.pixels.resize.ELEMENTS", 2 * images[0].numel())
     apart = [torch.cat([resize(image[None], 32) for image in images]) for resize in resizers]
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
     assert torch.equal(uint8_by_matrix(images, 32, "lanczos"), together[1])  # 2 images at a time

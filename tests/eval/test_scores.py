@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from dmd2.errors import UserError
-from eval.estimate import Estimate
-from eval.scores import accuracy, diversities, inception_score, mean_estimate, paired_mean
+from dmd2.core.errors import UserError
+from eval.metrics.estimate import Estimate
+from eval.metrics.scores import accuracy, diversities, inception_score, mean_estimate, paired_mean
 
 RNG = np.random.default_rng(0)
 

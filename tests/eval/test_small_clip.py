@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd2.data import TensorSet
-from dmd2.errors import UserError
-from dmd2.files import read_json
-from dmd2.rng import Draws
-from eval.alignment import load_towers
-from eval.detectors import load_detector
-from eval.small_clip import augmented, pooled, train_clip
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
+from dmd2.core.rng import Draws
+from dmd2.data.sets import TensorSet
+from eval.detectors.alignment import load_towers
+from eval.detectors.detectors import load_detector
+from eval.detectors.small_clip import augmented, pooled, train_clip
 
 
 def colours(count: int = 120) -> dict[str, Tensor]:

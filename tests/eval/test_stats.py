@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from dmd2.errors import UserError
-from dmd2.files import read_json
-from eval.stats import FeatureStats, frechet_distance, load_stats, ones_initialised, save_stats
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
+from eval.metrics.stats import FeatureStats, frechet_distance, load_stats, ones_initialised, save_stats
 
 RNG = np.random.default_rng(0)
 

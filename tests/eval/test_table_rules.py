@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from dmd2.ablations import Table, load_experiment
-from dmd2.errors import UserError
-from dmd2.files import read_json, write_json, write_text
-from dmd2.run import SAMPLERS, RunId
-from eval.evaluate import brightness_stability
-from eval.report import best_runs, header, lines, render
-from eval.rules import lower
-from eval.table_text import cells, markdown, other, published
-from eval.tables import build, measurements
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, write_json, write_text
+from dmd2.core.run import SAMPLERS, RunId
+from dmd2.experiment.tables import Table, load_experiment
+from eval.report.page import best_runs, header, lines, render
+from eval.report.rules import lower
+from eval.report.table_text import cells, markdown, other, published
+from eval.report.tables import build, measurements
+from eval.runs.evaluate import brightness_stability
 from tests.browser import fake_results
 
 NAME = "digits-table3"

@@ -11,13 +11,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from dmd2.ablations import load_experiment
-from dmd2.files import read_json, write_json, write_text
-from dmd2.method import modules_of
-from dmd2.run import RunId
-from eval import evaluate, report
-from eval.table_text import cells, markdown, other, published
-from eval.tables import build, curves, means, measurements, tidy
+from dmd2.core.code_digest import modules_of
+from dmd2.core.files import read_json, write_json, write_text
+from dmd2.core.run import RunId
+from dmd2.experiment.tables import load_experiment
+from eval.report import page as report
+from eval.report.table_text import cells, markdown, other, published
+from eval.report.tables import build, curves, means, measurements, tidy
+from eval.runs import evaluate
 from tests.browser import fake_results
 
 
@@ -122,14 +123,14 @@ def trained_by(run: str, *modules: dict[str, str]) -> None:
 
 
 def test_table_and_report_tell_by_which_code_rows_were_trained(place: Path) -> None:
-    present, old = modules_of(), {**modules_of(), "dmd2.losses": "old"}
+    present, old = modules_of(), {**modules_of(), "dmd2.method.losses": "old"}
     trained_by("dmd2", present)
     assert not any("code" in warning for warning in build("digits-table3")["warnings"])
     trained_by("dmd", old)
     trained_by("gan-only", old, present)
     bundle = build("digits-table3")
     told = [
-        "not all of this was trained by the same code: dmd2/losses.py differ",
+        "not all of this was trained by the same code: dmd2/method/losses.py differ",
         "other code went on with half-trained runs: gan-only",
         "trained by other code than the table was made with: dmd, gan-only",
     ]

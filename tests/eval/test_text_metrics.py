@@ -5,18 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmd2.data import TensorSet
-from dmd2.errors import UserError
-from dmd2.prompts import EvalPrompts
-from eval import features
-from eval.alignment import Alignment
-from eval.differences import influences
-from eval.frechet import moments
-from eval.protocol import Protocol, check_metrics, save_influence
-from eval.reference import Reference
-from eval.resize import Geometry
-from eval.small_clip import SmallClip, SmallTowers
-from eval.taps import Taps, brightness, saturation, sharpness
+from dmd2.core.errors import UserError
+from dmd2.data.prompts import EvalPrompts
+from dmd2.data.sets import TensorSet
+from eval.detectors.alignment import Alignment
+from eval.detectors.detectors import features
+from eval.detectors.reference import Reference
+from eval.detectors.small_clip import SmallClip, SmallTowers
+from eval.metrics.frechet import moments
+from eval.pixels.resize import Geometry
+from eval.report.differences import influences
+from eval.runs.columns import Taps, brightness, saturation, sharpness
+from eval.runs.protocol import Protocol, check_metrics, save_influence
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import TEXT_WIDTH, TOKENS, config
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dmd2.errors import UserError
-from eval.detectors import load_detector
-from eval.networks import NETWORKS
-from eval.weights import fetch, fid_checksums, load_state, locate, registry
+from dmd2.core.errors import UserError
+from eval.detectors.detectors import load_detector
+from eval.detectors.networks import NETWORKS
+from eval.detectors.weights import fetch, fid_checksums, load_state, locate, registry
 
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -33,7 +33,10 @@ def test_lite0_weights_of_the_package_have_the_listed_checksum() -> None:
 
 
 def test_missing_weights_are_named_with_checksum_place_and_command(tmp_path, offline) -> None:
-    place, command = re.escape(f"{tmp_path}/inception-2015-12-05/"), "python -m eval.weights inception-2015-12-05"
+    place, command = (
+        re.escape(f"{tmp_path}/inception-2015-12-05/"),
+        "python -m eval.detectors.weights inception-2015-12-05",
+    )
     with pytest.raises(UserError, match=rf"inception-2015-12-05\.pt \(SHA-256 {INCEPTION}\) .*{place} .*{command}$"):
         load_detector("inception-2015-12-05", tmp_path)
 
@@ -97,7 +100,7 @@ def test_fetch_of_a_complete_folder_downloads_nothing(tmp_path, offline) -> None
 def test_command_says_what_cannot_be_downloaded(tmp_path, offline, name, sentence) -> None:
     import typer
 
-    from eval.weights import main
+    from eval.detectors.weights import main
 
     app = typer.Typer()
     app.command()(main)

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from dmd2.losses import (
+from dmd2.method.losses import (
     denoising_loss,
     discriminator_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
     generator_gan_loss,
 )
-from dmd2.schedules import KarrasSchedule, loss_weight
+from dmd2.networks.schedules import KarrasSchedule, loss_weight
 
 N = torch.arange(24, dtype=torch.float64)
 X, R, F = (v.reshape(2, 3, 2, 2) for v in (N.sin(), N.cos(), (2 * N).sin()))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dmd2.condition import Condition
-from dmd2.denoisers import encode
-from dmd2.head import Head
-from dmd2.teachers import build_network
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import encode
+from dmd2.networks.head import Head
+from dmd2.training.teachers import build_network
 
 EDM_64 = {
     "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": [192, 384, 576, 768],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.denoisers import EdmDenoiser
-from dmd2.schedules import LEVELS, KarrasSchedule, VPSchedule, add_noise, karras_sigmas, step_indices
+from dmd2.networks.denoisers import EdmDenoiser
+from dmd2.networks.schedules import LEVELS, KarrasSchedule, VPSchedule, add_noise, karras_sigmas, step_indices
 from tests import reference
 from tests.stubs import NO_CONDITION, LinearEdm, LinearEps
 

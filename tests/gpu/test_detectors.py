@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd2.data import TensorSet
-from eval import resize
-from eval.clip import ClipScore
-from eval.detectors import Detector, load_detector, train_classifier
-from eval.features import Sampled, extract, join
-from eval.frechet import FrechetReference, moments
-from eval.networks import DinoV2
-from eval.resize import NONE, Geometry
-from eval.small_clip import SmallTowers, train_clip
-from eval.taps import Tap, Taps, brightness, saturation, sharpness
+from dmd2.data.sets import TensorSet
+from eval.detectors.clip import ClipScore
+from eval.detectors.detectors import Detector, load_detector, train_classifier
+from eval.detectors.features import Sampled, extract, join
+from eval.detectors.networks import DinoV2
+from eval.detectors.small_clip import SmallTowers, train_clip
+from eval.metrics.frechet import FrechetReference, moments
+from eval.pixels import resize
+from eval.pixels.resize import NONE, Geometry
+from eval.runs.columns import Tap, Taps, brightness, saturation, sharpness
 from tests.eval.test_clip import write_model
 from tests.eval.test_networks import folder, noise  # noqa: F401
 
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = noise(20, 32)
     rows = {"images": images, "labels": torch.arange(20) % 4, "text": torch.randn(20, 5, 6)}
     patch = pytest.MonkeyPatch()
-    patch.setattr("eval.detectors.TRAINING_STEPS", 5)
+    patch.setattr("eval.detectors.detectors.TRAINING_STEPS", 5)
     train_classifier("digits-classifier", TensorSet(rows), root / "digits-classifier/manifest.json")
     patch.undo()
     train_clip("colours-clip", TensorSet(rows), root / "colours-clip/manifest.json", steps=2)
@@ -131,7 +131,7 @@ def test_dinov2_sees_what_it_sees_on_the_cpu(device: torch.device, tmp_path: Pat
 
 
 def test_detectors_of_a_set_are_trained(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.detectors.TRAINING_STEPS", 5)
+    monkeypatch.setattr("eval.detectors.detectors.TRAINING_STEPS", 5)
     rows = {"images": noise(20, 32), "labels": torch.arange(20) % 4, "text": torch.randn(20, 5, 6)}
     train_classifier("x-classifier", TensorSet(rows), tmp_path / "x-classifier/manifest.json", device)
     train_clip("x-clip", TensorSet(rows), tmp_path / "x-clip/manifest.json", device, steps=2)

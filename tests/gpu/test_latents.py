@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd2.autoencoder import train_autoencoder
-from dmd2.data_config import Autoencoder
-from dmd2.lpips import Lpips
-from dmd2.pipelines import Pipeline
-from dmd2.step import brightness, regression_distance
+from dmd2.data.pipelines import Pipeline
+from dmd2.experiment.data_config import Autoencoder
+from dmd2.method.step import brightness, regression_distance
+from dmd2.networks.autoencoder import train_autoencoder
+from dmd2.networks.lpips import Lpips
 from tests import tiny_pipelines
 from tests.unit.test_lpips import write_weights
 
@@ -29,7 +29,7 @@ def pipeline_on(device: torch.device, kind: str) -> Pipeline:
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without checksums are taken as they are."""
-    monkeypatch.setattr("dmd2.pipelines.verified", lambda folder, entry: folder / entry["path"])
+    monkeypatch.setattr("dmd2.data.pipelines.verified", lambda folder, entry: folder / entry["path"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.full_size import _changed, _standing, allocated_peak, random_batches, random_models
-from dmd2.ablations import load_base
-from dmd2.config import RunConfig
-from dmd2.memory import Counted, Setup, architecture
-from dmd2.plan import varied
-from dmd2.step import train_step
-from dmd2.teachers import adopt_teacher, build_network
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.tables import load_base
+from dmd2.method.step import train_step
+from dmd2.planning.command import varied
+from dmd2.planning.memory import Counted, Setup, architecture
+from dmd2.training.teachers import adopt_teacher, build_network
 
 GB = 1e9
 # Base, batch, setup, LoRA rank, AdamW's states, GB that the card must have, and how far the measured peak may be off:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd2.arithmetic import float32_products
-from dmd2.batches import Batch, Batches
-from dmd2.config import RunConfig
-from dmd2.data import TensorSet
-from dmd2.head import Head
-from dmd2.optimiser import Optimiser
-from dmd2.rng import Draws
-from dmd2.step import Models, critic_loss, frozen, image_shape, student_loss
-from dmd2.student_input import student_input
-from dmd2.teachers import wrap
+from dmd2.core.precision import float32_products
+from dmd2.core.rng import Draws
+from dmd2.data.sets import TensorSet
+from dmd2.experiment.config import RunConfig
+from dmd2.method.batches import Batch, Batches
+from dmd2.method.step import Models, critic_loss, frozen, image_shape, student_loss
+from dmd2.method.student_input import student_input
+from dmd2.networks.head import Head
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.teachers import wrap
 from tests import tiny
 
 CPU = torch.device("cpu")

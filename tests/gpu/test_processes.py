@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd2.config import Teacher
-from dmd2.data import save_shard
-from dmd2.files import listing, write_json
-from dmd2.teachers import adopt_teacher
+from dmd2.core.files import listing, write_json
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import Teacher
+from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from dmd2.ablations import load_experiment
+from dmd2.experiment.tables import load_experiment
 from tests.workspace import Workspace
 
 CLUSTER_SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -106,7 +106,7 @@ class SlurmWorkspace(Workspace):
 
     def training_pid(self, job: str) -> int:
         """Process in which a job of one task trains."""
-        return next(pid for pid in processes(f"SLURM_JOB_ID={job}") if b"dmd2.job" in command_of(pid)
+        return next(pid for pid in processes(f"SLURM_JOB_ID={job}") if b"dmd2.launch.job" in command_of(pid)
                     and b"python" in command_of(pid).split(b"\0")[0])  # fmt: skip
 
     def jobs(self, run: str) -> list[str]:

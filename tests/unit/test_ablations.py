@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from dmd2.ablations import apply_change, holds, load_base, load_experiment
-from dmd2.errors import UserError
+from dmd2.core.errors import UserError
+from dmd2.experiment.tables import apply_change, holds, load_base, load_experiment
 from tests import tiny
 from tests.conftest import ROOT
 

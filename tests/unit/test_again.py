@@ -6,25 +6,33 @@ from typing import Any
 
 import pytest
 
-import dmd2.again
-import dmd2.trainer
-from dmd2 import launch
-from dmd2.again import code_parts, continued, current_key, is_due, make_anew, other_code, trained_by_other_code
-from dmd2.cluster import Cluster, Jobs
-from dmd2.config import Teacher
-from dmd2.data import save_shard
-from dmd2.errors import UserError
-from dmd2.files import listing, read_json, verified, write_json
-from dmd2.inputs import Inputs, goal_of
-from dmd2.interrupts import single_writer
-from dmd2.overview import overview_row
-from dmd2.run import Goal, RunId
-from dmd2.teachers import adopt_teacher
+import dmd2.core.retraining
+import dmd2.training.trainer
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, read_json, verified, write_json
+from dmd2.core.interrupts import single_writer
+from dmd2.core.retraining import (
+    code_parts,
+    continued,
+    current_key,
+    is_due,
+    make_anew,
+    other_code,
+    trained_by_other_code,
+)
+from dmd2.core.run import Goal, RunId
+from dmd2.data.sets import save_shard
+from dmd2.experiment.cluster import Cluster, Jobs
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import Inputs, goal_of
+from dmd2.launch import command as launch
+from dmd2.launch.overview import overview_row
+from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
-NEW = {"dmd2.losses": "new", "dmd2.step": "s"}
-OLD = {"dmd2.losses": "old", "dmd2.step": "s"}
+NEW = {"dmd2.method.losses": "new", "dmd2.method.step": "s"}
+OLD = {"dmd2.method.losses": "old", "dmd2.method.step": "s"}
 CLUSTER = Cluster(launcher="local", jobs=Jobs(**{kind: {} for kind in Jobs.model_fields}))  # type: ignore[arg-type]
 
 
@@ -32,7 +40,7 @@ CLUSTER = Cluster(launcher="local", jobs=Jobs(**{kind: {} for kind in Jobs.model
 def workspace(tmp_path, monkeypatch) -> Path:
     """A teacher and a real set in their usual places, code OLD."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dmd2.again, "commit", lambda: "0123abcde")
+    monkeypatch.setattr(dmd2.core.retraining, "commit", lambda: "0123abcde")
     for path in ("data/teachers/t", "data/real/tiny"):
         Path(path).mkdir(parents=True)
     tiny.network("edm", seed=5).save_pretrained("data/teachers/t/unet", safe_serialization=True)
@@ -46,8 +54,8 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 def code(monkeypatch, modules: dict[str, str]) -> None:
     """From now on this is the code of the method."""
-    monkeypatch.setattr(dmd2.again, "modules_of", lambda: modules)
-    monkeypatch.setattr(dmd2.trainer, "modules_of", lambda: modules)
+    monkeypatch.setattr(dmd2.core.retraining, "modules_of", lambda: modules)
+    monkeypatch.setattr(dmd2.training.trainer, "modules_of", lambda: modules)
 
 
 def config(steps: int = 4) -> Any:
@@ -67,7 +75,10 @@ def test_record_names_the_code_and_a_change_of_it(monkeypatch) -> None:
     path = RUN.folder / "train.json"
     assert trained_by_other_code(path) is None
     code(monkeypatch, NEW)
-    assert trained_by_other_code(path) == "was trained by other code (dmd2/losses.py changed since commit 0123abcde)"
+    assert (
+        trained_by_other_code(path)
+        == "was trained by other code (dmd2/method/losses.py changed since commit 0123abcde)"
+    )
 
 
 def test_record_of_an_earlier_version_says_nothing(monkeypatch) -> None:
@@ -135,8 +146,10 @@ def test_run_that_other_code_continues_is_recorded_in_parts_and_said(monkeypatch
     code(monkeypatch, NEW)
     parts = train(4)["code"]
     assert [(part["step"], part["modules"]) for part in parts] == [(0, OLD), (2, NEW)]
-    assert "tiny/full/seed0 was trained in part by other code (dmd2/losses.py" in capsys.readouterr().err
-    assert other_code(parts) == "was trained in part by other code (dmd2/losses.py changed since commit 0123abcde)"
+    assert "tiny/full/seed0 was trained in part by other code (dmd2/method/losses.py" in capsys.readouterr().err
+    assert (
+        other_code(parts) == "was trained in part by other code (dmd2/method/losses.py changed since commit 0123abcde)"
+    )
 
 
 def test_code_whose_work_was_lost_is_forgotten() -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import backends
 
-from dmd2.arithmetic import deterministic_kernels, float32_products, strict_float32
+from dmd2.core.precision import deterministic_kernels, float32_products, strict_float32
 
 CPU = torch.device("cpu")
 

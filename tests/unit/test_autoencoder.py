@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd2.autoencoder import train_autoencoder
-from dmd2.data_config import Autoencoder
-from dmd2.errors import UserError
+from dmd2.core.errors import UserError
+from dmd2.experiment.data_config import Autoencoder
+from dmd2.networks.autoencoder import train_autoencoder
 
 NETWORK = {
     "block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dmd2 import distributed
-from dmd2.batches import Batches
+from dmd2.core import distributed
+from dmd2.method.batches import Batches
 from tests import tiny
 
 

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dmd2.captioned import read_captioned
-from dmd2.config import Data
-from dmd2.errors import UserError
+from dmd2.core.errors import UserError
+from dmd2.data.captioned_readers import read_captioned
+from dmd2.experiment.config import Data
 
 SIZE, COUNT = 8, 5
 RNG = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def test_webp_and_jpeg_are_resized_from_their_central_square(tmp_path):
 
 
 def test_blocks_are_bounded_by_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.decode.BLOCK_BYTES", 3 * PIXELS[0].nbytes)
+    monkeypatch.setattr("dmd2.data.decode.BLOCK_BYTES", 3 * PIXELS[0].nbytes)
     write_tar(tmp_path / "0.tar", samples(range(COUNT)))
     assert [len(captions) for _, captions in read_captioned(data("webdataset", tmp_path), SIZE, 0, 1)] == [3, 2]
     assert_read(data("webdataset", tmp_path))
@@ -356,7 +356,7 @@ def write_lmdb(place, changes=None):
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_latents_and_prompts_are_read_and_shared(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr("dmd2.lmdb_sets.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.lmdb_sets.BLOCK", 2)
     assert_read(write_lmdb(tmp_path / "set"), LATENTS, parts=parts)
 
 

@@ -9,9 +9,9 @@ import sys
 import pandas as pd
 import pytest
 
-from dmd2.captions import captions_of, read_captions, read_prompts, save_captions
-from dmd2.errors import UserError
-from dmd2.files import listing, write_json
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, write_json
+from dmd2.data.captions import captions_of, read_captions, read_prompts, save_captions
 
 CAPTIONS = ["a cat", "  two dogs, on a beach ", "NA", '"quoted", caf\u00e9', "42", "2024-01-01", "one\u2028separator"]
 

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from dmd2.checkpoint import Checkpoints
-from dmd2.errors import UserError
+from dmd2.core.errors import UserError
+from dmd2.training.checkpoint import Checkpoints
 
 
 def saved(folder, *steps, keep=2):

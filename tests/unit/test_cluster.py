@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from dmd2.cluster import CLUSTERS, Cluster, load_cluster
-from dmd2.errors import UserError
+from dmd2.core.errors import UserError
+from dmd2.experiment.cluster import CLUSTERS, Cluster, load_cluster
 
 KINDS = ("real_data", "encode", "detector", "reference", "teacher", "pairs", "train", "evaluate")
 SLURM = """\

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from dmd2.config import Data
-from dmd2.errors import UserError
-from dmd2.make_pipeline import make_pipeline
-from dmd2.pipelines import Pipeline, time_ids
+from dmd2.core.errors import UserError
+from dmd2.data.make_pipeline import make_pipeline
+from dmd2.data.pipelines import Pipeline, time_ids
+from dmd2.experiment.config import Data
 from tests import tiny_pipelines
 from tests.tiny_pipelines import FACTOR, LATENTS, POOLED, TOKENS, WIDTH, WIDTH_2
 

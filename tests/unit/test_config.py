@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from dmd2.ablations import load_base
-from dmd2.config import Pairs, RunConfig, Sampler, TrainConfig, digest
+from dmd2.experiment.config import Pairs, RunConfig, Sampler, TrainConfig, digest
+from dmd2.experiment.tables import load_base
 from tests import tiny
 from tests.conftest import ROOT
 

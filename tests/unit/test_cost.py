@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import dmd2.cost
-from dmd2.cost import slurm_cost, wall_clock_cost
+import dmd2.launch.cost
+from dmd2.launch.cost import slurm_cost, wall_clock_cost
 from tests.fake_slurm import FakeSlurm
 
 RECORD = {"seconds": 1800.0, "processes": 4, "threads": 8, "device": "NVIDIA H100"}
@@ -25,7 +25,7 @@ def clock(monkeypatch):
         made.now += seconds
         made.then()
 
-    monkeypatch.setattr(dmd2.cost, "time", SimpleNamespace(monotonic=lambda: made.now, sleep=sleep))
+    monkeypatch.setattr(dmd2.launch.cost, "time", SimpleNamespace(monotonic=lambda: made.now, sleep=sleep))
     return made
 
 
@@ -71,7 +71,7 @@ def test_accounting_that_runs_behind_is_waited_for(fake, clock, before):
 
 def test_accounting_that_never_arrives_gives_none_after_a_while(fake, clock):
     assert slurm_cost(["7"]) is None
-    assert dmd2.cost.LAG < clock.now <= dmd2.cost.LAG + 1
+    assert dmd2.launch.cost.LAG < clock.now <= dmd2.launch.cost.LAG + 1
 
 
 def test_the_wall_clock_counts_every_process_as_a_gpu():

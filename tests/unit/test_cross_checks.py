@@ -9,20 +9,20 @@ import pytest
 import torch
 import yaml
 
-from dmd2 import teachers
-from dmd2.condition import Condition
-from dmd2.cross_checks import second_time
-from dmd2.denoisers import call_network
-from dmd2.errors import UserError
-from dmd2.measure_checks import networks
-from dmd2.network_checks import defaults
-from dmd2.schedules import KarrasSchedule, VPSchedule
-from dmd2.teachers import build_network
-from dmd2.yaml_file import read_yaml
-from eval.measure import METRICS
-from eval.networks import NETWORKS
-from eval.protocols import KNOWN
-from eval.taps import APPEARANCE
+from dmd2.core.errors import UserError
+from dmd2.experiment.checks.measurement import networks
+from dmd2.experiment.checks.network import defaults
+from dmd2.experiment.checks.sections import second_time
+from dmd2.experiment.protocols import KNOWN
+from dmd2.experiment.yaml_file import read_yaml
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import call_network
+from dmd2.networks.schedules import KarrasSchedule, VPSchedule
+from dmd2.training import teachers
+from dmd2.training.teachers import build_network
+from eval.detectors.networks import NETWORKS
+from eval.runs.columns import APPEARANCE
+from eval.score.measure import METRICS
 from tests import tiny
 from tests.conftest import ROOT
 from tests.unit.test_ablations import Folder, folder  # noqa: F401
@@ -183,7 +183,7 @@ def test_what_does_not_fit_in_a_row_is_blamed_on_the_row(folder) -> None:  # noq
 
 # What is written down here without torch is what torch's side has.
 def test_the_checks_import_no_torch() -> None:
-    code = "import sys, dmd2.ablations as a; a.load_experiment(); assert 'torch' not in sys.modules"
+    code = "import sys, dmd2.experiment.tables as a; a.load_experiment(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

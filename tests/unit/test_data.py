@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd2.config import Data
-from dmd2.data import TensorSet, load_set, prepare, save_shard
-from dmd2.errors import UserError
-from dmd2.files import content_of, listing, read_json, sha256, write_json
-from dmd2.readers import read_idx
+from dmd2.core.errors import UserError
+from dmd2.core.files import content_of, listing, read_json, sha256, write_json
+from dmd2.data.readers import read_idx
+from dmd2.data.sets import TensorSet, load_set, prepare, save_shard
+from dmd2.experiment.config import Data
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 PIXELS = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)
@@ -106,7 +106,7 @@ def test_content_identifies_the_data_and_not_when_or_where_it_was_made(source, t
 @pytest.fixture
 def shards(source, tmp_path, monkeypatch):
     """The three images in shards of two and one."""
-    monkeypatch.setattr("dmd2.data.SHARD_BYTES", 2 * 64 + 63)
+    monkeypatch.setattr("dmd2.data.sets.SHARD_BYTES", 2 * 64 + 63)
     return prepare(data(path=str(source)), tmp_path / "shards")
 
 
@@ -156,7 +156,7 @@ def test_shards_stay_on_disk(tmp_path):
 
 def test_a_file_is_verified_once_per_process_and_again_when_it_changed(manifest, monkeypatch):
     read = []
-    monkeypatch.setattr("dmd2.files.sha256", lambda path: read.append(path.name) or sha256(path))
+    monkeypatch.setattr("dmd2.core.files.sha256", lambda path: read.append(path.name) or sha256(path))
     for _ in range(2):
         load_set(manifest)
     assert read == ["shard-00000.safetensors"]
@@ -189,7 +189,7 @@ def test_labels_outside_the_classes_are_told_and_leave_no_manifest(shards, sourc
 
 
 def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.decode.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.decode.BLOCK", 2)
     (tmp_path / "pngs/a").mkdir(parents=True)
     for i in range(3):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"pngs/a/{i}.png")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.condition import Condition
-from dmd2.denoisers import SAMPLING, EdmDenoiser, EpsDenoiser, guide
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import SAMPLING, EdmDenoiser, EpsDenoiser, guide
 from tests import reference, tiny
 from tests.stubs import NO_CONDITION, LinearEdm, LinearEps, arrays, tensor
 

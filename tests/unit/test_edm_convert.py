@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from typer import Typer
 from typer.testing import CliRunner
 
-from dmd2.condition import Condition
-from dmd2.convert import convert, export_edm, main, student_state
-from dmd2.edm_names import empty, from_edm, infer
-from dmd2.errors import UserError
-from dmd2.files import sha256
-from dmd2.teachers import NETWORKS, wrap
+from dmd2.convert.edm_names import empty, from_edm, infer
+from dmd2.convert.unets import convert, export_edm, main, student_state
+from dmd2.core.errors import UserError
+from dmd2.core.files import sha256
+from dmd2.networks.condition import Condition
+from dmd2.training.teachers import NETWORKS, wrap
 from tests import edm_reference as edm
 from tests import tiny
 
@@ -220,7 +220,7 @@ def test_files_of_other_kinds_are_told(tmp_path):
     torch.save({"a": 1}, tmp_path / "b.bin")
     assert "a is a int and no plain tensor" in said("b.bin", (tmp_path / "b.bin").read_bytes())
     torch.save({"a": UserError}, tmp_path / "b.bin")
-    assert "would run dmd2.errors.UserError: refused" in said("b.bin", (tmp_path / "b.bin").read_bytes())
+    assert "would run dmd2.core.errors.UserError: refused" in said("b.bin", (tmp_path / "b.bin").read_bytes())
     with pytest.raises(UserError, match="absent.pkl is missing"):
         convert(tmp_path / "absent.pkl", tmp_path / "out")
     with pytest.raises(UserError, match="is no file"):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.edm_pickle import read_edm
-from dmd2.errors import UserError
-from dmd2.inert_objects import Record
-from dmd2.inert_pickle import read_pickle
+from dmd2.convert.edm_pickle import read_edm
+from dmd2.convert.inert_objects import Record
+from dmd2.convert.inert_pickle import read_pickle
+from dmd2.core.errors import UserError
 from tests import edm_reference as edm
 
 STATE = edm.random_state(edm.VP, augment=9)

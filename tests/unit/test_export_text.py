@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dmd2.condition import Condition
-from dmd2.config import Teacher
-from dmd2.export import export
-from dmd2.lora import add_lora, lora_state, merged_state
-from dmd2.lora_format import from_kohya, merge
-from dmd2.run import RunId
-from dmd2.samplers import few_step
-from dmd2.snapshot import find_snapshot
-from dmd2.teachers import adopt_teacher, wrap
+from dmd2.convert.kohya import from_kohya, merge
+from dmd2.core.run import RunId
+from dmd2.experiment.config import Teacher
+from dmd2.method.samplers import few_step
+from dmd2.networks.condition import Condition
+from dmd2.networks.lora import add_lora, lora_state, merged_state
+from dmd2.publish.export import export
+from dmd2.training.snapshot import find_snapshot
+from dmd2.training.teachers import adopt_teacher, wrap
 from tests import tiny, tiny_pipelines
 from tests.exported import run_alone, written
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from dmd2.condition import Condition
-from dmd2.errors import UserError
-from dmd2.rng import sample_noise
-from dmd2.sample import student_sample
-from dmd2.samplers import few_step
+from dmd2.core.errors import UserError
+from dmd2.core.rng import sample_noise
+from dmd2.method.samplers import few_step
+from dmd2.networks.condition import Condition
+from dmd2.training.sampling import student_sample
 from tests import reference, tiny
 from tests.stubs import NO_CONDITION, MixtureEdm, MixtureEps, arrays, tensor
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.config import Sampler
-from dmd2.denoisers import EdmDenoiser
-from dmd2.samplers import heun, teacher_sample
+from dmd2.experiment.config import Sampler
+from dmd2.method.samplers import heun, teacher_sample
+from dmd2.networks.denoisers import EdmDenoiser
 from tests import reference
 from tests.stubs import NO_CONDITION, MixtureEdm, arrays, tensor
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.build import build_models
-from dmd2.checkpoint import Checkpoints
-from dmd2.config import Teacher
-from dmd2.inputs import Inputs
-from dmd2.lora import add_lora
-from dmd2.meta import Ledger
-from dmd2.optimiser import Optimiser
-from dmd2.rng import stream
-from dmd2.shapes import META
-from dmd2.shard import load_local
-from dmd2.teachers import adopt_teacher, load_teacher
+from dmd2.core.rng import stream
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.networks.lora import add_lora
+from dmd2.planning.iteration_shapes import META
+from dmd2.planning.ledger import Ledger
+from dmd2.training.build import build_models
+from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.sharding import load_local
+from dmd2.training.teachers import adopt_teacher, load_teacher
 from tests import tiny
 
 MIB = 1 << 20

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dmd2.ablations import load_experiment
-from dmd2.errors import UserError
-from dmd2.files import read_json, write_json, write_text
-from dmd2.inputs import Inputs, goal_of
-from dmd2.job import TrainingJob
-from dmd2.run import Goal, RunId
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, write_json, write_text
+from dmd2.core.run import Goal, RunId
+from dmd2.experiment.run_inputs import Inputs, goal_of
+from dmd2.experiment.tables import load_experiment
+from dmd2.launch.job import TrainingJob
 from tests.conftest import ROOT
 
 RUN = RunId("digits", "dmd2", 0)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import dmd2.interrupts
-from dmd2.errors import UserError
-from dmd2.interrupts import STOP, collected, single_writer
+import dmd2.core.interrupts
+from dmd2.core.errors import UserError
+from dmd2.core.interrupts import STOP, collected, single_writer
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_handlers_come_back_even_after_an_error():
 
 
 def test_a_second_writer_is_told_at_once(other, tmp_path, monkeypatch):
-    monkeypatch.setattr(dmd2.interrupts.time, "sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(dmd2.core.interrupts.time, "sleep", lambda _: pytest.fail("it waits"))
     with pytest.raises(UserError, match=r"another process trains this run"), single_writer(tmp_path):
         pytest.fail("two writers")
 
@@ -51,7 +51,7 @@ def test_a_patient_writer_waits_until_the_other_leaves(tmp_path, monkeypatch, ca
         if len(waits) == 3:
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr(dmd2.interrupts.time, "sleep", sleep)
+    monkeypatch.setattr(dmd2.core.interrupts.time, "sleep", sleep)
     with single_writer(tmp_path, patience=1e6):
         assert len(waits) == 3
     assert capsys.readouterr().err.count("is locked, waiting: another process trains this run") == 1
@@ -60,7 +60,7 @@ def test_a_patient_writer_waits_until_the_other_leaves(tmp_path, monkeypatch, ca
 def test_patience_ends(other, tmp_path, monkeypatch):
     waits = []
     clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(dmd2.interrupts, "time", clock)
+    monkeypatch.setattr(dmd2.core.interrupts, "time", clock)
     with pytest.raises(UserError, match="another process"), single_writer(tmp_path, patience=20):
         pytest.fail("two writers")
     assert sum(waits) == 20

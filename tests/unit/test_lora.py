@@ -5,9 +5,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from dmd2.data import load_shard, save_shard
-from dmd2.lora import add_lora, count, lora_state, merged_state, snapshot_state, split
-from dmd2.teachers import wrap
+from dmd2.data.sets import load_shard, save_shard
+from dmd2.networks.lora import add_lora, count, lora_state, merged_state, snapshot_state, split
+from dmd2.training.teachers import wrap
 from tests import full_size, tiny
 
 RANK, ALPHA = 3, 2.0

@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from dmd2.errors import UserError
-from dmd2.lora import ALPHA, DOWN, UP, add_lora, lora_state, merged_state
-from dmd2.lora_format import from_kohya, is_kohya, kohya_name, merge, write_kohya
+from dmd2.convert.kohya import from_kohya, is_kohya, kohya_name, merge, write_kohya
+from dmd2.core.errors import UserError
+from dmd2.networks.lora import ALPHA, DOWN, UP, add_lora, lora_state, merged_state
 from tests import full_size, tiny, tiny_pipelines
 
 RANK, STRENGTH = 3, 2.0

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmd2.errors import UserError
-from dmd2.lpips import LINEAR_FILE, NAME, VGG_FILE, Lpips, _prepare
-from eval.weights import registry
+from dmd2.core.errors import UserError
+from dmd2.networks.lpips import LINEAR_FILE, NAME, VGG_FILE, Lpips, _prepare
+from eval.detectors.weights import registry
 
 # Output channels of VGG16's convolutions, "pool" between its blocks, "tap" after the fifth of LPIPS's layers 1_2 ... 5_3.
 PLAN = [64, 64, "tap", "pool", 128, 128, "tap", "pool", 256, 256, 256, "tap", "pool", 512, 512, 512, "tap", "pool",
@@ -139,7 +139,7 @@ def test_a_missing_weight_file_is_named_with_place_and_command(files, tmp_path, 
     with pytest.raises(UserError) as error:
         Lpips(tmp_path)
     assert f"{tmp_path}/lpips-vgg16/{missing}" in str(error.value)
-    assert str(error.value).endswith("python -m eval.weights lpips-vgg16")
+    assert str(error.value).endswith("python -m eval.detectors.weights lpips-vgg16")
 
 
 def test_weights_of_another_network_or_damaged_ones_are_named(files, tmp_path):

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from dmd2.errors import UserError
-from dmd2.files import digest_of, read_json, write_json
-from dmd2.made import Artefact, Outdated, altered, content, made_from, recorded
+from dmd2.core.errors import UserError
+from dmd2.core.files import digest_of, read_json, write_json
+from dmd2.core.provenance import Artefact, Outdated, altered, content, made_from, recorded
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.full_size import allocated_peak
-from dmd2 import memory, meta
-from dmd2.ablations import load_base
-from dmd2.errors import UserError
-from dmd2.memory import META, Counted, Memory, Setup, architecture
-from dmd2.meta import GpuFunctions, Ledger
-from dmd2.plan import varied
-from dmd2.shard import recompute_activations
-from dmd2.step import train_step
+from dmd2.core.errors import UserError
+from dmd2.experiment.tables import load_base
+from dmd2.method.step import train_step
+from dmd2.planning import ledger as meta
+from dmd2.planning import memory
+from dmd2.planning.command import varied
+from dmd2.planning.ledger import GpuFunctions, Ledger
+from dmd2.planning.memory import META, Counted, Memory, Setup, architecture
+from dmd2.training.sharding import recompute_activations
 from tests import tiny
 
 
@@ -217,7 +218,7 @@ def test_an_unknown_network_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_the_teacher_in_its_place_says_what_the_network_is(tmp_path, monkeypatch):
-    from dmd2.teachers import adopt_teacher
+    from dmd2.training.teachers import adopt_teacher
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data/teachers/tiny"

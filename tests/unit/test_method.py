@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dmd2 import method
-from dmd2.method import NO_PART, differing, digest_of_code, modules_of
+from dmd2.core import code_digest as method
+from dmd2.core.code_digest import NO_PART, differing, digest_of_code, modules_of
 from tests.conftest import ROOT
 
 CODE = '''
 """A module."""
 import torch
-from dmd2.rng import Draws, stream as draw
+from dmd2.core.rng import Draws, stream as draw
 
 SIGN = -1.0
 
@@ -55,7 +55,7 @@ def digest(old: str = "", new: str = "") -> str:
         ("x: torch.Tensor, weight: float = 2.0", "x, weight=2.0"),
         ("SIGN * (x * weight).mean()", "(\n        SIGN\n        * (x * weight).mean()\n    )"),
         ("weight {weight} is negative", "no negative weight, please"),
-        ("from dmd2.rng import Draws, stream as draw", "from dmd2.training.rng import Draws\nfrom dmd2.x import stream as draw"),
+        ("from dmd2.core.rng import Draws, stream as draw", "from dmd2.training.rng import Draws\nfrom dmd2.x import stream as draw"),
         ("    weight: float = 1.0\n", "    weight: float = 1.0\n    added: int = 0\n"),
         ("        return self\n", "        return self if self.weight > 0 else None\n"),
     ],
@@ -75,21 +75,21 @@ def test_what_may_change_the_numbers_counts(old, new) -> None:
 
 
 def test_module_that_moves_is_the_same_and_one_that_changes_is_named() -> None:
-    old = {"dmd2.losses": "a", "dmd2.step": "b"}
-    assert differing(old, {"dmd2.training.losses": "a", "dmd2.step": "b"}) == []
-    assert differing(old, {"dmd2.losses": "c", "dmd2.step": "b"}) == ["dmd2/losses.py"]
+    old = {"dmd2.method.losses": "a", "dmd2.method.step": "b"}
+    assert differing(old, {"dmd2.training.losses": "a", "dmd2.method.step": "b"}) == []
+    assert differing(old, {"dmd2.method.losses": "c", "dmd2.method.step": "b"}) == ["dmd2/method/losses.py"]
     assert differing(old, {**old, "dmd2.new": "c"}) == ["dmd2/new.py"]
 
 
 def test_every_module_that_a_training_imports_counts_or_is_said_to_have_no_part() -> None:
-    code = "import sys, dmd2.trainer; print(*[name for name in sys.modules if name.startswith('dmd2.')])"
+    code = "import sys, dmd2.training.trainer; print(*[name for name in sys.modules if name.startswith('dmd2.')])"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
-    unknown = {name for name in loaded - modules_of().keys() if name.rpartition(".")[2] not in NO_PART}
+    packages = {name.rpartition(".")[0] for name in loaded}
+    unknown = {name for name in loaded - packages - modules_of().keys() if name.rpartition(".")[2] not in NO_PART}
     assert len(loaded) > 20 and unknown == set()
     method_of = "step losses student_input batches rng schedules denoisers samplers condition head optimiser build"
-    assert {f"dmd2.{name}" for name in f"{method_of} trainer lora lpips song_unet quantised".split()} <= set(
-        modules_of()
-    )
+    known = {name.rpartition(".")[2] for name in modules_of()}
+    assert set(f"{method_of} trainer lora lpips song_unet quantised".split()) <= known
 
 
 def test_stale_exclusions_are_named() -> None:
@@ -102,11 +102,11 @@ def test_module_that_the_step_starts_to_import_counts(tmp_path: Path, monkeypatc
     before = modules_of.__wrapped__()
     assert before == modules_of()
     (tmp_path / "dmd2/newloss.py").write_text("def new(x):\n    return -x\n")
-    with open(tmp_path / "dmd2/step.py", "a", encoding="utf-8") as file:
+    with open(tmp_path / "dmd2/method/step.py", "a", encoding="utf-8") as file:
         file.write("\n\ndef late():\n    from dmd2 import newloss\n    return newloss\n")
-    assert differing(before, modules_of.__wrapped__()) == ["dmd2/newloss.py", "dmd2/step.py"]
+    assert differing(before, modules_of.__wrapped__()) == ["dmd2/method/step.py", "dmd2/newloss.py"]
 
 
 def test_digest_needs_no_torch() -> None:
-    code = "import sys, dmd2.again; dmd2.again.modules_of(); sys.exit('torch' in sys.modules)"
+    code = "import sys, dmd2.core.retraining; dmd2.core.retraining.modules_of(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmd2.step import train_step
+from dmd2.method.step import train_step
 from tests import tiny
 
 ONE_RANGE = {"dm__index_range": [2, 998], "critic__index_range": [2, 998], "gan__noise_range": [2, 998]}

@@ -10,12 +10,12 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from dmd2.config import Teacher
-from dmd2.errors import UserError
-from dmd2.export import export
-from dmd2.files import read_json, write_json
-from dmd2.snapshot import find_snapshot
-from dmd2.teachers import adopt_teacher
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, write_json
+from dmd2.experiment.config import Teacher
+from dmd2.publish.export import export
+from dmd2.training.snapshot import find_snapshot
+from dmd2.training.teachers import adopt_teacher
 from tests.exported import measured, run_alone, trained
 from tests.workspace import Workspace
 
@@ -118,7 +118,7 @@ def test_a_real_students_card_and_script(finished: Workspace, tmp_path):
     """The demo's run, its evaluation and its table, by the command line."""
     place = Workspace(tmp_path / "place")
     shutil.copytree(finished.path, place.path, symlinks=True)
-    result = place.run("python", "-m", "dmd2.export", "digits/dmd2/seed0", "out", "--teacher-licence", "mit")
+    result = place.run("python", "-m", "dmd2.publish.export", "digits/dmd2/seed0", "out", "--teacher-licence", "mit")
     assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
     out, run = place.path / "out", "digits/dmd2/seed0"
     run_alone(out / "sample.py", ["--out", "again.png"])
@@ -138,6 +138,6 @@ def test_a_real_students_card_and_script(finished: Workspace, tmp_path):
     assert card.data.library_name == "diffusers" and card.data.license == "mit"
     assert (card.data.pipeline_tag, card.data.model_name) == ("unconditional-image-generation", "digits-dmd2-seed0")
 
-    unfinished = place.run("python", "-m", "dmd2.export", "digits/dmd2/seed7", "out7")
+    unfinished = place.run("python", "-m", "dmd2.publish.export", "digits/dmd2/seed7", "out7")
     assert unfinished.returncode == 1 and unfinished.stderr.startswith("error: digits/dmd2/seed7 is not finished")
     assert not (place.path / "out7").exists()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmd2.build import build_models
-from dmd2.config import Teacher
-from dmd2.errors import UserError
-from dmd2.inputs import Inputs
-from dmd2.teachers import adopt_teacher, build_network, load_teacher, null_condition
+from dmd2.core.errors import UserError
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.training.build import build_models
+from dmd2.training.teachers import adopt_teacher, build_network, load_teacher, null_condition
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.optimiser import Optimiser
+from dmd2.training.optimiser import Optimiser
 from tests import tiny
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dmd2 import launch, overview
-from dmd2.errors import UserError
-from dmd2.files import write_json
-from dmd2.overview import Row, chosen_runs, overview_row, print_overview
-from dmd2.run import RunId
-from dmd2.slurm_queue import Entry, job_name
+from dmd2.core.errors import UserError
+from dmd2.core.files import write_json
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import Entry, job_name
+from dmd2.launch import command as launch
+from dmd2.launch import overview
+from dmd2.launch.overview import Row, chosen_runs, overview_row, print_overview
 
 RUN = RunId("digits", "dmd2", 0)
 NOW = 1_000_000.0

@@ -7,15 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dmd2 import plan, rates
-from dmd2.ablations import load_base, load_experiment
-from dmd2.data import load_shard
-from dmd2.memory import Memory
-from dmd2.pairs import make_shard
-from dmd2.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, fit, snapshots
-from dmd2.rates import Rate
-from dmd2.step import train_step
-from dmd2.teachers import adopt_teacher
+from dmd2.data.sets import load_shard
+from dmd2.experiment.tables import load_base, load_experiment
+from dmd2.method.step import train_step
+from dmd2.planning import plan, rates
+from dmd2.planning.memory import Memory
+from dmd2.planning.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, fit, snapshots
+from dmd2.planning.rates import Rate
+from dmd2.training.pairs import make_shard
+from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.unit.test_memory import config
 

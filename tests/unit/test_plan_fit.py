@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dmd2 import host
-from dmd2.ablations import load_base
-from dmd2.cluster import Cluster
-from dmd2.plan import Counts, Disk
+from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.tables import load_base
+from dmd2.planning import host_memory as host
+from dmd2.planning.plan import Counts, Disk
 from tests import tiny
 from tests.unit.test_memory import config
 from tests.unit.test_plan import page  # noqa: F401, a fixture

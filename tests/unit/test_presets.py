@@ -4,10 +4,10 @@ import pytest
 import torch
 import yaml
 
-from dmd2.ablations import Row, apply_change, load_base, load_experiment
-from dmd2.config import RunConfig, digest
-from dmd2.step import train_step
-from dmd2.yaml_file import read_yaml
+from dmd2.experiment.config import RunConfig, digest
+from dmd2.experiment.tables import Row, apply_change, load_base, load_experiment
+from dmd2.experiment.yaml_file import read_yaml
+from dmd2.method.step import train_step
 from tests import tiny
 from tests.conftest import ROOT
 from tests.unit.test_ablations import Folder, line_of

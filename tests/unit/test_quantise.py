@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.errors import UserError
-from dmd2.quantise import quantise
+from dmd2.core.errors import UserError
+from dmd2.networks.quantise import quantise
 
 
 @pytest.mark.parametrize(

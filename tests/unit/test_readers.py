@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd2.config import Data
-from dmd2.data import main
-from dmd2.errors import UserError
-from dmd2.readers import read
+from dmd2.core.errors import UserError
+from dmd2.data.readers import read
+from dmd2.data.sets import main
+from dmd2.experiment.config import Data
 
 SIZE, COUNT = 8, 5
 RNG = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_an_lmdb_may_be_read_only(tmp_path):
 
 
 def test_lmdb_blocks_join_without_a_gap(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.lmdb_sets.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.lmdb_sets.BLOCK", 2)
     assert_read(write_lmdb(tmp_path / "set"))
 
 
@@ -168,7 +168,7 @@ def test_class_folders_are_classes_in_sorted_order(tmp_path):
 
 
 def test_many_images_are_read_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.decode.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.decode.BLOCK", 2)
     assert_read(write_files(tmp_path, edm_files()))
 
 
@@ -452,7 +452,7 @@ def test_a_broken_parquet_file_is_told(tmp_path):
 def prepared(path, cache, out, **environment):
     """The command of the rule, in a process of its own: the hub's libraries read the environment when imported."""
     config = json.dumps(data("hub", path).model_dump())
-    command = [sys.executable, "-m", "dmd2.data", "--config", config, str(out)]
+    command = [sys.executable, "-m", "dmd2.data.sets", "--config", config, str(out)]
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {**keep, "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])

@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from dmd2.config import Teacher
-from dmd2.data import load_shard
-from dmd2.errors import UserError
-from dmd2.files import read_json, sha256
-from dmd2.inputs import measured_with
-from dmd2.launch import train
-from dmd2.made import Artefact
-from dmd2.rng import sample_labels, sample_noise
-from dmd2.run import RunId
-from dmd2.snapshot import find_snapshot
-from dmd2.teachers import adopt_teacher
-from eval.evaluate import Students, brightness_stability
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, sha256
+from dmd2.core.provenance import Artefact
+from dmd2.core.rng import sample_labels, sample_noise
+from dmd2.core.run import RunId
+from dmd2.data.sets import load_shard
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import measured_with
+from dmd2.launch.command import train
+from dmd2.training.snapshot import find_snapshot
+from dmd2.training.teachers import adopt_teacher
+from eval.runs.evaluate import Students, brightness_stability
 from tests import edm_reference as edm
 from tests import tiny
 

@@ -8,19 +8,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from dmd2.config import Teacher
-from dmd2.convert import convert, main, student_state
-from dmd2.data import load_shard
-from dmd2.errors import UserError
-from dmd2.files import read_json, sha256, write_json
-from dmd2.inputs import Inputs
-from dmd2.launch import train
-from dmd2.lora import lora_state, merged_state
-from dmd2.lora_format import write_kohya
-from dmd2.made import Artefact
-from dmd2.run import RunId
-from dmd2.snapshot import find_snapshot
-from dmd2.teachers import adopt_teacher
+from dmd2.convert.kohya import write_kohya
+from dmd2.convert.unets import convert, main, student_state
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, sha256, write_json
+from dmd2.core.provenance import Artefact
+from dmd2.core.run import RunId
+from dmd2.data.sets import load_shard
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.launch.command import train
+from dmd2.networks.lora import lora_state, merged_state
+from dmd2.training.snapshot import find_snapshot
+from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.unit.test_lora import student
 

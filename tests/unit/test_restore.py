@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmd2.errors import UserError
-from dmd2.files import listing, write_json, write_text
-from dmd2.made import recorded
-from dmd2.restore import CACHE, locked, verify
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, write_json, write_text
+from dmd2.core.provenance import recorded
+from dmd2.publish.restore import CACHE, locked, verify
 
 RUNS = Path("results/runs/digits")
 RUN = RUNS / "dmd2/seed0"

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dmd2.rng import Draws, sample_labels, sample_noise, stream
+from dmd2.core.rng import Draws, sample_labels, sample_noise, stream
 
 
 def draws(start=0, stop=12, total=12, seed=0, iteration=3):

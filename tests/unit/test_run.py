@@ -10,7 +10,7 @@ import pytest
 
 import dmd2
 
-MODULES = ("__init__.py", "run.py", "errors.py", "files.py")
+MODULES = ("__init__.py", "core/__init__.py", "core/run.py", "core/errors.py", "core/files.py")
 
 
 def git(folder: Path, *words: str) -> str:
@@ -29,14 +29,14 @@ def repository(folder: Path, text: str) -> str:
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    (folder / "dmd2").mkdir(parents=True)
+    (folder / "dmd2/core").mkdir(parents=True)
     for name in MODULES:
         shutil.copy(Path(dmd2.__file__).parent / name, folder / "dmd2" / name)
     return folder
 
 
 def commit_seen(code: Path, start: Path) -> str:
-    line = [sys.executable, "-P", "-c", "from dmd2.run import commit; print(commit())"]
+    line = [sys.executable, "-P", "-c", "from dmd2.core.run import commit; print(commit())"]
     environment = {**os.environ, "PYTHONPATH": str(code)}
     return subprocess.run(line, cwd=start, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -12,14 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import dmd2.probe
-from dmd2.config import Teacher
-from dmd2.data import save_shard
-from dmd2.errors import UserError
-from dmd2.files import listing, read_json, read_json_lines, write_json
-from dmd2.optimiser import Optimiser
-from dmd2.teachers import adopt_teacher
-from dmd2.trainer import Hardware
+import dmd2.training.probe
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, read_json, read_json_lines, write_json
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import Teacher
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.teachers import adopt_teacher
+from dmd2.training.trainer import Hardware
 from tests import tiny, two_sharded
 from tests.conftest import ROOT
 
@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
     write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(dmd2.probe, "SEEDS", two_sharded.PROBES)
+        patch.setattr(dmd2.training.probe, "SEEDS", two_sharded.PROBES)
         save_shard(folder / "before.safetensors", two_sharded.trained(two_sharded.training("one", ALONE)))
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
         messages, code = two(folder, "first")
@@ -179,8 +179,8 @@ def test_recomputing_keeps_less(workspace, monkeypatch):
 
 
 def test_a_network_that_cannot_recompute_is_told():
-    from dmd2.shard import recompute_activations
-    from dmd2.song_unet import SongUNet
+    from dmd2.networks.song_unet import SongUNet
+    from dmd2.training.sharding import recompute_activations
 
     with pytest.raises(UserError, match="training.checkpointing: the class SongUNet does not support it"):
         recompute_activations(SongUNet(8, 1, 1, 8, (8,), 1))

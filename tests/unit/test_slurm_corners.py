@@ -16,20 +16,20 @@ from types import SimpleNamespace
 
 import pytest
 
-import dmd2.interrupts
-import dmd2.slurm
-import dmd2.slurm_queue
-import dmd2.wait
-from dmd2 import launch
-from dmd2.errors import UserError
-from dmd2.files import read_json, write_json
-from dmd2.inputs import goal_of
-from dmd2.interrupts import single_writer
-from dmd2.job import TrainingJob
-from dmd2.made import sole_maker
-from dmd2.run import RunId
-from dmd2.slurm_queue import Queue, job_name
-from dmd2.wait import Watch, publish, wait
+import dmd2.core.interrupts
+import dmd2.core.slurm_queue
+import dmd2.launch.slurm
+import dmd2.launch.wait
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, write_json
+from dmd2.core.interrupts import single_writer
+from dmd2.core.provenance import sole_maker
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import Queue, job_name
+from dmd2.experiment.run_inputs import goal_of
+from dmd2.launch import command as launch
+from dmd2.launch.job import TrainingJob
+from dmd2.launch.wait import Watch, publish, wait
 from tests.conftest import ROOT
 from tests.fake_slurm import FakeSlurm
 from tests.unit.test_slurm_launcher import (
@@ -61,7 +61,7 @@ def command_of(script: str) -> list[str]:
 def test_a_job_has_all_it_needs_on_its_command_line(fake):
     training().submit_or_attach()
     _, module, text = command_of((RUN.folder / "jobs/submission.sh").read_text())
-    assert module == "dmd2.job"
+    assert module == "dmd2.launch.job"
     assert TrainingJob.read(text) == TrainingJob.of(RUN, CONFIG, training().cluster)
 
 
@@ -118,7 +118,7 @@ def test_a_launcher_killed_while_sbatch_is_slow_leaves_one_job_to_the_next(fake)
 
 
 def test_a_sbatch_that_hangs_is_given_up_and_its_job_found(fake, monkeypatch, capsys):
-    monkeypatch.setattr(dmd2.slurm, "PATIENCE", 0.5)
+    monkeypatch.setattr(dmd2.launch.slurm, "PATIENCE", 0.5)
     slow_sbatch(fake)
     whenever_it_sleeps(monkeypatch, lambda: queued(fake, job="41"))
     assert training().submit_or_attach() == "41"
@@ -165,11 +165,11 @@ def test_a_job_forgotten_by_the_controller_is_gone_although_its_end_was_never_ac
     training().submit_or_attach()
     fake.refuse("scontrol", "slurm_load_jobs error: Invalid job id specified")
     fake.answer("sacct", "RUNNING")
-    assert dmd2.slurm_queue.state_of("7") == ""
+    assert dmd2.core.slurm_queue.state_of("7") == ""
 
 
 def test_the_job_that_runs_is_waited_for_when_the_own_one_leaves(fake, monkeypatch, capsys):
-    monkeypatch.setattr(dmd2.wait, "SETTLE", 0.0)
+    monkeypatch.setattr(dmd2.launch.wait, "SETTLE", 0.0)
     fake.answer("squeue", f"8|{training().name}|FAILED|None|", f"7|{training().name}|RUNNING|None|node1")
     whenever_it_sleeps(monkeypatch, finish)
     assert wait(goal_of(RUN, CONFIG), "8", 15)["settings"] == goal_of(RUN, CONFIG).config
@@ -181,7 +181,7 @@ def completing(fake, monkeypatch):
     training().submit_or_attach()
     queued(fake, state="COMPLETING")
     fake.answer("sbatch", "Submitted batch job 8")
-    monkeypatch.setattr(dmd2.slurm, "STUCK", 0.0)
+    monkeypatch.setattr(dmd2.launch.slurm, "STUCK", 0.0)
 
 
 def test_a_job_that_is_completing_without_end_is_replaced_once_its_processes_are_gone(fake, monkeypatch, capsys):
@@ -203,7 +203,7 @@ def test_a_finished_run_does_not_wait_for_what_slurm_clears_away(fake, monkeypat
 
 
 def test_a_waiting_launcher_gives_up_a_job_that_is_completing_without_end():
-    watch, entry = Watch(RUN, "7"), dmd2.slurm_queue.Entry("7", "x", "COMPLETING", "None", "node1")
+    watch, entry = Watch(RUN, "7"), dmd2.core.slurm_queue.Entry("7", "x", "COMPLETING", "None", "node1")
     assert not watch.over(entry, watch.started) and not watch.over(entry, watch.started + 299)
     assert watch.over(entry, watch.started + 301)
 
@@ -223,7 +223,7 @@ def held(monkeypatch):
 def sleeping(monkeypatch, action):
     """What a process that waits for the lock does instead of sleeping."""
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=action)
-    monkeypatch.setattr(dmd2.interrupts, "time", clock)
+    monkeypatch.setattr(dmd2.core.interrupts, "time", clock)
 
 
 def test_a_job_leaves_the_run_to_another_job_that_lives_at_once(fake, held, monkeypatch):
@@ -320,9 +320,9 @@ def test_a_launcher_on_read_only_results_says_so_in_one_sentence(fake, read_only
 def test_a_job_that_was_sent_and_cannot_be_recorded_is_named(fake, monkeypatch):
     def full(training, jobs):
         if jobs:
-            raise dmd2.files.refused(RUN.folder / "job.json", OSError(errno.ENOSPC, "full"))
+            raise dmd2.core.files.refused(RUN.folder / "job.json", OSError(errno.ENOSPC, "full"))
 
-    monkeypatch.setattr(dmd2.slurm.SlurmTraining, "_record", full)
+    monkeypatch.setattr(dmd2.launch.slurm.SlurmTraining, "_record", full)
     with pytest.raises(UserError, match=r"^digits/dmd2/seed0: Slurm job 7 was submitted and is left to run, .*is full"):
         training().submit_or_attach()
 
@@ -341,7 +341,7 @@ def test_a_run_that_is_trained_but_cannot_be_published_is_told_so(fake, read_onl
     read_only(RUN.folder)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match=r"^error: digits/dmd2/seed0 is trained, but cannot write .*is read-only; "):
-        dmd2.wait.main(str(RUN), "7", goal.key, json.dumps(goal.made), "15")
+        dmd2.launch.wait.main(str(RUN), "7", goal.key, json.dumps(goal.made), "15")
     signal.signal(signal.SIGTERM, before)
 
 
@@ -375,6 +375,6 @@ def test_a_launcher_that_waits_for_the_submission_lock_says_so(fake, monkeypatch
     RUN.folder.mkdir(parents=True)
     with open(RUN.folder / ".submit.lock", "w") as other:
         flock(other, LOCK_EX)
-        monkeypatch.setattr(dmd2.slurm, "say", lambda run, text: (print(text), flock(other, 8)))
+        monkeypatch.setattr(dmd2.launch.slurm, "say", lambda run, text: (print(text), flock(other, 8)))
         assert training().submit_or_attach() == "7"
     assert "is submitting this run: waiting for it" in capsys.readouterr().out

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-import dmd2.slurm
-import dmd2.wait
-from dmd2.ablations import load_experiment
-from dmd2.again import continued
-from dmd2.cluster import Cluster
-from dmd2.errors import UserError
-from dmd2.files import digest_of, read_json, write_json
-from dmd2.inputs import Inputs, goal_of
-from dmd2.run import RunId
-from dmd2.slurm import SlurmTraining, extra_options
-from dmd2.slurm_queue import NO_SLURM
-from dmd2.wait import log_path, obituary, wait
+import dmd2.launch.slurm
+import dmd2.launch.wait
+from dmd2.core.errors import UserError
+from dmd2.core.files import digest_of, read_json, write_json
+from dmd2.core.retraining import continued
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import NO_SLURM
+from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.run_inputs import Inputs, goal_of
+from dmd2.experiment.tables import load_experiment
+from dmd2.launch.slurm import SlurmTraining, extra_options
+from dmd2.launch.wait import log_path, obituary, wait
 from tests.conftest import ROOT
 from tests.fake_slurm import FakeSlurm
 
@@ -64,8 +64,8 @@ def whenever_it_sleeps(monkeypatch, action):
     clock = SimpleNamespace(
         time=time.time, monotonic=time.monotonic, strftime=time.strftime, sleep=lambda seconds: action()
     )
-    monkeypatch.setattr(dmd2.slurm, "time", clock)
-    monkeypatch.setattr(dmd2.wait, "time", clock)
+    monkeypatch.setattr(dmd2.launch.slurm, "time", clock)
+    monkeypatch.setattr(dmd2.launch.wait, "time", clock)
 
 
 def submissions():
@@ -113,7 +113,9 @@ def test_a_job_whose_id_was_lost_is_found(fake):
 
 
 def test_of_two_launchers_at_once_the_second_finds_the_job_of_the_first(fake, monkeypatch):
-    monkeypatch.setattr(dmd2.slurm, "flock", lambda lock, how: queued(fake))  # so long the first one held the lock
+    monkeypatch.setattr(
+        dmd2.launch.slurm, "flock", lambda lock, how: queued(fake)
+    )  # so long the first one held the lock
     assert training().submit_or_attach() == "7"
     assert fake.calls("sbatch") == []
 
@@ -156,7 +158,7 @@ def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
 
 
 def test_a_training_of_other_code_is_submitted_again_only_under_the_policy(fake):
-    continued(RUN, training().goal.key, 0, {"dmd2.losses": "old"})
+    continued(RUN, training().goal.key, 0, {"dmd2.method.losses": "old"})
     record = finish()
     assert training().submit_or_attach() is None and training().goal.reached() == record
     assert dataclasses.replace(training(), again="changed").submit_or_attach() == "7"
@@ -215,7 +217,7 @@ def test_setup_comes_before_srun_and_the_container_before_python():
 
 
 def test_without_a_container_this_python_runs():
-    assert f" {sys.executable} -u -m dmd2.job" in training().script()
+    assert f" {sys.executable} -u -m dmd2.launch.job" in training().script()
 
 
 def test_the_script_that_is_printed_is_the_one_that_is_sent(fake):
@@ -258,7 +260,7 @@ def test_sbatch_sees_the_users_settings_and_nothing_of_a_surrounding_job(fake, m
     assert set(own) <= seen
     assert not set(inside) & seen
     assert {"SLURM_JOB_ID", "SLURM_CONF", "SBATCH_RESERVATION"} <= fake.environment("squeue")  # before, untouched
-    assert "SLURM_JOB_ID" in dmd2.slurm.os.environ  # and after
+    assert "SLURM_JOB_ID" in dmd2.launch.slurm.os.environ  # and after
 
 
 # What is said when it fails.
@@ -286,7 +288,7 @@ def test_a_machine_without_slurm_is_told_what_to_do(fake):
 
 
 def test_a_job_that_ended_without_result_is_told_with_slurms_word_and_the_end_of_its_log(fake, monkeypatch):
-    monkeypatch.setattr(dmd2.wait, "SETTLE", 0.0)
+    monkeypatch.setattr(dmd2.launch.wait, "SETTLE", 0.0)
     fake.answer("sacct", "FAILED|1:0|node1|00:10:00", "OUT_OF_MEMORY|0:125|node2|00:01:00")
     log = log_path(RUN, "7")
     log.parent.mkdir(parents=True)

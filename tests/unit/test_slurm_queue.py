@@ -4,11 +4,11 @@ from fcntl import LOCK_EX, flock
 
 import pytest
 
-import dmd2.slurm_queue
-from dmd2.errors import UserError
-from dmd2.run import RunId
-from dmd2.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
-from dmd2.wait import RELEASES, SETTLE, Watch
+import dmd2.core.slurm_queue
+from dmd2.core.errors import UserError
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
+from dmd2.launch.wait import RELEASES, SETTLE, Watch
 from tests.fake_slurm import FakeSlurm
 
 RUN = RunId("digits", "dmd2", 0)
@@ -70,7 +70,7 @@ def test_a_stale_snapshot_is_refreshed(fake, tmp_path, monkeypatch):
     fake.answer("squeue", "7|a|PENDING|None|")
     old = Queue(60, tmp_path).look()
     fake.answer("squeue", "7|a|RUNNING|None|node1")
-    monkeypatch.setattr(dmd2.slurm_queue.time, "time", lambda: old.time + 61)
+    monkeypatch.setattr(dmd2.core.slurm_queue.time, "time", lambda: old.time + 61)
     new = Queue(60, tmp_path).look()
     assert (old.jobs["7"].state, new.jobs["7"].state) == ("PENDING", "RUNNING")
     assert new.time == old.time + 61
@@ -78,7 +78,7 @@ def test_a_stale_snapshot_is_refreshed(fake, tmp_path, monkeypatch):
 
 def test_a_snapshot_from_the_future_is_not_believed(fake, tmp_path, monkeypatch):
     old = Queue(60, tmp_path).look()
-    monkeypatch.setattr(dmd2.slurm_queue.time, "time", lambda: old.time - 3600)  # the clock was set back
+    monkeypatch.setattr(dmd2.core.slurm_queue.time, "time", lambda: old.time - 3600)  # the clock was set back
     assert Queue(60, tmp_path).look().time == old.time - 3600
 
 

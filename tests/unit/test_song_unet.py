@@ -5,14 +5,14 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from dmd2.build import build_head
-from dmd2.condition import Condition
-from dmd2.denoisers import encode
-from dmd2.export import export
-from dmd2.sample import student_sample
-from dmd2.snapshot import find_snapshot
-from dmd2.song_unet import SongUNet
-from dmd2.teachers import build_network, wrap
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import encode
+from dmd2.networks.song_unet import SongUNet
+from dmd2.publish.export import export
+from dmd2.training.build import build_head
+from dmd2.training.sampling import student_sample
+from dmd2.training.snapshot import find_snapshot
+from dmd2.training.teachers import build_network, wrap
 from tests import tiny
 from tests.exported import run_alone, student, trained
 

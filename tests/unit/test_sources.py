@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd2 import sources
-from dmd2.data import main
-from dmd2.files import content_of, read_json, write_json
-from dmd2.made import Artefact, Outdated, recorded
-from dmd2.sources import source_listing
+from dmd2.core import sources
+from dmd2.core.files import content_of, read_json, write_json
+from dmd2.core.provenance import Artefact, Outdated, recorded
+from dmd2.core.sources import source_listing
+from dmd2.data.sets import main
 
 CONFIG = {
     "name": "pictures", "source": {"kind": "image-folder", "path": "pictures"}, "resolution": 4, "channels": 1,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.batches import Batch
-from dmd2.rng import Draws
-from dmd2.student_input import student_input
+from dmd2.core.rng import Draws
+from dmd2.method.batches import Batch
+from dmd2.method.student_input import student_input
 from tests import reference, tiny
 from tests.draws import with_step
 from tests.stubs import NO_CONDITION, MixtureEps, arrays, tensor

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.schedules import KarrasSchedule
-from dmd2.step import critic_loss, student_loss, train_step
+from dmd2.method.step import critic_loss, student_loss, train_step
+from dmd2.networks.schedules import KarrasSchedule
 from tests import reference, tiny
 from tests.draws import keeping
 

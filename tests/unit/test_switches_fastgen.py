@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from dmd2.config import digest
-from dmd2.losses import generator_gan_loss
-from dmd2.run import RunId
-from dmd2.schedules import KarrasSchedule, VPSchedule, add_noise
-from dmd2.step import critic_loss, student_loss, train_step
-from dmd2.student_input import student_input
-from dmd2.trainer import Hardware, Training
+from dmd2.core.run import RunId
+from dmd2.experiment.config import digest
+from dmd2.method.losses import generator_gan_loss
+from dmd2.method.step import critic_loss, student_loss, train_step
+from dmd2.method.student_input import student_input
+from dmd2.networks.schedules import KarrasSchedule, VPSchedule, add_noise
+from dmd2.training.trainer import Hardware, Training
 from tests import tiny
 from tests.draws import keeping
 from tests.unit.test_trainer import inputs, workspace  # noqa: F401

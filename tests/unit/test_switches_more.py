@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.config import RunConfig
-from dmd2.step import critic_loss, student_loss, train_step
+from dmd2.experiment.config import RunConfig
+from dmd2.method.step import critic_loss, student_loss, train_step
 from tests import reference, tiny
 from tests.draws import keeping
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dmd2.ablations import load_base, load_experiment
-from dmd2.config import RunConfig
-from dmd2.step import train_step
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.tables import load_base, load_experiment
+from dmd2.method.step import train_step
 from tests import tiny
 from tests.conftest import ROOT
 

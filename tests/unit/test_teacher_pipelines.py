@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from dmd2.condition import Condition
-from dmd2.denoisers import EpsDenoiser
-from dmd2.eval_config import Sampler
-from dmd2.pipelines import time_ids
-from dmd2.samplers import teacher_sample
+from dmd2.data.pipelines import time_ids
+from dmd2.experiment.eval_config import Sampler
+from dmd2.method.samplers import teacher_sample
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import EpsDenoiser
 from tests import tiny_pipelines
 from tests.tiny_pipelines import FACTOR, LATENTS
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dmd2.ablations import load_base
-from dmd2.batches import Batches
-from dmd2.condition import Condition
-from dmd2.config import Data
-from dmd2.data import TensorSet
-from dmd2.emoji import FONT, emoji
-from dmd2.errors import UserError
-from dmd2.inputs import Inputs, eval_prompts, pair_prompts
-from dmd2.run import RunId
+from dmd2.core.errors import UserError
+from dmd2.core.run import RunId
+from dmd2.data.emoji import FONT, emoji
+from dmd2.data.sets import TensorSet
+from dmd2.experiment.config import Data
+from dmd2.experiment.run_inputs import Inputs, eval_prompts, pair_prompts
+from dmd2.experiment.tables import load_base
+from dmd2.method.batches import Batches
+from dmd2.networks.condition import Condition
 from tests import tiny
 
 needs_font = pytest.mark.skipif(not FONT.exists(), reason=f"{FONT} is missing: apt-get install fonts-noto-color-emoji")

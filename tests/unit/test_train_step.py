@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import dmd2.step
-from dmd2.step import critic_loss, student_loss, train_step
+import dmd2.method.step
+from dmd2.method.step import critic_loss, student_loss, train_step
 from tests import reference, tiny
 from tests.draws import keeping
 
@@ -70,13 +70,13 @@ def test_dm_noises_the_image_by_the_forward_process():
 
 @pytest.mark.parametrize("kind", ["eps-text", "eps-sdxl"])
 def test_vp_predictions_are_compared_in_float64(kind, monkeypatch):
-    dtypes, original = [], dmd2.step.distribution_matching_gradient
+    dtypes, original = [], dmd2.method.step.distribution_matching_gradient
 
     def spy(x, real, fake, *rest):
         dtypes.extend((real.dtype, fake.dtype))
         return original(x, real, fake, *rest)
 
-    monkeypatch.setattr(dmd2.step, "distribution_matching_gradient", spy)
+    monkeypatch.setattr(dmd2.method.step, "distribution_matching_gradient", spy)
     dm_pass(kind)
     assert set(dtypes) == {torch.float64}
 
@@ -199,13 +199,13 @@ def images_seen(kind, cfg, it, monkeypatch):
     """Student outputs of an iteration, and the images that critic denoising and discriminator were given."""
     m, made, given = tiny.models(kind, cfg), [], []
     m.student.register_forward_hook(lambda module, args, out: made.append(out.detach().float()))
-    original = dmd2.step.critic_loss
+    original = dmd2.method.step.critic_loss
 
     def spy(m, x, batch, cfg, logs):
         given.append(x)
         return original(m, x, batch, cfg, logs)
 
-    monkeypatch.setattr(dmd2.step, "critic_loss", spy)
+    monkeypatch.setattr(dmd2.method.step, "critic_loss", spy)
     train_step(m, tiny.batches(kind, cfg, 2).at(it), it, cfg)
     return made, given
 

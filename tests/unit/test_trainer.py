@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import dmd2.trainer
-from dmd2.config import Teacher
-from dmd2.data import load_shard, save_shard
-from dmd2.errors import UserError
-from dmd2.files import listing, write_json
-from dmd2.inputs import Inputs
-from dmd2.interrupts import single_writer
-from dmd2.run import Goal, RunId
-from dmd2.teachers import adopt_teacher
-from dmd2.trainer import Hardware, Training
-from dmd2.wait import publish
+import dmd2.training.trainer
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, write_json
+from dmd2.core.interrupts import single_writer
+from dmd2.core.run import Goal, RunId
+from dmd2.data.sets import load_shard, save_shard
+from dmd2.experiment.config import Teacher
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.launch.wait import publish
+from dmd2.training.teachers import adopt_teacher
+from dmd2.training.trainer import Hardware, Training
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
@@ -67,8 +67,10 @@ def test_a_continued_run_ends_with_the_weights_of_an_undisturbed_one(inputs, ema
 
 def test_a_longer_run_continues_and_does_not_repeat(inputs, monkeypatch):
     train(inputs, 4)
-    done, original = [], dmd2.trainer.train_step
-    monkeypatch.setattr(dmd2.trainer, "train_step", lambda m, b, it, cfg: done.append(it) or original(m, b, it, cfg))
+    done, original = [], dmd2.training.trainer.train_step
+    monkeypatch.setattr(
+        dmd2.training.trainer, "train_step", lambda m, b, it, cfg: done.append(it) or original(m, b, it, cfg)
+    )
     record, _ = train(inputs, 6)
     assert done == [4, 5]
     assert listed(record) == [2, 4, 6]
@@ -125,13 +127,13 @@ def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs
 
 def test_a_loss_that_is_not_finite_stops_and_names_loss_and_step(inputs, monkeypatch):
     train(inputs, 2)
-    original = dmd2.trainer.train_step
+    original = dmd2.training.trainer.train_step
 
     def diverge(m, b, it, cfg):
         logs = original(m, b, it, cfg)
         return logs | ({"critic/denoise": torch.tensor(float("nan"))} if it == 3 else {})
 
-    monkeypatch.setattr(dmd2.trainer, "train_step", diverge)
+    monkeypatch.setattr(dmd2.training.trainer, "train_step", diverge)
     with pytest.raises(UserError, match=r"critic/denoise is nan at step 3.*step 2 is kept"):
         train(inputs, 6)
 
@@ -148,7 +150,7 @@ def test_the_log_has_one_line_per_interval_and_the_stability_signals(inputs):
 
 def signal_at(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal in the middle of an iteration; returns the iterations that were completed."""
-    completed, original = [], dmd2.trainer.train_step
+    completed, original = [], dmd2.training.trainer.train_step
 
     def interrupted(m, b, it, cfg):
         if it == step:
@@ -157,7 +159,7 @@ def signal_at(monkeypatch, step, number=signal.SIGTERM):
         completed.append(it)
         return logs
 
-    monkeypatch.setattr(dmd2.trainer, "train_step", interrupted)
+    monkeypatch.setattr(dmd2.training.trainer, "train_step", interrupted)
     return completed
 
 
@@ -221,7 +223,7 @@ def test_a_snapshot_of_weights_that_were_lost_is_not_listed(inputs, monkeypatch)
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dmd2.trainer, "save_shard", save_and_die)
+        patch.setattr(dmd2.training.trainer, "save_shard", save_and_die)
         train(inputs, 4, train__snapshot_every=3)
     record, _ = train(inputs, 4, train__snapshot_every=4)
     assert listed(record) == [4]

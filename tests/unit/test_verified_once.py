@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from dmd2 import files
-from dmd2.config import Teacher
-from dmd2.data import save_shard
-from dmd2.distributed import verify_first
-from dmd2.errors import UserError
-from dmd2.files import listing, verified, write_json
-from dmd2.teachers import adopt_teacher
+from dmd2.core import files
+from dmd2.core.distributed import verify_first
+from dmd2.core.errors import UserError
+from dmd2.core.files import listing, verified, write_json
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import Teacher
+from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.conftest import ROOT
 

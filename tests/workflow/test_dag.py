@@ -37,7 +37,7 @@ def test_second_run_has_nothing_to_do(finished: Workspace) -> None:
 
 def test_comment_and_code_edits_retrain_nothing(edited: Workspace) -> None:
     edited.edit("workflow/tables/demo.yaml", "# a comment", "# another comment")
-    edited.edit("dmd2/step.py", '"""One iteration', '"""An iteration')
+    edited.edit("dmd2/method/step.py", '"""One iteration', '"""An iteration')
     edited.edit("workflow/base/digits.yaml", "data:", "# why\ndata:")
     assert edited.planned("demo") == {}
 

@@ -26,7 +26,7 @@ def repository(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
 MAKES = {
     "eval.compare": None,
     "eval.catalogue": "results/catalogue.parquet",
-    "dmd2.export": "exported/digits-dmd2/sample.py",
+    "dmd2.publish.export": "exported/digits-dmd2/training/sampling.py",
 }
 
 

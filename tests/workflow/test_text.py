@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd2.captions import captions_of
-from dmd2.emoji import FONT
+from dmd2.data.captions import captions_of
+from dmd2.data.emoji import FONT
 from tests import tiny_pipelines
 from tests.eval.test_clip import write_model
 from tests.workspace import Workspace, copy_repository

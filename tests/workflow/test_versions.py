@@ -107,7 +107,7 @@ def test_damaged_files_of_a_remote_are_named_and_not_used(pushed: Workspace, fre
     for path in (f"{RUN}/metrics.json", str(snapshot)):
         assert f"{path} is not what dvc.lock lists" in said
     assert "the remote holds it damaged" in said and ".dvc/cache/files/md5/" in said
-    assert "up to date" in call(fresh, "dvc", "status"), "DVC finds it itself now: simplify dmd2/restore.py"
+    assert "up to date" in call(fresh, "dvc", "status"), "DVC finds it itself now: simplify dmd2/publish/restore.py"
     result = fresh.snakemake(f"{RUN}/metrics.json")
     assert f"{RUN}/metrics.json was changed after it was made" in result.stderr
     assert result.returncode != 0 and "0000020.safetensors does not match the checksum" in result.stdout + result.stderr

@@ -46,8 +46,8 @@ def clone(workspace: Workspace, path: Path) -> Workspace:
 
 
 def restore(workspace: Workspace, *args: str) -> tuple[int, str]:
-    """Exit status and messages of ``python -m dmd2.restore``."""
-    result = workspace.run(sys.executable, "-m", "dmd2.restore", *args)
+    """Exit status and messages of ``python -m dmd2.publish.restore``."""
+    result = workspace.run(sys.executable, "-m", "dmd2.publish.restore", *args)
     assert "Traceback" not in result.stderr, result.stderr
     return result.returncode, result.stdout + result.stderr
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from dmd2.files import digest_of, read_json
-from dmd2.inputs import (
+from dmd2.core.files import digest_of, read_json
+from dmd2.experiment.run_inputs import (
     Inputs, measured_with, pair_inputs, pipeline_manifest, pipeline_settings, prompt_set, prompt_settings,
 )
-from dmd2.run import RunId
+from dmd2.core.run import RunId
 
 CONFIGS = [*EXPERIMENT.bases.values(), *RUNS.values()]
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
@@ -71,7 +71,7 @@ PROMPT_SETS = {
 }
 
 
-with open("eval/weights.yaml", encoding="utf-8") as file:
+with open("eval/detectors/weights.yaml", encoding="utf-8") as file:
     PUBLISHED = {name: entry for name, entry in yaml.safe_load(file).items() if "package" not in entry}
 # Every network with weights to be downloaded, and the detectors that use them: the first file stands for all.
 WEIGHTS_OF = {

@@ -12,7 +12,7 @@ rule real_data:
     message:
         "real data {wildcards.data}"
     shell:
-        "{PYTHON} -m dmd2.data --config {params.config:q} {output}"
+        "{PYTHON} -m dmd2.data.sets --config {params.config:q} {output}"
 
 
 def detector_inputs(w):
@@ -31,7 +31,7 @@ rule weights:
     message:
         "download the weights of {wildcards.network}"
     shell:
-        "python -m eval.weights {wildcards.network}"
+        "python -m eval.detectors.weights {wildcards.network}"
 
 
 rule detector:
@@ -49,7 +49,7 @@ rule detector:
     message:
         "detector {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
+        "{PYTHON} -m eval.detectors.detectors {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
 
 
 def reference_inputs(w):
@@ -76,7 +76,7 @@ rule reference:
     message:
         "reference statistics {wildcards.statistics}"
     shell:
-        "{PYTHON} -m eval.reference {params.source} {output} --detector {params.detector}"
+        "{PYTHON} -m eval.detectors.reference {params.source} {output} --detector {params.detector}"
         " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
@@ -103,7 +103,7 @@ rule teacher:
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "{PYTHON} -m dmd2.teachers --data {params.data:q} --teacher {params.teacher:q}"
+        "{PYTHON} -m dmd2.training.teachers --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
@@ -128,7 +128,7 @@ rule pairs_shard:
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.training.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule pairs:
@@ -141,4 +141,4 @@ rule pairs:
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "{PYTHON} -m dmd2.pairs join {output} {input.shards}"
+        "{PYTHON} -m dmd2.training.pairs join {output} {input.shards}"

@@ -1,4 +1,4 @@
-# What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/made.py),
+# What is out of date is decided here, by content and before the DAG exists: by the records in the artefacts (dmd2/core/provenance.py),
 # never by clocks or by .snakemake, which a clone or a `dvc pull` does not bring along. The profiles therefore leave
 # Snakemake the modification times only, which are put right for everything whose content says that it is up to date; a dry
 # run tells them to Snakemake only.
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 from snakemake_interface_storage_plugins.io import Mtime
 
-from dmd2.again import trained_by_other_code
-from dmd2.made import Artefact, Outdated
+from dmd2.core.retraining import trained_by_other_code
+from dmd2.core.provenance import Artefact, Outdated
 
 # Input of everything outdated: new, and of a content that no job has seen, since Snakemake compares checksums, too.
 # Not in the workspace, where a dry run writes nothing.

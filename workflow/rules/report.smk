@@ -16,7 +16,7 @@ rule table:
     message:
         "table {wildcards.table}"
     shell:
-        "python -m eval.tables {wildcards.table}"
+        "python -m eval.report.tables {wildcards.table}"
 
 
 def outdated_report(w):
@@ -36,4 +36,4 @@ rule report:
     message:
         "report {output}"
     shell:
-        "python -m eval.report {input.tables} --out {output}"
+        "python -m eval.report.page {input.tables} --out {output}"

@@ -17,7 +17,7 @@ rule pipeline:
     message:
         "pipeline {wildcards.pipeline}"
     shell:
-        "{PYTHON} -m dmd2.make_pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
+        "{PYTHON} -m dmd2.data.make_pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
 def real_parts(data):
@@ -39,7 +39,7 @@ rule real_part:
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.encode part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.data.encode part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule real_text:
@@ -56,7 +56,7 @@ rule real_text:
     message:
         "real data {wildcards.data}"
     shell:
-        "python -m dmd2.encode join {output} {input.parts} --config {params.config:q}"
+        "python -m dmd2.data.encode join {output} {input.parts} --config {params.config:q}"
 
 
 rule prompts:
@@ -77,4 +77,4 @@ rule prompts:
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{PYTHON} -m dmd2.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.data.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"

@@ -37,4 +37,4 @@ rule prune:
     message:
         "delete the checkpoints of finished trainings"
     shell:
-        "python -m dmd2.prune"
+        "python -m dmd2.publish.prune"

@@ -1,0 +1,140 @@
+"""The network in a pickle of NVlabs' EDM: its settings, and its tensors under EDM's names.
+
+Such a file holds a dict with the network under ``ema``, beside what it was trained with (``loss_fn``, ``augment_pipe``,
+``dataset_kwargs``). Every module comes with the source text of its class, which is not read: that a module computes
+what we think is checked by its attributes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dmd2.convert.inert_objects import Record, shown
+from dmd2.convert.inert_pickle import read_pickle
+from dmd2.core.errors import UserError
+from dmd2.networks.schedules import SIGMA_DATA
+
+DEPTH = 8  # modules within modules; EDM's networks have five
+# What the modules of the two networks have in common with ours, whatever their shape.
+ATTRIBUTES: dict[str, dict[str, float]] = {
+    "DhariwalUNet": {"skip_scale": 1, "adaptive_scale": 1, "eps": 1e-5, "endpoint": 0, "max_positions": 10000},
+    "SongUNet": {"skip_scale": math.sqrt(0.5), "adaptive_scale": 0, "eps": 1e-6, "endpoint": 1, "max_positions": 10000},
+}
+
+
+@dataclass(frozen=True)
+class EdmNetwork:
+    """A network of EDM.
+
+    model_type: ``DhariwalUNet`` (ADM) or ``SongUNet``. resolution, channels: of its images. label_dim: number of
+    classes, 0 for none. augmented: whether it has a layer for augmentation labels. recorded: the arguments it was built
+    with, as far as they were given (``model_channels``, ``dropout``, ...). state: tensors, named as in ``ema``.
+    """
+
+    model_type: str
+    resolution: int
+    channels: int
+    label_dim: int
+    sigma_data: float
+    augmented: bool
+    recorded: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def read_edm(path: Path) -> EdmNetwork:
+    """The network of a pickle.
+
+    Raises:
+        UserError: see `read_pickle`; or there is no network, or it is not of a kind that we can convert.
+    """
+    holds = read_pickle(path)
+    if not isinstance(holds, dict):
+        raise UserError(f"{path} holds a {_kind(holds)} and not the dict of EDM's training with the network under ema")
+    if "ema" not in holds:
+        raise UserError(f"{path} has no key ema: it holds {', '.join(map(shown, holds)) or 'nothing'}; name a snapshot "
+                        "of a network")  # fmt: skip
+    ema = holds["ema"]
+    if not isinstance(ema, Record) or ema.kind != "EDMPrecond":
+        raise UserError(f"{path}: ema is a {_kind(ema)}, which we cannot convert: only networks trained with EDM's "
+                        "own preconditioning, EDMPrecond")  # fmt: skip
+    model = _dict(path, "ema", ema.state, "_modules").get("model")
+    if not isinstance(model, Record) or model.kind not in ATTRIBUTES:
+        raise UserError(
+            f"{path}: ema.model is a {_kind(model)}, which we cannot convert: only {' or '.join(ATTRIBUTES)}"
+        )
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in _modules(path, "", ema, seen):
+        _check(path, name, module, model.kind)
+        hidden = module.state.get("_non_persistent_buffers_set", ())
+        for key in ("_parameters", "_buffers"):
+            for own, value in _dict(path, name, module.state, key).items():
+                if value is not None and not (key == "_buffers" and own in hidden):
+                    state[f"{name}.{own}".lstrip(".")] = _as_tensor(path, f"{name}.{own}", value)
+    sigma_data = ema.state.get("sigma_data")
+    if sigma_data != SIGMA_DATA:
+        raise UserError(f"{path}: ema.sigma_data is {sigma_data}, our preconditioning has {SIGMA_DATA}")
+    sizes = [_count(path, ema, key) for key in ("img_resolution", "img_channels", "label_dim")]
+    recorded = ema.state.get("_init_kwargs")
+    return EdmNetwork(model.kind, sizes[0], sizes[1], sizes[2], sigma_data, "model.map_augment.weight" in state,
+                      recorded if isinstance(recorded, dict) else {}, state)  # fmt: skip
+
+
+def _kind(value: Any) -> str:
+    return value.kind if isinstance(value, Record) else type(value).__name__
+
+
+def _count(path: Path, ema: Record, key: str) -> int:
+    value = ema.state.get(key)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{path}: ema.{key} is {shown(value)} and no number")
+    return value
+
+
+def _dict(path: Path, name: str, state: dict[str, Any], key: str) -> dict[Any, Any]:
+    value = state.get(key, {})
+    if not isinstance(value, dict) or not all(isinstance(own, str) and own.isprintable() for own in value):
+        raise UserError(f"{path}: {name}.{key} is a {_kind(value)} and not a dict with names")
+    return value
+
+
+def _as_tensor(path: Path, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise UserError(f"{path}: {name} is a {_kind(value)} and not a tensor")
+    return value
+
+
+def _modules(path: Path, name: str, module: Any, seen: set[int]) -> Iterator[tuple[str, Record]]:
+    """A module and all below it, with their names; none may occur twice."""
+    if not isinstance(module, Record) or id(module) in seen or name.count(".") > DEPTH:
+        raise UserError(f"{path}: ema.{name} is no module of its own, but {_kind(module)} again or too deep")
+    seen.add(id(module))
+    yield name, module
+    for own, child in _dict(path, name, module.state, "_modules").items():
+        if child is not None:
+            yield from _modules(path, f"{name}.{own}".lstrip("."), child, seen)
+
+
+def _check(path: Path, name: str, module: Record, network: str) -> None:
+    """Compare a module's attributes with those of the architecture."""
+    state = module.state
+    wanted: dict[str, Any] = dict(ATTRIBUTES[network])
+    if module.kind == "GroupNorm":
+        norm = state.get("_parameters", {}).get("weight")
+        wanted["num_groups"] = min(32, len(norm) // 4) if isinstance(norm, Tensor) and norm.ndim else None
+    if module.kind == "Conv2d":
+        wanted["fused_resample"] = name.endswith("_aux_residual")
+    if (
+        module.kind == "UNetBlock"
+        and isinstance(width := state.get("out_channels"), int)
+        and "qkv" in state.get("_modules", ())
+    ):
+        wanted["num_heads"] = width // 64 if network == "DhariwalUNet" else 1
+    for key, value in wanted.items():
+        found = state.get(key, value)
+        if not isinstance(found, int | float) or value is None or not math.isclose(found, value, rel_tol=1e-6):
+            raise UserError(f"{path}: ema.{name}.{key} is {shown(found)}, in EDM's {network} it is {value}")

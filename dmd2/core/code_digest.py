@@ -1,0 +1,123 @@
+"""The code that makes the numbers of a training, in one digest per module; needs no torch.
+
+It is found by following imports from `START` and digested as syntax: comments, docstrings, annotations, formatting, the
+wording of errors and the places that names are imported from do not count, so that moving a file changes nothing.
+"""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = __name__.partition(".")[0]
+ROOT = Path(str(sys.modules[PACKAGE].__file__)).parents[1]
+START = f"{PACKAGE}.training.trainer"
+# Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
+# run's key), what prepares sets, and what talks to people. By the last part of the name.
+NO_PART = {
+    "captioned_readers", "captions", "checkpoint", "checkpoint_parts", "cifar", "code_digest", "decode", "errors",
+    "eval_config", "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "progress",
+    "provenance", "readers", "retraining", "run", "run_inputs", "slurm_queue", "sources", "tar_sets", "unets",
+}  # fmt: skip
+SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}
+SETTINGS = ("Section", "TrainConfig")  # bases of sections of a configuration
+Modules = Mapping[str, str]
+
+
+@cache
+def modules_of(start: str = START) -> dict[str, str]:
+    """Digest of every module that has a part in what `start` computes, by dotted name."""
+    found: dict[str, str] = {}
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if name in found or path is None or name.rpartition(".")[2] in NO_PART:
+            continue
+        tree = ast.parse(path.read_bytes())
+        found[name] = digest_of_code(tree)
+        waiting += sorted(_imported(tree))
+    return dict(sorted(found.items()))
+
+
+def digest_of_code(tree: ast.Module) -> str:
+    """Eight hex digits of what code does; the same in every version of Python that reads it the same."""
+    words: list[str] = []
+    _spell(tree, words)
+    words += sorted(set(_names(tree)))
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
+
+
+def differing(old: Modules, new: Modules) -> list[str]:
+    """Files of the modules that are not the same code in both; one that only moved is the same."""
+    ours, theirs = set(old.values()), set(new.values())
+    names = {name for name, digest in old.items() if digest not in theirs}
+    names |= {name for name, digest in new.items() if digest not in ours}
+    return [name.replace(".", "/") + ".py" for name in sorted(names)]
+
+
+def _file(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return path if path.exists() else None
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """Everything of this package that may be a module, in functions too: ``from a import b`` may mean ``a.b``."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE}
+    return found
+
+
+def _names(tree: ast.Module) -> list[str]:
+    """What is imported, without the place of what is ours."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            ours = (node.module or "").split(".")[0] == PACKAGE
+            found += [f"{'' if ours else node.module} {alias.name} {alias.asname}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [f"{alias.name} {alias.asname}" for alias in node.names if alias.name.split(".")[0] != PACKAGE]
+    return found
+
+
+def _spell(value: Any, words: list[str]) -> None:
+    """Append the syntax below a node, as words."""
+    if isinstance(value, list):
+        words.append("[")
+        for item in value:
+            if not _silent(item):
+                _spell(item, words)
+        words.append("]")
+    elif isinstance(value, ast.AST):
+        words.append(type(value).__name__)
+        if isinstance(value, ast.Raise):
+            return
+        settings = isinstance(value, ast.ClassDef) and any(
+            isinstance(base, ast.Name) and base.id in SETTINGS for base in value.bases
+        )
+        for name, part in ast.iter_fields(value):
+            if name in SKIPPED or part is None or part == []:
+                continue
+            words.append(name)
+            _spell(_methods(part) if settings and name == "body" else part, words)
+    else:
+        words.append(repr(value))
+
+
+def _silent(node: Any) -> bool:
+    """Imports, which count by name, and strings that stand alone."""
+    alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return alone or isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def _methods(body: list[ast.stmt]) -> list[ast.stmt]:
+    """What a class of settings computes: its keys and their checks are told by the digest of a run's settings."""
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    return [node for node in functions if not any("validator" in ast.dump(d) for d in node.decorator_list)]

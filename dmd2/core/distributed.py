@@ -1,0 +1,171 @@
+"""Data-parallel training in plain torch.distributed: every process computes its rows of the global batch.
+
+Gradients are summed, not averaged, because each process weights its losses by its share of the global batch; so the
+update is that of one process up to the order of the sum. Without a process group everything here is the identity.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor, nn
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import held, trust
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
+BUCKET = 1 << 24  # elements summed in one message
+TIMEOUT, PATIENCE = timedelta(minutes=30), timedelta(days=1)  # of a collective; of waiting for process 0 to verify
+
+
+def rank() -> int:
+    """Number of this process; 0 writes all files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device, verify: Callable[[], None] | None = None) -> Iterator[None]:
+    """Join the processes that the environment names (torchrun's variables); nothing to join when there is one.
+
+    Args:
+        device: of this process. verify: what process 0 does before collectives begin and can time out; meanwhile the
+            others wait, for a day if need be, and then trust the files that it verified (see `dmd2.core.files.held`).
+
+    Raises:
+        UserError: from `verify`, in process 0; the others are told that it ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, me, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if verify is not None:
+        verify_first(store, me, verify)
+    store.set_timeout(TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.PrefixStore("training", store)
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def verify_first(store: Any, me: int, verify: Callable[[], None]) -> None:
+    """Run `verify` in process 0 while the others wait on the store, then tell them which files it verified."""
+    if me == 0:
+        try:
+            verify()
+        except BaseException:
+            store.set("verified", "null")
+            raise
+        store.set("verified", json.dumps(held()))
+        return
+    try:
+        store.wait(["verified"], PATIENCE)
+        files = json.loads(store.get("verified"))
+    except RuntimeError:  # the store was process 0's
+        files = None
+    if files is None:
+        raise UserError("process 0 of this training ended before it began; its message says why")
+    trust(files)
+
+
+def part(total: int, parts: int, index: int) -> range:
+    """Part `index` of `total` items: contiguous, each in exactly one part, sizes differing by at most one."""
+    return range(total * index // parts, total * (index + 1) // parts)
+
+
+def rows(total: int) -> range:
+    """Rows of a global batch of `total` that this process computes."""
+    return part(total, world_size(), rank())
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over the processes."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum scalars over the processes, in one message; every process must name the same ones."""
+    if world_size() == 1 or not values:
+        return values
+    names = sorted(values)
+    total = torch.stack([values[name].float() for name in names])
+    dist.all_reduce(total)
+    return dict(zip(names, total, strict=True))
+
+
+def sum_over(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The JSON object of every process, in their order, on every process; also a point at which all wait."""
+    if world_size() == 1:
+        return [value]
+    found: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def agreed(value: int, device: torch.device) -> int:
+    """Process 0's value, on every process."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    dist.broadcast(tensor, 0)
+    return int(tensor)
+
+
+def local_device(kind: str, job: str) -> torch.device:
+    """Device of this process for ``cpu``, ``cuda`` or ``auto``; each process of a node takes its own GPU.
+
+    Raises:
+        UserError: a GPU is asked for and there is none; it names the key of the cluster file, jobs.`job`.device.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"jobs.{job}.device is cuda, but this process sees no GPU: check jobs.{job}.gpu or gres in the cluster "
+            "file, or set device: auto"
+        )
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device(kind)

@@ -1,0 +1,184 @@
+"""The user's Slurm jobs as squeue shows them, asked for once for all waiting launchers of a workspace."""
+
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Any
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import digest_of, read_json, write_json
+from dmd2.core.run import RUNS, RunId
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL", "PREEMPTED",
+         "BOOT_FAIL", "REVOKED"}  # fmt: skip
+
+NO_SLURM = (
+    "there is no Slurm on this machine (sbatch is not on PATH): run this on the cluster's login node, or use "
+    "--profile local"
+)
+STUCK = 300.0  # seconds after which a COMPLETING job is one that Slurm cannot clean up after
+# What Slurm's commands say when the controller is away or too busy, which passes.
+SILENT = ("unable to contact", "unable to establish", "connection failure", "connection refused", "timed out",
+          "zero bytes", "in standby", "temporarily unavailable", "communication")  # fmt: skip
+
+
+class NoAnswer(UserError):
+    """Slurm did not answer; what it was asked to do may have been done."""
+
+
+def job_name(run: RunId) -> str:
+    """Name of a run's jobs, unique per run and workspace: a copy of the workspace has no part in them."""
+    return f"{run.base}.{run.name}.seed{run.seed}.{digest_of(str(run.folder.resolve()))}"
+
+
+def submissions(run: RunId) -> dict[str, Any]:
+    """What job.json says of a run: name and ids of its jobs, digest of their config (None if there was none).
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder / "job.json"
+    if not path.exists():
+        return {"name": None, "config": None, "jobs": []}
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("jobs"), list) or "config" not in value:
+        raise UserError(f"{path} is damaged: delete it and run again; a job that lives is found by its name")
+    return {"name": None, **value}
+
+
+def slurm(*command: str, timeout: float = 60, inherited: tuple[int, ...] = ()) -> str:
+    """Output of a Slurm command, which inherits these file descriptors.
+
+    Raises:
+        NoAnswer: it took too long, or could not reach the controller.
+        UserError: it failed or does not exist.
+    """
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, pass_fds=inherited
+        )
+    except FileNotFoundError:
+        raise UserError(NO_SLURM) from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"Slurm did not answer `{' '.join(command)}` within {timeout:.0f} s") from None
+    if result.returncode:
+        reason = (result.stderr or result.stdout).strip().splitlines() or ["no reason given"]
+        kind = NoAnswer if any(word in reason[-1].lower() for word in SILENT) else UserError
+        raise kind(f"Slurm refused `{' '.join(command)}`: {reason[-1]}")
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One job: state as squeue prints it, Slurm's reason, the nodes it has."""
+
+    job: str
+    name: str
+    state: str
+    reason: str
+    nodes: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job is over; a NODE_FAIL or PREEMPTED one may still be requeued."""
+        return self.state in ENDED
+
+    @property
+    def live(self) -> bool:
+        """Whether the job waits or runs; one that is COMPLETING only has its remains cleared away."""
+        return is_live(self.state)
+
+    @property
+    def held_after_failed_launch(self) -> bool:
+        """Slurm holds a job for ever after a launch that failed (a restart while the old step was still dying)."""
+        return self.state in ("PENDING", "SPECIAL_EXIT") and "launch failed" in self.reason
+
+
+def is_live(state: str) -> bool:
+    """Whether a job in this state waits or runs."""
+    return bool(state) and state not in ENDED and state != "COMPLETING"
+
+
+def state_of(job: str) -> str:
+    """State of one job as the controller has it, or else the accounting; empty if it is unknown.
+
+    For jobs that squeue does not show: an empty answer of squeue is not always the truth.
+
+    Raises:
+        NoAnswer: the controller does not answer.
+    """
+    try:
+        if found := re.search(r"\bJobState=(\w+)", slurm("scontrol", "show", "job", "--oneliner", job)):
+            return found[1]
+    except NoAnswer:
+        raise
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return ""  # the controller has forgotten it; the accounting may have lost its end
+    try:
+        words = re.findall(r"^\w+", slurm("sacct", "-X", "-n", "-P", "-j", job, "-o", "State"), re.M)
+    except UserError:
+        return ""
+    return words[-1] if words else ""
+
+
+def squeue(*options: str) -> dict[str, Entry]:
+    """The user's jobs by id, those that ended a moment ago included."""
+    text = slurm("squeue", "--me", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N", *options)
+    entries = [Entry(*line.split("|", 4)) for line in text.splitlines() if line.count("|") >= 4]
+    return {entry.job: entry for entry in entries}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of the user's jobs at a moment (seconds since the epoch)."""
+
+    time: float
+    jobs: dict[str, Entry]
+
+
+class Queue:
+    """Snapshots at most `interval` seconds old, shared through a file: 500 launchers ask the controller once."""
+
+    def __init__(self, interval: float, folder: Path = RUNS) -> None:
+        self.interval, self.path = interval, folder / ".queue.json"
+        self.own: Snapshot | None = None  # where the file cannot be written
+
+    def look(self) -> Snapshot | None:
+        """The newest snapshot, before the first an empty one of time 0; None while the controller does not answer."""
+        known = self.own or self._read()
+        if known and 0 <= time.time() - known.time < self.interval:
+            return known
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+                try:
+                    flock(lock, LOCK_EX | LOCK_NB)
+                except BlockingIOError:
+                    return known or Snapshot(0.0, {})  # another launcher is asking
+                return self._ask()
+        except OSError:
+            return self._ask()
+
+    def _ask(self) -> Snapshot | None:
+        asked = time.time()
+        try:
+            jobs = squeue()
+        except UserError:
+            return None
+        try:
+            write_json(self.path, {"time": asked, "jobs": [asdict(entry) for entry in jobs.values()]})
+            self.own = None
+        except UserError:  # a full disk or a read-only one stops no launcher from waiting
+            self.own = Snapshot(asked, jobs)
+        return Snapshot(asked, jobs)
+
+    def _read(self) -> Snapshot | None:
+        try:
+            value = read_json(self.path)
+            return Snapshot(value["time"], {entry["job"]: Entry(**entry) for entry in value["jobs"]})
+        except (UserError, OSError, KeyError, TypeError):
+            return None

@@ -1,0 +1,141 @@
+"""Captions and prompts in files: texts and tables of the user's, and JSON lines beside our own sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, read_json_lines, verified, write_text
+
+COLUMN, OTHER_COLUMNS = "caption", ("prompt", "text")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth")
+TABLES: dict[str, Callable[[Any, bool], pd.DataFrame]] = {
+    # "NA" and "None" are captions. A blank line is a missing caption, but nothing in a list of prompts.
+    ".csv": lambda file, skip_blank: pd.read_csv(
+        file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=skip_blank
+    ),
+    ".jsonl": lambda file, _: pd.read_json(file, lines=True, dtype=False),
+    ".parquet": lambda file, _: pd.read_parquet(file),
+}
+
+
+def read_captions(path: Path) -> list[str]:
+    """The captions of a file, one for each image in the order of a sorted set, with their blanks at either end.
+
+    Args:
+        path: a UTF-8 text with one caption a line, or a csv, jsonl or parquet table with a column ``caption`` or, as
+            its only candidate, ``prompt`` or ``text``.
+
+    Raises:
+        UserError: missing, unreadable, a pickle, empty, or a caption is blank.
+    """
+    captions = _read(path, skip_blank=False)
+    blank = [number for number, caption in enumerate(captions) if not caption.strip()]
+    if blank:
+        where = f"line {blank[0] + 1}" if path.suffix.lower() not in TABLES else f"row {blank[0]} (from 0)"
+        raise UserError(f"{path}: {where} is blank: every image needs its own caption")
+    if not captions:
+        raise UserError(f"{path} holds no captions")
+    return captions
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file like those of `read_captions`, in order.
+
+    Blank lines are dropped; a row of a table without text is the empty prompt, as in the official prompt lists.
+
+    Raises:
+        UserError: missing, unreadable, a pickle, or without prompts.
+    """
+    prompts = _read(path, skip_blank=True)
+    if path.suffix.lower() not in TABLES:
+        prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def save_captions(path: Path, captions: list[str]) -> None:
+    """Write captions as JSON lines ``{"caption": ...}`` in ASCII, atomically."""
+    write_text(path, "".join(json.dumps({COLUMN: caption}) + "\n" for caption in captions))
+
+
+def captions_of(manifest: Path) -> list[str]:
+    """Captions of a prepared set in the order of its rows: the verified ``captions-*.jsonl`` its manifest lists.
+
+    Raises:
+        UserError: the manifest lists none, or a file is missing or changed.
+    """
+    entries = [entry for entry in read_json(manifest)["files"] if Path(entry["path"]).match("captions-*.jsonl")]
+    if not entries:
+        raise UserError(f"{manifest} lists no captions-*.jsonl: it is no set of captioned images or prompts")
+    return [str(row[COLUMN]) for entry in entries for row in read_json_lines(verified(manifest.parent, entry))]
+
+
+def _read(path: Path, skip_blank: bool) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which may run code when opened: if you trust it, convert it once by python -c "
+            "\"import json, pickle, sys; [print(json.dumps({'caption': p})) for p in pickle.load(sys.stdin.buffer)]\" "
+            f"< {path.name} > {path.stem}.jsonl"
+        )
+    return _column(path, skip_blank) if suffix in TABLES else _lines(path)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line.rstrip("\n") for line in file]  # splitlines() would cut at other separators, too
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable UTF-8 text of captions ({error})") from None
+
+
+def _column(path: Path, skip_blank: bool) -> list[str]:
+    try:
+        table = TABLES[path.suffix.lower()](path, skip_blank)
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsers raise kinds of ValueError
+        raise UserError(f"{path} is not a readable table of captions ({str(error).splitlines()[0]})") from None
+    try:
+        return texts(table)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def texts(table: pd.DataFrame) -> list[str]:
+    """Captions of a table, in order; empty where there is no text.
+
+    Raises:
+        UserError: no column can be it, or a row holds something else.
+    """
+    others = [name for name in OTHER_COLUMNS if name in table]
+    if COLUMN not in table and len(others) != 1:
+        raise UserError(
+            f"there is no column {COLUMN}, only {', '.join(map(str, table.columns)) or 'nothing'}: rename the one with "
+            f"the captions to {COLUMN}"
+        )
+    found = []
+    for number, value in enumerate(table[COLUMN if COLUMN in table else others[0]]):
+        nothing = pd.api.types.is_scalar(value) and pd.isna(value)
+        try:
+            found.append(as_caption(None if nothing else str(value) if isinstance(value, Number) else value))
+        except UserError as error:
+            raise UserError(f"row {number} (from 0) {error}") from None
+    return found
+
+
+def as_caption(value: Any) -> str:
+    """A caption as text; None is the empty one, as in the official lists.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, str | None):
+        raise UserError(f"has {value!r:.60} instead of one text as its caption")
+    return value or ""

@@ -1,0 +1,171 @@
+"""What stands around the UNet of a text-to-image pipeline: tokenisers, text encoders and autoencoder, as one object.
+
+They come from a diffusers pipeline folder, listed and checksummed by ``data/pipelines/NAME/manifest.json``. Everything
+here runs in float32, as in the paper's runs: SDXL's autoencoder overflows in float16.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, verified
+from dmd2.data.sets import load_shard
+from dmd2.networks.condition import Condition
+
+# Text encoders whose states are understood; others would be read wrongly without an error.
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
+NULL = "null.safetensors"
+
+
+def time_ids(pixels: int) -> Tensor:
+    """SDXL's size condition of an uncropped square image, float32 ``(6,)``: original size, crop, target size."""
+    return torch.tensor([pixels, pixels, 0, 0, pixels, pixels], dtype=torch.float32)
+
+
+def belongs(path: Path, *suffixes: str) -> bool:
+    """Whether a file of a part is read, of those `suffixes`: half-precision twins of weights are not, nor pickles."""
+    twin = {".fp16", ".non_ema"} & set(path.suffixes)
+    return path.suffix in (suffixes or (".safetensors", ".json", ".txt", ".model")) and not twin
+
+
+class Pipeline:
+    """A pipeline folder; a part is verified and loaded when it is first used.
+
+    Args:
+        folder: of diffusers' layout. files: its manifest's entries, relative to `folder`. device: where parts run.
+    """
+
+    def __init__(self, folder: Path, files: list[dict[str, Any]], device: torch.device | str = "cpu") -> None:
+        self.folder, self.files, self.device = folder, files, torch.device(device)
+
+    @staticmethod
+    def load(manifest: Path, device: torch.device | str = "cpu") -> Pipeline:
+        """The pipeline that a manifest lists.
+
+        Raises:
+            UserError: the manifest is missing; a missing or changed part is reported when it is used.
+        """
+        return Pipeline(manifest.parent, read_json(manifest)["files"], device)
+
+    def part(self, name: str) -> Path:
+        """Folder of one part, after comparing the checksums of its files.
+
+        Raises:
+            UserError: the pipeline has no such part, or a file of it is missing or changed.
+        """
+        entries = [entry for entry in self.files if entry["path"].startswith(f"{name}/")]
+        if not entries:
+            raise UserError(f"{self.folder} has no {name}: put this part of the diffusers pipeline there")
+        for entry in entries:
+            verified(self.folder, entry)
+        return self.folder / name
+
+    @property
+    def towers(self) -> int:
+        """Number of text encoders: 1 (SD 1.5), 2 (SDXL)."""
+        return 2 if any(entry["path"].startswith("text_encoder_2/") for entry in self.files) else 1
+
+    @cached_property
+    def _text(self) -> list[tuple[Any, Any]]:
+        """Tokeniser and encoder of every tower."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # of every tensor it loads
+        found = []
+        for suffix in ("", "_2")[: self.towers]:
+            folder = self.part(f"text_encoder{suffix}")
+            kind = read_json(folder / "config.json")["architectures"][0]
+            if kind not in ENCODERS:
+                raise UserError(f"{folder} is a {kind}: only {', '.join(ENCODERS)} are understood")
+            model = getattr(transformers, kind).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.part(f"tokenizer{suffix}"))
+            found.append((tokenizer, model.eval().requires_grad_(False).to(self.device)))
+        return found
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """States ``text`` ``(B, L, D)`` and, of two towers, ``pooled`` ``(B, P)``, float32; no size condition.
+
+        One CLIP tower gives its last hidden state, without an attention mask (SD 1.5); two give their second-to-last
+        ones side by side and the projection of the second (SDXL). BERT's states are zero where there is only padding.
+        """
+        states, pooled = [], None
+        for tokenizer, model in self._text:
+            tokens = tokenizer(
+                prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            if type(model).__name__ == "BertModel":
+                mask = tokens.attention_mask
+                states.append(model(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None])
+            elif self.towers == 1:
+                states.append(model(tokens.input_ids).last_hidden_state)
+            else:
+                output = model(tokens.input_ids, output_hidden_states=True)
+                states.append(output.hidden_states[-2])
+                pooled = output[0]  # of the second tower in the end: the projected text embedding
+        return Condition(text=torch.cat(states, dim=-1), pooled=pooled)
+
+    def unconditional(self) -> Condition:
+        """The empty prompt of one sample; zeros where the pipeline's model_index.json says so, or for two towers."""
+        empty = self.encode_prompts([""])
+        index = self.folder / "model_index.json"
+        asked = read_json(index) if index.exists() else {}
+        if asked.get("force_zeros_for_empty_prompt", self.towers == 2):
+            assert empty.text is not None
+            pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
+            return Condition(text=torch.zeros_like(empty.text), pooled=pooled)
+        return empty
+
+    @cached_property
+    def null(self) -> Condition:
+        """The unconditional condition of one sample, from its file: no encoder is loaded for it."""
+        entry = next(entry for entry in self.files if entry["path"] == NULL)
+        rows = load_shard(verified(self.folder, entry))
+        return Condition(**{name: tensor.float() for name, tensor in rows.items()})
+
+    @cached_property
+    def vae(self) -> Any:
+        """The AutoencoderKL."""
+        from diffusers import AutoencoderKL
+
+        return self._autoencoder(AutoencoderKL, "vae")
+
+    @cached_property
+    def vae_tiny(self) -> Any:
+        """The tiny autoencoder (taesd, taesdxl), which decodes the same latents at a fraction of the cost."""
+        from diffusers import AutoencoderTiny
+
+        return self._autoencoder(AutoencoderTiny, "vae_tiny")
+
+    def _autoencoder(self, kind: Any, name: str) -> Any:
+        model = kind.from_pretrained(self.part(name), use_safetensors=True, torch_dtype=torch.float32)
+        return model.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of a latent."""
+        return 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the posterior times the scaling factor, float32 ``(B, C, h, w)``.
+
+        Args:
+            images: uint8, or float in [-1, 1], ``(B, 3, H, W)``. noise: standard normal of the latents' shape.
+        """
+        if images.dtype == torch.uint8:
+            images = images.float().div(127.5).sub(1)
+        posterior = self.vae.encode(images.to(self.device)).latent_dist
+        return (posterior.mean + posterior.std * noise.to(self.device)) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor, decoder: str = "vae") -> Tensor:
+        """Images about [-1, 1], float32 ``(B, 3, H, W)``; the gradient flows. `decoder` is ``vae`` or ``vae_tiny``."""
+        model = getattr(self, decoder)
+        return model.decode(latents.float() / model.config.scaling_factor).sample

@@ -1,0 +1,160 @@
+"""Whether a run's evaluation fits its data: metrics, detector, reference, prompts; imports no torch."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+
+import yaml
+
+from dmd2.experiment.checks.network import Problem
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.data_config import Data
+from dmd2.experiment.protocols import KNOWN, NEEDS_IMAGES
+from dmd2.experiment.run_inputs import WEIGHTS
+
+LITE0 = ("lite0-320@32", "lite0-320@64", "lite0-1280@64", "lite0-112@64")  # weights in a package, not of these names
+OF_A_SET = ("-classifier", "-clip")
+
+
+@cache
+def networks() -> dict[str, bool]:
+    """Detectors with published weights, and whether a distance of their features is an FID."""
+    listed = yaml.safe_load((files("eval.detectors") / "weights.yaml").read_text(encoding="utf-8"))
+    named = {d: entry.get("fid", False) for name, entry in listed.items() for d in (name, *entry.get("detectors", ()))}
+    return {**dict.fromkeys(LITE0, False), **{name: fid for name, fid in named.items() if _features(name)}}
+
+
+def _features(name: str) -> bool:
+    return not name.startswith(("efficientnet", "lpips"))
+
+
+def image_shape(data: Data) -> tuple[int, int | None]:
+    """Channels and side of the images behind a set's tensors; None where only a pipeline that is brought knows it."""
+    if not data.latents:
+        return data.channels, data.resolution
+    assert data.text is not None
+    made = data.text.pipeline.autoencoder
+    levels = None if made is None else made.network.get("block_out_channels", [64])
+    return 3, None if levels is None else data.resolution * 2 ** (len(levels) - 1)
+
+
+def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
+    """What is wrong with the eval section of a run, given every data section by name."""
+    spec = cfg.eval
+    yield from _metrics(cfg, sets)
+    yield from _model(spec.detector, "eval.detector", cfg, sets)
+    if spec.clip is not None:
+        yield from _model(spec.clip, "eval.clip", cfg, sets)
+    yield from _reference(spec.reference, "eval.reference", spec.geometry, cfg, sets)
+    yield from _geometry(spec.geometry, "eval.geometry", cfg.data)
+    if spec.patch is not None:
+        yield from _reference(spec.patch.reference, "eval.patch.reference", spec.patch.geometry, cfg, sets)
+        yield from _geometry(spec.patch.geometry, "eval.patch.geometry", cfg.data)
+    for key in ("prompts", "clip"):
+        if cfg.data.text is None and getattr(spec, key) is not None:
+            yield (
+                (f"eval.{key}", "data.text"),
+                f"captions belong to data.text, and {cfg.data.name} has labels",
+            )
+    if spec.shards > spec.images:
+        yield ("eval.shards", "eval.images"), f"{spec.shards} jobs cannot share eval.images {spec.images}: use fewer"
+
+
+def _metrics(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
+    spec = cfg.eval
+    for i, name in enumerate(spec.metrics):
+        key = ("eval.metrics",)
+        if name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(KNOWN)}"
+            yield key, f"there is no metric {name}, {hint}"
+            continue
+        if name in spec.metrics[:i]:
+            yield key, f"{name} is given twice"
+        fid = networks().get(spec.detector, False)
+        if KNOWN[name] in ("fd", "patch") and name.endswith("fid") != fid:
+            right = name.removesuffix("fid").removesuffix("fd") + ("fid" if fid else "fd")
+            why = "" if fid else ": only the canonical Inception features give an FID"
+            yield (*key, "eval.detector"), f"{name} with detector {spec.detector} is called {right}{why}"
+        if KNOWN[name] == "patch" and spec.patch is None:
+            yield (*key, "eval.patch"), f"{name} needs eval.patch: its geometry and its reference"
+        if KNOWN[name] == "clip" and (spec.clip is None or cfg.data.text is None):
+            yield (*key, "eval.clip"), f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
+        if name == "accuracy" and (cfg.data.text is not None or not spec.detector.endswith("-classifier")):
+            told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
+            yield (*key, "eval.detector"), f"accuracy {told}"
+        if name in NEEDS_IMAGES and spec.reference not in sets:
+            told = f"compares with the images of the reference, and {spec.reference} is no set of a base"
+            yield (*key, "eval.reference"), f"{name} {told}"
+
+
+def set_of(model: str) -> str | None:
+    """The set that a model in data/weights is trained on here, as its name says."""
+    return next((model.removesuffix(suffix) for suffix in OF_A_SET if model.endswith(suffix)), None)
+
+
+def _model(name: str, key: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
+    """Networks resize images themselves; a model trained here on a set takes images as that set has them."""
+    own = set_of(name)
+    if own is None or own not in sets:
+        brought = name.startswith("clip-") or (WEIGHTS / name / "manifest.json").exists()
+        if name not in networks() and not brought:
+            choices = [*networks(), *(f"{data}{'-clip' if sets[data].text else '-classifier'}" for data in sets)]
+            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+            yield (key,), f"there is no {name}" + (f", did you mean {near[0]}?" if near else f": {', '.join(choices)}")
+        return
+    data = sets[own]
+    if name.endswith("-classifier") and data.text is not None:
+        yield (key,), f"{own} has captions and no labels, so there is no classifier of it"
+    if name.endswith("-clip") and (data.text is None or (data.latents and not data.text.keep_images)):
+        yield (key,), f"a CLIP needs captions and images, and {own} has none or keeps none (data.text.keep_images)"
+    (channels, side), (own_channels, own_side) = image_shape(cfg.data), image_shape(data)
+    if side != own_side or channels not in (own_channels, 1) or data.classes != cfg.data.classes:
+        yield (
+            (key, "data.name"),
+            (
+                f"{name} takes images of {own} ({_spoken(data)}), and those of {cfg.data.name} are others "
+                f"({_spoken(cfg.data)}): use {cfg.data.name}{'-clip' if cfg.data.text else '-classifier'}, or a "
+                "network with published weights"
+            ),
+        )
+
+
+def _spoken(data: Data) -> str:
+    channels, side = image_shape(data)
+    return f"{channels}x{side or '?'}x{side or '?'}" + (f", {data.classes} classes" if data.classes else ", captions")
+
+
+def _reference(name: str, key: str, geometry: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
+    """A set must have images as the run makes them, unless the geometry brings both to one size."""
+    if not re.fullmatch(r"\w[\w.@-]*", name) or name.endswith((".npz", ".json")):
+        told = "name a set of a base, or a file data/refs/NAME.npz by its NAME"
+        yield (key,), f"{name!r} is no name of a reference: {told}"
+        return
+    if name not in sets:
+        return  # the user's moments, of which nothing is known here
+    data = sets[name]
+    if data.latents and data.text is not None and not data.text.keep_images:
+        yield (key,), f"{name} keeps latents only: set data.text.keep_images in its base"
+    (channels, side), (own_channels, own_side) = image_shape(cfg.data), image_shape(data)
+    sized = geometry.startswith("square-crop") or None in (side, own_side)
+    if channels != own_channels or (side != own_side and not sized):
+        yield (
+            (key, "data.name"),
+            (
+                f"images of {name} are {_spoken(data)}, those of {cfg.data.name} {_spoken(cfg.data)}: compare with a "
+                "set of that shape, or bring both to one size by eval.geometry square-crop+lanczos-SIZE"
+            ),
+        )
+
+
+def _geometry(geometry: str, key: str, data: Data) -> Iterator[Problem]:
+    _, side = image_shape(data)
+    size = re.search(r"^patch-(\d+)", geometry)
+    if size and side is not None and side < int(size[1]) and not geometry.endswith("-official"):
+        yield (
+            (key, "data.resolution"),
+            f"images of {data.name} have a side of {side}: there is no {geometry} in them",
+        )

@@ -1,0 +1,163 @@
+"""What jobs may use on a machine or cluster, and how trainings are started there: workflow/cluster/*.yaml."""
+
+import difflib
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dmd2.core.errors import UserError
+from dmd2.experiment.config import Positive, Section
+from dmd2.experiment.dotted_keys import validate
+from dmd2.experiment.yaml_file import read_yaml
+
+CLUSTERS = Path("workflow/cluster")
+
+
+class Resources(Section):
+    """One kind of job, in the words of Snakemake's Slurm plugin; what is not set is not asked for."""
+
+    threads: Positive = 1
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="of the networks; auto: cuda if the job sees a GPU"),
+    ] = "auto"
+    mem_mb: Positive | None = None
+    mem_mb_per_cpu: Positive | None = None
+    runtime: Annotated[int, Field(ge=1, description="minutes")] | None = None
+    gpu: Annotated[int | str, Field(description="--gpus of one node")] | None = None
+    gres: str | None = None
+    cpus_per_gpu: int | None = None
+    slurm_partition: str | None = None
+    slurm_account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    slurm_extra: Annotated[str, Field(description="further options of sbatch, handed over as they are")] | None = None
+
+    @field_validator("gpu")
+    @classmethod
+    def _counted(cls, value: int | str | None) -> int | str | None:
+        if value is not None and not re.fullmatch(r"([\w.-]+:)?\d+", str(value)):
+            raise ValueError(f"{value!r} is no number of GPUs: write 4 or, with a type, h100:4")
+        return value
+
+    def snakemake(self) -> dict[str, Any]:
+        """As Snakemake resources (threads are a directive of their own, the device is an option of the job)."""
+        return self.model_dump(exclude={"threads", "device"}, exclude_none=True)
+
+
+class Training(Section):
+    """How a training runs inside its job; none of it changes the numbers beyond rounding.
+
+    deterministic: kernels that give the same bits every time, for the teacher's training, too. It is no part of a base,
+    since it chooses between roundings of one computation, as the kind of GPU does.
+    """
+
+    nodes: Positive = 1
+    processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
+    deterministic: Annotated[
+        bool,
+        Field(description="kernels that give the same bits every time, also on a GPU; slower there"),
+    ] = False
+    micro_batch: Annotated[int, Field(ge=0, description="largest batch of a process; 0: all of its share")] = 0
+    shard: Annotated[bool, Field(description="split networks and optimisers over the processes (FSDP2)")] = False
+    checkpointing: Annotated[bool, Field(description="recompute activations in backward instead of keeping them")] = (
+        False
+    )
+    signal_seconds: Annotated[int, Field(ge=1, description="warning before the time limit, to save and requeue")] = 120
+    poll_seconds: Annotated[float, Field(gt=0, description="between two looks of all waiting launchers")] = 15
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_of_the_job(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "device" in values:
+            raise ValueError("device is a key of jobs.train now, as of every kind of job: write it there")
+        return values
+
+
+class Jobs(Section):
+    """Resources by kind of job: the rule names of the Snakefile."""
+
+    real_data: Resources
+    encode: Annotated[Resources, Field(description="prompts and latents of text runs")] = Resources()
+    detector: Resources
+    reference: Resources
+    teacher: Resources
+    pairs: Resources
+    train: Resources
+    evaluate: Resources
+
+
+class Cluster(Section):
+    """A machine (`launcher: local`) or a Slurm cluster (`launcher: slurm`, trainings through submitit)."""
+
+    launcher: Literal["local", "slurm"]
+    all: Annotated[Resources, Field(description="for every kind of job that does not say otherwise")] = Resources()
+    setup: Annotated[list[str], Field(description="shell commands at the start of each job")] = []
+    container: Annotated[str, Field(description="command in front of python in each job")] = ""
+    jobs: Jobs
+    training: Training = Training()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_all(cls, values: Any) -> Any:
+        common, jobs = values.get("all"), values.get("jobs")
+        if not isinstance(common, dict) or not isinstance(jobs, dict):
+            return values
+        kinds = {"encode": {}, **jobs}  # files written before there were text runs do not name it
+        return {**values, "jobs": {k: common | own if isinstance(own, dict) else own for k, own in kinds.items()}}
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> Self:
+        runtime = self.jobs.train.runtime
+        if self.launcher == "slurm" and runtime is None:
+            raise ValueError("jobs.train.runtime (minutes) is missing: Slurm trainings are requeued at their limit")
+        # Slurm sends the signal up to a minute early, and a job that is only ever saving makes no progress.
+        if self.launcher == "slurm" and runtime and self.training.signal_seconds + 60 >= runtime * 60:
+            raise ValueError(
+                f"training.signal_seconds {self.training.signal_seconds} leaves no time to train in jobs.train.runtime "
+                f"{runtime} min"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_asked_for(self) -> Self:
+        for kind, job in self.jobs if self.launcher == "slurm" else ():
+            asks = job.gpu or job.gres or job.cpus_per_gpu or "gpu" in (job.slurm_extra or "")
+            if job.device == "cuda" and not asks:
+                raise ValueError(f"jobs.{kind}.device is cuda, but the job asks Slurm for no GPU: give it gpu or gres")
+        return self
+
+    @property
+    def python(self) -> str:
+        """Shell command that starts Python in a job, after its `setup`."""
+        return f"{self.container} python" if self.container else shlex.quote(sys.executable)
+
+    def command(self) -> str:
+        """`setup`, then Python: the start of every stateless job's command line."""
+        python = f"{self.container} python" if self.container else "python"
+        return " && ".join([*self.setup, python])
+
+    @property
+    def processes(self) -> int:
+        """Processes of a training on each node."""
+        gpus = int(str(self.jobs.train.gpu or 0).split(":")[-1])
+        return self.training.processes or gpus or 1
+
+
+def load_cluster(name: str, folder: Path = CLUSTERS) -> Cluster:
+    """Read ``workflow/cluster/NAME.yaml``; see `Cluster`.
+
+    Raises:
+        UserError: one sentence with file, line and key.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        known = [file.stem for file in sorted(folder.glob("*.yaml"))]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(f"there is no {path}" + (f", did you mean {near[0]}?" if near else f"; known: {known}"))
+    source = read_yaml(path)
+    return validate(Cluster, source.value, source)

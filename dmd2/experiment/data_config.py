@@ -1,0 +1,115 @@
+"""The data section of a run: what its real images are, where they come from, and what encodes prompts and latents."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.experiment.section import Positive, Section, Weight
+
+CAPTIONED = ("webdataset", "emoji")  # kinds that always have captions; folders, hub sets and LMDBs may
+
+
+class Source(Section):
+    """Where real data comes from: a kind of source and, unless a package ships it, its path.
+
+    `split`, `image`, `label`, `caption`: part of a hub set and names of its columns, by default train, image, label,
+    text. `resize` makes images of any size square as EDM's dataset tool does: central square, then Lanczos.
+    """
+
+    kind: Literal["sklearn-digits", "idx", "lmdb", "image-folder", "cifar10", "hub", "webdataset", "emoji", "latents"]
+    path: str | None = None
+    split: str | None = None
+    image: str | None = None
+    label: str | None = None
+    caption: str | None = None
+    resize: Literal["center-crop"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.path is None and self.kind not in ("sklearn-digits", "latents", "emoji"):
+            raise ValueError(f"{self.kind} needs a path")
+        if self.kind != "hub" and (self.split or self.image or self.label):
+            raise ValueError(f"split, image and label are of kind hub, not of {self.kind}")
+        if self.kind not in ("hub", "webdataset") and self.caption:
+            raise ValueError(f"caption is of kinds hub and webdataset, not of {self.kind}")
+        if self.kind not in ("hub", "image-folder", "webdataset") and self.resize:
+            raise ValueError(f"resize is of kinds image-folder, hub and webdataset, not of {self.kind}")
+        return self
+
+
+class AutoencoderTraining(Section):
+    """How a small autoencoder is trained on the images of the set: L1 plus `kl` times the KL divergence, per pixel."""
+
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    kl: Weight
+    seed: int = 0
+
+
+class Autoencoder(Section):
+    """An AutoencoderKL to be trained here: its diffusers config and training."""
+
+    network: dict[str, Any]
+    train: AutoencoderTraining
+
+
+class Pipeline(Section):
+    """What encodes prompts and images: a diffusers pipeline folder at data/pipelines/`name`, put there or made here.
+
+    One made here takes the text encoder that a package ships, cut to `tokens` tokens, and trains `autoencoder`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    encoder: Literal["all-minilm-l6-v2"] | None = None
+    tokens: Positive = 77
+    autoencoder: Autoencoder | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.autoencoder is not None and self.encoder is None:
+            raise ValueError("autoencoder is of a pipeline made here: name its text encoder in encoder")
+        return self
+
+
+class Text(Section):
+    """Prompts and what encodes them.
+
+    `latents`: whether images are diffused in the latent space of the pipeline's autoencoder. `prompts`: file of the
+    prompts a one-step student is trained on; by default, and for several steps, the captions of the real set. `jobs`
+    share the encoding of the real set. `keep_images` keeps the images beside their latents, to evaluate against them.
+    """
+
+    pipeline: Pipeline
+    latents: bool
+    prompts: str | None = None
+    jobs: Positive = 1
+    keep_images: bool = False
+
+
+class Data(Section):
+    """Diffused tensors `channels` x `resolution` x `resolution`: images in [-1, 1], or latents times their scaling
+    factor. Conditioned on one of `classes`, or on `text`.
+    """
+
+    name: str
+    source: Source
+    resolution: Positive
+    channels: Positive
+    classes: Annotated[int, Field(ge=0)]
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if (self.classes == 0) != (self.text is not None):
+            raise ValueError("classes 0 means conditioned on text: give data.text then, and only then")
+        if self.text is None and self.source.kind in CAPTIONED:
+            raise ValueError(f"source {self.source.kind} has captions, no labels: give data.text and classes 0")
+        if self.text is not None and self.text.latents and self.channels != 4 and self.text.pipeline.encoder is None:
+            raise ValueError(f"channels {self.channels}: latents of Stable Diffusion's autoencoders have 4")
+        return self
+
+    @property
+    def latents(self) -> bool:
+        """Whether the diffused tensors are latents."""
+        return self.text is not None and self.text.latents

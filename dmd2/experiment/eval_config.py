@@ -1,0 +1,118 @@
+"""How a run is measured, and the samplers of teachers."""
+
+from math import ceil
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from dmd2.experiment.section import Positive, Precision, Section, Weight
+
+RANKS = r"(-on-[1-9]\d*-ranks)"
+GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-[1-9]\d*(-skip|-official)?)$"
+IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
+
+
+class Sampler(Section):
+    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM.
+
+    ddpm is stochastic by itself. spacing of euler: SDXL's own scheduler has ``leading`` times (981, 961, ..., 1 of 50
+    steps), its authors' pairs were made with ``trailing`` ones (999, 979, ..., 19).
+    """
+
+    solver: Literal["heun", "ddim", "ddpm", "pndm", "euler"]
+    steps: Positive
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    churn: Weight = 0.0
+    s_min: Weight = 0.0
+    s_max: Annotated[float, Field(gt=0)] = 1e9
+    s_noise: Annotated[float, Field(gt=0)] = 1.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    spacing: Literal["trailing", "leading"] = "trailing"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise on its way."""
+        return self.churn > 0 or self.eta > 0 or self.solver == "ddpm"
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the network for one image; guidance doubles each, and PNDM evaluates its second time twice."""
+        steps = {"heun": 2 * self.steps - 1, "pndm": self.steps + 1}.get(self.solver, self.steps)
+        return steps * (2 if self.guidance > 1 else 1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.solver == "heun" and self.steps < 2:
+            raise ValueError("heun needs at least 2 steps: its grid runs from sigma_max to sigma_min")
+        if self.solver == "pndm" and self.steps < 2:
+            raise ValueError("pndm needs at least 2 steps: it visits its second time twice")
+        if self.solver != "heun" and self.steps > 999:
+            raise ValueError(f"{self.solver} takes at most 999 steps on a grid of 1000 levels")
+        if self.solver == "euler" and self.spacing == "trailing" and ceil(1000 / (1000 / self.steps)) != self.steps:
+            raise ValueError(f"diffusers rounds {self.steps} trailing steps to one more, beyond the grid: take another")
+        if self.churn > 0 and self.solver != "heun":
+            raise ValueError(f"churn belongs to heun, not {self.solver}")
+        if self.eta > 0 and self.solver != "ddim":
+            raise ValueError(f"eta belongs to ddim, not {self.solver}")
+        if self.spacing != "trailing" and self.solver != "euler":
+            raise ValueError(f"spacing belongs to euler, not {self.solver}")
+        return self
+
+
+def _complete_or_protocol(schema: dict[str, Any]) -> None:
+    """An editor asks for the keys of a protocol only where none is named."""
+    required = schema["required"]
+    schema["required"] = [key for key in required if key not in IN_A_PROTOCOL]
+    schema["anyOf"] = [{"required": ["protocol"]}, {"required": sorted(IN_A_PROTOCOL)}]
+
+
+class Patch(Section):
+    """The second Frechet distance, of pixels in the centre (patch_fid, patch_fd): its geometry and its reference."""
+
+    geometry: Annotated[str, Field(pattern=GEOMETRIES)]
+    reference: str
+
+
+class Eval(Section):
+    """What is measured, on how many images, by which detector, against which reference, with which protocol.
+
+    `protocol` names an entry of dmd2/experiment/protocols.yaml, whose values stand where a base gives none. `shards`
+    jobs share the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
+    `precision` of all sampling, of students and teachers: fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
+    also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
+    On text: `prompts` is a file of captions, one an image (by default the captions of the real set, in their order and
+    over again), and `clip` the model in data/weights that compares images with them.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
+
+    protocol: str | None = None
+    metrics: Annotated[list[str], Field(min_length=1)]
+    detector: str
+    geometry: Annotated[str, Field(pattern=GEOMETRIES)] = "none"
+    reference: str
+    images: Annotated[int, Field(ge=2)]
+    draws: Positive
+    precision: Precision = "fp32"
+    batch: Positive
+    shards: Positive = 1
+    teacher_samplers: dict[str, Sampler]
+    labels: Annotated[str, Field(pattern=f"^(random|cyclic{RANKS}?)$")]
+    rounding: Literal["round", "trunc"]
+    covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"
+    prompts: str | None = None
+    clip: str | None = None
+    patch: Patch | None = None
+
+    @property
+    def statistics(self) -> str:
+        """Name of the reference's moments: they depend on the detector and on the geometry."""
+        return self._moments(self.reference, self.geometry)
+
+    @property
+    def patch_statistics(self) -> str | None:
+        """The same of the distance over patches."""
+        return None if self.patch is None else self._moments(self.patch.reference, self.patch.geometry)
+
+    def _moments(self, reference: str, geometry: str) -> str:
+        return f"{reference}-{self.detector}" + ("" if geometry == "none" else f"-{geometry}")

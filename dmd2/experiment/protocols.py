@@ -1,0 +1,101 @@
+"""Named protocols: everything a published number depends on besides the images, as data (protocols.yaml)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from dmd2.core.errors import UserError
+from dmd2.experiment.eval_config import Patch
+
+RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
+# What eval.metrics may name, and the engine's metric behind it; empty where it is a mean over images.
+KNOWN = {
+    "fd": "fd", "fid": "fd", "patch_fd": "patch", "patch_fid": "patch", "kid": "kid", "prdc": "prdc", "is": "is",
+    "accuracy": "accuracy", "clip_score": "clip", "brightness": "", "saturation": "", "sharpness": "",
+}  # fmt: skip
+NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
+# What a base takes from its protocol; metrics are the base's own, by the names of the paper's tables.
+IN_A_BASE = ("detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch",
+             "clip")  # fmt: skip
+
+
+class NamedProtocol(BaseModel):
+    """One entry of protocols.yaml; labels and classes are None where images follow captions.
+
+    `patch` and `clip` are what a base measures beside the distance: that over patches, and the CLIP score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    detector: str
+    geometry: str = "none"
+    reference: str
+    reference_is: str
+    images: Annotated[int, Field(ge=2)]
+    labels: str | None = None
+    classes: Annotated[int, Field(ge=1)] | None = None
+    rounding: Literal["round", "trunc"]
+    covariance_init: str = "zeros"
+    patch: Patch | None = None
+    clip: str | None = None
+    metrics: Annotated[tuple[str, ...], Field(strict=False)]
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the official evaluator whose ones are in the covariance; 0: none, as is right."""
+        return ranks_of(self.covariance_init)
+
+    def title(self, changed: Mapping[str, Any]) -> str:
+        """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
+        shown = [f"{k} {','.join(v) if isinstance(v, tuple) else v}" for k, v in changed.items()]
+        return self.name + (f", but {', '.join(shown)}" if shown else "")
+
+    def for_a_base(self) -> dict[str, Any]:
+        """Values of the eval section of a base that names this protocol."""
+        values = self.model_dump(mode="json", include=set(IN_A_BASE), exclude_none=True)
+        return {"protocol": self.name, **values, "labels": self.labels or "cyclic"}
+
+
+def of_record(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol that a metrics.json or a row of a table records; those that name no precision sampled in fp32."""
+    return {"precision": "fp32", **metrics["protocol"]}
+
+
+def ranks_of(rule: str) -> int:
+    """P of a rule ``...-on-P-ranks``, 0 of any other."""
+    match = RANKS.search(rule)
+    return int(match[1]) if match else 0
+
+
+@cache
+def protocols() -> dict[str, NamedProtocol]:
+    """Every protocol by name."""
+    listed = yaml.safe_load(Path(__file__).with_name("protocols.yaml").read_text(encoding="utf-8"))
+    return {name: NamedProtocol(name=name, **values) for name, values in listed.items()}
+
+
+def names() -> list[str]:
+    """Names of all protocols."""
+    return list(protocols())
+
+
+def named(name: str) -> NamedProtocol:
+    """The protocol `name`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in protocols():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}"
+        raise UserError(f"there is no protocol {name}: {hint}")
+    return protocols()[name]

@@ -1,0 +1,138 @@
+"""What a training reads, and the identity that follows from it; imports no torch."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dmd2.core.files import content_of, digest_of
+from dmd2.core.provenance import made_from
+from dmd2.core.retraining import current_key
+from dmd2.core.run import Goal, RunId
+from dmd2.experiment.config import Data, RunConfig, TrainConfig, digest
+
+REAL, TEACHERS, PAIRS = Path("data/real"), Path("data/teachers"), Path("data/pairs")
+WEIGHTS, REFS = Path("data/weights"), Path("data/refs")
+PIPELINES, PROMPTS = Path("data/pipelines"), Path("data/prompts")
+
+
+def pipeline_manifest(data: Data) -> Path | None:
+    """Manifest of the pipeline that encodes a set's prompts, None where there is no text."""
+    return None if data.text is None else PIPELINES / data.text.pipeline.name / "manifest.json"
+
+
+def prompt_set(data: Data, source: str) -> str:
+    """Name of the encoded prompts of the file `source`: the same file is encoded once for all bases that agree."""
+    key = digest_of([source, prompt_settings(data)])
+    assert data.text is not None
+    return f"{data.text.pipeline.name}-{Path(source).stem}-{key}"
+
+
+def prompt_settings(data: Data) -> dict[str, Any]:
+    """What encoded prompts depend on besides their file: the pipeline, and the image size that SDXL is told."""
+    return {"pipeline": pipeline_settings(data), "resolution": data.resolution}
+
+
+def pipeline_settings(data: Data) -> dict[str, Any]:
+    """What a pipeline depends on: itself, and the images on which its autoencoder is trained, if it is made here."""
+    assert data.text is not None
+    settings: dict[str, Any] = {"pipeline": data.text.pipeline.settings(), "latents": data.text.latents}
+    if data.text.pipeline.autoencoder is not None:
+        settings |= {"source": data.source.settings(), "resolution": data.resolution}
+    return settings
+
+
+def prompts_manifest(data: Data, source: str) -> Path:
+    """Manifest of the encoded prompts of the file `source`."""
+    return PROMPTS / prompt_set(data, source) / "manifest.json"
+
+
+def training_prompts(cfg: TrainConfig) -> Path | None:
+    """Manifest of the prompts a student is trained on, None where its conditions are labels or captions."""
+    return None if cfg.prompts is None else prompts_manifest(cfg.data, cfg.prompts)
+
+
+def pair_prompts(data: Data) -> Path | None:
+    """Manifest of the prompts that teacher pairs are drawn for, None where they are labels."""
+    if data.text is None:
+        return None
+    source = data.text.prompts
+    return prompts_manifest(data, source) if source else REAL / data.name / "manifest.json"
+
+
+def pair_inputs(data: Data) -> list[Path]:
+    """Manifests that pairs are made from besides the teacher's."""
+    return [path for path in (pipeline_manifest(data), pair_prompts(data)) if path is not None]
+
+
+def eval_prompts(cfg: RunConfig) -> Path | None:
+    """Manifest of the prompts of an evaluation, None for classes; by default the real set, whose captions they are."""
+    if cfg.data.text is None:
+        return None
+    source = cfg.eval.prompts
+    return prompts_manifest(cfg.data, source) if source else REAL / cfg.data.name / "manifest.json"
+
+
+OF_EVERY_RUN = ("teacher", "real", "pairs", "init")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Manifests a training reads; their content is part of the identity of its checkpoints."""
+
+    teacher: Path | None
+    real: Path | None
+    pairs: Path | None
+    init: Path | None
+    pipeline: Path | None = None
+    prompts: Path | None = None
+
+    @staticmethod
+    def of(run: RunId, cfg: TrainConfig) -> "Inputs":
+        """The conventional places for `cfg`."""
+        init = cfg.train.init_from and RunId(run.base, cfg.train.init_from, run.seed).folder / "train.json"
+        return Inputs(
+            None if cfg.released_whole else TEACHERS / cfg.teacher.name / "manifest.json",
+            REAL / cfg.data.name / "manifest.json" if cfg.needs_real else None,
+            PAIRS / cfg.pair_set / "manifest.json" if cfg.needs_pairs else None,
+            Path(init) if init else None,
+            pipeline_manifest(cfg.data),
+            training_prompts(cfg),
+        )
+
+    def identity(self) -> dict[str, str | None]:
+        """Content hash of every input; one of a later version counts only where it is used."""
+        found = {name: None if path is None else content_of(path) for name, path in asdict(self).items()}
+        return {name: value for name, value in found.items() if value is not None or name in OF_EVERY_RUN}
+
+    def paths(self) -> list[Path]:
+        """Those that there are."""
+        return [path for path in asdict(self).values() if path is not None]
+
+    def key(self, cfg: TrainConfig, seed: int) -> str:
+        """Names the checkpoints of a training: a function of all that can change its weights but the code."""
+        return digest_of({"config": digest(cfg), "inputs": self.identity(), "seed": seed})
+
+
+def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
+    """The training of a run with its inputs in their usual places.
+
+    Raises:
+        UserError: an input is missing.
+    """
+    inputs = Inputs.of(run, cfg)
+    return Goal(run, current_key(run, inputs.key(cfg, run.seed)), made_from(cfg.settings(), inputs.paths()))
+
+
+def measured_with(cfg: RunConfig) -> dict[str, Path]:
+    """Manifests that an evaluation reads besides what it evaluates; a released student of classes needs no teacher."""
+    spec = cfg.eval
+    found = {
+        "teacher": None if cfg.released_whole else TEACHERS / cfg.teacher.name / "manifest.json",
+        "detector": WEIGHTS / spec.detector / "manifest.json",
+        "reference": REFS / spec.statistics / "manifest.json",
+        "pipeline": pipeline_manifest(cfg.data),
+        "prompts": eval_prompts(cfg),
+        "patch_reference": REFS / spec.patch_statistics / "manifest.json" if spec.patch_statistics else None,
+        "clip": WEIGHTS / spec.clip / "manifest.json" if spec.clip else None,
+    }
+    return {name: path for name, path in found.items() if path is not None}

@@ -1,0 +1,53 @@
+"""The teacher section of a run."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.experiment.eval_config import Sampler
+from dmd2.experiment.section import Positive, Precision, Section
+
+
+class TeacherTraining(Section):
+    """How a small teacher is trained from scratch (EDM loss with log-normal sigma; uniform t for eps).
+
+    precision: as `eval.precision`.
+    """
+
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    ema: Annotated[float, Field(ge=0, lt=1)]
+    p_mean: float = -1.2
+    p_std: Annotated[float, Field(gt=0)] = 1.2
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    precision: Precision = "fp32"
+
+
+class Teacher(Section):
+    """The frozen denoiser R: made here by `train`, converted from `source`, or a diffusers UNet folder of the user.
+
+    `network` is its architecture (a diffusers config): what `train` builds, and what a loaded one must be.
+    """
+
+    name: str
+    parameterisation: Literal["edm", "eps"]
+    guidance: Annotated[float, Field(ge=1)]
+    network: dict[str, Any] | None = None
+    train: TeacherTraining | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.train is not None and self.network is None:
+            raise ValueError("train needs network: the architecture to train")
+        if self.train is not None and self.source is not None:
+            raise ValueError("train and source exclude each other: a teacher is trained here or converted from a file")
+        return self
+
+    def check(self, name: str, sampler: Sampler) -> None:
+        """ValueError if `sampler` cannot sample this parameterisation."""
+        if (sampler.solver == "heun") != (self.parameterisation == "edm"):
+            raise ValueError(f"{name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")

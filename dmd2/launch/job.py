@@ -1,0 +1,116 @@
+"""What runs inside a training job: on this machine, or in every task of a Slurm job.
+
+A Slurm job is told all it needs on its command line, which Slurm keeps with the job: whatever becomes of its launcher,
+of sbatch's answer or of files on the disk, it can start, and start again.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.interrupts import STOP, Actions, leave_to_another_job
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import slurm
+from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.config import TrainConfig
+from dmd2.experiment.run_inputs import Inputs, goal_of
+
+LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor (or for an NFS lease)
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Plain values only: a job is sent them as text, and continues from what lies on the disk."""
+
+    run: str
+    config: str
+    threads: int
+    device: str
+    micro_batch: int
+    shard: bool = False
+    checkpointing: bool = False
+    deterministic: bool = False
+
+    @staticmethod
+    def of(run: RunId, cfg: TrainConfig, cluster: Cluster) -> "TrainingJob":
+        """The training of a run under a cluster file's settings."""
+        how, job = cluster.training, cluster.jobs.train
+        return TrainingJob(
+            str(run), cfg.model_dump_json(), job.threads, job.device, how.micro_batch, how.shard, how.checkpointing,
+            how.deterministic,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        """All of it as JSON, for a job's command line."""
+        return json.dumps({**asdict(self), "config": json.loads(self.config)}, separators=(",", ":"))
+
+    @staticmethod
+    def read(text: str) -> "TrainingJob":
+        """What `text` returned."""
+        values = json.loads(text)
+        return TrainingJob(**{**values, "config": TrainConfig.model_validate(values["config"]).model_dump_json()})
+
+    def in_slurm(self) -> None:
+        """Train in a Slurm task.
+
+        The warning before the time limit or a preemption (USR2) is acted on between two iterations: process 0 saves,
+        then lets Slurm requeue the job under the same id. After SIGTERM (scancel, requeue by hand) it saves and goes
+        on, since a job that ends by itself in a preemption's grace time would not be requeued.
+        """
+        from submitit.helpers import TorchDistributedEnvironment
+
+        leads = os.environ["SLURM_PROCID"] == "0"
+        signal.signal(signal.SIGUSR2, lambda *_: self.requeue() if leads else None)  # before there is anything to save
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+        with readable_errors():
+            if leads:
+                leave_to_another_job(RunId.parse(self.run).folder)  # at once, not after the networks are built
+            self.train({signal.SIGUSR2: self.requeue, signal.SIGTERM: lambda: None})
+
+    def requeue(self) -> None:
+        """Let Slurm start this job again under its id, and leave; go on where Slurm does not answer."""
+        job = os.environ["SLURM_JOB_ID"]
+        print(f"Caught signal SIGUSR2: everything is saved, job {job} is requeued", file=sys.stderr, flush=True)
+        try:
+            (RunId.parse(self.run).folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
+            slurm("scontrol", "requeue", job)
+        except (OSError, UserError) as error:
+            print(f"job {job} could not be requeued and goes on: {error}", file=sys.stderr, flush=True)
+        else:
+            sys.exit(1)
+
+    def train(self, actions: Actions = STOP) -> None:
+        """Train in this process, as one of those the environment names.
+
+        Raises:
+            UserError: see `Training.run`.
+        """
+        run, cfg = RunId.parse(self.run), TrainConfig.model_validate(json.loads(self.config))
+        if goal_of(run, cfg).reached():
+            print(f"{run} is finished already", file=sys.stderr)
+            return
+        import torch  # not above: a waiting launcher imports this module, and there may be hundreds
+
+        from dmd2.core.distributed import local_device, process_group
+        from dmd2.core.precision import deterministic_kernels, float32_products
+        from dmd2.training.checkpoint import verify_inputs
+        from dmd2.training.trainer import Hardware, Training
+
+        torch.set_num_threads(self.threads)
+        device = local_device(self.device, "train")
+        patience = LOCK_PATIENCE if actions is not STOP else 0
+        inputs = Inputs.of(run, cfg)
+        hardware = Hardware(
+            str(device), self.threads, self.micro_batch, self.shard, self.checkpointing, self.deterministic
+        )
+        arithmetic = deterministic_kernels(self.deterministic), float32_products(cfg.train.precision)
+        with arithmetic[0], arithmetic[1], process_group(device, lambda: verify_inputs(run, cfg, inputs)):
+            Training(run, cfg, hardware, inputs).run(actions, patience)
+
+
+if __name__ == "__main__":
+    TrainingJob.read(sys.argv[1]).in_slurm()

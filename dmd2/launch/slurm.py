@@ -1,0 +1,248 @@
+"""A training as a Slurm job, its batch script by submitit: submit it, or attach to the live one.
+
+The launcher owns nothing: Slurm runs the job, the job writes its folder. So a launcher may be killed, doubled or
+started again at any time; checkpoints and finished.json are the truth, job.json only remembers where to look.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Any, TextIO
+
+from submitit import SlurmExecutor
+from submitit.helpers import clean_env
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import write_json, write_text, writing
+from dmd2.core.interrupts import locked
+from dmd2.core.retraining import When, is_due, make_anew
+from dmd2.core.run import Goal, RunId
+from dmd2.core.slurm_queue import NO_SLURM, STUCK, NoAnswer, is_live, job_name, slurm, squeue, state_of, submissions
+from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.config import TrainConfig
+from dmd2.experiment.run_inputs import goal_of
+from dmd2.launch.job import TrainingJob
+from dmd2.launch.wait import SETTLE, log_path, say
+
+PATIENCE = 120.0  # seconds that sbatch may take
+OWN = {
+    "time": "is the key runtime", "nodes": "is training.nodes", "ntasks-per-node": "is training.processes",
+    "cpus-per-task": "is the key threads", "signal": "is training.signal_seconds",
+    **{name: "is needed to find the job again" for name in ("job-name", "output", "error", "open-mode")},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SlurmTraining:
+    """One run on one cluster."""
+
+    run: RunId
+    cfg: TrainConfig
+    cluster: Cluster
+    again: When = "never"
+
+    @property
+    def goal(self) -> Goal:
+        """Exactly this training, with its inputs in their usual places."""
+        return goal_of(self.run, self.cfg)
+
+    @property
+    def folder(self) -> Path:
+        """Batch script and logs of its jobs."""
+        return self.run.folder / "jobs"
+
+    @property
+    def name(self) -> str:
+        """Job name, by which a job whose id was lost is found."""
+        return job_name(self.run)
+
+    def executor(self) -> SlurmExecutor:
+        """submitit's executor with the cluster file's resources."""
+        if None in (shutil.which("sbatch"), shutil.which("srun")):
+            raise UserError(NO_SLURM)
+        resources, training = self.cluster.jobs.train, self.cluster.training
+        cpus = None if resources.cpus_per_gpu else resources.threads  # Slurm refuses both
+        # srun does not take over sbatch's CPUs per task since Slurm 22.05: without the repetition a task gets one CPU.
+        srun_args = ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+        executor = SlurmExecutor(self.folder, python=self.cluster.python)
+        executor.update_parameters(
+            job_name=self.name, time=resources.runtime, nodes=training.nodes, ntasks_per_node=self.cluster.processes,
+            cpus_per_task=cpus, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
+            srun_args=srun_args, additional_parameters=self.options(),
+        )  # fmt: skip
+        return executor
+
+    def options(self) -> dict[str, Any]:
+        """The other options of sbatch, by their long names."""
+        r = self.cluster.jobs.train
+        options: dict[str, Any] = {
+            "partition": r.slurm_partition, "account": r.slurm_account, "qos": r.qos, "constraint": r.constraint,
+            "gpus-per-node": r.gpu, "gres": r.gres, "cpus-per-gpu": r.cpus_per_gpu,
+            "mem": r.mem_mb and f"{r.mem_mb}M", "mem-per-cpu": r.mem_mb_per_cpu and f"{r.mem_mb_per_cpu}M",
+        }  # fmt: skip
+        return {k: v for k, v in options.items() if v is not None} | {"requeue": True} | extra_options(r.slurm_extra)
+
+    def script(self) -> str:
+        """The batch script that would be sent. It has all that the job needs."""
+        job = TrainingJob.of(self.run, self.cfg, self.cluster)
+        command = f"{self.cluster.python} -u -m dmd2.launch.job {shlex.quote(job.text())}"
+        return self.executor()._make_submission_file_text(command, "")
+
+    def submit_or_attach(self) -> str | None:
+        """Id of the live job of this run, submitted now if there was none; None if the training is finished.
+
+        A controller that does not answer is waited for.
+
+        Raises:
+            UserError: a live job trains another config of this run, or this one while it is to be trained anew, Slurm
+                refuses, or the folder cannot be written.
+        """
+        anew = is_due(self.goal, self.again)
+        if not anew and submissions(self.run)["config"] in (None, self.goal.config) and self.goal.reached():
+            return None  # whatever Slurm may still have to clear away
+        path, silent = self.run.folder / ".submit.lock", ""
+        with writing(path):
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        with lock:
+            self._wait_for(lock)
+            while True:
+                try:
+                    if live := self._attached(after_silence=bool(silent), anew=anew):
+                        return live
+                    if anew:
+                        make_anew(self.goal)
+                        self._record([])  # what the old training cost is told by its train.json
+                        anew = False
+                    return self._submitted(lock)
+                except NoAnswer as error:
+                    if not silent:
+                        say(self.run, f"{error}; waiting until it does")
+                    silent = str(error)
+                    time.sleep(max(SETTLE, self.cluster.training.poll_seconds))
+
+    def _wait_for(self, lock: TextIO) -> None:
+        """Take the submission lock. A sbatch whose launcher was killed holds it, too, until Slurm has its job."""
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            say(self.run, "another launcher, or a sbatch that it left, is submitting this run: waiting for it")
+            flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
+
+    def _attached(self, after_silence: bool, anew: bool) -> str | None:
+        """Id of the live job of this run, which job.json then names."""
+        known = submissions(self.run)
+        if not (live := self.live_job(known)) and after_silence:
+            time.sleep(SETTLE)  # a sbatch that got no answer may still be carried out
+            live = self.live_job(known)
+        if not live:
+            return None
+        stop = f"wait for it, or stop it by `python -m dmd2.launch cancel {self.run}`"
+        if known["config"] not in (None, self.goal.config):
+            raise UserError(f"{self.run}: Slurm job {live} trains an older config of this run: {stop}, and run again")
+        if anew and self.again == "always":
+            raise UserError(f"{self.run}: Slurm job {live} trains this run: {stop}, before you train it again")
+        if live not in known["jobs"]:  # killed between sbatch and the record
+            self._record([*known["jobs"], live])
+        say(self.run, f"attached to Slurm job {live}")
+        return live
+
+    def _submitted(self, lock: TextIO) -> str | None:
+        """Id of the job that is submitted now; None if the training is finished."""
+        if self.goal.reached():
+            return None
+        known = submissions(self.run)
+        jobs = known["jobs"] if known["config"] == self.goal.config else []
+        self._record(jobs)
+        job = self.submit(lock)
+        try:
+            self._record([*jobs, job])
+        except UserError as error:
+            raise UserError(
+                f"{self.run}: Slurm job {job} was submitted and is left to run, and the same command will find it; but "
+                f"{error}"
+            ) from None
+        say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
+        return job
+
+    def _record(self, jobs: list[str]) -> None:
+        write_json(self.run.folder / "job.json", {"name": self.name, "config": self.goal.config, "jobs": jobs})
+
+    def live_job(self, known: dict[str, Any]) -> str | None:
+        """Id of this run's job that is waiting or running, of several the one that runs first.
+
+        One that is just ending is waited for, but not longer than it may take once its processes are gone.
+
+        Raises:
+            UserError: it does not end.
+        """
+        began: float | None = None
+        while True:
+            named = [entry for entry in squeue("--name", self.name).values() if entry.name == self.name]
+            entries = [entry for entry in named if not entry.ended]
+            if live := [entry for entry in entries if entry.live]:
+                return min(live, key=lambda entry: (entry.state != "RUNNING", int(entry.job))).job
+            if not entries:
+                return self._not_shown(known)
+            job, now = entries[-1].job, time.monotonic()
+            if began is None:
+                began = now
+                say(self.run, f"job {job} is COMPLETING on {entries[-1].nodes}; waiting until it is cleared away")
+            if now - began >= STUCK:
+                if locked(self.run.folder):
+                    raise UserError(
+                        f"{self.run}: Slurm job {job} has been COMPLETING for {STUCK / 60:.0f} min and still holds the "
+                        f"run: let an administrator look at {entries[-1].nodes}, and run again"
+                    )
+                say(self.run, f"job {job} is COMPLETING still, but its training has ended: going on without it")
+                return None
+            time.sleep(1)
+
+    def _not_shown(self, known: dict[str, Any]) -> str | None:
+        """The last job of this workspace, if it lives although squeue does not show it."""
+        if known["name"] != self.name or not known["jobs"] or not is_live(state_of(known["jobs"][-1])):
+            return None
+        return known["jobs"][-1]
+
+    def submit(self, lock: TextIO) -> str:
+        """Send the job. sbatch inherits the lock: if this process is killed, the next launcher waits for its end."""
+        kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
+        path = self.folder / "submission.sh"
+        write_text(path, self.script())
+        # Inside another job SLURM_MEM_PER_CPU and the like would contradict the script; these are the user's own.
+        with clean_env():
+            os.environ.update(kept)
+            try:
+                said = slurm("sbatch", str(path.absolute()), timeout=PATIENCE, inherited=(lock.fileno(),))
+            except NoAnswer:
+                raise
+            except UserError as error:
+                raise UserError(f"{self.run}: the job could not be submitted: {error}") from None
+        if not (job := re.search(r"job (\d+)", said)):
+            raise UserError(f"{self.run}: sbatch printed no job id but {said.strip()!r}; run again, to find the job")
+        return job[1]
+
+
+def extra_options(text: str | None) -> dict[str, Any]:
+    """``--nice=5 --exclusive`` as submitit's dictionary of options.
+
+    Raises:
+        UserError: an option is not written in its long form, or has a key of its own.
+    """
+    options: dict[str, Any] = {}
+    words = shlex.split(text or "")
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            name, sign, value = word[2:].partition("=")
+            if name in OWN:
+                raise UserError(f"slurm_extra: --{name} {OWN[name]}")
+            following = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("-") else True
+            options[name] = value if sign else following
+        elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
+            raise UserError(f"slurm_extra: write options in their long form, as --name=value, not {word!r}")
+    return options

@@ -1,0 +1,224 @@
+"""Wait for the Slurm job of a training, say what becomes of it, and publish its result.
+
+Hundreds of these processes may wait on a login node, so this module needs little more than the standard library:
+``dmd2.launch.command train`` replaces itself by it once the job is submitted.
+"""
+
+import json
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import read_json, write_json
+from dmd2.core.provenance import signed
+from dmd2.core.run import Goal, RunId
+from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, slurm, state_of, submissions
+from dmd2.launch.cost import slurm_cost, wall_clock_cost
+
+SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
+GRACE = {
+    **dict.fromkeys(("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"), 60.0),  # Slurm may restart it
+    "COMPLETING": STUCK,
+    "COMPLETED": 60.0,  # its last file may need that long to appear over a network file system
+}
+RELEASES = 3  # of a job held after a failed launch
+
+
+def wait(goal: Goal, job: str, poll_seconds: float) -> dict[str, Any]:
+    """Return the finished training's record. If the job leaves the run to another one, that is waited for.
+
+    Raises:
+        UserError: the job ended without finishing; the sentence has Slurm's word for it and the end of the log.
+    """
+    queue, watch, name = Queue(poll_seconds), Watch(goal.run, job), job_name(goal.run)
+    while True:
+        if record := goal.reached():
+            return record
+        with suppress(OSError):  # Slurm cannot start a job again whose log has no folder
+            log_path(goal.run, job).parent.mkdir(exist_ok=True)
+        snapshot = queue.look()
+        if snapshot is None:
+            watch.unanswered()
+        elif watch.over(snapshot.jobs.get(watch.job), snapshot.time) and not goal.reached():
+            others = [entry.job for entry in snapshot.jobs.values() if entry.name == name and entry.live]
+            if not others:
+                raise UserError(obituary(goal.run, watch.job))
+            say(goal.run, f"job {watch.job} has ended, but job {others[0]} of this run lives: waiting for that one")
+            watch = Watch(goal.run, others[0])
+        time.sleep(min(poll_seconds, 5))
+
+
+class Watch:
+    """What one launcher has seen of its job: says what changes, releases it if held, decides when it is over."""
+
+    def __init__(self, run: RunId, job: str) -> None:
+        self.run, self.job = run, job
+        self.shown = ""
+        self.hidden = False  # whether squeue does not show it although it lives
+        self.ended_at: float | None = None  # when it was first seen to be over, by the clock of the snapshots
+        self.releases = 0
+        self.released_at = 0.0  # time of the snapshot that showed it held; each is looked at several times
+        self.started = time.time()
+
+    def over(self, entry: Entry | None, seen_at: float) -> bool:
+        """Whether the job is over for good, given its entry in a snapshot of that time."""
+        if seen_at < self.started:
+            return False  # a snapshot from before the job was submitted
+        self.show(entry)
+        if entry is not None and entry.held_after_failed_launch and seen_at > self.released_at:
+            self.release()
+            self.released_at = seen_at
+        if entry is not None and entry.live:
+            self.ended_at, self.hidden = None, False
+            return False
+        if self.ended_at is None:
+            self.ended_at = seen_at
+        if seen_at - self.ended_at < (GRACE.get(entry.state, SETTLE) if entry else SETTLE):
+            return False
+        return entry is not None or self.gone()
+
+    def gone(self) -> bool:
+        """Whether a job that squeue does not show is gone by the controller's record of it and the accounting, too."""
+        try:
+            state = state_of(self.job)
+        except NoAnswer:
+            state = "UNKNOWN"
+        if not is_live(state):
+            return True
+        self.ended_at, self.hidden = None, True
+        self.tell(f"is not shown by squeue, but it is {state}; still waiting for it")
+        return False
+
+    def show(self, entry: Entry | None) -> None:
+        """Say a state that is new."""
+        if entry is None:
+            text = "has left the queue"
+        else:
+            where = f" on {entry.nodes}" if entry.nodes else ""
+            why = f" ({entry.reason})" if entry.reason not in ("None", "") and not entry.nodes else ""
+            text = f"{entry.state}{where}{why}"
+        if not (entry is None and self.hidden):
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Say something about the job, unless it is what was said last."""
+        if text != self.shown:
+            say(self.run, f"job {self.job} {text}")
+        self.shown = text
+
+    def release(self) -> None:
+        """Let a job start that Slurm holds after a failed launch.
+
+        Raises:
+            UserError: it happened again and again.
+        """
+        if self.releases == RELEASES:
+            raise UserError(
+                f"{self.run}: Slurm job {self.job} is held after {RELEASES + 1} failed launches: look at "
+                f"`scontrol show job {self.job}`, then `scontrol release {self.job}` and run again"
+            )
+        try:
+            slurm("scontrol", "release", self.job)
+        except NoAnswer:
+            return  # the next snapshot shows it held still
+        self.releases += 1
+        say(self.run, f"job {self.job} was held after a failed launch and is released")
+
+    def unanswered(self) -> None:
+        """The controller does not answer: the job may well be running."""
+        if self.shown != "?":
+            say(self.run, f"Slurm's controller does not answer; still waiting for job {self.job}")
+        self.shown = "?"
+
+
+def obituary(run: RunId, job: str) -> str:
+    """What is known about a job that ended without result."""
+    try:
+        fields = slurm("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed").strip()
+        state, code, nodes, elapsed = fields.splitlines()[-1].split("|")
+        fate = f"{state} with exit code {code} on {nodes} after {elapsed}"
+    except (UserError, ValueError, IndexError):
+        fate = "ended without a result (sacct has no record of it)"
+    tail = log_tail(log_path(run, job))
+    again = "the same command continues from the newest checkpoint"
+    return f"{run}: Slurm job {job} {fate}; {again}. Log {log_path(run, job)}{tail}"
+
+
+def log_path(run: RunId, job: str) -> Path:
+    """Where process 0 of the job writes its messages."""
+    return run.folder / "jobs" / f"{job}_0_log.err"
+
+
+def log_tail(path: Path, lines: int = 20) -> str:
+    """The last lines of a log, indented under a colon, or a note that there are none."""
+    if not path.exists():
+        return " was never written: the job did not start"
+    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return " ends with:\n" + "\n".join(f"    {line}" for line in text)
+
+
+def say(run: RunId, text: str) -> None:
+    """One line about a run on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {run}: {text}", file=sys.stderr, flush=True)
+
+
+def publish(goal: Goal, record: dict[str, Any]) -> None:
+    """Write train.json, the node of the DAG that says this run is complete, with what it cost and was made from."""
+    cost = cost_of(goal.run, record)
+    write_json(goal.run.folder / "train.json", signed({**record, "cost": cost}, goal.made))
+
+
+def cost_of(run: RunId, record: dict[str, Any]) -> dict[str, Any]:
+    """Cost by Slurm's accounting: as it says now, else as it said of these jobs before, else by the wall clock."""
+    known = submissions(run)
+    if not known["jobs"]:
+        return wall_clock_cost(record)
+    if cost := slurm_cost(known["jobs"]):
+        # Kept where Snakemake does not delete it.
+        write_json(run.folder / "job.json", {**known, "cost": {"jobs": known["jobs"], "value": cost}})
+        return cost
+    before = known.get("cost") or {}
+    if before.get("jobs") == known["jobs"]:
+        say(run, "sacct does not say what the jobs cost; what it said before is kept")
+        return dict(before["value"])
+    if (cost := _published_cost(run, record)) is not None:
+        say(run, "sacct does not say what the jobs cost; train.json keeps what it has of it")
+        return cost
+    say(run, "sacct does not say what the jobs cost; train.json has hours by the wall clock")
+    return wall_clock_cost(record)
+
+
+def _published_cost(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
+    """What the accounting said of exactly this training when it was published before."""
+    with suppress(UserError, AttributeError):
+        published = read_json(run.folder / "train.json")
+        if all(published.get(key) == value for key, value in record.items()):
+            cost = published.get("cost", {})
+            return cost if cost.get("source") == "sacct" else None
+    return None
+
+
+def main(name: str, job: str, key: str, made: str, poll_seconds: str) -> None:
+    """Wait and publish; Ctrl-C leaves the job running."""
+    run = RunId.parse(name)
+    goal = Goal(run, key, json.loads(made))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with readable_errors():
+        try:
+            record = wait(goal, job, float(poll_seconds))
+            try:
+                publish(goal, record)
+            except UserError as error:
+                raise UserError(f"{run} is trained, but {error}") from None
+        except KeyboardInterrupt:
+            say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, "
+                     f"`python -m dmd2.launch cancel {run}` stops it")  # fmt: skip
+            raise
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""The three inputs of the student (paper Sec. 4.4 and 4.5): pure noise, noised real images, its own earlier steps."""
+
+import torch
+from torch import Tensor
+
+from dmd2.experiment.config import Generator
+from dmd2.method.batches import Batch
+from dmd2.method.samplers import few_step, times_like
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.schedules import add_noise
+
+
+def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Network input ``x_t`` ``(B, *shape)`` and times ``t`` ``(B,)`` of this iteration's student pass."""
+    times = student.schedule.step_times(cfg.steps, cfg.time)
+    z = batch.draws.normal("student/noise", shape)
+    if cfg.input == "noise":
+        return _start(student, z, times[0])
+    if cfg.input == "noised_real":
+        return _noised_real(student, batch, times, z)
+    return _backward_simulation(student, batch, times, z)
+
+
+def _start(student: Denoiser, z: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    t = times_like(time, z)
+    return student.schedule.pure_noise(z, t), t
+
+
+def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample draws its own step; at the first one the input is pure noise (ablation "w/o backward simulation")."""
+    assert batch.source is not None
+    step = batch.draws.integers("student/step", 0, len(times) - 1)
+    t = torch.tensor(times, device=z.device)[step]
+    first = (step == 0).reshape(-1, 1, 1, 1)
+    noised = add_noise(student.schedule, batch.source, z, t)
+    return torch.where(first, student.schedule.pure_noise(z, t), noised), t
+
+
+@torch.no_grad()
+def _backward_simulation(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the student's own sampler up to a step drawn once for the whole global batch, then re-noise with ``z``.
+
+    Its starting and intermediate noise is independent of ``z`` and of each other (intended by the authors).
+    """
+    draws, shape = batch.draws, tuple(z.shape[1:])
+    k = draws.shared_integer("student/step", 0, len(times) - 1)
+    if k == 0:
+        return _start(student, z, times[0])
+    start, _ = _start(student, draws.normal("simulation/start", shape), times[0])
+    x = few_step(student, start, times[:k], batch.cond, lambda i: draws.normal(f"simulation/{i}", shape))
+    t = times_like(times[k], z)
+    return add_noise(student.schedule, x, z, t), t

@@ -1,0 +1,102 @@
+"""``python -m dmd2.planning``: which base, row or table is asked for, on which machine."""
+
+import difflib
+from typing import Annotated, Literal
+
+import typer
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.experiment.cluster import CLUSTERS, load_cluster
+from dmd2.experiment.config import Lora, RunConfig
+from dmd2.experiment.tables import load_base, load_experiment
+from dmd2.planning.host_memory import Host, told
+from dmd2.planning.memory import Setup
+from dmd2.planning.page import Page
+from dmd2.planning.plan import CARDS, Counts, Plan, TablePlan
+from dmd2.planning.rates import given
+
+
+def chosen(base: str, run: str | None) -> tuple[str, RunConfig]:
+    """A run of a base by its name in any table, or the base itself.
+
+    Raises:
+        UserError: there is no such base, or no table has such a run of it.
+    """
+    _, cfg = load_base(base)
+    if run is None:
+        return base, cfg
+    runs = {name: found for (of, name), found in load_experiment().runs.items() if of == base}
+    if run not in runs:
+        raise UserError(f"no table has the run {base}/{run}{_hint(run, list(runs), 'runs')}")
+    return run, runs[run]
+
+
+def varied(cfg: RunConfig, lora: int, states: str | None) -> RunConfig:
+    """The run with low-rank factors of that rank, and with those states of AdamW."""
+    if lora:
+        generator = cfg.generator.model_copy(update={"lora": Lora(rank=lora, alpha=float(lora))})
+        cfg = cfg.model_copy(update={"generator": generator})
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"states": states})}) if states else cfg
+
+
+def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
+    """Number of seeds and the rows of a table.
+
+    Raises:
+        UserError: there is no such table, or it is of another base.
+    """
+    experiment = load_experiment()
+    tables = [name for name, spec in experiment.tables.items() if spec.base == base]
+    if table not in experiment.tables:
+        raise UserError(f"there is no table {table}{_hint(table, tables, 'tables of ' + base)}")
+    if table not in tables:
+        raise UserError(f"table {table} is of base {experiment.tables[table].base}, not {base}")
+    rows = {row.run: experiment.runs[base, row.run] for row in experiment.rows[table]}
+    return len(experiment.tables[table].seeds), rows
+
+
+def _hint(name: str, known: list[str], what: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]}?" if near else f"; {what}: {', '.join(sorted(known)) or 'none'}"
+
+
+def main(
+    base: Annotated[str, typer.Argument(help="file in workflow/base, without .yaml")],
+    table: Annotated[str | None, typer.Option(help="also all rows and seeds of a table of that base")] = None,
+    run: Annotated[str | None, typer.Option(help="a row, by its name in any table; default: the base itself")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB; default: 24, 40 and 80", min=1)] = None,
+    gpus: Annotated[int, typer.Option(help="that share the batch; 0: 8, or the batch if it is less", min=0)] = 0,
+    micro_batch: Annotated[int, typer.Option(help="images of one forward pass; 0: as many as fit", min=0)] = 0,
+    shard: Annotated[bool, typer.Option("--shard", help="split networks and optimisers over the GPUs")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute activations in backward")] = False,
+    lora: Annotated[int, typer.Option(help="rank of a low-rank student; 0: as the base says", min=0)] = 0,
+    cluster: Annotated[str | None, typer.Option(help="file in workflow/cluster; default: slurm if it is there")] = None,
+    states: Annotated[Literal["fp32", "8bit"] | None, typer.Option(help="of AdamW, instead of the base's")] = None,
+    seconds_per_iteration: Annotated[float, typer.Option(help="known rate on these GPUs; 0: look for one", min=0)] = 0,
+) -> None:
+    """Memory, GPUs, hours and disk of a base, one of its runs, or a table, before anything is submitted."""
+    with readable_errors():
+        name, cfg = chosen(base, run)
+        gpus = gpus or min(8, cfg.optim.batch)
+        if gpus > cfg.optim.batch:
+            raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
+        cfg = varied(cfg, lora, states)
+        seeds, rows = rows_of(base, table) if table else (0, {})
+        setup = Setup(gpus if shard else 1, checkpointing)
+        counts, rate = Counts(setup), None
+        if seconds_per_iteration:
+            rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
+        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus, setup)
+        page.head(base, plan)
+        page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
+        page.time(plan)
+        page.disk(plan)
+        if cluster is not None or (CLUSTERS / "slurm.yaml").exists():
+            machine = load_cluster(cluster or "slurm")
+            share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))
+            peak = plan.memory.at(min(share, machine.training.micro_batch or share), accumulated=True)
+            page.console.print(told(Host.of(plan.counted, machine, peak), machine, cluster or "slurm"))
+        if table is not None:
+            found = TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()])
+            if small := page.table(found, gpu_memory, micro_batch):
+                raise UserError(f"--gpu-memory {gpu_memory:g}: {', '.join(small)} of table {table} does not fit")

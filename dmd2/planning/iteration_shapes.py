@@ -1,0 +1,67 @@
+"""What a training iteration consumes, and AdamW's states, as shapes on PyTorch's meta device: no numbers, no memory."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.core.rng import Draws
+from dmd2.experiment.config import Optim
+from dmd2.method.batches import Batch, Batches
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.quantised import BLOCK, quantises
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class ShapeDraws(Draws):
+    """Draws without numbers; a step shared by the batch is the last one, which costs most."""
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Draws.normal`."""
+        return torch.empty((self.total, *shape), device=META)[self.start : self.stop]
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """See `Draws.integers`."""
+        return torch.empty((self.total,), dtype=torch.long, device=META)[self.start : self.stop]
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        """See `Draws.shared_integer`."""
+        return high
+
+    def shuffled(self, name: str, size: int) -> Tensor:
+        """See `Draws.shuffled`."""
+        return torch.empty((self.stop - self.start,), dtype=torch.long, device=META)
+
+
+class ShapeBatches(Batches):
+    """Equal micro-batches of one process, out of `ShapeDraws`."""
+
+    def some(self, count: int) -> Iterator[Batch]:
+        """The first `count` micro-batches of an iteration."""
+        total = max(self.cfg.optim.batch, count * self.micro_batch)
+        for i in range(count):
+            yield self._slice(ShapeDraws(0, 0, total, i * self.micro_batch, (i + 1) * self.micro_batch, META))
+
+
+class ShapeOptimiser(Optimiser):
+    """AdamW as it lies in memory: two moments per parameter. Its fused update needs nothing more."""
+
+    def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
+        super().__init__(modules, cfg.model_copy(update={"states": "fp32"}), lr)  # 8-bit states need no package here
+        self.moments = [moment for p in self.parameters for _ in range(2) for moment in _moment(p, cfg.states)]
+
+    def step(self, it: int) -> Tensor:
+        """Clear the gradients, as after an update."""
+        self.adamw.zero_grad(set_to_none=True)
+        return torch.empty((), device=META)
+
+
+def _moment(parameter: Tensor, states: str) -> list[Tensor]:
+    """A moment as AdamW keeps it: float32, or codes and a scale for every block of them."""
+    if states == "fp32" or not quantises(parameter.shape):
+        return [torch.empty_like(parameter)]
+    codes = torch.empty_like(parameter, dtype=torch.uint8)
+    return [codes, torch.empty(parameter.numel() // BLOCK, device=META)]

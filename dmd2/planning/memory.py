@@ -1,0 +1,300 @@
+"""Memory and arithmetic of a training iteration, counted on PyTorch's meta device: shapes run, no weights exist.
+
+`Counted` runs the real `train_step` on networks without data; `dmd2.planning.ledger` adds up memory and arithmetic.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
+from dmd2.data.sets import TensorSet
+from dmd2.experiment.config import TrainConfig
+from dmd2.experiment.run_inputs import TEACHERS
+from dmd2.method.step import Models, image_shape, train_step
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Denoiser, EdmDenoiser
+from dmd2.networks.lora import add_lora
+from dmd2.networks.lpips import LAYERS, Lpips
+from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
+from dmd2.planning.ledger import GpuFunctions, Ledger, rounded
+from dmd2.training.build import build_head
+from dmd2.training.sharding import recompute_activations, units
+from dmd2.training.teachers import NETWORKS, build_network, wrap
+
+TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
+LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LPIPS compares
+SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of one process: bytes alive at its worst moment, and floating-point operations."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What lies in the memory of one GPU, in bytes, and how it grows with the images of one forward pass.
+
+    standing: weights by network and AdamW's moments. gradients: of the larger of the two updates. points: micro-batch
+    and counted peak, linear between and beyond.
+    """
+
+    standing: dict[str, int]
+    gradients: int
+    points: tuple[tuple[int, int], ...]
+
+    def at(self, micro_batch: int, accumulated: bool = False) -> int:
+        """Peak with so many images per forward pass; gradients of earlier passes stay where they are accumulated."""
+        pairs = list(pairwise(self.points))
+        (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
+        peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)
+        return round(peak) + accumulated * self.gradients
+
+    @property
+    def per_image(self) -> float:
+        """Bytes that one more image takes, at large micro-batches."""
+        (x0, y0), (x1, y1) = self.points[-2:]
+        return (y1 - y0) / (x1 - x0)
+
+    def largest(self, available: float, share: int) -> int:
+        """Images per forward pass that fit, at most the GPU's share of a batch; less than the share is accumulated."""
+        if self.at(share) <= available:
+            return share
+        return next((count for count in range(share - 1, 0, -1) if self.at(count, True) <= available), 0)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a GPU trains: over how many networks are split (1: not at all), and whether activations are recomputed."""
+
+    parts: int = 1
+    checkpointing: bool = False
+
+
+WHOLE = Setup()
+
+
+class Counted:
+    """Models of a run on the meta device, and what its iterations take."""
+
+    def __init__(self, cfg: TrainConfig, setup: Setup = WHOLE) -> None:
+        self.cfg, self.setup = cfg, setup
+        self.functions = GpuFunctions()
+        self.models = self._models(architecture(cfg))
+        self.ema = deepcopy(self.models.student) if cfg.optim.ema else None
+
+    def _models(self, spec: dict[str, Any]) -> Models:
+        cfg = self.cfg
+        with META:
+            network = build_network(spec, 0).requires_grad_(False)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
+        student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
+        if (lora := cfg.generator.lora) is not None:
+            with META:
+                add_lora(student.network, lora.rank, lora.alpha)
+        if self.setup.checkpointing:
+            for trained in (student, critic):
+                recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
+        if cfg.train.precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
+            nn.Module.to(teacher.network, torch.bfloat16)  # diffusers' own `to` prints a needless warning
+        with META:
+            head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
+        made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
+        self.states = [moment for optimiser in made for moment in optimiser.moments]
+        if self.setup.parts > 1:
+            for module in (student, teacher, critic):
+                for unit in units(module):
+                    unit.register_forward_hook(lambda *_: self.functions.clear())
+        null = self.condition(teacher, 1) if cfg.teacher.guidance > 1 else None
+        return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
+
+    def _on_gpu(self, denoiser: Denoiser) -> Denoiser:
+        """Give it the autocast that `Denoiser.autocast` is on a GPU."""
+        always = isinstance(denoiser, EdmDenoiser)
+
+        def autocast(x_t: Tensor) -> Any:
+            lowered = denoiser.precision == "bf16-all" or (
+                denoiser.precision == "bf16" and (always or torch.is_grad_enabled())
+            )
+            return self.functions.autocast(lowered)
+
+        denoiser.autocast = autocast  # type: ignore[method-assign]
+        return denoiser
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks that a training holds, by name."""
+        m = self.models
+        found = {"student": m.student, "teacher": m.teacher, "critic": m.critic, "head": m.head, "EMA": self.ema}
+        distance = m.distance if isinstance(m.distance, nn.Module) else None
+        return {name: module for name, module in {**found, "LPIPS": distance}.items() if module is not None}
+
+    @property
+    def transient(self) -> int:
+        """Most bytes of whole weights and gradients that FSDP holds at once; 0 unless networks are split.
+
+        Twice the largest part (one runs, the next is gathered), each also as the flat buffer of its message, and one's
+        gradients in such a buffer; what is in no part of student and critic is whole while they run.
+        """
+        if self.setup.parts == 1:
+            return 0
+        sizes, roots = [0], 0
+        for module in (self.models.student, self.models.critic, self.models.teacher):
+            taken: set[int] = set()
+            for unit in units(module):
+                own = [p for p in unit.parameters() if id(p) not in taken]
+                taken |= {id(p) for p in own}
+                sizes.append(_size(own))
+            if module is not self.models.teacher:
+                roots += _size(p for p in module.parameters() if id(p) not in taken)
+        return 5 * max(sizes) + roots
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters by network."""
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of parameters and buffers by network."""
+        return {name: _size([*m.parameters(), *m.buffers()]) for name, m in self.modules.items()}
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Parameters that are trained, by network."""
+        return {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in self.modules.items()}
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the states of both AdamW."""
+        return _size(self.states)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the larger of the two sets of gradients; they are never alive together."""
+        return max(_size(made.parameters) for made in (self.models.student_optimiser, self.models.critic_optimiser))
+
+    def iteration(self, micro_batch: int, update_student: bool = True, micro_batches: int = 1) -> Iteration:
+        """What one iteration of one process takes, with AdamW's states in place.
+
+        Args:
+            micro_batch: images per forward pass. micro_batches: forward passes before an update, 2 standing for more.
+        """
+        cfg = self.cfg
+        it = next((i for i in range(cfg.critic.ratio) if cfg.critic.turns(i)[0] == update_student), None)
+        if it is None:
+            return Iteration(0, 0)  # at ratio 1 the student is always updated
+        rows = self.rows(micro_batch)
+        batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
+        parts = self.setup.parts
+        with Ledger(self._standing(), parts) as ledger, self.functions:
+            scattered = [
+                p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad))  
+                for module in self.modules.values() if parts > 1
+                for p in module.parameters() if p.requires_grad
+            ]  # fmt: skip
+            train_step(self.models, batches.some(micro_batches), it, cfg)
+            for handle in scattered:
+                handle.remove()
+        return Iteration(ledger.peak + self.transient, ledger.flops)
+
+    def memory(self) -> Memory:
+        """Memory of one process at any micro-batch."""
+        turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
+        points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
+        parts = self.setup.parts
+        standing = {name: -(-size // parts) for name, size in {**self.weights, "AdamW": self.moments}.items()}
+        return Memory(standing, -(-self.gradients // parts), points)
+
+    def flops(self) -> float:
+        """Of one image in one iteration, averaged over the iterations with and without a student update."""
+        ratio = self.cfg.critic.ratio
+        return (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
+
+    def forward_flops(self) -> int:
+        """Of one call of the network with one image."""
+        with Ledger() as ledger, self.functions, torch.no_grad():
+            z = torch.empty(1, *image_shape(self.cfg), device=META)
+            self.models.teacher(z, torch.empty(1, device=META), self.condition(self.models.teacher, 1))
+        return ledger.flops
+
+    def condition(self, denoiser: Denoiser, count: int) -> Condition:
+        """A condition of `count` samples, of the sizes that the network's config names."""
+        config: Mapping[str, Any] = denoiser.network.config
+        if self.cfg.data.classes > 0:
+            return Condition(labels=torch.empty(count, dtype=torch.long, device=META))
+        text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
+        if config.get("addition_embed_type") != "text_time":
+            return Condition(text=text)
+        pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+        sizes = (torch.empty(count, width, device=META) for width in (pooled, SIZES))
+        return Condition(None, text, *sizes)
+
+    def rows(self, count: int) -> TensorSet:
+        """A real set and a pair set, which stay in host memory."""
+        shape = (count, *image_shape(self.cfg))
+        kind = torch.float32 if self.cfg.data.latents else torch.uint8
+        cond = self.condition(self.models.teacher, count)
+        tensors = {name: value for name, value in vars(cond).items() if value is not None}
+        noise = torch.empty(shape, device=META)
+        return TensorSet({**tensors, "images": torch.empty(shape, dtype=kind, device=META), "noise": noise})
+
+    def _standing(self) -> list[Tensor]:
+        """What lies in memory from the first iteration to the last."""
+        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
+
+
+def architecture(cfg: TrainConfig) -> dict[str, Any]:
+    """The diffusers config of a run's networks: of its base, else of the teacher that lies in data/teachers.
+
+    Raises:
+        UserError: neither says what the network is, or it is of a class that cannot be built.
+    """
+    teacher = cfg.teacher
+    manifest = TEACHERS / teacher.name / "manifest.json"
+    if teacher.network is not None:
+        spec = teacher.network
+    elif manifest.exists():
+        spec = read_json(manifest.parent / read_json(manifest)["folder"] / "config.json")
+    else:
+        raise UserError(
+            f"teacher {teacher.name}: its base has no teacher.network and {manifest} does not exist, so its size is "
+            "unknown: write the UNet's config there, or put the teacher in place"
+        )
+    if (kind := spec.get("_class_name", "UNet2DModel")) not in NETWORKS:
+        raise UserError(f"teacher {teacher.name}: there is no network class {kind}: {' or '.join(NETWORKS)}")
+    return spec
+
+
+def _distance(cfg: TrainConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The regression's distance; LPIPS with VGG16 on the meta device, for which no weights need to be there."""
+    if not cfg.needs_pairs or cfg.regression.distance == "l2":
+        return nn.functional.mse_loss if cfg.needs_pairs else None
+    from piq.perceptual import ContentLoss
+    from torchvision.models import vgg16
+
+    distance = Lpips.__new__(Lpips)
+    nn.Module.__init__(distance)
+    with META:
+        weights = [torch.empty(1, channels, 1, 1) for channels in LPIPS_CHANNELS]
+        vgg = vgg16(weights=None).features
+        loss = ContentLoss(vgg, layers=LAYERS, weights=weights, replace_pooling=True, normalize_features=True)
+    distance.loss = loss.requires_grad_(False)
+    return distance
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(rounded(tensor.nbytes) for tensor in tensors)

@@ -1,0 +1,180 @@
+"""Publish a finished student: a folder of diffusers parts with a model card and a script that needs only diffusers."""
+
+import inspect
+import runpy
+import shutil
+import sys
+from contextlib import AbstractContextManager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import typer
+from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
+
+from dmd2.convert.kohya import write_kohya
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.folders import atomic_folder
+from dmd2.core.run import RunId
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import TrainConfig
+from dmd2.networks.denoisers import Denoiser, EdmDenoiser, Network
+from dmd2.networks.quantise import quantise
+from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
+from dmd2.networks.song_unet import SongUNet
+from dmd2.publish.model_card import model_card, render
+from dmd2.training.sampling import student_sample
+from dmd2.training.snapshot import Snapshot, find_snapshot
+
+GRID_ROWS, GRID_COLUMNS = 6, 10
+SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
+TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
+
+
+def export_folder(target: Path, force: bool = False) -> AbstractContextManager[Path]:
+    """An `atomic_folder` that replaces an earlier export, and only by `force`."""
+    is_export = (target / "unet/config.json").exists() and (target / "sample.py").exists()
+    refusal = "is no export: name a new folder" if force else "exists: name a new folder, or replace it with --force"
+    return atomic_folder(target, force and is_export, refusal)
+
+
+def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
+    """The diffusers scheduler with this student's noise levels and clean prediction.
+
+    EDM: the preconditioning of `EDMEulerScheduler` is Karras et al. (2022), Eq. 7. eps: the ``denoised`` of
+    `LCMScheduler` is x0 once its boundary term c_skip is negligible, which a large timestep_scaling makes it down to
+    t = 1; with 1000 original steps its own grid of n steps is ours wherever n divides 1000.
+    """
+    if isinstance(student, EdmDenoiser):
+        return EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA, rho=RHO)
+    return LCMScheduler(
+        num_train_timesteps=LEVELS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
+        original_inference_steps=LEVELS, timestep_scaling=1e4, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+
+
+def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
+    """Everything the sampling script depends on."""
+    cfg, network = snapshot.cfg, student.network
+    edm, labelled = isinstance(student, EdmDenoiser), cfg.data.classes > 0
+    times = student.schedule.step_times(cfg.generator.steps, cfg.generator.time)
+    how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
+    arguments = _arguments(network, labelled)
+    fresh = [f"step{i}" for i in range(len(times) - 1)]
+    sized = "sizes" in arguments
+    text = cfg.data.text is not None
+    stock = cfg.data.text is not None and cfg.data.latents and cfg.data.text.pipeline.encoder is None
+    conditions = ["labels"] * labelled + ["text"] * text + ["pooled", "time_ids"] * sized
+    return {
+        "edm": edm, "labelled": labelled, "text": text, "sized": sized, "arguments": arguments,
+        "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents, "network": type(network).__name__,
+        "scheduler": type(scheduler_of(student)).__name__, "times": times if edm else [int(t) for t in times],
+        "shape": (cfg.data.channels, cfg.data.resolution, cfg.data.resolution), "classes": cfg.data.classes,
+        "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS,
+        "labels": "random" if how["labels"] == "random" else "cyclic",
+        "rounding": how["rounding"],
+        "levels": "127.5 * images + 128" if how["rounding"] == "round" else "127.5 * (images + 1)",
+        "tensors": ", ".join(["noise", *fresh, *conditions]),
+        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
+        "encoder": cfg.data.text.pipeline.name if cfg.data.text is not None else None,
+        "single": SINGLE if text else None, "lora": LORA if text and _is_own_lora(cfg) else None,
+    }  # fmt: skip
+
+
+def _is_own_lora(cfg: TrainConfig) -> bool:
+    """Whether the student is its teacher with factors, and not another run's student with them."""
+    return cfg.generator.lora is not None and cfg.train.init_from is None
+
+
+def _arguments(network: Network, labelled: bool) -> str:
+    """Source text of the network's conditions in the script's call."""
+    labels = ', class_labels=draws["labels"]' if labelled and network.class_embedding is not None else ""
+    if not isinstance(network, UNet2DConditionModel):
+        return labels
+    text = "None" if labelled else 'draws["text"]'
+    added = ", added_cond_kwargs=sizes" if network.config["addition_embed_type"] == "text_time" else ""
+    return f", encoder_hidden_states={text}{labels}{added}"
+
+
+def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> str:
+    """Sample the grid with the written script, compare with our sampler, save it as samples.png; the finding as text.
+
+    Raises:
+        UserError: the images differ by more than rounding.
+    """
+    plain = runpy.run_path(str(script))
+    seeds = plain["SEEDS"]
+    theirs = plain["sample"](*plain["load"](), plain["draw"](seeds))
+    ours = student_sample(student, snapshot.cfg, seeds, torch.device("cpu"), sampling["labels"])
+    difference = float((theirs - ours).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
+        raise UserError(f"{snapshot.run}: the script's images differ from ours by {difference:g}; nothing was exported")
+    found = f"largest difference {difference:.2g} where the largest value is {float(ours.abs().max()):.3g}"
+    if sampling["pixels"]:
+        plain["save_grid"](theirs, script.with_name("samples.png"))
+        changed = int((quantise(theirs, sampling["rounding"]) != quantise(ours, sampling["rounding"])).sum())
+        found += f", {changed} of {ours.numel()} 8-bit values differ"
+    grid = "`python sample.py` makes this grid. " if sampling["pixels"] else ""
+    columns = "One column a class. " if sampling["pixels"] and sampling["labels"] == "cyclic" else ""
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, CPU"
+    return f"{grid}{columns}At export, {len(seeds)} samples of `sample.py` were compared with those of the training " \
+           f"code at the same noise: {found} ({versions})."  # fmt: skip
+
+
+def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
+    """Write the folder: unet/, scheduler/, sample.py, samples.png (if the student is labelled and makes pixels), card.
+
+    A student of text has its UNet in one float16 file, too, and one of low rank its factors in kohya's format.
+
+    Raises:
+        UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
+    """
+    with export_folder(out, force) as folder:
+        student = snapshot.denoiser()
+        sampling = sampling_of(snapshot, student)
+        student.network.save_pretrained(folder / "unet", safe_serialization=True)
+        if sampling["text"]:
+            save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
+        if sampling["lora"]:
+            write_kohya(folder / LORA, snapshot.factors())
+        scheduler_of(student).save_pretrained(folder / "scheduler")
+        if isinstance(student.network, SongUNet):  # which diffusers lacks
+            shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
+        script = render("sample.py.j2", sampling)
+        (folder / "sample.py").write_text(script, encoding="utf-8")
+        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else ""
+        model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")
+
+
+class Select(StrEnum):
+    """Which snapshot of a run, without naming its step."""
+
+    last = "last"
+    best = "best"
+
+
+def main(
+    run: Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    step: Annotated[int | None, typer.Option(help="snapshot of this step")] = None,
+    select: Annotated[
+        Select | None, typer.Option(help="last (default), or best by the first metric of eval.metrics")
+    ] = None,
+    teacher_licence: Annotated[str | None, typer.Option(help="identifier or name, for the card")] = None,
+    force: Annotated[bool, typer.Option(help="replace an earlier export")] = False,
+) -> None:
+    """Export the student of RUN to OUT: a diffusers UNet and scheduler, a model card, and a script to sample it."""
+    with readable_errors():
+        snapshot = find_snapshot(RunId.parse(run), step, select)
+        export(snapshot, out, teacher_licence, force)
+        if teacher_licence is None:
+            print("warning: the card says that no licence was stated: pass --teacher-licence", file=sys.stderr)
+        if snapshot.measured is None:
+            print("warning: this snapshot was not evaluated, the card has no metrics", file=sys.stderr)
+        print(f"{out}: step {snapshot.step} of {run}; python {out / 'sample.py'} samples it")
+
+
+if __name__ == "__main__":
+    typer.run(main)

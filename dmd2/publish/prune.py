@@ -1,0 +1,112 @@
+"""Delete what a finished training no longer needs: its checkpoints, and snapshots that no record lists."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import digest_of, read_json
+from dmd2.core.interrupts import locked, single_writer
+from dmd2.core.provenance import sole_maker
+from dmd2.core.retraining import replaced
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import submissions
+from dmd2.experiment.run_inputs import TEACHERS
+from dmd2.experiment.tables import Experiment, load_experiment
+from dmd2.launch.overview import chosen_runs
+
+KEYED = re.compile(r"(checkpoints|snapshots)-[0-9a-f]{8}")
+RESTARTS = "A training that is made longer now starts anew, since its checkpoints are gone."
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """What is in the way in the folder of one training, or why nothing is touched."""
+
+    folder: Path
+    folders: list[Path]
+    kept: str | None = None
+
+    def size(self) -> int:
+        """Bytes that are freed."""
+        return sum(path.stat().st_size for folder in self.folders for path in folder.rglob("*") if path.is_file())
+
+
+def prunable(dry_run: bool = False) -> Iterator[Prunable]:
+    """Every training that has something to delete or to keep. While one of a run is yielded, its lock is held."""
+    experiment = load_experiment()
+    for run in chosen_runs([]):
+        if not any(KEYED.fullmatch(path.name) for path in run.folder.iterdir()):
+            continue
+        if locked(run.folder):
+            yield Prunable(run.folder, [], "a process trains it")
+            continue
+        try:
+            with nullcontext() if dry_run else single_writer(run.folder):
+                yield _of_run(run, experiment)
+        except UserError as error:
+            yield Prunable(run.folder, [], str(error))
+    for manifest in sorted(TEACHERS.glob("*/manifest.json")):
+        try:
+            with nullcontext() if dry_run else sole_maker(manifest):
+                yield Prunable(manifest.parent, _keyed(manifest.parent, set()))
+        except UserError as error:
+            yield Prunable(manifest.parent, [], str(error))
+
+
+def _of_run(run: RunId, experiment: Experiment) -> Prunable:
+    """What a run, which nobody trains now, could do without."""
+    record, cfg = run.folder / "train.json", experiment.runs.get((run.base, run.name))
+    if not record.exists():
+        return Prunable(run.folder, [], "it is not finished")
+    train = read_json(record)
+    config, submitted = train.get("made_from", {}).get("config"), submissions(run)["config"]
+    if cfg is not None and config != digest_of(cfg.training().settings()):
+        return Prunable(run.folder, [], "it is to be trained with other settings, and may continue from there")
+    if replaced(run.folder, train["key"]):
+        return Prunable(run.folder, [], "it is being trained again, and its snapshots are in use until that ends")
+    if submitted not in (None, config):
+        return Prunable(run.folder, [], "a Slurm job was sent for another training of it")
+    if any((other.train.init_from, base) == (run.name, run.base) for (base, _), other in experiment.runs.items()):
+        return Prunable(run.folder, [], "other runs start from it (train.init_from) and take its critic")
+    return Prunable(run.folder, _keyed(run.folder, _listed(run.folder, train)))
+
+
+def _listed(folder: Path, train: dict[str, Any]) -> set[str]:
+    """Folders of the files that the run's records list."""
+    ended = folder / "finished.json"
+    records = [train, *([read_json(ended)] if ended.exists() else [])]
+    return {Path(entry["path"]).parts[0] for record in records for entry in record["files"]}
+
+
+def _keyed(folder: Path, needed: set[str]) -> list[Path]:
+    """Folders of checkpoints and snapshots that are not needed."""
+    return sorted(path for path in folder.iterdir() if KEYED.fullmatch(path.name) and path.name not in needed)
+
+
+def main(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
+) -> None:
+    """Delete checkpoints of finished trainings, and snapshots that no train.json lists; nothing is to be made again."""
+    with readable_errors():
+        freed = 0
+        for found in prunable(dry_run):
+            if found.kept:
+                print(f"{found.folder} is kept: {found.kept}")
+            for path in found.folders:
+                size = Prunable(found.folder, [path]).size()
+                print(f"{'would delete' if dry_run else 'deleted'} {path}, {size / 1e6:.1f} MB")
+                freed += size
+                if not dry_run:
+                    shutil.rmtree(path)
+        print(f"{freed / 1e6:.1f} MB {'would be' if dry_run else 'were'} freed. {RESTARTS if freed else ''}".rstrip())
+
+
+if __name__ == "__main__":
+    typer.run(main)

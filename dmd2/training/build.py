@@ -1,0 +1,103 @@
+"""The networks of a run: student and critic as copies of the teacher, the head, and their optimisers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import read_json, verified
+from dmd2.core.rng import stream
+from dmd2.data.sets import load_shard
+from dmd2.experiment.config import TrainConfig
+from dmd2.experiment.run_inputs import Inputs
+from dmd2.method.step import Models, regression_distance
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.head import Head
+from dmd2.networks.lora import add_lora, split
+from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.optimiser import Optimiser
+from dmd2.training.sampling import to_images
+from dmd2.training.sharding import load_local, materialise, sharing, spans_of
+from dmd2.training.teachers import load_teacher, null_condition
+
+Placing = Callable[[str, nn.Module, torch.dtype | None], None]
+
+
+def build_models(
+    cfg: TrainConfig, seed: int, inputs: Inputs, device: torch.device, place: Placing | None = None
+) -> Models:
+    """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
+
+    Networks stay mapped from the teacher's file until `place` puts each, by its name, where it is trained (by default
+    on `device`) in memory of its own and in a dtype if there is one, before there is an optimiser of it.
+    """
+    assert inputs.teacher is not None
+    precision = cfg.train.precision
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision)
+    student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
+    if inputs.init is not None:
+        _load_student(inputs.init, student)
+    if cfg.generator.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(f"{seed}/lora").initial_seed())
+            add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
+    lowered = precision.startswith("bf16") and cfg.teacher.parameterisation == "eps"
+    head = None
+    if cfg.gan.on:
+        probe = teacher if cfg.gan.features_from == "teacher" else critic
+        head = build_head(probe, cfg, seed, torch.device("cpu"))
+    networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
+    for name, network in networks.items():
+        if network is not None:
+            dtype = torch.bfloat16 if name == "teacher" and lowered else None
+            if place is not None:
+                place(name, network, dtype)
+            else:
+                materialise(network, device, dtype, own=name != "teacher")
+    if inputs.init is not None:
+        _load_critic(inputs.init, critic)
+    null = null_condition(cfg.data, cfg.teacher.guidance)
+    return Models(
+        student, teacher, critic, head,
+        student_optimiser=Optimiser([student], cfg.optim, cfg.optim.lr),
+        critic_optimiser=Optimiser(
+            [critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic
+        ),
+        null=None if null is None else null.to(device),
+        distance=_distance(cfg, device) if cfg.needs_pairs else None,
+    )  # fmt: skip
+
+
+def _distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    return regression_distance(cfg.regression.distance, to_images(cfg, device, cfg.regression.decoder), device)
+
+
+def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
+    """A head fitting the denoiser's bottleneck, its initial weights a function of the seed.
+
+    The bottleneck of every class of network is as wide as its last level and as small.
+    """
+    config = denoiser.network.config
+    width = config["block_out_channels"][-1]
+    resolution = cfg.data.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(f"{seed}/head").initial_seed())
+        return Head(width, resolution).to(device)
+
+
+def _load_student(train_json: Path, student: Denoiser) -> None:
+    """Weights only, as the paper's second stage: those of the last snapshot, mapped from its file."""
+    entry = read_json(train_json)["files"][-1]
+    weights, _ = split(load_shard(verified(train_json.parent, entry)))
+    student.network.load_state_dict(weights, assign=True)
+
+
+def _load_critic(train_json: Path, critic: Denoiser) -> None:
+    """The critic of the newest checkpoint, of which nothing else is read, into its place."""
+    checkpoints = Checkpoints.of(train_json.parent, read_json(train_json)["key"])
+    step = checkpoints.newest_good()
+    if step is None:
+        raise UserError(f"train.init_from: {train_json.parent} has no good checkpoint to take the critic from")
+    load_local(critic, checkpoints.load(step, spans_of(critic, "critic"), only="critic/")["critic"])

@@ -1,0 +1,141 @@
+"""Noise-image pairs of the teacher for the regression loss, in shards addressed by seed (DMD Sec. 4.2)."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from dmd2.core.distributed import Device, local_device, part
+from dmd2.core.errors import readable_errors
+from dmd2.core.files import listing, read_json, verified, write_json
+from dmd2.core.progress import Progress
+from dmd2.core.provenance import recorded
+from dmd2.core.rng import sample_labels, sample_noise
+from dmd2.data.sets import load_set, save_shard
+from dmd2.experiment.config import Data, Pairs, Section, Teacher, TrainConfig
+from dmd2.experiment.run_inputs import pair_inputs, pair_prompts
+from dmd2.networks.condition import Condition
+
+FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
+BATCH = 250
+ELEMENTS = 1 << 18  # of the large networks of text: 16 latents of 512 pixels at once, 4 of 1024
+CPU = torch.device("cpu")
+
+
+class PairSource(Section):
+    """The part of a regression section that makes pairs."""
+
+    pairs: Pairs
+
+
+class PairsConfig(Section):
+    """All that pairs depend on: a row's loss weights or length neither change nor remake them."""
+
+    data: Data
+    teacher: Teacher
+    regression: PairSource
+
+
+def shard_seeds(count: int, shards: int, index: int) -> range:
+    """Seeds of one shard: contiguous, every seed in exactly one shard, sizes differing by at most one."""
+    rows = part(count, shards, index)
+    return range(FIRST_SEED + rows.start, FIRST_SEED + rows.stop)
+
+
+def make_shard(
+    cfg: PairsConfig | TrainConfig, teacher_manifest: Path, index: int, out: Path, device: torch.device = CPU
+) -> None:
+    """Write shard `index` (noise, images, conditions) and its manifest `out`; the teacher samples on `device`."""
+    from dmd2.core.precision import float32_products
+    from dmd2.method.samplers import (
+        teacher_sample,  # diffusers takes seconds to import, which joining shards need not pay
+    )
+    from dmd2.networks.denoisers import SAMPLING
+    from dmd2.training.teachers import load_teacher, null_condition
+
+    pairs, data = cfg.regression.pairs, cfg.data
+    spec = pairs.sampler
+    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation, SAMPLING[pairs.precision]).to(device)
+    seeds = list(shard_seeds(pairs.count, pairs.shards, index))
+    shape = (data.channels, data.resolution, data.resolution)
+    null = null_condition(cfg.data, spec.guidance)
+    conditions, rows = _conditions(cfg), list[dict[str, torch.Tensor]]()
+    progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))
+    batch = BATCH if data.text is None else max(1, min(BATCH, ELEMENTS // math.prod(shape)))
+    for start in range(0, len(seeds), batch):
+        chunk = seeds[start : start + batch]
+        z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
+        unconditional = null and null.expand(len(chunk)).to(device)
+        with float32_products(pairs.precision):
+            images = teacher_sample(teacher, z.to(device), drawn.to(device), unconditional, spec, _no_noise)
+        rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})
+        progress.update(start + len(chunk), {})
+    path = out.with_suffix(".safetensors")
+    save_shard(path, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+    about = {"kind": "pairs-shard", "seeds": [seeds[0], seeds[-1]], "precision": pairs.precision}
+    write_json(out, {**about, "files": listing([path], out.parent)})
+
+
+def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Condition]:
+    """Conditions of pair seeds: uniform labels, or prompts drawn uniformly from those the student is trained on."""
+    manifest = pair_prompts(cfg.data)
+    if manifest is None:
+        return lambda seeds: Condition(labels=sample_labels(seeds, cfg.data.classes, "random"))
+    prompts = load_set(manifest)
+    return lambda seeds: prompts.condition(sample_labels(seeds, len(prompts), "random"))
+
+
+def _stored(cond: Condition) -> dict[str, torch.Tensor]:
+    """Fields of a condition as rows of a shard: text states in float16, as in every set."""
+    found = {name: value for name, value in vars(cond).items() if value is not None}
+    return {name: value.half() if name in ("text", "pooled") else value for name, value in found.items()}
+
+
+def _no_noise(step: int) -> torch.Tensor:
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+def join_shards(shards: list[Path], out: Path) -> None:
+    """One manifest over all shards, after verifying each file."""
+    entries = [entry for shard in shards for entry in read_json(shard)["files"]]
+    for entry in entries:
+        verified(out.parent, entry)
+    seeds = [read_json(shard)["seeds"] for shard in shards]
+    count = sum(last - first + 1 for first, last in seeds)
+    write_json(out, {"kind": "pairs", "count": count, "seeds": [seeds[0][0], seeds[-1][1]], "files": entries})
+
+
+app = typer.Typer(help=__doc__)
+
+
+@app.command()
+def shard(
+    config: Annotated[str, typer.Option(help="JSON of data, teacher and regression.pairs")],
+    teacher: Path,
+    index: int,
+    out: Path,
+    threads: int = 1,
+    device: Device = "auto",
+) -> None:
+    """Make one shard."""
+    torch.set_num_threads(threads)
+    with readable_errors():
+        cfg = PairsConfig.model_validate(json.loads(config))
+        with recorded(out, json.loads(config), [teacher, *pair_inputs(cfg.data)]):
+            make_shard(cfg, teacher, index, out, local_device(device, "pairs"))
+
+
+@app.command()
+def join(out: Path, shards: list[Path]) -> None:
+    """Write the manifest OUT of finished SHARDS."""
+    with readable_errors():
+        with recorded(out, None, shards):
+            join_shards(shards, out)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,88 @@
+"""Images from seeds, a student's or the teacher's; `dmd2.networks.quantise` makes them the uint8 that metrics see."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dmd2.core.errors import UserError
+from dmd2.core.rng import sample_labels, sample_noise
+from dmd2.experiment.config import RunConfig, Sampler, TrainConfig
+from dmd2.experiment.run_inputs import pipeline_manifest
+from dmd2.method.samplers import few_step, teacher_sample
+from dmd2.method.step import image_shape
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Denoiser
+from dmd2.training.teachers import null_condition
+
+DECODED = 1 << 22  # pixels that the autoencoder decodes at once: four images of 1024 x 1024
+
+
+def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
+    """Class labels of sample seeds; `labels` is ``cyclic`` or ``random``.
+
+    Raises:
+        UserError: the run is conditioned on text, so that conditions must be given (`dmd2.data.prompts.EvalPrompts`).
+    """
+    if cfg.data.text is not None:
+        raise UserError(f"data {cfg.data.name} is conditioned on text: seeds alone do not say which prompts to draw")
+    return Condition(labels=sample_labels(seeds, cfg.data.classes, labels).to(device))
+
+
+@torch.no_grad()
+def student_sample(
+    student: Denoiser,
+    cfg: TrainConfig,
+    seeds: list[int],
+    device: torch.device,
+    labels: str = "cyclic",
+    cond: Condition | None = None,
+) -> Tensor:
+    """What the student makes of `seeds` in its number of steps, float32 ``(len(seeds), C, H, W)``: images or latents.
+
+    Conditions follow from the seeds by the rule `labels`, unless given.
+    """
+    shape, schedule = image_shape(cfg), student.schedule
+    times = schedule.step_times(cfg.generator.steps, cfg.generator.time)
+    z = sample_noise(seeds, shape, "noise", device)
+    z = schedule.pure_noise(z, torch.full((len(seeds),), times[0], device=device))
+    cond = cond or seed_condition(cfg, seeds, labels, device)
+    return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
+
+
+def sample_teacher(
+    teacher: Denoiser,
+    cfg: RunConfig,
+    spec: Sampler,
+    seeds: list[int],
+    device: torch.device,
+    cond: Condition | None = None,
+) -> Tensor:
+    """The same of the teacher, from the same seeds, hence the same starting noise and conditions as the students'."""
+    shape = image_shape(cfg)
+    null = null_condition(cfg.data, spec.guidance)
+    return teacher_sample(
+        teacher,
+        sample_noise(seeds, shape, "noise", device),
+        cond or seed_condition(cfg, seeds, cfg.eval.labels, device),
+        None if null is None else null.expand(len(seeds)).to(device),
+        spec,
+        lambda i: sample_noise(seeds, shape, f"step{i}", device),
+    )
+
+
+def to_images(cfg: TrainConfig, device: torch.device, decoder: str = "vae") -> Callable[[Tensor], Tensor]:
+    """From what a run diffuses to images in [-1, 1] ``(B, 3, H, W)``: the pipeline's decoder for latents, few at once.
+
+    Raises:
+        UserError: the pipeline or its autoencoder is missing.
+    """
+    if not cfg.data.latents:
+        return lambda images: images
+    from dmd2.data.pipelines import Pipeline  # diffusers' autoencoders, which pixels need not pay for
+
+    manifest = pipeline_manifest(cfg.data)
+    assert manifest is not None
+    pipeline = Pipeline.load(manifest, device)
+    size = max(1, DECODED // (cfg.data.resolution * pipeline.factor) ** 2)
+    return lambda latents: torch.cat([pipeline.decode(part, decoder) for part in latents.split(size)])

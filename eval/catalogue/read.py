@@ -1,0 +1,175 @@
+"""Every run of a workspace as one pandas table, to plot what you like; also as Parquet and CSV.
+
+One line per evaluated snapshot; a run without metrics, and a training newer than the metrics beside it, has one line
+whose `state` says why. ``python -m eval.catalogue --schema`` explains every column. Frechet distance over student
+updates for every row, with the range over its seeds as a band:
+
+>>> import matplotlib.pyplot as plt
+>>> from eval.catalogue.read import catalogue
+>>> done = catalogue().query("base == 'digits' and kind == 'student' and state == 'evaluated'")
+>>> for row, fd in done.groupby(["row", "student_updates"]).fd.agg(["min", "mean", "max"]).groupby("row"):
+...     fd = fd.droplevel("row")
+...     plt.semilogy(fd.index, fd["mean"], label=row)
+...     _ = plt.fill_between(fd.index, fd["min"], fd["max"], alpha=0.3)
+>>> _ = plt.legend()
+"""
+
+import json
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import write_text
+from dmd2.core.run import RUNS, SAMPLERS, RunId
+from eval.catalogue.columns import (
+    DTYPES,
+    IN_JSON,
+    LOG_SCHEMA,
+    MAX_INT,
+    PREFIXES,
+    SCHEMA,
+    describe,
+    explained,
+    write_parquet,
+)
+from eval.catalogue.records import Folder, Row, student_rows, teacher_rows
+
+
+def catalogue(root: Path | str = ".") -> pd.DataFrame:
+    """One line per evaluated snapshot of every student and teacher of a workspace, or one that says why there is none.
+
+    Args:
+        root: folder of the workspace, with ``results/runs`` and ``results/teachers``; nothing is written there.
+
+    Returns:
+        The columns of `SCHEMA`, then the metrics found (NAME, NAME_se ...), ``config.*`` and ``sampler.*``.
+
+    Raises:
+        UserError: `root` has no results.
+    """
+    root, rows = Path(root), list[Row]()
+    runs, others = _runs(root)
+    for path in others:
+        print(f"warning: {path} is no run folder (base/row/seedN) and is left out", file=sys.stderr)
+    for run, path in runs:
+        rows += student_rows(run, Folder(path))
+    for path in sorted(p for p in (root / SAMPLERS).glob("*/*") if p.is_dir()):
+        rows += teacher_rows(path.parent.name, path.name, Folder(path))
+    return _frame(rows)
+
+
+def _runs(root: Path) -> tuple[list[tuple[RunId, Path]], list[Path]]:
+    """Runs with their folders in order, and folders that are none."""
+    if not any((root / place).is_dir() for place in (RUNS, SAMPLERS)):
+        raise UserError(f"{root.absolute()} has no {RUNS} or {SAMPLERS}: give the folder of a workspace")
+    found, others = [], []
+    for path in sorted(p for p in (root / RUNS).glob("*/*/*") if p.is_dir()):
+        name = str(path.relative_to(root / RUNS))
+        try:
+            run = RunId.parse(name)
+        except UserError:
+            others.append(path)
+            continue
+        if str(run) == name:
+            found.append((run, path))
+        else:  # seed00
+            others.append(path)
+    return sorted(found, key=lambda pair: (pair[0].base, pair[0].name, pair[0].seed)), others
+
+
+def _frame(rows: list[Row]) -> pd.DataFrame:
+    later = tuple(PREFIXES)  # metrics come first
+    found = {name: None for row in rows for name in row if name not in SCHEMA}
+    ordered = sorted(found, key=lambda name: next((i for i, p in enumerate(later) if name.startswith(p)), -1))
+    names = [*SCHEMA, *ordered]
+    columns = describe(names)
+    return pd.DataFrame({name: _series([row.get(name) for row in rows], columns[name].type) for name in names})
+
+
+def _series(values: list[Any], kind: str) -> pd.Series:
+    """Values as a column of a type of `DTYPES`, or else of the type that all of them have."""
+    found = {type(value) for value in values} - {type(None)}
+    if kind in DTYPES:
+        return pd.Series(values, dtype=DTYPES[kind])
+    if not found:
+        return pd.Series(values, dtype=object)  # the type null of Parquet
+    huge = int in found and any(type(value) is int and abs(value) > MAX_INT for value in values)
+    for name, kinds in IN_JSON.items():
+        if found <= kinds and not huge:
+            return pd.Series(values, dtype=DTYPES[name])
+    return pd.Series([None if v is None else json.dumps(v) for v in values], dtype="string")
+
+
+def training_logs(root: Path | str = ".") -> pd.DataFrame:
+    """What all trainings logged, one value a line: the columns of `LOG_SCHEMA`.
+
+    Lines that are damaged, as the last one may be while it is written, are told on stderr and left out.
+
+    Raises:
+        UserError: `root` has no results.
+    """
+    runs, _ = _runs(Path(root))
+    names: dict[str, int] = {}
+    steps, codes, values, counts = array("q"), array("q"), array("d"), list[int]()  # 8 bytes a number
+    for _, path in runs:
+        before = len(values)
+        for step, line in _log(path / "log.jsonl"):
+            steps.extend([step] * len(line))
+            codes.extend(names.setdefault(name, len(names)) for name in line)
+            values.extend(line.values())
+        counts.append(len(values) - before)
+    labels = pd.Index([str(run) for run, _ in runs], dtype=str)
+    return pd.DataFrame({
+        "run": pd.Categorical.from_codes(np.repeat(np.arange(len(runs)), counts), labels),
+        "step": np.array(steps, dtype=np.int64),
+        "name": pd.Categorical.from_codes(np.array(codes, dtype=np.int64), pd.Index(names, dtype=str)),
+        "value": np.array(values, dtype=np.float64),
+    })  # fmt: skip
+
+
+def _log(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Steps and values of the good lines of a log."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        print(f"warning: {path} is left out: {error}", file=sys.stderr)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            step, values = int(entry.pop("step")), {name: float(value) for name, value in entry.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            print(f"warning: {path} line {number} is damaged or half-written and is left out", file=sys.stderr)
+            continue
+        yield step, values
+
+
+def main(
+    root: Annotated[Path, typer.Option(help="folder of the workspace")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Parquet file to write")] = Path("results/catalogue.parquet"),
+    csv: Annotated[Path | None, typer.Option(help="write the same as CSV")] = None,
+    logs: Annotated[Path | None, typer.Option(help="write the logs of all trainings as Parquet")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="only explain all columns")] = False,
+) -> None:
+    """Write every run of a workspace as one table: configuration, digest, commits, cost, and metrics by snapshot."""
+    with readable_errors():
+        if schema:
+            print(explained())
+            return
+        table = catalogue(root)
+        write_parquet(table, out, describe(table.columns))
+        told = ", ".join(f"{count} {state}" for state, count in table.groupby("state").run.nunique().items())
+        print(f"{out}: {len(table)} lines, {len(table.columns)} columns; runs and teachers: {told or 'none'}")
+        if csv:
+            write_text(csv, table.to_csv(index=False))
+        if logs:
+            lines = training_logs(root)
+            write_parquet(lines, logs, LOG_SCHEMA)
+            print(f"{logs}: {len(lines)} values of {lines.run.nunique()} runs")

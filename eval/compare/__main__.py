@@ -1,0 +1,7 @@
+"""``python -m eval.compare``."""
+
+import typer
+
+from eval.compare.command import main
+
+typer.run(main)

@@ -1,0 +1,281 @@
+"""One side of a comparison: a folder, the workspace, a git revision or a DVC experiment, and the rows it measured.
+
+Of a revision only the files that are asked for are copied out of git, the DVC cache or the DVC remote.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import content_digest, read_json
+from dmd2.experiment.protocols import of_record
+from eval.compare.published import from_csv
+
+WORKSPACE = "workspace"
+RUN_FILES = ("metrics.json", "train.json", "grid.png", "influence.safetensors")
+PATTERNS = (
+    *(f"results/runs/*/*/seed*/{name}" for name in RUN_FILES),
+    *(f"results/teachers/*/*/{name}" for name in RUN_FILES),
+    "results/tables/*.json",
+    "results/reference/*.csv",
+    "workflow/tables/*.yaml",
+    "data/*/*/manifest.json",
+)
+NOT_METRICS = ("step", "student_updates", "estimates")  # of a snapshot
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side: its name as given, what that is, and the result files it has.
+
+    `files` are paths as in a workspace (``results/runs/...``); `fetch` gives a local copy of one of them.
+    """
+
+    name: str
+    what: str
+    files: frozenset[str]
+    fetch: Callable[[str], Path]
+
+    def path(self, name: str) -> Path | None:
+        """A local path of the file, or None if this side does not have it."""
+        return self.fetch(name) if name in self.files else None
+
+    def json(self, name: str) -> Any:
+        """Content of a JSON file; None if this side does not have it."""
+        path = self.path(name)
+        return None if path is None else read_json(path)
+
+    def matching(self, pattern: str) -> list[str]:
+        """Files of this side that match a pattern, sorted."""
+        return sorted(name for name in self.files if PurePosixPath(name).match(pattern))
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What is known of a row's last snapshot with one training seed (a teacher's only one is 0).
+
+    `errors` are standard errors of the finite sample, None where unknown; `about` maps facts of the training and the
+    evaluation (commits, device) to texts; `key` identifies the training's config, inputs and seed; `folder` holds the
+    evaluation's files; `metrics` is the record of the evaluation, empty if only a table is left of it.
+    """
+
+    values: dict[str, float]
+    errors: dict[str, float | None]
+    step: int
+    protocol: dict[str, Any]
+    config: dict[str, Any]
+    about: dict[str, str]
+    key: str | None = None
+    folder: str | None = None
+    metrics: dict[str, Any] | None = None
+
+
+Rows = dict[tuple[str, str], dict[int, Seed]]  # (base, run) to seeds
+
+
+def open_side(name: str, scratch: Path) -> Side:
+    """The side that `name` means; `scratch` is an empty folder for what a revision's files are copied to.
+
+    Raises:
+        UserError: neither folder nor revision, or both, or there are no results in it.
+    """
+    folder = Path("." if name == WORKSPACE else name)
+    if folder.is_file():
+        raise UserError(f"{name} is a file: give the folder that holds tables/ or results/, or a git revision")
+    if not folder.is_dir():
+        return _revision(name, scratch)
+    if name not in (WORKSPACE, ".") and "/" not in name and _is_revision(name):
+        raise UserError(f"{name} is a folder and a git revision: write ./{name} or refs/heads/{name}")
+    return _folder(name, folder)
+
+
+def _is_revision(name: str) -> bool:
+    command = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _folder(name: str, folder: Path) -> Side:
+    """A workspace, its results folder, or a folder of tables."""
+    if any((folder / "results" / part).is_dir() for part in ("runs", "teachers", "tables", "reference")):
+        roots, what = {part: folder / part for part in ("results", "data", "workflow")}, "workspace"
+    elif any((folder / part).is_dir() for part in ("runs", "teachers", "tables")):
+        roots, what = {"results": folder}, "results"
+    else:
+        roots, what = {"results/tables": folder}, "tables"
+    found = {
+        f"{place}/{path.relative_to(root)}": path
+        for place, root in roots.items()
+        for pattern in PATTERNS
+        if pattern.startswith(f"{place}/")
+        for path in root.glob(pattern.removeprefix(f"{place}/"))
+    }
+    return _checked(Side(name, f"{what} in {folder.resolve()}", frozenset(found), found.__getitem__))
+
+
+def _revision(name: str, scratch: Path) -> Side:
+    try:
+        from dvc.api import DVCFileSystem
+        from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexError
+    except ImportError:
+        raise UserError(f"{name} is no folder here; to read git revisions, pip install 'dmd2-workbench[dvc]'") from None
+    try:
+        fs = DVCFileSystem(".", rev=name)
+        commit = fs.repo.get_rev()  # the repository is opened only here
+    except DvcException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} is neither a folder nor a git revision nor a DVC experiment here: {reason}") from None
+    hint = "run dvc push where they were made, and name that remote here (dvc remote list)"
+
+    def listed(place: str) -> list[str]:
+        try:
+            found = fs.find(place, detail=True) if fs.isdir(place) else {}
+            return [path for path, about in found.items() if _recorded(about)]
+        except (DataIndexError, DvcException, OSError) as error:
+            if place != "results":
+                return []  # data only tells which inputs changed
+            raise UserError(f"{place} of {name}: neither in the DVC cache nor a remote ({error}): {hint}") from None
+
+    @cache
+    def fetch(path: str) -> Path:
+        out = scratch / path
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fs.get_file(path, str(out))
+        except (DvcException, OSError):
+            raise UserError(f"{path} of {name}: neither in git, the DVC cache nor a remote: {hint}") from None
+        return out
+
+    files = {
+        p
+        for place in ("results", "data", "workflow")
+        for p in listed(place)
+        if any(map(PurePosixPath(p).match, PATTERNS))
+    }
+    return _checked(Side(name, f"revision {commit[:9]}", frozenset(files), fetch))
+
+
+def _recorded(about: dict[str, Any]) -> bool:
+    """Whether a file of a revision is in git or in dvc.lock, and not only an output that dvc.yaml names."""
+    entry = about.get("dvc_info", {}).get("entry")
+    return entry is None or bool(entry.hash_info)
+
+
+def _checked(side: Side) -> Side:
+    if not any(name.startswith("results/") and not name.endswith((".png", "train.json")) for name in side.files):
+        raise UserError(
+            f"{side.name} ({side.what}) has no results: neither results/runs/*/*/seed*/metrics.json nor "
+            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.csv; "
+            "make some with Snakemake, or name another side"
+        )
+    return side
+
+
+def read_tables(side: Side) -> dict[str, dict[str, Any]]:
+    """The tables of a side as `eval.tables` wrote them, by name; other JSON files are passed over."""
+    found = {}
+    for name in side.matching("results/tables/*.json"):
+        bundle = side.json(name)
+        if isinstance(bundle, dict) and {"name", "base", "rows", "claims"} <= bundle.keys():
+            found[bundle["name"]] = bundle
+    return found
+
+
+def read_published(side: Side) -> dict[str, dict[str, Any]]:
+    """Tables of results/reference by name, as far as their CSV tells them and the side's workflow knows their base."""
+    found = {}
+    for name in side.matching("results/reference/*.csv"):
+        table = PurePosixPath(name).stem
+        csv, specification = side.path(name), side.path(f"workflow/tables/{table}.yaml")
+        if csv and specification:
+            texts = (path.read_text(encoding="utf-8") for path in (csv, specification))
+            found[table] = from_csv(table, *texts)
+    return found
+
+
+def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
+    """All rows of a side as their evaluations wrote them; of bases without any evaluation, as tables have them.
+
+    Raises:
+        UserError: a file lacks what an evaluation writes.
+    """
+    rows: Rows = {}
+    for name in side.matching("results/runs/*/*/seed*/metrics.json"):
+        _, _, base, run, seed, _ = name.split("/")
+        if (number := seed.removeprefix("seed")).isdecimal():  # not a copy that someone laid aside
+            rows.setdefault((base, run), {})[int(number)] = _measured(side, name)
+    for name in side.matching("results/teachers/*/*/metrics.json"):
+        _, _, base, sampler, _ = name.split("/")
+        rows[base, f"teacher-{sampler}"] = {0: _measured(side, name)}
+    evaluated = {base for base, _ in rows}
+    for table in tables:
+        for row in table["rows"]:
+            if table["base"] not in evaluated and (table["base"], row["run"]) not in rows:
+                rows[table["base"], row["run"]] = _tabulated(side, table, row)
+    return rows
+
+
+def _measured(side: Side, name: str) -> Seed:
+    metrics = side.json(name)
+    try:
+        last = metrics["snapshots"][-1]
+        values = {k: v for k, v in last.items() if k not in NOT_METRICS}
+        values |= {k: metrics[k] for k in ("brightness_std",) if k in metrics}
+        config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
+        step, protocol = last["step"], of_record(metrics)
+    except (KeyError, IndexError, TypeError) as missing:
+        raise UserError(f"{name} of {side.name} has no {missing}: evaluate the run again with Snakemake") from None
+    folder = name.removesuffix("/metrics.json")
+    train = side.json(f"{folder}/train.json") or {}
+    about = {"trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
+             "trained on": metrics.get("device"), "trained with torch": train.get("torch")}  # fmt: skip
+    known = {fact: text for fact, text in about.items() if text}
+    return Seed(values, _errors(last), step, protocol, config, known, train.get("key"), folder, metrics)
+
+
+def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[int, Seed]:
+    """A row of a table: its reported values, or the last snapshot where the table chose the best one."""
+    seeds = {}
+    try:
+        for text, commit in row["commits"].items():
+            chosen = {metric: values[text] for metric, values in row["values"].items()}
+            last = row["curves"][text][-1] if row["curves"] else {"step": row["step"][text]}
+            values = chosen | {k: v for k, v in last.items() if k not in NOT_METRICS}
+            estimates = {"estimates": row["estimates"][text]} | last
+            teacher = row["kind"] == "teacher"
+            config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
+            about = {"evaluated at commit" if teacher else "trained at commit": commit, "trained on": row["device"]}
+            known = {fact: value for fact, value in about.items() if value}
+            folder = "/".join(row["grid"][text].split("/")[:-1])
+            seeds[int(text)] = Seed(
+                values, _errors(estimates), last["step"], of_record(row), config, known, None, folder
+            )
+    except (KeyError, TypeError) as missing:
+        place = f"table {table['name']} of {side.name}, row {row.get('run')}"
+        raise UserError(f"{place}, has no {missing}: make the table again with Snakemake") from None
+    return seeds
+
+
+def _errors(snapshot: dict[str, Any]) -> dict[str, float | None]:
+    return {metric: estimate["se"] for metric, estimate in snapshot.get("estimates", {}).items()}
+
+
+def inputs(side: Side, config: dict[str, Any]) -> dict[str, str]:
+    """Content of the data and the teacher that a config names, by their manifests; only those that this side has."""
+    kinds = {"data": "real", "teacher": "teachers"}
+    names = {part: config.get(part, {}).get("name") for part in kinds}
+    manifests = {f"{part} {name}": f"data/{kinds[part]}/{name}/manifest.json" for part, name in names.items() if name}
+    found = {}
+    for what, path in manifests.items():
+        with suppress(UserError):  # a revision whose data is not fetched
+            if (manifest := side.json(path)) is not None:
+                found[what] = content_digest(manifest["files"])
+    return found

@@ -1,0 +1,165 @@
+"""CLIP score of DMD2 (``clip-dmd2``) and CLIP's image tower as a detector, through open_clip and a local folder.
+
+The score is the plain mean cosine of image and ``"A photo depicts " + caption``: no factor 100 or 2.5, no clamp at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from torchvision.transforms.functional import normalize
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import sha256
+from dmd2.core.precision import strict_float32
+from eval.detectors.networks import FeatureNetwork, rgb
+from eval.detectors.weights import registry
+from eval.pixels.resize import Geometry, resize_uint8, square_crop
+
+PREFIX = "A photo depicts "
+CHECKPOINTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PROTOCOL_GEOMETRY = Geometry("square-crop+lanczos-256")  # of captioned images, even where FID uses 512
+
+
+def load_clip(model_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and provenance of an open_clip folder (``open_clip_config.json`` and a checkpoint).
+
+    A folder keeps the checkpoint's own preprocessing and activation, which a bare weight file would lose.
+
+    Raises:
+        UserError: the folder is incomplete, a listed checksum differs, or open_clip cannot read it.
+    """
+    config = model_dir / "open_clip_config.json"
+    present = [model_dir / file for file in CHECKPOINTS if (model_dir / file).exists()]
+    is_listed = model_dir.name in registry()
+    remedy = f" run: python -m eval.detectors.weights {model_dir.name}" if is_listed else " copy it again"
+    if not config.exists() or not present:
+        lacking = config.name if not config.exists() else " or ".join(CHECKPOINTS)
+        command = f" or{remedy}" if is_listed else ""
+        raise UserError(f"{model_dir.name}: {lacking} (no published checksum) is missing; put it into "
+                        f"{model_dir}/{command}")  # fmt: skip
+    checkpoint, found = present[0], sha256(present[0])
+    listed = {file.file: file.sha256 for file in registry()[model_dir.name].files} if is_listed else {}
+    expected = listed.get(checkpoint.name)
+    if expected not in (None, found):
+        raise UserError(f"{checkpoint} has SHA-256 {found} instead of {expected}: delete it and{remedy}")
+    try:
+        model: Any = open_clip.create_model(f"local-dir:{model_dir}", require_pretrained=True, weights_only=True)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{model_dir}")
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise UserError(f"{model_dir} is not a readable open_clip model: {str(error).splitlines()[0]}") from error
+    filter_name = model.visual.preprocess_cfg["interpolation"]
+    if filter_name != "bicubic":
+        raise UserError(f"{config} asks for {filter_name} resizing; the CLIP protocol here is bicubic")
+    return model, tokenizer, {
+        "weights": found, "config": sha256(config), "file": checkpoint.name, "verified": expected == found,
+        "open_clip": open_clip.__version__, "resize": "bicubic-uint8", "input": _side(model),
+    }  # fmt: skip
+
+
+def _side(model: Any) -> int:
+    size = model.visual.preprocess_cfg["size"]
+    return size if isinstance(size, int) else size[0]
+
+
+def preprocess(model: Any, images: Tensor) -> Tensor:
+    """The model's own validation transform, of square uint8 images: bicubic on uint8, ``/ 255``, mean and std."""
+    side, settings = _side(model), model.visual.preprocess_cfg
+    x = resize_uint8(images, side, "bicubic") if images.shape[-1] != side else images
+    return normalize(x.float() / 255, settings["mean"], settings["std"])
+
+
+class ClipImages(FeatureNetwork):
+    """Image embeddings (not normalised) of an open_clip folder, of the centre square of each image."""
+
+    def __init__(self, model_dir: Path) -> None:
+        model, tokenizer, about = load_clip(model_dir)
+        about |= {"layer": "image embedding", "features": model.visual.output_dim, "classes": None}
+        super().__init__(model_dir.name, {**about, "geometry": "square-crop"})
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.folder = model_dir
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings ``(n, d)``."""
+        return self.model.encode_image(preprocess(self.model, square_crop(images))), None
+
+
+class ClipScore:
+    """Cosines of images and captions.
+
+    Args:
+        model_dir: folder of an open_clip model; the published numbers use ``clip-ViT-g-14``.
+        device: where it runs; cosines come back on the CPU.
+        tower: the same folder as a detector, if it is loaded already: the network is then not loaded again.
+    """
+
+    TEXTS = 64  # captions per call of the text tower
+
+    def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
+        self.images = tower or ClipImages(model_dir).on(device)
+        self.model: Any = self.images.model
+        self.tokenizer: Any = self.images.tokenizer
+        self.name = f"clip-dmd2 ({model_dir.name})"
+        self.about = {**self.images.about, "prefix": PREFIX, "geometry": PROTOCOL_GEOMETRY.name,
+                      "scale": "mean cosine: no factor, no clamp"}  # fmt: skip
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Token ids ``(n, context)`` of the prefixed captions, cut to the context with the end token last."""
+        return self.tokenizer([PREFIX + caption for caption in captions])
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``(n, d)`` of the prefixed captions, float32 on the CPU; a repeated caption is embedded once."""
+        distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+        batches = self.tokens(list(distinct)).split(self.TEXTS)
+        with strict_float32(self.images.device):
+            rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
+        return rows[[distinct[caption] for caption in captions]]
+
+    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosine ``(n,)`` of every image with its caption; the score is their mean.
+
+        Args:
+            images: uint8 ``(n, 1 or 3, H, W)`` of any size.
+            captions: one for each image.
+
+        Raises:
+            UserError: the numbers differ, or the images are not uint8.
+        """
+        if len(images) != len(captions):
+            raise UserError(f"{len(images)} images and {len(captions)} captions: every image needs its own caption")
+        return F.cosine_similarity(self.images(PROTOCOL_GEOMETRY(rgb(images)))[0], self.texts(captions))
+
+
+@dataclass(frozen=True)
+class OpenClipTowers:
+    """An open_clip folder as `eval.detectors.alignment.Towers`: DMD2's CLIP score (``clip-dmd2``)."""
+
+    tower: ClipImages
+    score: ClipScore
+    geometry: Geometry = PROTOCOL_GEOMETRY
+
+    @property
+    def images(self) -> ClipImages:
+        """The image tower."""
+        return self.tower
+
+    @staticmethod
+    def load(model_dir: Path, device: torch.device | str = "cpu") -> OpenClipTowers:
+        """The model of a folder; see `load_clip` for errors."""
+        tower = ClipImages(model_dir)
+        tower.on(device)
+        return OpenClipTowers(tower, ClipScore(model_dir, device, tower))
+
+    def texts(self, captions: list[str], states: Tensor) -> Tensor:
+        """Embeddings ``(n, d)`` of the prefixed captions by CLIP's own text tower; `states` are not read."""
+        return self.score.texts(captions)

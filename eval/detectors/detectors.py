@@ -1,0 +1,176 @@
+"""Detectors by name: uint8 images ``(N, C, H, W)`` to float32 features ``(N, d)``.
+
+A number computed on anything but the canonical Inception features is an FD of that detector, never called FID.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from dmd2.core.distributed import Device, local_device
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import listing, read_json, verified, write_json
+from dmd2.core.precision import strict_float32
+from dmd2.core.provenance import recorded
+from dmd2.core.rng import Draws, stream
+from dmd2.data.sets import TensorSet, load_set, load_shard, save_shard
+from dmd2.experiment.run_inputs import WEIGHTS
+from eval.detectors.networks import NETWORKS, FeatureNetwork, load_network
+from eval.detectors.small_clip import SmallTowers, train_clip
+
+CPU = torch.device("cpu")
+FEATURES = 64
+TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3
+
+
+class Detector(Protocol):
+    """What every metric is given; any callable with these members is one."""
+
+    name: str
+    about: dict[str, Any]
+    """Checksum of the weights, resize, input size, layer, precision: the provenance of every number."""
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether a Frechet distance of these features may be called FID."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """``FID`` or ``FD (<name>)``."""
+        ...
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features ``(N, d)`` and, for a classifier, class logits ``(N, classes)``, of uint8 ``(N, C, H, W)``."""
+        ...
+
+
+class Classifier(FeatureNetwork):
+    """Small convolutional classifier of one dataset; the features are its 64 activations before the last layer."""
+
+    def __init__(self, name: str, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(name, {"weights": None, "verified": False, "resize": "none", "input": resolution,
+                                "layer": "last hidden", "features": FEATURES, "classes": name})  # fmt: skip
+        del self.about["batch"]  # this one runs on the batch it is given
+        self.channels = channels
+        width, size = 32, resolution
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        while size > 4:
+            layers += [nn.Conv2d(width, width * 2, 3, stride=2, padding=1), nn.ReLU()]
+            width, size = width * 2, size // 2
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size * size, FEATURES), nn.ReLU())
+        self.last = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of images in grey levels; grey ones are replicated for a colour classifier."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        with strict_float32(self.device):
+            features = self.body(images.to(self.device).float() / 127.5 - 1)
+            return features, self.last(features)
+
+
+def train_classifier(name: str, real: TensorSet, out: Path, device: torch.device = CPU) -> None:
+    """Train the dataset's classifier with a fixed seed; every fifth image is held out to state its accuracy.
+
+    Raises:
+        UserError: the set has no labels.
+    """
+    if "labels" not in real.tensors:
+        raise UserError(f"{name}: its set has captions and no labels; name a network in eval.detector")
+    images, labels = real.tensors["images"], real.tensors["labels"]
+    held_out = torch.arange(len(images)) % 5 == 0
+    shape = {"channels": images.shape[1], "resolution": images.shape[-1], "classes": int(labels.max()) + 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(f"0/{name}").initial_seed())
+        model = Classifier(name, **shape)
+    model.device = device
+    model.to(device)
+    train = TensorSet({"images": images[~held_out], "labels": labels[~held_out]})
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, total_steps=TRAINING_STEPS)
+    for it in range(TRAINING_STEPS):
+        draws = Draws(0, it, BATCH, 0, BATCH)
+        rows = draws.shuffled("classifier/real", len(train))
+        noisy = train.tensor("images", rows) + 12 * draws.normal("classifier/noise", tuple(images.shape[1:]))
+        loss = F.cross_entropy(model(noisy)[1], train.tensor("labels", rows).to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        right = (model(images[held_out])[1].argmax(1).cpu() == labels[held_out]).float().mean()
+    path = out.parent / "classifier.safetensors"
+    save_shard(path, dict(model.cpu().state_dict()))
+    about = {"kind": "classifier", "name": name, **shape, "held_out_accuracy": round(float(right), 4)}
+    write_json(out, {**about, "files": listing([path], out.parent)})
+
+
+def load_detector(
+    name: str, weights: Path = WEIGHTS, device: torch.device | str = "cpu", *, random_weights: bool = False
+) -> Detector:
+    """The detector `name`, its weights verified.
+
+    Args:
+        name: one of `NETWORKS`, ``clip-<folder of an open_clip model>``, or ``<data>-classifier``.
+        weights: parent of the weights' folders.
+        device: where it runs; features come back on the CPU.
+        random_weights: for tests only, see `load_network`.
+
+    Raises:
+        UserError: unknown, or its weights are missing (nothing is downloaded here) or changed.
+    """
+    if name in NETWORKS:
+        return load_network(name, weights, device, random_weights=random_weights)
+    if name.startswith("clip-"):
+        from eval.detectors.clip import ClipImages  # open_clip: 46 MB that no other detector needs
+
+        return ClipImages(weights / name).on(device)
+    manifest = weights / name / "manifest.json"
+    if not manifest.exists():
+        raise UserError(
+            f"detector {name}: {manifest} is missing; a per-dataset classifier is made by its rule, the others are "
+            f"{', '.join(NETWORKS)} and clip-<model folder>"
+        )
+    entry = read_json(manifest)
+    if entry["kind"] == "clip":
+        return SmallTowers.load(manifest, device).images
+    if entry["kind"] != "classifier":
+        raise UserError(f"detector {name}: kind {entry['kind']} of {manifest} is not one this version can run")
+    model = Classifier(name, entry["channels"], entry["resolution"], entry["classes"])
+    model.load_state_dict(load_shard(verified(manifest.parent, entry["files"][0])))
+    model.about |= {"weights": entry["files"][0]["sha256"], "verified": True}
+    return model.on(device)
+
+
+def record_network(name: str, out: Path) -> None:
+    """Write the manifest OUT of a network whose weights exist already, so that rules can depend on it.
+
+    Raises:
+        UserError: unknown, or its weights are missing or changed.
+    """
+    about = load_detector(name).about
+    write_json(out, {"kind": "network", "name": name, **about,
+                     "files": [{"path": about["file"], "sha256": about["weights"]}]})  # fmt: skip
+
+
+def main(name: str, out: Path, real: Path | None = None, threads: int = 1, device: Device = "auto") -> None:
+    """Train NAME (SET-classifier, SET-clip) on the manifest --real, or verify the network NAME; write its manifest."""
+    torch.set_num_threads(threads)
+    with readable_errors():
+        place = local_device(device, "detector")
+        with recorded(out, name, [real] if real else []), strict_float32(place):
+            if real is None:
+                record_network(name, out)
+            elif name.endswith("-clip"):
+                train_clip(name, load_set(real), out, place)
+            else:
+                train_classifier(name, load_set(real), out, place)
+
+
+if __name__ == "__main__":
+    typer.run(main)

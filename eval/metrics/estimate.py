@@ -1,0 +1,107 @@
+"""A number with its standard error and small-sample bias, and what every metric needs to make one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from dmd2.core.errors import UserError
+
+Features = Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric of `n` images.
+
+    `se` is the standard error from the finite sample alone (another training run is not in it), None where the sample
+    is too small to know it. `bias` is what the value exceeds its infinite-sample limit by, None where unknown or zero.
+    """
+
+    value: float
+    se: float | None
+    n: int
+    bias: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the infinite-sample value, around ``value - bias``; None without a standard error."""
+        if self.se is None:
+            return None
+        centre, half = self.value - (self.bias or 0.0), float(t.ppf(0.975, self.n - 1)) * self.se
+        return centre - half, centre + half
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """Plain numbers: value, se, low, high, bias, n."""
+        low, high = self.interval or (None, None)
+        return {"value": self.value, "se": self.se, "low": low, "high": high, "bias": self.bias, "n": self.n}
+
+
+def matrix(features: Features, what: str = "features") -> Tensor:
+    """Features as a float32 or float64 tensor ``(n, d)`` on the device they came from; half precision is widened.
+
+    Raises:
+        UserError: not a non-empty matrix, or NaN or infinite somewhere.
+    """
+    # torch warns on read-only arrays (memory-mapped shards); those are copied
+    x = torch.from_numpy(np.require(features, requirements="W")) if isinstance(features, np.ndarray) else features
+    if x.ndim != 2 or 0 in x.shape:
+        raise UserError(f"{what} must be a table of n rows and d columns, got shape {tuple(x.shape)}")
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() else x.double()
+    if not torch.isfinite(x).all():
+        row = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
+        raise UserError(f"{what} hold NaN or infinity, first in row {row}")
+    return x
+
+
+def matrices(a: Features, b: Features) -> tuple[Tensor, Tensor]:
+    """Two feature tables of one detector, checked, on the device of the first, in the wider of their float types."""
+    x, y = matrix(a), matrix(b)
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared: other detectors?")
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(device=x.device, dtype=dtype)
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` rows."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def standard_error(influence: np.ndarray, strata: np.ndarray | Tensor | None = None) -> float | None:
+    """``sd / sqrt(n)`` of per-sample influences ``(n,)``; with class-balanced sampling only the spread inside classes.
+
+    Stratified variance ``sum_c (n_c / n)^2 var_c / n_c``. Classes with one sample have no spread of their own and are
+    collapsed into one stratum (Cochran, Sampling Techniques, 5A.12), which errs on the safe side.
+
+    Args:
+        influence: one value per image; their mean is the metric up to a constant.
+        strata: class of every image ``(n,)``, fixed by design rather than drawn; None for independent draws.
+
+    Returns:
+        The standard error, or None with fewer than two samples.
+    """
+    n = len(influence)
+    if n < 2:
+        return None
+    variance = sum(len(part) * part.var(ddof=1) for part in _split(influence, strata))
+    return float(np.sqrt(variance) / n)
+
+
+def _split(influence: np.ndarray, strata: np.ndarray | Tensor | None) -> list[np.ndarray]:
+    if strata is None:
+        return [influence]
+    labels = np.asarray(strata)
+    if labels.shape != influence.shape:
+        raise UserError(f"{len(influence)} images need one class each, got classes of shape {labels.shape}")
+    _, where, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    lonely = counts == 1
+    if lonely.sum() == 1:  # a single lonely sample joins the largest class
+        lonely[counts.argmax()] = True
+    codes = np.where(lonely[where], -1, where)
+    return [influence[codes == code] for code in np.unique(codes)]

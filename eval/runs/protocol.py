@@ -1,0 +1,247 @@
+"""How a sampler of a run becomes numbers: its evaluation section, applied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmd2.core.errors import UserError
+from dmd2.core.files import content_of, digest_of, listing
+from dmd2.core.rng import sample_labels
+from dmd2.data.prompts import EvalPrompts
+from dmd2.data.sets import save_shard
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.eval_config import Eval
+from dmd2.experiment.protocols import KNOWN, NEEDS_IMAGES, named, ranks_of
+from dmd2.experiment.run_inputs import REAL, measured_with
+from dmd2.networks.quantise import quantise
+from eval.detectors.alignment import Alignment, load_towers
+from eval.detectors.detectors import Detector, load_detector
+from eval.detectors.features import FeatureSet, Sampled, account, extract, join, share
+from eval.detectors.reference import FEATURES, Engine, Reference
+from eval.metrics.estimate import Estimate
+from eval.metrics.scores import mean_estimate
+from eval.metrics.stats import describe
+from eval.pixels.resize import Geometry
+from eval.runs.columns import APPEARANCE, Tap, Taps
+from eval.score.measure import METRICS, from_ones
+
+Sample = Callable[[list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Estimates by metric, and the influence of every image on the Frechet distance, for paired differences.
+
+    `others` are the influences on the metrics that have their own: the patch's distance and the CLIP score.
+    """
+
+    estimates: dict[str, Estimate]
+    influence: np.ndarray
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Values by metric, and the estimates with standard error, interval and bias."""
+        values = {name: estimate.value for name, estimate in self.estimates.items()}
+        return {**values, "estimates": {name: estimate.as_json() for name, estimate in self.estimates.items()}}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a number depends on besides the weights.
+
+    `patch` is the reference of the second distance, `alignment` what compares images with their captions; both are
+    None where they are not measured.
+    """
+
+    cfg: RunConfig
+    detector: Detector
+    reference: Reference
+    names: dict[str, Any]
+    patch: Reference | None = None
+    alignment: Alignment | None = None
+
+    @staticmethod
+    def of(cfg: RunConfig, device: torch.device) -> "Protocol":
+        """Load what the run's eval section names.
+
+        Raises:
+            UserError: a metric is unknown or misnamed, or a detector or reference is missing.
+        """
+        spec, read = cfg.eval, measured_with(cfg)
+        detector = load_detector(spec.detector, device=device)
+        check_metrics(cfg, detector)
+        moments, images = read["reference"], REAL / spec.reference / "manifest.json"
+        engine = Engine(detector, Geometry(spec.geometry), FEATURES, spec.batch)
+        reference = engine.reference(images if NEEDS_IMAGES & set(spec.metrics) else moments)
+        names: dict[str, Any] = {
+            "protocol": spoken(spec), "geometry": spec.geometry,
+            "detector": describe(read["detector"]),
+            "reference": counted(moments, reference),
+            "images": spec.images, "draws": spec.draws, "labels": spec.labels,
+            "rounding": spec.rounding, "precision": spec.precision, "covariance_init": spec.covariance_init,
+        }  # fmt: skip
+        patch = alignment = None
+        if spec.patch is not None and _measures(spec, "patch"):
+            geometry = Geometry(spec.patch.geometry)
+            patch = Engine(detector, geometry, FEATURES, spec.batch).reference(read["patch_reference"])
+            names["patch"] = f"{geometry.name}, {counted(read['patch_reference'], patch)}"
+        if (prompts := EvalPrompts.of(cfg)) is not None:
+            names["labels"] = "by prompt"
+            names |= {n: f"{read[n].parent.name}@{content_of(read[n])[:8]}" for n in ("prompts", "pipeline")}
+            names["prompts"] += f" ({len(prompts.captions)} captions)"
+            if _measures(spec, "clip"):
+                alignment = Alignment(load_towers(read["clip"], device), prompts)
+                names["clip"] = describe(read["clip"])
+        return Protocol(cfg, detector, reference, names, patch, alignment)
+
+    def measure(self, sample: Sample, identity: dict[str, Any], scratch: Path) -> Measured:
+        """Metrics of a sampler, averaged over draws; draw d uses the sample seeds d*images ... (d+1)*images - 1.
+
+        Args:
+            sample: seeds to images in [-1, 1].
+            identity: what the images depend on besides this protocol; it addresses the cached features.
+            scratch: folder of those features, so that an evaluation that was killed goes on.
+        """
+        draws = [self._draw(sample, identity, scratch, first) for first in self._firsts()]
+        return Measured(
+            {name: average([draw.estimates[name] for draw in draws]) for name in draws[0].estimates},
+            np.concatenate([draw.influence for draw in draws]),
+            {name: np.concatenate([draw.others[name] for draw in draws]) for name in draws[0].others},
+        )
+
+    def fill(self, sample: Sample, identity: dict[str, Any], scratch: Path, part: int) -> None:
+        """Put the features that fall to job `part` of ``eval.shards`` into `scratch`, for `measure` to find there."""
+        spec = self.cfg.eval
+        rows = share(spec.images, part, spec.shards)
+        for first in self._firsts():
+            extract(self._source(sample, identity, first), self._taps, scratch, rows, batch=spec.batch)
+
+    def _firsts(self) -> range:
+        """First sample seed of every draw."""
+        return range(0, self.cfg.eval.draws * self.cfg.eval.images, self.cfg.eval.images)
+
+    @cached_property
+    def _taps(self) -> Taps:
+        """All that sees the images."""
+        spec = self.cfg.eval
+        others: dict[str, Tap] = {}
+        if self.patch is not None and spec.patch is not None:
+            others["patch"] = Tap(self.detector, Geometry(spec.patch.geometry))
+        if self.alignment is not None:
+            others["clip"] = Tap(self.alignment.towers.images, self.alignment.towers.geometry)
+        statistics = [name for name in APPEARANCE if name in spec.metrics]
+        return Taps(self.detector, Geometry(spec.geometry), others, statistics)
+
+    def _source(self, sample: Sample, identity: dict[str, Any], first: int) -> Sampled:
+        spec = self.cfg.eval
+
+        def images(indices: list[int]) -> Tensor:
+            return quantise(sample([first + i for i in indices]), spec.rounding)
+
+        text: dict[str, Any] = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
+        how = {"rounding": spec.rounding, "labels": spec.labels, "precision": spec.precision}
+        about = {**identity, "first": first, **how, **text}
+        return Sampled(digest_of(about), spec.images, images)
+
+    def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
+        spec, source, taps = self.cfg.eval, self._source(sample, identity, first), self._taps
+        seeds = list(range(first, first + spec.images))
+        joined = join(extract(source, taps, scratch, batch=spec.batch), spec.images)
+        texts = None if self.alignment is None else self.alignment.texts(seeds)
+        widths: dict[str, int] = {} if self.patch is None else {"patch": len(self.patch.stats.mean)}
+        if texts is not None:
+            widths["clip"] = texts.shape[1]
+        columns = taps.split(joined.features, len(self.reference.stats.mean), widths)
+        drawn = FeatureSet(columns.features, joined.logits, joined.pixels, joined.source, account(self.detector))
+        classes = self.cfg.data.classes
+        labels = sample_labels(seeds, classes, spec.labels) if classes else None
+        # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
+        strata = labels if spec.labels == "cyclic" else None
+        frechet, influence = self.reference.frechet.measured(columns.features, strata)
+        found: dict[str, Estimate] = {}
+        others: dict[str, np.ndarray] = {}
+        for name in spec.metrics:
+            if KNOWN[name] == "fd":
+                found[name] = frechet
+            elif KNOWN[name] == "patch" and self.patch is not None:
+                found[name], others[name] = self.patch.frechet.measured(columns.others["patch"], strata)
+            elif KNOWN[name] == "clip" and texts is not None:
+                cosines = F.cosine_similarity(torch.from_numpy(columns.others["clip"]), texts).double().numpy()
+                found[name], others[name] = mean_estimate(cosines), cosines - cosines.mean()
+            elif KNOWN[name] == "":
+                found[name] = mean_estimate(columns.statistics[name], strata)
+            elif name == "accuracy":
+                found |= METRICS[name](drawn, self.reference, labels)
+            else:
+                values = METRICS[KNOWN[name]](drawn, self.reference, strata)
+                found |= {key.split()[0].lower() if len(values) > 1 else name: e for key, e in values.items()}
+        if ranks := ranks_of(spec.covariance_init):
+            (quirk,) = (estimate.value for estimate in from_ones(drawn, self.reference, ranks).values())
+            found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
+        return Measured(found, influence, others)
+
+
+def check_metrics(cfg: RunConfig, detector: Detector) -> None:
+    """Refuse metrics that this run cannot have, before an image is drawn.
+
+    Raises:
+        UserError: one is unknown, misnamed, or lacks what it needs.
+    """
+    for name in cfg.eval.metrics:
+        if name not in KNOWN:
+            raise UserError(f"eval.metrics: {name} cannot be measured by this version; known: {', '.join(KNOWN)}")
+        if KNOWN[name] in ("fd", "patch") and name.endswith("fid") != detector.is_fid:
+            right = name.replace("fd", "fid").replace("fidid", "fid") if detector.is_fid else name.replace("fid", "fd")
+            why = "" if detector.is_fid else ": only the canonical Inception features give an FID"
+            raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}{why}")
+        if KNOWN[name] == "patch" and cfg.eval.patch is None:
+            raise UserError(f"eval.metrics: {name} needs eval.patch: its geometry and its reference")
+        if KNOWN[name] == "clip" and (cfg.eval.clip is None or cfg.data.text is None):
+            raise UserError(f"eval.metrics: {name} needs captions (data.text) and a model that reads them (eval.clip)")
+        if name == "accuracy" and not cfg.data.classes:
+            raise UserError(f"eval.metrics: accuracy needs classes, and data {cfg.data.name} has captions")
+
+
+def _measures(spec: Eval, kind: str) -> bool:
+    return any(KNOWN[name] == kind for name in spec.metrics)
+
+
+def counted(moments: Path, reference: Reference) -> str:
+    """A reference with its digest and number of images."""
+    return f"{describe(moments)} ({reference.about['images'] or 'unknown number of'} images)"
+
+
+def spoken(spec: Eval) -> str | None:
+    """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
+    if spec.protocol is None:
+        return None
+    protocol = named(spec.protocol)
+    wanted, given = protocol.for_a_base(), spec.model_dump(mode="json")
+    return protocol.title({key: given[key] for key in wanted if given[key] != wanted[key]})
+
+
+def average(draws: list[Estimate]) -> Estimate:
+    """Mean of estimates from independent draws."""
+    errors = [e.se for e in draws if e.se is not None]
+    biases = [e.bias for e in draws if e.bias is not None]
+    return Estimate(
+        float(np.mean([e.value for e in draws])),
+        float(np.sqrt(np.sum(np.square(errors)))) / len(draws) if len(errors) == len(draws) else None,
+        sum(e.n for e in draws),
+        float(np.mean(biases)) if len(biases) == len(draws) else None,
+    )
+
+
+def save_influence(path: Path, measured: dict[int, Measured]) -> list[dict[str, Any]]:
+    """Write influences by step, and those of further metrics by ``step-metric``; returns entries of a manifest."""
+    psi = {f"{step:07d}": found.influence for step, found in measured.items()}
+    psi |= {f"{step:07d}-{name}": values for step, found in measured.items() for name, values in found.others.items()}
+    save_shard(path, {name: torch.from_numpy(values.astype(np.float32)) for name, values in psi.items()})
+    return listing([path], path.parent)
