@@ -5,12 +5,14 @@ import os
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from dmd2.data.sets import load_shard
 from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.method.step import train_step
-from dmd2.planning import plan, rates
+from dmd2.planning import rates
+from dmd2.planning.command import main
 from dmd2.planning.memory import Memory
 from dmd2.planning.plan import GIB, KEPT, Counts, Disk, Plan, TablePlan, available, fit, snapshots
 from dmd2.planning.rates import Rate
@@ -34,8 +36,8 @@ def page(tmp_path, monkeypatch):
     table = {"title": "t", "base": "tiny", "rows": rows, "seeds": [0, 1]}
     (tmp_path / "workflow/tables/both.yaml").write_text(json.dumps(table))
     monkeypatch.chdir(tmp_path)
-    app = plan.typer.Typer()
-    app.command()(plan.main)
+    app = typer.Typer()
+    app.command()(main)
 
     def run(*args):
         result = CliRunner().invoke(app, list(args))
