@@ -68,6 +68,14 @@ def test_a_package_imports_only_those_before_it(path: Path) -> None:
         assert PACKAGES.index(package_of(name)) <= PACKAGES.index(own), f"{own} imports {name}"
 
 
+def test_what_is_imported_exists() -> None:
+    """Also where mypy does not look, and inside functions that no test calls."""
+    for path in [*SOURCES, *(REPO / "tests").rglob("*.py"), *(REPO / "benchmarks").glob("*.py")]:
+        for name in imports(path):
+            places = [REPO.joinpath(*name.split(".")), REPO.joinpath(*name.split(".")[:-1])]
+            assert any(place.with_suffix(".py").exists() or place.is_dir() for place in places), f"{path}: {name}"
+
+
 def test_imports_have_no_cycle() -> None:
     modules = {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in SOURCES if p.name != "__init__.py"}
     graph = {
