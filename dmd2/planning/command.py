@@ -9,10 +9,9 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import Lora, RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
-from dmd2.planning.host_memory import Host, told
 from dmd2.planning.memory import Setup
-from dmd2.planning.page import Page
-from dmd2.planning.plan import CARDS, Counts, Plan, TablePlan
+from dmd2.planning.page import CARDS, Page
+from dmd2.planning.plan import Counts, Plan, TablePlan
 from dmd2.planning.rates import given
 
 
@@ -82,20 +81,16 @@ def main(
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
         cfg = varied(cfg, lora, states)
         seeds, rows = rows_of(base, table) if table else (0, {})
-        setup = Setup(gpus if shard else 1, checkpointing)
-        counts, rate = Counts(setup), None
+        counts, rate = Counts(Setup(gpus if shard else 1, checkpointing)), None
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
-        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus, setup)
+        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus)
         page.head(base, plan)
         page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
         page.time(plan)
         page.disk(plan)
         if cluster is not None or (CLUSTERS / "slurm.yaml").exists():
-            machine = load_cluster(cluster or "slurm")
-            share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))
-            peak = plan.memory.at(min(share, machine.training.micro_batch or share), accumulated=True)
-            page.console.print(told(Host.of(plan.counted, machine, peak), machine, cluster or "slurm"))
+            page.host(plan, load_cluster(cluster or "slurm"), cluster or "slurm")
         if table is not None:
             found = TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()])
             if small := page.table(found, gpu_memory, micro_batch):

@@ -6,8 +6,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,7 @@ LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LP
 SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
 
 
-@dataclass(frozen=True)
-class Iteration:
+class Iteration(NamedTuple):
     """One iteration of one process: bytes alive at its worst moment, and floating-point operations."""
 
     peak: int
@@ -73,8 +73,7 @@ class Memory:
         return next((count for count in range(share - 1, 0, -1) if self.at(count, True) <= available), 0)
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """How a GPU trains: over how many networks are split (1: not at all), and whether activations are recomputed."""
 
     parts: int = 1
@@ -139,8 +138,9 @@ class Counted:
         """All networks that a training holds, by name."""
         m = self.models
         found = {"student": m.student, "teacher": m.teacher, "critic": m.critic, "head": m.head, "EMA": self.ema}
-        distance = m.distance if isinstance(m.distance, nn.Module) else None
-        return {name: module for name, module in {**found, "LPIPS": distance}.items() if module is not None}
+        return {
+            name: module for name, module in {**found, "LPIPS": m.distance}.items() if isinstance(module, nn.Module)
+        }
 
     @property
     def transient(self) -> int:
@@ -200,7 +200,8 @@ class Counted:
         rows = self.rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         parts = self.setup.parts
-        with Ledger(self._standing(), parts) as ledger, self.functions:
+        standing = [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
+        with Ledger(standing, parts) as ledger, self.functions:
             scattered = [
                 p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad))  
                 for module in self.modules.values() if parts > 1
@@ -219,13 +220,15 @@ class Counted:
         standing = {name: -(-size // parts) for name, size in {**self.weights, "AdamW": self.moments}.items()}
         return Memory(standing, -(-self.gradients // parts), points)
 
-    def flops(self) -> float:
-        """Of one image in one iteration, averaged over the iterations with and without a student update."""
+    @cached_property
+    def image_flops(self) -> float:
+        """Operations of one image in one iteration, averaged over those with and without a student update."""
         ratio = self.cfg.critic.ratio
         return (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
 
+    @cached_property
     def forward_flops(self) -> int:
-        """Of one call of the network with one image."""
+        """Operations of one call of the network with one image."""
         with Ledger() as ledger, self.functions, torch.no_grad():
             z = torch.empty(1, *image_shape(self.cfg), device=META)
             self.models.teacher(z, torch.empty(1, device=META), self.condition(self.models.teacher, 1))
@@ -251,10 +254,6 @@ class Counted:
         tensors = {name: value for name, value in vars(cond).items() if value is not None}
         noise = torch.empty(shape, device=META)
         return TensorSet({**tensors, "images": torch.empty(shape, dtype=kind, device=META), "noise": noise})
-
-    def _standing(self) -> list[Tensor]:
-        """What lies in memory from the first iteration to the last."""
-        return [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
 
 
 def architecture(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a base, a row or a table will take, before anything is submitted: memory of a GPU, hours, disk.
+"""What a base, a row or a table will take, before anything is submitted: hours, disk, and memory of a node.
 
 Nothing of full size is allocated, and no data, teacher or GPU is needed (see dmd2/planning/memory.py).
 """
@@ -7,76 +7,73 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from dmd2.core.files import read_json
+from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.config import RunConfig, TrainConfig, digest
-from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.run_inputs import REAL
-from dmd2.planning.host_memory import condition_bytes, image_bytes
 from dmd2.planning.memory import WHOLE, Counted, Memory, Setup
-from dmd2.planning.rates import PUBLISHED_IMAGES, Rate, rate_of
+from dmd2.planning.rates import Rate, rate_of
 from dmd2.training.checkpoint import Checkpoints
 
-GIB = 2.0**30  # bytes
-CARDS = (24.0, 40.0, 80.0)  # GiB
-RESERVE, FRAGMENTED = 2.0, 0.1  # GiB of CUDA's context, workspaces and NCCL; share of the rest that fragments
-FLOAT = 4  # bytes
+FLOAT, HALF = 4, 2  # bytes
+STORED = {"text": 2, "pooled": 2, "time_ids": 4, "labels": 8}  # bytes of an element, as sets and pairs keep it
 FEATURES = {"inception": 2048, "dinov2-vitl14": 1024, "-classifier": 64}
+# Training images, where no manifest says so.
+PUBLISHED_IMAGES = {"imagenet64": 1_281_167, "cifar10": 50_000, "fashion": 60_000, "digits": 1_797}
 KEPT = Checkpoints(Path()).keep
+SAVED = ("student", "critic", "head", "EMA")  # networks of a checkpoint
+GPU_PROCESS, CPU_PROCESS = 3 * 2**30, 2**30  # bytes; interpreter and libraries, with those of CUDA or without
 
 
 class Counts:
-    """Networks and operations by config; a config is counted once."""
+    """Networks on the meta device by config; a config is counted once."""
 
     def __init__(self, setup: Setup = WHOLE) -> None:
         self.setup = setup
-        self._counted: dict[str, Counted] = {}
-        self._flops: dict[str, float] = {}
+        self._known: dict[str, Counted] = {}
 
     def of(self, cfg: TrainConfig) -> Counted:
-        """A run's networks on the meta device."""
+        """The networks of a run."""
         key = digest(cfg)
-        if key not in self._counted:
-            self._counted[key] = Counted(cfg, self.setup)
-        return self._counted[key]
+        if key not in self._known:
+            self._known[key] = Counted(cfg, self.setup)
+        return self._known[key]
 
     def flops(self, cfg: TrainConfig) -> float:
         """Operations of one image in one iteration."""
-        key = digest(cfg)
-        if key not in self._flops:
-            self._flops[key] = self.of(cfg).flops()
-        return self._flops[key]
+        return self.of(cfg).image_flops
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes that a run writes and that it shares with others."""
+class Disk(NamedTuple):
+    """Bytes that a run writes (all its snapshots, one checkpoint, features of its images) and that it shares."""
 
     snapshots: int
     checkpoint: int
     features: int
     pairs: int
-    real: int | None
+    real: int | None  # None where the number of images is unknown
 
-    @staticmethod
-    def of(cfg: RunConfig, counted: Counted) -> "Disk":
-        """As trainer, pairs and data write them: in float32; real sets and text states as `host_memory` says."""
-        pixels = cfg.data.channels * cfg.data.resolution**2
-        condition = condition_bytes(counted)
-        kept = [name for name in ("student", "critic", "head", "EMA") if name in counted.parameters]
-        weights = sum(counted.parameters[name] for name in kept)
-        pairs = cfg.regression.pairs.count * (2 * pixels * FLOAT + condition) if cfg.needs_pairs else 0
-        count = real_images(cfg)
-        real = None if count is None else count * (image_bytes(cfg) + condition)
-        features = snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT
-        student = snapshots(cfg) * counted.parameters["student"] * FLOAT
-        states = sum(tensor.nbytes for tensor in counted.states)
-        return Disk(student, weights * FLOAT + states, features, pairs, real)
 
-    @property
-    def run(self) -> int:
-        """Of one run: its snapshots, and the checkpoints it keeps with one more being written."""
-        return self.snapshots + (KEPT + 1) * self.checkpoint
+def disk_of(cfg: RunConfig, counted: Counted) -> Disk:
+    """As trainer, pairs and data write them: in float32, real images as uint8, latents and text states in float16."""
+    pixels = cfg.data.channels * cfg.data.resolution**2
+    found = vars(counted.condition(counted.models.teacher, 1)).items()
+    condition = sum(value.numel() * STORED[name] for name, value in found if value is not None)
+    count = real_images(cfg)
+    return Disk(
+        snapshots=snapshots(cfg) * counted.parameters["student"] * FLOAT,
+        checkpoint=saved_bytes(counted) + sum(tensor.nbytes for tensor in counted.states),
+        features=snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT,
+        pairs=cfg.regression.pairs.count * (2 * pixels * FLOAT + condition) if cfg.needs_pairs else 0,
+        real=None if count is None else count * (pixels * (HALF if cfg.data.latents else 1) + condition),
+    )
+
+
+def saved_bytes(counted: Counted) -> int:
+    """Of the weights in a checkpoint."""
+    return sum(counted.parameters.get(name, 0) for name in SAVED) * FLOAT
 
 
 def _features(detector: str) -> int:
@@ -99,9 +96,26 @@ def real_images(cfg: RunConfig) -> int | None:
     return PUBLISHED_IMAGES.get(cfg.data.name)
 
 
-def available(card: float) -> float:
-    """Bytes of a GPU of `card` GiB that tensors can take."""
-    return (card - RESERVE) * (1 - FRAGMENTED) * GIB
+def host_memory(counted: Counted, cluster: Cluster, peak: float) -> tuple[float, int]:
+    """Bytes of a node for its processes and to save, beyond mapped files, which the system may drop.
+
+    Processes: their libraries (assumed), and on a CPU the tensors, `peak` in each, that a GPU would hold. To save: the
+    student's weights for a snapshot, in process 0; of split networks, if it is more, the node's rows of a checkpoint.
+    """
+    job, nodes, count = cluster.jobs.train, cluster.training.nodes, cluster.processes
+    on_gpu = job.device == "cuda" or (job.device == "auto" and bool(job.gpu or job.gres))
+    saving = counted.parameters["student"] * FLOAT
+    if cluster.training.shard and count * nodes > 1:
+        saving = max(saving, -(-(saved_bytes(counted) + counted.moments) // nodes))
+    return count * (GPU_PROCESS if on_gpu else CPU_PROCESS + peak), saving
+
+
+def requested_memory(cluster: Cluster) -> int | None:
+    """MB of a node that the cluster file asks for trainings, None where it leaves that to the cluster."""
+    job = cluster.jobs.train
+    if job.mem_mb_per_cpu is not None and job.mem_mb is None:
+        return job.mem_mb_per_cpu * job.threads * cluster.processes
+    return job.mem_mb
 
 
 @dataclass(frozen=True)
@@ -111,62 +125,39 @@ class Plan:
     name: str
     cfg: RunConfig
     counted: Counted
-    flops: float
     rate: Rate
 
     @staticmethod
     def of(base: str, run: str, cfg: RunConfig, counts: Counts, rate: Rate | None = None) -> "Plan":
         """Count a run, at `rate` or at the best that is known."""
-        counted, flops = counts.of(cfg), counts.flops(cfg)
-        return Plan(run, cfg, counted, flops, rate or rate_of(base, run, cfg, counts.flops))
+        return Plan(run, cfg, counts.of(cfg), rate or rate_of(base, run, cfg, counts.flops))
 
     @cached_property
     def memory(self) -> Memory:
         """Memory of one process at any micro-batch."""
         return self.counted.memory()
 
-    def training(self) -> float:
-        """Hours of one process for the whole training."""
-        return self.rate.hours(self.flops * self.cfg.optim.batch * self.cfg.train.steps)
+    @cached_property
+    def disk(self) -> Disk:
+        """Bytes on disk."""
+        return disk_of(self.cfg, self.counted)
 
-    def evaluation(self) -> float:
-        """Hours of one process to sample the images of all snapshots; the detector is not counted."""
-        images = self.cfg.eval.images * snapshots(self.cfg) * self.cfg.generator.steps
-        return self.rate.hours(images * self.counted.forward_flops())
+    @property
+    def iteration_flops(self) -> float:
+        """Operations of an iteration of all processes."""
+        return self.counted.image_flops * self.cfg.optim.batch
 
-    def pairs(self) -> float:
-        """Hours of one process to make the teacher's pairs."""
-        return self._sampled(self.cfg.regression.pairs.count, self.cfg.regression.pairs.sampler)
-
-    def teachers(self) -> float:
-        """Hours of one process to sample the teacher's images that tables show."""
-        return sum(self._sampled(self.cfg.eval.images, spec) for spec in self.cfg.eval.teacher_samplers.values())
-
-    def _sampled(self, images: int, sampler: Sampler) -> float:
-        return self.rate.hours(images * sampler.network_calls * self.counted.forward_flops())
-
-
-def binary(size: float) -> str:
-    """Bytes of memory, in GiB or MiB."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def fit(memory: Memory, card: float, batch: int, gpus: int, micro_batch: int = 0, fewest: int = 1) -> list[str]:
-    """What GPUs of `card` GiB can do, as cells of the table.
-
-    The card; what of it tensors can take; the most images of a pass; the GPUs, `fewest` or more, that need no
-    accumulation; how a batch is done on `gpus` of them, in passes of `micro_batch` images or of as many as fit.
-    """
-    room, share = available(card), -(-batch // gpus)
-    cells = [f"{card:g} GiB", binary(room)]
-    largest = memory.largest(room, share)
-    alone = next((n for n in range(fewest, batch + 1) if memory.at(-(-batch // n)) <= room), None)
-    images = min(micro_batch or largest or 1, share)
-    passes = -(-share // images)
-    need = memory.at(images, accumulated=passes > 1)
-    how = "one pass" if passes == 1 else f"{passes} passes, micro_batch {images}"
-    missing = f": does not fit, {binary(need - room)} more is needed" if need > room else f": {binary(need)}"
-    return [*cells, f"{memory.largest(room, batch)}", f"{alone or 'none'}", how + missing]
+    def hours(self) -> dict[str, float]:
+        """Hours of one process by kind of work; pairs and teacher's images are shared, detectors are not counted."""
+        cfg, pairs = self.cfg, self.cfg.regression.pairs
+        calls = {
+            "snapshots' images": cfg.eval.images * snapshots(cfg) * cfg.generator.steps,
+            "pairs": pairs.count * pairs.sampler.network_calls if cfg.needs_pairs else 0,
+            "teacher's images": cfg.eval.images * sum(s.network_calls for s in cfg.eval.teacher_samplers.values()),
+        }
+        work = {"training": self.iteration_flops * cfg.train.steps}
+        work |= {name: count * self.counted.forward_flops for name, count in calls.items()}
+        return {name: self.rate.hours(operations) for name, operations in work.items()}
 
 
 @dataclass(frozen=True)
@@ -177,19 +168,19 @@ class TablePlan:
     seeds: int
     rows: list[Plan]
 
+    @property
+    def _pair_sets(self) -> list[Plan]:
+        """One run for each set of pairs."""
+        return list({row.cfg.pair_set: row for row in self.rows if row.cfg.needs_pairs}.values())
+
     def hours(self) -> dict[str, float]:
         """Hours of one process by kind of work, all seeds together."""
-        sets = {row.cfg.pair_set: row for row in self.rows if row.cfg.needs_pairs}
-        return {
-            "training": self.seeds * sum(row.training() for row in self.rows),
-            "snapshots' images": self.seeds * sum(row.evaluation() for row in self.rows),
-            "pairs": sum(row.pairs() for row in sets.values()),
-            "teacher's images": self.rows[0].teachers(),
-        }
+        found = [row.hours() for row in self.rows]
+        of_runs = {name: self.seeds * sum(hours[name] for hours in found) for name in ("training", "snapshots' images")}
+        pairs = sum(row.hours()["pairs"] for row in self._pair_sets)
+        return {**of_runs, "pairs": pairs, "teacher's images": found[0]["teacher's images"]}
 
     def bytes(self) -> int:
         """On disk once all runs are finished, checkpoints not pruned."""
-        sets = {row.cfg.pair_set: row for row in self.rows if row.cfg.needs_pairs}
-        disks = [Disk.of(row.cfg, row.counted) for row in self.rows]
-        shared = sum(Disk.of(row.cfg, row.counted).pairs for row in sets.values()) + (disks[0].real or 0)
-        return shared + self.seeds * sum(disk.snapshots + KEPT * disk.checkpoint for disk in disks)
+        shared = sum(row.disk.pairs for row in self._pair_sets) + (self.rows[0].disk.real or 0)
+        return shared + self.seeds * sum(row.disk.snapshots + KEPT * row.disk.checkpoint for row in self.rows)

@@ -4,9 +4,8 @@ A rate is in floating-point operations per second and process, so that a row tha
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,28 +17,16 @@ from dmd2.experiment.tables import load_base
 A100 = "A100"
 A100_PEAK = 312e12  # bf16 operations per second of its tensor cores, dense, as NVIDIA states them
 UTILISATION = 0.2  # about what the published ImageNet-64 runs reach (`python -m dmd2.planning imagenet64`)
+# Hours, iterations, A100s and batch of the paper's runs as the README of its code states them, by base and GAN.
+PUBLISHED = {
+    ("imagenet64", False): (70, 410_000, 7, 280),
+    ("imagenet64", True): (53, 200_000, 7, 280),
+    ("sd15", False): (25, 39_000, 64, 2048),
+    ("sd15", True): (2, 2_000, 64, 2048),
+    ("sdxl", True): (57, 19_000, 64, 128),
+}
 
 Flops = Callable[[TrainConfig], float]  # of one image in one iteration
-
-
-@dataclass(frozen=True)
-class PublishedRun:
-    """A run of the paper as the README of its code states it."""
-
-    gan: bool
-    hours: float
-    iterations: int
-    gpus: int
-    batch: int
-
-
-PUBLISHED = {
-    "imagenet64": [PublishedRun(False, 70, 410_000, 7, 280), PublishedRun(True, 53, 200_000, 7, 280)],
-    "sd15": [PublishedRun(False, 25, 39_000, 64, 2048), PublishedRun(True, 2, 2_000, 64, 2048)],
-    "sdxl": [PublishedRun(True, 57, 19_000, 64, 128)],
-}
-# Training images, where no manifest says so.
-PUBLISHED_IMAGES = {"imagenet64": 1_281_167, "cifar10": 50_000, "fashion": 60_000, "digits": 1_797}
 
 
 @dataclass(frozen=True)
@@ -66,8 +53,11 @@ class Rate:
 
 
 def rate_of(base: str, run: str, cfg: RunConfig, flops: Flops) -> Rate:
-    """The best rate there is for a run that nobody gave one for."""
-    return measured(base, run, cfg, flops) or published(base, cfg, flops) or assumed()
+    """The best rate there is for a run that nobody gave one for; an A100's if there is none."""
+    assumed = f"assumed: an A100 at {UTILISATION:.0%} of its {A100_PEAK / 1e12:.0f} TFLOP/s"
+    return (
+        measured(base, run, cfg, flops) or published(base, cfg, flops) or Rate(A100_PEAK * UTILISATION, A100, assumed)
+    )
 
 
 def given(seconds: float, processes: int, operations: float) -> Rate:
@@ -77,16 +67,13 @@ def given(seconds: float, processes: int, operations: float) -> Rate:
 
 def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None:
     """Rate of the newest finished run of that base in results/runs, one of the same row if there is one."""
-    found: list[tuple[bool, float, Path, dict[str, Any], TrainConfig]] = []
+    found = []
     for path in RUNS.glob(f"{base}/*/seed*/train.json"):
         record = read_json(path)
-        if record["seconds"] is None:  # a released student, which was not trained here
-            continue
-        try:
-            trained = TrainConfig.model_validate(record["config"])
-        except ValidationError:
-            continue  # of another version of the code
-        found.append((path.parts[-3] == run, path.stat().st_mtime, path, record, trained))
+        with suppress(ValidationError):  # a config of another version of the code
+            if record["seconds"] is not None:  # of a released student it is: it was not trained here
+                trained = TrainConfig.model_validate(record["config"])
+                found.append((path.parts[-3] == run, path.stat().st_mtime, path, record, trained))
     if not found:
         return None
     _, _, path, record, trained = max(found, key=lambda entry: entry[:2])
@@ -100,23 +87,15 @@ def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None
 
 
 def published(base: str, cfg: RunConfig, flops: Flops) -> Rate | None:
-    """Rate of the paper's run of that base, with or without GAN as this one."""
-    runs = PUBLISHED.get(base, [])
-    spec = next((entry for entry in runs if entry.gan == cfg.gan.on), runs[0] if runs else None)
-    if spec is None:
+    """Rate of the paper's run of that base, with or without GAN as this one, or else of its other run."""
+    gan = next((gan for gan in (cfg.gan.on, not cfg.gan.on) if (base, gan) in PUBLISHED), None)
+    if gan is None:
         return None
+    hours, iterations, gpus, batch = PUBLISHED[base, gan]
     _, reference = load_base(base)
-    if not spec.gan:
+    if not gan:
         off = reference.gan.model_copy(update={"lambda_g": 0.0, "lambda_d": 0.0})
         reference = reference.model_copy(update={"gan": off})
-    seconds = spec.hours * 3600 / spec.iterations
-    speed = flops(reference) * spec.batch / seconds / spec.gpus
-    what = f"{spec.hours:g} h for {spec.iterations:,} iterations on {spec.gpus} {A100}, batch {spec.batch}"
-    return Rate(speed, A100, f"published (README of DMD2): {what}, {'with' if spec.gan else 'without'} GAN")
-
-
-def assumed() -> Rate:
-    """Rate of an A100 that nobody measured."""
-    return Rate(
-        A100_PEAK * UTILISATION, A100, f"assumed: an A100 at {UTILISATION:.0%} of its {A100_PEAK / 1e12:.0f} TFLOP/s"
-    )
+    speed = flops(reference) * batch * iterations / (hours * 3600) / gpus
+    what = f"{hours:g} h for {iterations:,} iterations on {gpus} {A100}, batch {batch}"
+    return Rate(speed, A100, f"published (README of DMD2): {what}, {'with' if gan else 'without'} GAN")

@@ -65,7 +65,7 @@ def test_recomputed_activations_take_less_memory_and_more_arithmetic():
     kept, recomputed = (Counted(cfg, Setup(checkpointing=on)) for on in (False, True))
     of_an_image = [counted.memory().per_image for counted in (kept, recomputed)]
     assert of_an_image[1] < 0.7 * of_an_image[0]
-    assert 1.1 * kept.flops() < recomputed.flops() < 1.5 * kept.flops()
+    assert 1.1 * kept.image_flops < recomputed.image_flops < 1.5 * kept.image_flops
 
 
 def test_a_gpu_holds_its_part_of_split_networks(monkeypatch):
@@ -135,8 +135,8 @@ def test_arithmetic_is_linear_in_images_and_averaged_over_the_ratio():
     counted = Counted(config(critic__ratio=5))
     student, critic = counted.iteration(1).flops, counted.iteration(1, update_student=False).flops
     assert counted.iteration(6).flops == 6 * student
-    assert counted.flops() == (student + 4 * critic) / 5
-    assert Counted(config(critic__ratio=1)).flops() == student
+    assert counted.image_flops == (student + 4 * critic) / 5
+    assert Counted(config(critic__ratio=1)).image_flops == student
 
 
 def test_bfloat16_bodies_take_less_and_an_eps_teacher_half():
@@ -201,10 +201,10 @@ def test_several_steps_and_guidance_are_counted():
     guided = Counted(config("eps-labels", teacher__guidance=2.0))
     several = Counted(config("eps-labels", generator__input="backward_simulation", generator__steps=4))
     karras = Counted(config("edm", generator__input="backward_simulation", generator__steps=4))
-    forward = one.forward_flops()
+    forward = one.forward_flops
     assert guided.iteration(2).flops == one.iteration(2).flops + 2 * forward
     assert several.iteration(2).flops == one.iteration(2).flops + 2 * 3 * forward
-    assert karras.iteration(1).flops == Counted(config("edm")).iteration(1).flops + 3 * karras.forward_flops()
+    assert karras.iteration(1).flops == Counted(config("edm")).iteration(1).flops + 3 * karras.forward_flops
 
 
 def test_an_unknown_network_is_a_sentence(tmp_path, monkeypatch):

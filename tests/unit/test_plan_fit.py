@@ -6,9 +6,12 @@ import pytest
 
 from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.tables import load_base
-from dmd2.planning import host_memory as host
-from dmd2.planning.plan import Counts, Disk
+from dmd2.planning import plan
+from dmd2.planning.page import MB, Page
+from dmd2.planning.plan import Counts, Plan, disk_of, host_memory, requested_memory
+from dmd2.planning.rates import Rate
 from tests import tiny
+from tests.conftest import ROOT
 from tests.unit.test_memory import config
 from tests.unit.test_plan import page  # noqa: F401, a fixture
 
@@ -28,40 +31,39 @@ def test_a_row_that_does_not_fit_is_marked_by_a_word_and_by_the_exit(page, card,
     assert all(word in " ".join(text.split()) for word in words)
 
 
-def test_latents_are_priced_as_float16_with_their_text_states():
-    _, cfg = load_base("sdxl")
-    counted = Counts().of(cfg)
-    row = 77 * 2048 * 2 + 1280 * 2 + 6 * 4
-    assert host.condition_bytes(counted) == row
-    assert host.image_bytes(cfg) == 4 * 128 * 128 * 2
-    plain = config()
-    assert host.condition_bytes(Counts().of(plain)) == 8 and host.image_bytes(plain) == tiny.SIZE**2
-
-
-def test_pairs_of_text_are_priced_with_their_text_states():
-    _, cfg = load_base("sdxl")
+def test_text_sets_are_priced_as_float16_with_their_text_states(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no set is
+    _, cfg = load_base("sdxl", ROOT / "workflow/base")
+    monkeypatch.setattr(plan, "PUBLISHED_IMAGES", {cfg.data.name: 10, config().data.name: 10})
     weighted = cfg.model_copy(update={"regression": cfg.regression.model_copy(update={"weight": 1.0})})
-    disk = Disk.of(weighted, Counts().of(weighted))
-    each = 2 * 4 * 4 * 128 * 128 + 77 * 2048 * 2 + 1280 * 2 + 6 * 4
-    assert disk.pairs == cfg.regression.pairs.count * each
+    disk, text = disk_of(weighted, Counts().of(weighted)), 77 * 2048 * 2 + 1280 * 2 + 6 * 4
+    assert disk.real == 10 * (4 * 128 * 128 * 2 + text)
+    assert disk.pairs == cfg.regression.pairs.count * (2 * 4 * 4 * 128 * 128 + text)
+    assert disk_of(config(), Counts().of(config())).real == 10 * (tiny.SIZE**2 + 8)
 
 
-def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_and_one_snapshot():
-    counted = Counts().of(config())
-    eight = cluster({"gpu": 8, "mem_mb": 20000})
-    found = host.Host.of(counted, eight, peak=10**15)
-    assert found.processes == 8 * 3 * 2**30 and found.saving == 4 * counted.parameters["student"]
-    assert "Too small: jobs.train asks for 20000 MB" in host.told(found, eight, "slurm")
-    enough = cluster({"gpu": 8, "mem_mb": found.megabytes})
-    assert "Too small" not in host.told(found, enough, "slurm")
-    assert host.asked(cluster({"gpu": 8, "threads": 2, "mem_mb_per_cpu": 1000})) == 16000
-    assert "Too small" not in host.told(found, cluster({"gpu": 8}), "slurm")
+def told(capsys, planned, machine):
+    Page(1).host(planned, machine, "slurm")
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_and_one_snapshot(capsys):
+    planned = Plan("r", config(), Counts().of(config()), Rate(1.0, "GPU", "given"))
+    found = host_memory(planned.counted, cluster({"gpu": 8}), peak=10**15)
+    assert found == (8 * 3 * 2**30, 4 * planned.counted.parameters["student"])
+    small, enough = -(-sum(found) // MB) - 1, -(-sum(found) // MB)
+    assert f"jobs.train asks for {small} MB of memory of a node; set mem_mb to {enough}" in told(
+        capsys, planned, cluster({"gpu": 8, "mem_mb": small})
+    )
+    for machine in (cluster({"gpu": 8, "mem_mb": enough}), cluster({"gpu": 8})):
+        assert "Too small" not in told(capsys, planned, machine)
+    assert requested_memory(cluster({"gpu": 8, "threads": 2, "mem_mb_per_cpu": 1000})) == 16000
 
 
 def test_host_memory_on_cpus_and_of_split_networks():
     counted = Counts().of(config())
-    assert host.Host.of(counted, cluster({}), peak=5e9).processes == 2**30 + 5e9
-    split = host.Host.of(counted, cluster({"gpu": 4}, shard=True, nodes=2), 0).saving
+    assert host_memory(counted, cluster({}), peak=5e9)[0] == 2**30 + 5e9
+    _, split = host_memory(counted, cluster({"gpu": 4}, shard=True, nodes=2), 0)
     state = 4 * sum(counted.parameters[name] for name in ("student", "critic", "head")) + counted.moments
     assert split == -(-state // 2)
 
