@@ -81,7 +81,7 @@ def run_alone(script: Path, *argument_lists: list[str]) -> None:
 
 
 def measured(run: RunId, values: dict[int, float], labels: str = "cyclic", rounding: str = "round") -> None:
-    """Metrics of the run's snapshots in the form `eval.evaluate` writes."""
+    """Metrics of the run's snapshots in the form `eval.runs.evaluate` writes."""
     record = read_json(run.folder / "train.json")
 
     def estimate(value: float) -> dict:

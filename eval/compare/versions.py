@@ -180,7 +180,7 @@ def _checked(side: Side) -> Side:
 
 
 def read_tables(side: Side) -> dict[str, dict[str, Any]]:
-    """The tables of a side as `eval.tables` wrote them, by name; other JSON files are passed over."""
+    """The tables of a side as `eval.report.tables` wrote them, by name; other JSON files are passed over."""
     found = {}
     for name in side.matching("results/tables/*.json"):
         bundle = side.json(name)

@@ -1,4 +1,4 @@
-"""The paper's falsifiable claims, each with the test that turns our numbers into a verdict by `eval.rules`.
+"""The paper's falsifiable claims, each with the test that turns our numbers into a verdict by `eval.report.rules`.
 
 Claims about quality are about the paper's FID, so they judge the first Frechet distance among a table's metrics, not
 whatever metric its columns begin with: margins, the patch distance beside it and the sign (lower is better) are those

@@ -41,7 +41,7 @@ Bundle = dict[str, Any]
 
 
 def read_bundle(path: Path) -> Bundle:
-    """A table as `eval.tables` wrote it.
+    """A table as `eval.report.tables` wrote it.
 
     Raises:
         UserError: the file is missing, is not JSON or holds something else.
@@ -201,7 +201,7 @@ def _commit_date() -> str:
 
 
 def main(
-    tables: Annotated[list[Path], typer.Argument(help="bundles written by eval.tables", show_default=False)],
+    tables: Annotated[list[Path], typer.Argument(help="bundles written by eval.report.tables", show_default=False)],
     out: Annotated[Path, typer.Option(help="the page")] = Path("results/report.html"),
 ) -> None:
     """Write one HTML page over TABLES: numbers beside the paper's, verdicts, curves and samples."""

@@ -30,7 +30,7 @@ def workplace(folder: Path, root: Path) -> None:
 
 
 def bundle(name: str, edit: dict[str, object] | None = None) -> Path:
-    """Write invented results of a table's rows below the current folder, then its bundle as `eval.tables` does."""
+    """Write invented results of a table's rows below the current folder, then its bundle as `eval.report.tables` does."""
     experiment = load_experiment()
     table = experiment.tables[name]
     for i, row in enumerate(experiment.rows[name]):

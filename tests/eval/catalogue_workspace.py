@@ -31,7 +31,7 @@ def measured(value: float) -> dict[str, Any]:
 
 
 def evaluate(run: RunId) -> None:
-    """Write metrics.json as `eval.evaluate` does, with made-up values."""
+    """Write metrics.json as `eval.runs.evaluate` does, with made-up values."""
     record = read_json(run.folder / "train.json")
     snapshots = [{"step": s, "student_updates": -(-s // 2), **measured(10.0 * s + run.seed)} for s in (2, 4, 6)]
     write_json(run.folder / "metrics.json", {

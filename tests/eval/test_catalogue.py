@@ -146,7 +146,7 @@ def test_the_plot_of_the_docstring_draws_every_row_with_its_band(place: Path) ->
     import matplotlib.pyplot as plt
 
     plt.close("all")
-    code = "".join(e.source for e in doctest.DocTestParser().get_examples(eval.catalogue.__doc__))
+    code = "".join(e.source for e in doctest.DocTestParser().get_examples(eval.catalogue.read.__doc__))
     exec(code, {})
     axes = plt.gca()
     assert [line.get_label() for line in axes.lines] == ["few", "many"]
@@ -161,7 +161,7 @@ def app() -> Any:
     import typer
 
     made = typer.Typer()
-    made.command()(eval.catalogue.main)
+    made.command()(eval.catalogue.read.main)
     return made
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import eval.score.command as command
-from eval.detectors.detectors import features
+from eval.detectors import features
 from eval.score import call as calls
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical

@@ -160,7 +160,7 @@ def test_folder_without_weights_is_never_run_with_random_ones(folder, tmp_path) 
     (tmp_path / "clip-ViT-g-14").mkdir()
     (tmp_path / "clip-ViT-g-14/open_clip_config.json").write_text(config)
     with pytest.raises(
-        UserError, match=r"open_clip_pytorch_model\.bin .*clip-ViT-g-14/ or run: python -m eval\.weights"
+        UserError, match=r"open_clip_pytorch_model\.bin .*clip-ViT-g-14/ or run: python -m eval\.detectors\.weights"
     ):
         load_detector("clip-ViT-g-14", tmp_path)
 

@@ -14,7 +14,7 @@ import torch
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.core.rng import sample_labels, sample_noise
-from eval.detectors.detectors import features
+from eval.detectors import features
 from eval.detectors.features import (
     FeatureSet,
     Sampled,

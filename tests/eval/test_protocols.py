@@ -11,7 +11,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels
 from dmd2.experiment.protocols import named, names, ranks_of
 from dmd2.experiment.tables import BASES, load_base, load_experiment
-from eval.detectors.detectors import features
+from eval.detectors import features
 from eval.detectors.networks import NETWORKS
 from eval.detectors.reference import Reference
 from eval.detectors.weights import registry

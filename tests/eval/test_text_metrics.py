@@ -9,7 +9,7 @@ from dmd2.core.errors import UserError
 from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import TensorSet
 from eval.detectors.alignment import Alignment
-from eval.detectors.detectors import features
+from eval.detectors import features
 from eval.detectors.reference import Reference
 from eval.detectors.small_clip import SmallClip, SmallTowers
 from eval.metrics.frechet import moments

@@ -8,7 +8,7 @@ import pytest
 from tests.workspace import REPO, Workspace
 
 README = (REPO / "README.md").read_text()
-COMMANDS = re.findall(r"^python -m (?:eval\.\w+|dmd2\.export) .*$", README, re.M)
+COMMANDS = re.findall(r"^python -m (?:eval\.[\w.]+|dmd2\.publish\.export) .*$", README, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def repository(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
 MAKES = {
     "eval.compare": None,
     "eval.catalogue": "results/catalogue.parquet",
-    "dmd2.publish.export": "exported/digits-dmd2/training/sampling.py",
+    "dmd2.publish.export": "exported/digits-dmd2/sample.py",
 }
 
 

@@ -14,7 +14,7 @@ from tests import edm_reference as edm
 from tests.workspace import REPO
 
 README = (REPO / "README.md").read_text()
-PLANS = re.findall(r"^python -m dmd2\.plan imagenet64.*$", README, re.M)  # SDXL's takes minutes
+PLANS = re.findall(r"^python -m dmd2\.planning imagenet64.*$", README, re.M)  # SDXL's takes minutes
 CONVERSIONS = re.findall(r"^python -m dmd2\.convert .*$", README, re.M)
 
 
