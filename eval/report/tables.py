@@ -1,4 +1,4 @@
-"""One table: measured values beside the paper's, as tidy CSV, Markdown (eval.table_text), and JSON for the report."""
+"""One table: measured values beside the paper's, as tidy CSV, Markdown (`table_text`), and JSON for the report."""
 
 import json
 from collections.abc import Iterable

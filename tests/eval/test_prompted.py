@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import eval.score.command as command
 from dmd2.experiment.protocols import NamedProtocol, names
 from dmd2.networks.lpips import Lpips
-from eval.detectors.clip import ClipImages, ClipScore
 from eval.detectors import features
+from eval.detectors.clip import ClipImages, ClipScore
 from eval.detectors.weights import locate
 from eval.metrics.estimate import Estimate
 from eval.metrics.scores import Scored, mean_estimate, paired_mean
@@ -259,10 +259,16 @@ def test_scores_of_logits_need_no_reference(run) -> None:
         (f"paired a.safetensors odd.safetensors {CLIP}", "12 captions but odd.safetensors 7 images"),
         (f"score a.safetensors {CLIP.replace('prompts.txt', 'none.txt')}", "none.txt is not a readable UTF-8 text"),
         (f"score a.safetensors {CLIP.replace('clip-small', 'clip-none')}", "open_clip_config.json"),
-        ("score a.safetensors --metrics clip-score --prompts prompts.txt --weights w", "eval.detectors.weights clip-ViT-g-14"),
+        (
+            "score a.safetensors --metrics clip-score --prompts prompts.txt --weights w",
+            "eval.detectors.weights clip-ViT-g-14",
+        ),
         (f"score odd.safetensors {LPIPS}", "7 images are not a multiple of --per-prompt 2"),
         (f"score a.safetensors {LPIPS} --shard 0/2", "has no features to compute in parts"),
-        (f"score a.safetensors {LPIPS.replace('--weights weights', '--weights w')}", "eval.detectors.weights lpips-vgg16"),
+        (
+            f"score a.safetensors {LPIPS.replace('--weights weights', '--weights w')}",
+            "eval.detectors.weights lpips-vgg16",
+        ),
         (f"paired a.safetensors odd.safetensors {LPIPS}", "7 images are not a multiple"),
         ("score a.safetensors --protocol nothing", "nothing"),
     ],

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from dmd2.core.errors import UserError
 from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import TensorSet
-from eval.detectors.alignment import Alignment
 from eval.detectors import features
+from eval.detectors.alignment import Alignment
 from eval.detectors.reference import Reference
 from eval.detectors.small_clip import SmallClip, SmallTowers
 from eval.metrics.frechet import moments

@@ -52,7 +52,9 @@ def test_wrong_checksum_is_refused_before_the_file_is_opened(tmp_path, offline) 
     path.parent.mkdir()
     path.write_bytes(b"not a network")
     found = hashlib.sha256(b"not a network").hexdigest()
-    with pytest.raises(UserError, match=f"has SHA-256 {found} instead of {INCEPTION}.*eval.detectors.weights inception-2015"):
+    with pytest.raises(
+        UserError, match=f"has SHA-256 {found} instead of {INCEPTION}.*eval.detectors.weights inception-2015"
+    ):
         load_detector("inception-2015-12-05-clean", tmp_path)
 
 

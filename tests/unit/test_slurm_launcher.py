@@ -212,7 +212,9 @@ def test_setup_comes_before_srun_and_the_container_before_python():
     before, command = script.split("# command")
     assert "\nmodule load cuda\nexport A=1\n" in before
     assert re.search(
-        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m dmd2\.launch\.job ", command, re.M
+        r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=1 apptainer exec x\.sif python -u -m dmd2\.launch\.job ",
+        command,
+        re.M,
     )
 
 
