@@ -35,8 +35,9 @@ from dmd2.method.step import Models, train_step
 from dmd2.planning.command import varied
 from dmd2.planning.memory import Counted, Setup, architecture
 from dmd2.training.build import build_models
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.sharding import materialise, recompute_activations
-from dmd2.training.teachers import adopt_teacher, build_network
+from dmd2.training.teachers import build_network
 
 GB = 1e9
 BLOCKS = 3  # timed on a GPU, each of critic.ratio iterations

@@ -21,10 +21,11 @@ from benchmarks.full_size import GB, _changed, _status, _teacher, random_rows
 from dmd2.core.files import listing, write_json
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.experiment.tables import load_base
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 
 
 def config(width: int) -> RunConfig:

@@ -9,10 +9,11 @@ import time
 import torch
 
 from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.experiment.tables import load_experiment
 from dmd2.method.step import train_step
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 
 ROUNDS, BLOCK = 8, 10  # a block of 10 iterations holds 2 student updates at ratio 5
 

@@ -10,13 +10,15 @@ import torch
 from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.run import Goal, RunId
 from dmd2.data.sets import load_shard, save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig, Teacher, TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.lora import snapshot_state
-from dmd2.training.teachers import adopt_teacher, wrap
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.teachers import wrap
+from dmd2.training.trainer import Training
 from tests import tiny
 
 # Runs the script given first, once per argument list, with our packages made impossible to import.

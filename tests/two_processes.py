@@ -16,9 +16,10 @@ import dmd2.training.trainer
 from dmd2.core import distributed
 from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 from tests import tiny
 
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
@@ -70,7 +71,6 @@ def interrupt_at(step: int) -> None:
 def main() -> None:
     """Train undisturbed, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
-    distributed.BUCKET = 1000  # so that gradients travel in several messages
     with distributed.process_group(DEVICE):
         me = distributed.rank()
         undisturbed = training("two")

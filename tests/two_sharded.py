@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import dmd2.training.probe
+import dmd2.training.sampling
 import dmd2.training.trainer
 from dmd2.core import distributed
 from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.training import checkpoint
 from dmd2.training.sharding import gathered
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 from tests import tiny
 
 KIND, STEPS, EVERY = "eps-sdxl", 4, 2
@@ -123,6 +124,6 @@ def second() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dmd2.training.probe.SEEDS = PROBES
+    dmd2.training.sampling.PROBES = PROBES
     with distributed.process_group(torch.device("cpu")):
         {"first": first, "second": second}[sys.argv[1]]()

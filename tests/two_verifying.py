@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-import dmd2.training.probe
+import dmd2.training.sampling
 from dmd2.core import distributed, files
+from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.job import TrainingJob
 from dmd2.training import checkpoint
@@ -35,11 +37,11 @@ def slowly(*args: object) -> None:
 
 
 sha256, files.sha256 = files.sha256, counted
-dmd2.training.probe.SEEDS = [0]
+dmd2.training.sampling.PROBES = [0]
 distributed.TIMEOUT = timedelta(seconds=TIMEOUT)
 Inputs.of = staticmethod(lambda run, cfg: two_processes.INPUTS)
 if hasattr(checkpoint, "verify_inputs"):
     verify, checkpoint.verify_inputs = checkpoint.verify_inputs, slowly
 config = two_processes.config(train__steps=int(sys.argv[1]), train__checkpoint_every=1, train__log_every=1)
-TrainingJob("tiny/job/seed0", config.training().model_dump_json(), 1, "cpu", 0).train()
+TrainingJob(RunId("tiny", "job", 0), config.training(), Hardware()).train()
 Path(f"read-{os.environ['RANK']}-{sys.argv[1]}.json").write_text(json.dumps(READ))

@@ -18,8 +18,8 @@ START = f"{PACKAGE}.training.trainer"
 # Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
 # run's key), what prepares sets, and what talks to people. By the last part of the name.
 NO_PART = {
-    "captioned_readers", "captions", "checkpoint", "checkpoint_parts", "cifar", "code_digest", "decode", "errors",
-    "eval_config", "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "progress",
+    "captioned_readers", "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode",
+    "errors", "eval_config", "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "progress",
     "provenance", "readers", "retraining", "run", "run_inputs", "slurm_queue", "sources", "tar_sets", "unets",
 }  # fmt: skip
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}

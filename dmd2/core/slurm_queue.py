@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
@@ -118,11 +119,20 @@ def state_of(job: str) -> str:
     except UserError as error:
         if "Invalid job id" in str(error):
             return ""  # the controller has forgotten it; the accounting may have lost its end
-    try:
-        words = re.findall(r"^\w+", slurm("sacct", "-X", "-n", "-P", "-j", job, "-o", "State"), re.M)
-    except UserError:
-        return ""
-    return words[-1] if words else ""
+    with suppress(UserError):
+        if known := sacct([job], "State"):
+            return known[-1][0].split()[0]  # of "CANCELLED by 1000"
+    return ""
+
+
+def sacct(jobs: list[str], fields: str, *options: str, timeout: float = 60) -> list[list[str]]:
+    """These fields of each start of jobs, as Slurm accounted them.
+
+    Raises:
+        UserError: see `slurm`.
+    """
+    text = slurm("sacct", "-X", "-n", "-P", *options, "-j", ",".join(jobs), "-o", fields, timeout=timeout)
+    return [line.split("|") for line in text.splitlines() if line]
 
 
 def squeue(*options: str) -> dict[str, Entry]:

@@ -4,6 +4,7 @@ import difflib
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -78,6 +79,18 @@ class Training(Section):
         return values
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """How one process of a training runs, without any effect on what it computes beyond rounding; see `Training`."""
+
+    device: str = "cpu"
+    threads: int = 1
+    micro_batch: int = 0
+    shard: bool = False
+    checkpointing: bool = False
+    deterministic: bool = False
+
+
 class Jobs(Section):
     """Resources by kind of job: the rule names of the Snakefile."""
 
@@ -140,6 +153,12 @@ class Cluster(Section):
         """`setup`, then Python: the start of every stateless job's command line."""
         python = f"{self.container} python" if self.container else "python"
         return " && ".join([*self.setup, python])
+
+    @property
+    def hardware(self) -> Hardware:
+        """Of a training's processes."""
+        values = self.training.model_dump(include={"micro_batch", "shard", "checkpointing", "deterministic"})
+        return Hardware(self.jobs.train.device, self.jobs.train.threads, **values)
 
     @property
     def processes(self) -> int:

@@ -110,6 +110,11 @@ class Data(Section):
         return self
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of one diffused tensor."""
+        return self.channels, self.resolution, self.resolution
+
+    @property
     def latents(self) -> bool:
         """Whether the diffused tensors are latents."""
         return self.text is not None and self.text.latents

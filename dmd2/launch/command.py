@@ -92,7 +92,7 @@ def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster, when: When = "nev
         os.execv(sys.executable, [sys.executable, *command, "-m", "dmd2.launch", *words])
     if cluster.training.nodes > 1:
         raise UserError("training.nodes: several nodes need `launcher: slurm` in the cluster file")
-    TrainingJob.of(run, cfg, cluster).train()
+    TrainingJob(run, cfg, cluster.hardware).train()
     goal = goal_of(run, cfg)
     if int(os.environ.get("RANK", "0")) == 0 and (record := goal.reached()):
         publish(goal, record)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from dmd2.core.errors import UserError
-from dmd2.core.slurm_queue import slurm
+from dmd2.core.slurm_queue import sacct
 
 LAG = 20.0  # seconds the accounting may run behind
 
@@ -22,20 +22,18 @@ def slurm_cost(jobs: list[str]) -> dict[str, Any] | None:
     until = time.monotonic() + LAG
     while True:
         try:
-            text = slurm("sacct", "-X", "-n", "-P", "--duplicates", "-j", ",".join(jobs),
-                         "-o", "JobIDRaw,State,ElapsedRaw,AllocTRES", timeout=LAG)  # fmt: skip
+            starts = sacct(jobs, "State,ElapsedRaw,AllocTRES", "--duplicates", timeout=LAG)
         except UserError:
             return None
-        lines = [line.split("|", 3) for line in text.splitlines()]
-        busy = any(state.split()[0] in ("RUNNING", "COMPLETING", "PENDING") for _, state, _, _ in lines)
-        if (lines and not busy) or time.monotonic() > until:
+        busy = any(state.split()[0] in ("RUNNING", "COMPLETING", "PENDING") for state, _, _ in starts)
+        if (starts and not busy) or time.monotonic() > until:
             break
         time.sleep(1)
-    if not lines:
-        return None
-    gpus = sum(int(seconds) * _tres("gres/gpu", tres) for _, _, seconds, tres in lines)
-    cpus = sum(int(seconds) * _tres("cpu", tres) for _, _, seconds, tres in lines)
-    return {"source": "sacct", "gpu_hours": gpus / 3600, "cpu_hours": cpus / 3600, "starts": len(lines)}
+    hours = {
+        name: sum(int(seconds) * _tres(resource, tres) for _, seconds, tres in starts) / 3600
+        for name, resource in (("gpu_hours", "gres/gpu"), ("cpu_hours", "cpu"))
+    }
+    return {"source": "sacct", **hours, "starts": len(starts)} if starts else None
 
 
 def _tres(name: str, text: str) -> int:

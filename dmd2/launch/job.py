@@ -8,13 +8,13 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.interrupts import STOP, Actions, leave_to_another_job
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import slurm
-from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs, goal_of
 
@@ -23,35 +23,23 @@ LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Plain values only: a job is sent them as text, and continues from what lies on the disk."""
+    """A training, which continues from what lies on the disk; a job is sent it as text."""
 
-    run: str
-    config: str
-    threads: int
-    device: str
-    micro_batch: int
-    shard: bool = False
-    checkpointing: bool = False
-    deterministic: bool = False
-
-    @staticmethod
-    def of(run: RunId, cfg: TrainConfig, cluster: Cluster) -> "TrainingJob":
-        """The training of a run under a cluster file's settings."""
-        how, job = cluster.training, cluster.jobs.train
-        return TrainingJob(
-            str(run), cfg.model_dump_json(), job.threads, job.device, how.micro_batch, how.shard, how.checkpointing,
-            how.deterministic,
-        )  # fmt: skip
+    run: RunId
+    cfg: TrainConfig
+    hardware: Hardware
 
     def text(self) -> str:
         """All of it as JSON, for a job's command line."""
-        return json.dumps({**asdict(self), "config": json.loads(self.config)}, separators=(",", ":"))
+        values = {"run": str(self.run), "config": self.cfg.model_dump(mode="json"), **asdict(self.hardware)}
+        return json.dumps(values, separators=(",", ":"))
 
     @staticmethod
     def read(text: str) -> "TrainingJob":
         """What `text` returned."""
         values = json.loads(text)
-        return TrainingJob(**{**values, "config": TrainConfig.model_validate(values["config"]).model_dump_json()})
+        run, config = RunId.parse(values.pop("run")), TrainConfig.model_validate(values.pop("config"))
+        return TrainingJob(run, config, Hardware(**values))
 
     def in_slurm(self) -> None:
         """Train in a Slurm task.
@@ -68,7 +56,7 @@ class TrainingJob:
         TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         with readable_errors():
             if leads:
-                leave_to_another_job(RunId.parse(self.run).folder)  # at once, not after the networks are built
+                leave_to_another_job(self.run.folder)  # at once, not after the networks are built
             self.train({signal.SIGUSR2: self.requeue, signal.SIGTERM: lambda: None})
 
     def requeue(self) -> None:
@@ -76,7 +64,7 @@ class TrainingJob:
         job = os.environ["SLURM_JOB_ID"]
         print(f"Caught signal SIGUSR2: everything is saved, job {job} is requeued", file=sys.stderr, flush=True)
         try:
-            (RunId.parse(self.run).folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
+            (self.run.folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
             slurm("scontrol", "requeue", job)
         except (OSError, UserError) as error:
             print(f"job {job} could not be requeued and goes on: {error}", file=sys.stderr, flush=True)
@@ -89,7 +77,7 @@ class TrainingJob:
         Raises:
             UserError: see `Training.run`.
         """
-        run, cfg = RunId.parse(self.run), TrainConfig.model_validate(json.loads(self.config))
+        run, cfg, hardware = self.run, self.cfg, self.hardware
         if goal_of(run, cfg).reached():
             print(f"{run} is finished already", file=sys.stderr)
             return
@@ -98,18 +86,14 @@ class TrainingJob:
         from dmd2.core.distributed import local_device, process_group
         from dmd2.core.precision import deterministic_kernels, float32_products
         from dmd2.training.checkpoint import verify_inputs
-        from dmd2.training.trainer import Hardware, Training
+        from dmd2.training.trainer import Training
 
-        torch.set_num_threads(self.threads)
-        device = local_device(self.device, "train")
-        patience = LOCK_PATIENCE if actions is not STOP else 0
-        inputs = Inputs.of(run, cfg)
-        hardware = Hardware(
-            str(device), self.threads, self.micro_batch, self.shard, self.checkpointing, self.deterministic
-        )
-        arithmetic = deterministic_kernels(self.deterministic), float32_products(cfg.train.precision)
-        with arithmetic[0], arithmetic[1], process_group(device, lambda: verify_inputs(run, cfg, inputs)):
-            Training(run, cfg, hardware, inputs).run(actions, patience)
+        torch.set_num_threads(hardware.threads)
+        device = local_device(hardware.device, "train")
+        hardware, inputs = replace(hardware, device=str(device)), Inputs.of(run, cfg)
+        kernels, products = deterministic_kernels(hardware.deterministic), float32_products(cfg.train.precision)
+        with kernels, products, process_group(device, lambda: verify_inputs(run, cfg, inputs)):
+            Training(run, cfg, hardware, inputs).run(actions, LOCK_PATIENCE if actions is not STOP else 0)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import re
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
-from pathlib import Path
 from typing import Any, TextIO
 
 from submitit import SlurmExecutor
@@ -52,11 +53,6 @@ class SlurmTraining:
         return goal_of(self.run, self.cfg)
 
     @property
-    def folder(self) -> Path:
-        """Batch script and logs of its jobs."""
-        return self.run.folder / "jobs"
-
-    @property
     def name(self) -> str:
         """Job name, by which a job whose id was lost is found."""
         return job_name(self.run)
@@ -69,7 +65,7 @@ class SlurmTraining:
         cpus = None if resources.cpus_per_gpu else resources.threads  # Slurm refuses both
         # srun does not take over sbatch's CPUs per task since Slurm 22.05: without the repetition a task gets one CPU.
         srun_args = ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-        executor = SlurmExecutor(self.folder, python=self.cluster.python)
+        executor = SlurmExecutor(self.run.folder / "jobs", python=self.cluster.python)
         executor.update_parameters(
             job_name=self.name, time=resources.runtime, nodes=training.nodes, ntasks_per_node=self.cluster.processes,
             cpus_per_task=cpus, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
@@ -89,7 +85,7 @@ class SlurmTraining:
 
     def script(self) -> str:
         """The batch script that would be sent. It has all that the job needs."""
-        job = TrainingJob.of(self.run, self.cfg, self.cluster)
+        job = TrainingJob(self.run, self.cfg, self.cluster.hardware)
         command = f"{self.cluster.python} -u -m dmd2.launch.job {shlex.quote(job.text())}"
         return self.executor()._make_submission_file_text(command, "")
 
@@ -105,12 +101,8 @@ class SlurmTraining:
         anew = is_due(self.goal, self.again)
         if not anew and submissions(self.run)["config"] in (None, self.goal.config) and self.goal.reached():
             return None  # whatever Slurm may still have to clear away
-        path, silent = self.run.folder / ".submit.lock", ""
-        with writing(path):
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
-        with lock:
-            self._wait_for(lock)
+        silent = ""
+        with self._submission_lock() as lock:
             while True:
                 try:
                     if live := self._attached(after_silence=bool(silent), anew=anew):
@@ -126,13 +118,20 @@ class SlurmTraining:
                     silent = str(error)
                     time.sleep(max(SETTLE, self.cluster.training.poll_seconds))
 
-    def _wait_for(self, lock: TextIO) -> None:
-        """Take the submission lock. A sbatch whose launcher was killed holds it, too, until Slurm has its job."""
-        try:
-            flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            say(self.run, "another launcher, or a sbatch that it left, is submitting this run: waiting for it")
-            flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
+    @contextmanager
+    def _submission_lock(self) -> Iterator[TextIO]:
+        """The lock of who submits this run. A sbatch whose launcher was killed holds it until Slurm has its job."""
+        path = self.run.folder / ".submit.lock"
+        with writing(path):
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        with lock:
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                say(self.run, "another launcher, or a sbatch that it left, is submitting this run: waiting for it")
+                flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
+            yield lock
 
     def _attached(self, after_silence: bool, anew: bool) -> str | None:
         """Id of the live job of this run, which job.json then names."""
@@ -174,7 +173,7 @@ class SlurmTraining:
         write_json(self.run.folder / "job.json", {"name": self.name, "config": self.goal.config, "jobs": jobs})
 
     def live_job(self, known: dict[str, Any]) -> str | None:
-        """Id of this run's job that is waiting or running, of several the one that runs first.
+        """Id of this run's job that is waiting or running; the first that runs if there are several.
 
         One that is just ending is waited for, but not longer than it may take once its processes are gone.
 
@@ -212,7 +211,7 @@ class SlurmTraining:
     def submit(self, lock: TextIO) -> str:
         """Send the job. sbatch inherits the lock: if this process is killed, the next launcher waits for its end."""
         kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
-        path = self.folder / "submission.sh"
+        path = self.run.folder / "jobs/submission.sh"
         write_text(path, self.script())
         # Inside another job SLURM_MEM_PER_CPU and the like would contradict the script; these are the user's own.
         with clean_env():

@@ -16,7 +16,7 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import read_json, write_json
 from dmd2.core.provenance import signed
 from dmd2.core.run import Goal, RunId
-from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, slurm, state_of, submissions
+from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, sacct, slurm, state_of, submissions
 from dmd2.launch.cost import slurm_cost, wall_clock_cost
 
 SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
@@ -42,7 +42,7 @@ def wait(goal: Goal, job: str, poll_seconds: float) -> dict[str, Any]:
             log_path(goal.run, job).parent.mkdir(exist_ok=True)
         snapshot = queue.look()
         if snapshot is None:
-            watch.unanswered()
+            watch.tell("is still waited for: Slurm's controller does not answer")
         elif watch.over(snapshot.jobs.get(watch.job), snapshot.time) and not goal.reached():
             others = [entry.job for entry in snapshot.jobs.values() if entry.name == name and entry.live]
             if not others:
@@ -75,11 +75,9 @@ class Watch:
         if entry is not None and entry.live:
             self.ended_at, self.hidden = None, False
             return False
-        if self.ended_at is None:
-            self.ended_at = seen_at
-        if seen_at - self.ended_at < (GRACE.get(entry.state, SETTLE) if entry else SETTLE):
-            return False
-        return entry is not None or self.gone()
+        self.ended_at = seen_at if self.ended_at is None else self.ended_at
+        patience = SETTLE if entry is None else GRACE.get(entry.state, SETTLE)
+        return seen_at - self.ended_at >= patience and (entry is not None or self.gone())
 
     def gone(self) -> bool:
         """Whether a job that squeue does not show is gone by the controller's record of it and the accounting, too."""
@@ -96,13 +94,12 @@ class Watch:
     def show(self, entry: Entry | None) -> None:
         """Say a state that is new."""
         if entry is None:
-            text = "has left the queue"
+            if not self.hidden:
+                self.tell("has left the queue")
+        elif entry.nodes:
+            self.tell(f"{entry.state} on {entry.nodes}")
         else:
-            where = f" on {entry.nodes}" if entry.nodes else ""
-            why = f" ({entry.reason})" if entry.reason not in ("None", "") and not entry.nodes else ""
-            text = f"{entry.state}{where}{why}"
-        if not (entry is None and self.hidden):
-            self.tell(text)
+            self.tell(entry.state + (f" ({entry.reason})" if entry.reason not in ("None", "") else ""))
 
     def tell(self, text: str) -> None:
         """Say something about the job, unless it is what was said last."""
@@ -128,20 +125,13 @@ class Watch:
         self.releases += 1
         say(self.run, f"job {self.job} was held after a failed launch and is released")
 
-    def unanswered(self) -> None:
-        """The controller does not answer: the job may well be running."""
-        if self.shown != "?":
-            say(self.run, f"Slurm's controller does not answer; still waiting for job {self.job}")
-        self.shown = "?"
-
 
 def obituary(run: RunId, job: str) -> str:
     """What is known about a job that ended without result."""
     try:
-        fields = slurm("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed").strip()
-        state, code, nodes, elapsed = fields.splitlines()[-1].split("|")
+        *_, (state, code, nodes, elapsed) = sacct([job], "State,ExitCode,NodeList,Elapsed")
         fate = f"{state} with exit code {code} on {nodes} after {elapsed}"
-    except (UserError, ValueError, IndexError):
+    except (UserError, ValueError):
         fate = "ended without a result (sacct has no record of it)"
     tail = log_tail(log_path(run, job))
     again = "the same command continues from the newest checkpoint"
@@ -173,7 +163,7 @@ def publish(goal: Goal, record: dict[str, Any]) -> None:
 
 
 def cost_of(run: RunId, record: dict[str, Any]) -> dict[str, Any]:
-    """Cost by Slurm's accounting: as it says now, else as it said of these jobs before, else by the wall clock."""
+    """Cost by Slurm's accounting: as it says now, else as it said before, else by the wall clock."""
     known = submissions(run)
     if not known["jobs"]:
         return wall_clock_cost(record)
@@ -181,24 +171,19 @@ def cost_of(run: RunId, record: dict[str, Any]) -> dict[str, Any]:
         # Kept where Snakemake does not delete it.
         write_json(run.folder / "job.json", {**known, "cost": {"jobs": known["jobs"], "value": cost}})
         return cost
-    before = known.get("cost") or {}
-    if before.get("jobs") == known["jobs"]:
-        say(run, "sacct does not say what the jobs cost; what it said before is kept")
-        return dict(before["value"])
-    if (cost := _published_cost(run, record)) is not None:
-        say(run, "sacct does not say what the jobs cost; train.json keeps what it has of it")
-        return cost
-    say(run, "sacct does not say what the jobs cost; train.json has hours by the wall clock")
-    return wall_clock_cost(record)
+    kept = known.get("cost") or {}
+    before = kept["value"] if kept.get("jobs") == known["jobs"] else _published_cost(run, record)
+    now = "what it said before is kept" if before else "train.json has hours by the wall clock"
+    say(run, f"sacct does not say what the jobs cost; {now}")
+    return before or wall_clock_cost(record)
 
 
 def _published_cost(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
     """What the accounting said of exactly this training when it was published before."""
     with suppress(UserError, AttributeError):
         published = read_json(run.folder / "train.json")
-        if all(published.get(key) == value for key, value in record.items()):
-            cost = published.get("cost", {})
-            return cost if cost.get("source") == "sacct" else None
+        same = all(published.get(key) == value for key, value in record.items())
+        return published["cost"] if same and published.get("cost", {}).get("source") == "sacct" else None
     return None
 
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2.experiment.config import Gan, TrainConfig
@@ -50,7 +49,7 @@ def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainCon
     update_critic = update_critic and cfg.trains_critic
     generated: list[tuple[Batch, Tensor]] = []
     for batch in micro_batches:
-        x_t, t = student_input(m.student, batch, cfg.generator, image_shape(cfg))
+        x_t, t = student_input(m.student, batch, cfg.generator, cfg.data.shape)
         with torch.set_grad_enabled(update_student):
             x = m.student(x_t, t, batch.cond).float()
         if update_student:
@@ -182,29 +181,6 @@ def frozen(*modules: nn.Module | None) -> Iterator[None]:
 def brightness(x: Tensor) -> Tensor:
     """Mean of images in [-1, 1] on the 0..1 scale of the paper's Figure 8, clamped as when displayed."""
     return (x.detach().float() / 2 + 0.5).clamp(0, 1).mean()
-
-
-def regression_distance(
-    kind: str, images: Callable[[Tensor], Tensor], device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``l2``, or ``lpips`` (weights from data/weights) of what `images` makes of tensors: for latents, a decoder."""
-    if kind == "l2":
-        return F.mse_loss
-    from dmd2.networks.lpips import Lpips
-
-    lpips = Lpips().to(device)
-
-    def distance(x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = images(target)
-        return lpips(images(x), wanted)
-
-    return distance
-
-
-def image_shape(cfg: TrainConfig) -> tuple[int, int, int]:
-    """Shape of one diffused tensor."""
-    return cfg.data.channels, cfg.data.resolution, cfg.data.resolution
 
 
 def _add(logs: Logs, share: float, values: Logs) -> None:

@@ -36,12 +36,6 @@ def add_lora(network: UNet2DConditionModel, rank: int, alpha: float) -> None:
         parameter.requires_grad_(_is_factor(name))
 
 
-def count(network: nn.Module) -> tuple[int, int]:
-    """Modules that have factors, and parameters of all these factors."""
-    modules = list(_modules(network))
-    return len(modules), sum(p.numel() for name, p in network.named_parameters() if _is_factor(name))
-
-
 def lora_state(network: nn.Module, weights: State | None = None) -> State:
     """The factors and their alpha, on the CPU; empty for a network without.
 

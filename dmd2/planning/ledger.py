@@ -31,7 +31,7 @@ def rounded(size: int) -> int:
 class Ledger(TorchDispatchMode):
     """Bytes alive (every storage once, rounded as CUDA's allocator does), their peak, and floating-point operations.
 
-    Of what stands from the beginning, and of what is handed to `shrink`, a GPU holds one part of `parts`.
+    A GPU holds one of `parts` equal parts of the tensors in `standing` and of those handed to `shrink`.
     """
 
     def __init__(self, standing: Iterable[Tensor] = (), parts: int = 1) -> None:

@@ -18,7 +18,7 @@ from dmd2.core.files import read_json
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS
-from dmd2.method.step import Models, image_shape, train_step
+from dmd2.method.step import Models, train_step
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser
 from dmd2.networks.lora import add_lora
@@ -230,7 +230,7 @@ class Counted:
     def forward_flops(self) -> int:
         """Operations of one call of the network with one image."""
         with Ledger() as ledger, self.functions, torch.no_grad():
-            z = torch.empty(1, *image_shape(self.cfg), device=META)
+            z = torch.empty(1, *self.cfg.data.shape, device=META)
             self.models.teacher(z, torch.empty(1, device=META), self.condition(self.models.teacher, 1))
         return ledger.flops
 
@@ -248,7 +248,7 @@ class Counted:
 
     def rows(self, count: int) -> TensorSet:
         """A real set and a pair set, which stay in host memory."""
-        shape = (count, *image_shape(self.cfg))
+        shape = (count, *self.cfg.data.shape)
         kind = torch.float32 if self.cfg.data.latents else torch.uint8
         cond = self.condition(self.models.teacher, count)
         tensors = {name: value for name, value in vars(cond).items() if value is not None}

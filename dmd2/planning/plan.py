@@ -72,7 +72,7 @@ def disk_of(cfg: RunConfig, counted: Counted) -> Disk:
 
 
 def saved_bytes(counted: Counted) -> int:
-    """Of the weights in a checkpoint."""
+    """Bytes of the weights in a checkpoint."""
     return sum(counted.parameters.get(name, 0) for name in SAVED) * FLOAT
 
 
@@ -100,7 +100,7 @@ def host_memory(counted: Counted, cluster: Cluster, peak: float) -> tuple[float,
     """Bytes of a node for its processes and to save, beyond mapped files, which the system may drop.
 
     Processes: their libraries (assumed), and on a CPU the tensors, `peak` in each, that a GPU would hold. To save: the
-    student's weights for a snapshot, in process 0; of split networks, if it is more, the node's rows of a checkpoint.
+    student's weights for a snapshot, in process 0; or, if that is more, the node's rows of a checkpoint in parts.
     """
     job, nodes, count = cluster.jobs.train, cluster.training.nodes, cluster.processes
     on_gpu = job.device == "cuda" or (job.device == "auto" and bool(job.gpu or job.gres))

@@ -12,7 +12,7 @@ from dmd2.core.rng import stream
 from dmd2.data.sets import load_shard
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.method.step import Models, regression_distance
+from dmd2.method.step import Models
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.head import Head
 from dmd2.networks.lora import add_lora, split
@@ -71,7 +71,19 @@ def build_models(
 
 
 def _distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    return regression_distance(cfg.regression.distance, to_images(cfg, device, cfg.regression.decoder), device)
+    """The regression's ``l2``, or ``lpips`` (weights from data/weights) of images, to which latents are decoded."""
+    if cfg.regression.distance == "l2":
+        return nn.functional.mse_loss
+    from dmd2.networks.lpips import Lpips
+
+    images, lpips = to_images(cfg, device, cfg.regression.decoder), Lpips().to(device)
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = images(target)
+        return lpips(images(x), wanted)
+
+    return distance
 
 
 def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:

@@ -105,7 +105,7 @@ def fill(live: Tensor, saved: Rows) -> None:
 
 
 def cut(state: Mapping[str, Any], spans: Spans) -> dict[str, Any]:
-    """The rows that `spans` asks for of a whole `state`, sharing its memory; of quantised moments copies in float32."""
+    """Only the rows that `spans` asks for, as views of a whole `state`; quantised moments become float32 copies."""
     whole: dict[str, Any] = {}
     for name, value in flat(state):
         found = _span(name.removesuffix(CODES), value, spans)

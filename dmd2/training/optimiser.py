@@ -1,6 +1,7 @@
 """AdamW with clipping and warm-up keyed to the iteration (algorithm: paper App. F, its code's schedule)."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dmd2.training.sharding import local, span
 class Optimiser:
     """Updates the parameters of some modules; decay applies to all of them, as in the paper's runs.
 
-    Of sharded parameters each process updates the rows it owns, as plain tensors that share their memory. The learning
+    A process updates the rows that it owns of sharded parameters, as plain tensors sharing their memory. The learning
     rate at iteration `it` is ``lr * min(1, it * ticks / warmup)``: exactly 0 at iteration 0, and counted in iterations
     even for the student, which is not updated in each.
 
@@ -52,7 +53,9 @@ class Optimiser:
                 group["lr"].fill_(self.lr_at(it))
             else:
                 group["lr"] = self.lr_at(it)
-        with quantised.eager(on=self.cfg.states == "8bit" and not norm.is_cuda):
+        # For a CPU it takes longer to compile the 8-bit update for each shape of parameter than to run it.
+        eager = self.cfg.states == "8bit" and not norm.is_cuda
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         for p in self.parameters:
@@ -70,7 +73,7 @@ class Optimiser:
         return sum_over(mine.square()).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of AdamW; of sharded parameters, of the rows that this process owns."""
+        """State of AdamW, for the rows that this process owns of sharded parameters."""
         moments = self.adamw.state_dict()["state"]
         return {"state": quantised.packed(moments) if self.cfg.states == "8bit" else moments}
 

@@ -61,7 +61,7 @@ def make_shard(
     spec = pairs.sampler
     teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation, SAMPLING[pairs.precision]).to(device)
     seeds = list(shard_seeds(pairs.count, pairs.shards, index))
-    shape = (data.channels, data.resolution, data.resolution)
+    shape = data.shape
     null = null_condition(cfg.data, spec.guidance)
     conditions, rows = _conditions(cfg), list[dict[str, torch.Tensor]]()
     progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))

@@ -1,7 +1,5 @@
 """AdamW whose moments are 8-bit codes with one scale for 256 of them (Dettmers et al. 2022), by torchao."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,16 +25,6 @@ def adamw(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimiz
     except ImportError:
         raise UserError("optim.states 8bit needs torchao: install this package with [quantised], or torchao") from None
     return AdamW8bit(parameters, block_size=BLOCK, **options)
-
-
-@contextmanager
-def eager(on: bool) -> Iterator[None]:
-    """Without compilation, if `on`: a kernel for each shape of parameter takes longer to build than a CPU runs it."""
-    if not on:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def quantises(shape: torch.Size) -> bool:

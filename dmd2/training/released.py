@@ -10,8 +10,7 @@ from dmd2.core.run import RunId, commit
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS, Inputs
-from dmd2.training.snapshot import unet_folder
-from dmd2.training.teachers import build_network
+from dmd2.training.teachers import build_network, unet_folder
 
 
 def publish_released(run: RunId, cfg: TrainConfig) -> Path:

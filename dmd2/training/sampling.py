@@ -9,13 +9,14 @@ from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels, sample_noise
 from dmd2.experiment.config import RunConfig, Sampler, TrainConfig
 from dmd2.experiment.run_inputs import pipeline_manifest
+from dmd2.method.batches import Batches
 from dmd2.method.samplers import few_step, teacher_sample
-from dmd2.method.step import image_shape
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser
 from dmd2.training.teachers import null_condition
 
 DECODED = 1 << 22  # pixels that the autoencoder decodes at once: four images of 1024 x 1024
+PROBES, LATENT_PROBES = list(range(100)), 16  # seeds by which a training is followed; as many where each is decoded
 
 
 def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
@@ -42,12 +43,28 @@ def student_sample(
 
     Conditions follow from the seeds by the rule `labels`, unless given.
     """
-    shape, schedule = image_shape(cfg), student.schedule
+    shape, schedule = cfg.data.shape, student.schedule
     times = schedule.step_times(cfg.generator.steps, cfg.generator.time)
     z = sample_noise(seeds, shape, "noise", device)
     z = schedule.pure_noise(z, torch.full((len(seeds),), times[0], device=device))
     cond = cond or seed_condition(cfg, seeds, labels, device)
     return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
+
+
+@torch.no_grad()
+def probe_images(
+    student: Denoiser, cfg: TrainConfig, batches: Batches, to_images: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Images ``(100, C, H, W)`` in [-1, 1], of latents 16; a text run takes the first prompts that it is trained on."""
+    prompts, size, images = batches.prompts or batches.real, batches.micro_batch, []
+    chosen = PROBES[:LATENT_PROBES] if cfg.data.latents else PROBES
+    for start in range(0, len(chosen), size):  # no more at once than training has
+        seeds, cond = chosen[start : start + size], None
+        if cfg.data.text is not None:
+            assert prompts is not None
+            cond = prompts.condition(torch.tensor(seeds) % len(prompts), batches.device)
+        images.append(to_images(student_sample(student, cfg, seeds, batches.device, cond=cond)))
+    return torch.cat(images)
 
 
 def sample_teacher(
@@ -59,7 +76,7 @@ def sample_teacher(
     cond: Condition | None = None,
 ) -> Tensor:
     """The same of the teacher, from the same seeds, hence the same starting noise and conditions as the students'."""
-    shape = image_shape(cfg)
+    shape = cfg.data.shape
     null = null_condition(cfg.data, spec.guidance)
     return teacher_sample(
         teacher,

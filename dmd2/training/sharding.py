@@ -16,7 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -81,11 +81,6 @@ def _wrap(module: nn.Module, mesh: DeviceMesh) -> None:
     module.register_forward_hook(lambda *_: torch.clear_autocast_cache())
 
 
-def is_sharded(module: nn.Module | None) -> bool:
-    """Whether `shard` was applied."""
-    return isinstance(module, FSDPModule)
-
-
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process owns, sharing memory with `tensor`: all of them unless it is sharded."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
@@ -101,7 +96,7 @@ def span(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def local_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict, of sharded parameters the rows of this process."""
+    """The module's state dict, with only the rows of this process where a parameter is sharded."""
     return {name: local(value) for name, value in module.state_dict().items()}
 
 

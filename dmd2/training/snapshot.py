@@ -1,6 +1,5 @@
 """One snapshot of a finished run: which one, its network, and what was measured of it."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dmd2.experiment.metrics import BETTER, best_first, measured
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.networks.denoisers import Denoiser, Network
 from dmd2.networks.lora import IN_SNAPSHOT, State, split
-from dmd2.training.teachers import NETWORKS, wrap
+from dmd2.training.teachers import NETWORKS, unet_folder, wrap
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,6 @@ def network_of(manifest: Path) -> Network:
     if teacher["class"] == "UNet2DConditionModel":
         return empty_unet(config.parent)
     return NETWORKS[teacher["class"]].from_config(read_json(config))
-
-
-def unet_folder(manifest: Path) -> Path:
-    """Folder of the network that a teacher's manifest lists.
-
-    Raises:
-        UserError: the manifest is missing, or a file of the network is missing or was changed.
-    """
-    teacher = read_json(manifest)
-    for file in teacher["files"]:
-        verified(manifest.parent, file)
-    return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
 def step_of(entry: dict[str, Any]) -> int:

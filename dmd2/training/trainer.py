@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dmd2.core.progress import Progress
 from dmd2.core.retraining import code_parts, continued, current_key, other_code
 from dmd2.core.run import RunId, commit
 from dmd2.data.sets import load_set, save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.batches import Batches
@@ -31,8 +31,7 @@ from dmd2.networks.lora import snapshot_state
 from dmd2.training.build import build_models
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.checkpoint_parts import Spans
-from dmd2.training.probe import probe_images
-from dmd2.training.sampling import to_images
+from dmd2.training.sampling import probe_images, to_images
 from dmd2.training.sharding import (
     equal_passes,
     gathered,
@@ -47,18 +46,6 @@ from dmd2.training.sharding import (
 )
 
 SHOWN = ("critic/denoise", "critic/gan", "probe/brightness")  # in the progress line; L_DM is no objective
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """How a run is executed, without any effect on what it computes beyond rounding."""
-
-    device: str = "cpu"
-    threads: int = 1
-    micro_batch: int = 0  # largest batch of a process; 0 for all of its share
-    shard: bool = False  # split networks and optimisers over the processes
-    checkpointing: bool = False  # recompute activations of student and critic in backward
-    deterministic: bool = False  # by kernels that give the same bits every time; the caller chooses them
 
 
 class Training:
@@ -220,7 +207,7 @@ class Training:
                 self.checkpoints.save(self.step, self.state())
 
     def save_snapshot(self) -> None:
-        """Write the student as it is now; of a sharded one all processes must take part."""
+        """Write the student as it is now; all processes must take part if it is sharded."""
         state = gathered(self.student.network.state_dict())
         if self.leads:
             save_shard(self.snapshots / f"{self.step:07d}.safetensors", snapshot_state(self.student.network, state))
@@ -239,7 +226,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; randomness is addressed, so there is no generator state.
 
-        Of sharded tensors it has the rows of this process, those of `spans`.
+        Sharded tensors are there with the rows of this process, those of `spans`.
         """
         state: dict[str, Any] = {name: local_state(module) for name, module in self.trained.items()}
         state |= {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}

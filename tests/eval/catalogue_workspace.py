@@ -9,11 +9,12 @@ import pandas as pd
 from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.run import Goal, RunId
 from dmd2.data.sets import save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import Teacher, TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
-from dmd2.training.teachers import adopt_teacher
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.trainer import Training
 from eval.catalogue.read import catalogue
 from eval.metrics.estimate import Estimate
 from tests import tiny

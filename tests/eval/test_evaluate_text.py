@@ -25,8 +25,8 @@ from dmd2.experiment.run_inputs import eval_prompts, measured_with, pipeline_man
 from dmd2.networks.condition import Condition
 from dmd2.networks.lora import IN_SNAPSHOT
 from dmd2.networks.quantise import quantise
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.sampling import student_sample
-from dmd2.training.teachers import adopt_teacher
 from eval.detectors.detectors import load_detector, record_network
 from eval.detectors.reference import Engine, save_moments
 from eval.detectors.small_clip import train_clip

@@ -12,7 +12,8 @@ from dmd2.experiment.tables import load_base
 from dmd2.method.step import train_step
 from dmd2.planning.command import varied
 from dmd2.planning.memory import Counted, Setup, architecture
-from dmd2.training.teachers import adopt_teacher, build_network
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.teachers import build_network
 
 GB = 1e9
 # Base, batch, setup, LoRA rank, AdamW's states, GB that the card must have, and how far the measured peak may be off:

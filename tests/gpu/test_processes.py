@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dmd2.core.files import listing, write_json
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import Teacher
-from dmd2.training.teachers import adopt_teacher
+from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 from tests.conftest import ROOT
 

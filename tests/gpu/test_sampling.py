@@ -13,10 +13,11 @@ from dmd2.data.sets import load_shard, save_shard
 from dmd2.experiment.config import Data, Sampler, Teacher
 from dmd2.networks.quantise import RULES, quantise
 from dmd2.publish.export import export
+from dmd2.training.make_teacher import adopt_teacher, train_teacher
 from dmd2.training.pairs import make_shard
 from dmd2.training.sampling import sample_teacher, student_sample
 from dmd2.training.snapshot import find_snapshot
-from dmd2.training.teachers import adopt_teacher, load_teacher, train_teacher
+from dmd2.training.teachers import load_teacher
 from tests import tiny
 from tests.exported import trained
 
@@ -84,8 +85,8 @@ def test_pairs_are_those_of_the_cpu(guidance: float, device: torch.device, place
 
 @pytest.mark.parametrize("form", ["edm", "eps"])
 def test_a_teacher_is_trained_and_resumed(form: str, device: torch.device, place: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dmd2.training.teachers.CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr("dmd2.training.teachers.pipeline_manifest", lambda data: None)
+    monkeypatch.setattr("dmd2.training.make_teacher.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("dmd2.training.make_teacher.pipeline_manifest", lambda data: None)
     kind = "edm" if form == "edm" else "eps-labels"
     data = Data.model_validate(tiny.values(kind)["data"])
     network = {"_class_name": tiny.KINDS[kind][1].__name__, **tiny.KINDS[kind][2]}
@@ -103,7 +104,7 @@ def test_a_teacher_is_trained_and_resumed(form: str, device: torch.device, place
 
 
 def test_an_exported_script_samples_on_the_device(device: torch.device, place: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dmd2.training.probe.SEEDS", SEEDS)
+    monkeypatch.setattr("dmd2.training.sampling.PROBES", SEEDS)
     export(find_snapshot(trained("edm", steps=4)), Path("out"))
     for where in (CPU, device):
         arguments = ["--seeds", *map(str, SEEDS), "--device", str(where), "--out", f"{where.type}.safetensors"]

@@ -10,10 +10,11 @@ from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.precision import deterministic_kernels
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig, Teacher
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.training.teachers import adopt_teacher
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.trainer import Training
 from tests import tiny
 
 STEPS = 2
@@ -39,7 +40,7 @@ def trained(name: str, cfg: RunConfig, inputs: Inputs, hardware: Hardware) -> di
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few probes; and a pretended GPU has no name."""
-    monkeypatch.setattr("dmd2.training.probe.SEEDS", list(range(4)))
+    monkeypatch.setattr("dmd2.training.sampling.PROBES", list(range(4)))
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
 

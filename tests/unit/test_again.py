@@ -27,7 +27,7 @@ from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs, goal_of
 from dmd2.launch import command as launch
 from dmd2.launch.overview import overview_row
-from dmd2.training.teachers import adopt_teacher
+from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
@@ -126,9 +126,8 @@ def test_training_anew_that_is_stopped_goes_on_and_the_old_record_stays_until_it
 class Stopped:
     """A training that is killed before it does anything."""
 
-    @staticmethod
-    def of(*_: Any) -> "Stopped":
-        return Stopped()
+    def __init__(self, *_: Any) -> None:
+        pass
 
     def train(self) -> None:
         pass

@@ -32,9 +32,9 @@ def clock(monkeypatch):
 def test_all_starts_of_all_jobs_are_added_with_their_gpus_and_cpus(fake):
     fake.answer(
         "sacct",
-        "7|REQUEUED|3600|billing=8,cpu=8,gres/gpu:h100=2,gres/gpu=2,mem=64000M,node=1",
-        "7|CANCELLED by 1000|1800|cpu=8,gres/gpu=2,mem=64000M",
-        "12|COMPLETED|7200|cpu=16,gres/gpu=4,node=1",
+        "REQUEUED|3600|billing=8,cpu=8,gres/gpu:h100=2,gres/gpu=2,mem=64000M,node=1",
+        "CANCELLED by 1000|1800|cpu=8,gres/gpu=2,mem=64000M",
+        "COMPLETED|7200|cpu=16,gres/gpu=4,node=1",
     )
     assert slurm_cost(["7", "12"]) == {"source": "sacct", "gpu_hours": 11.0, "cpu_hours": 44.0, "starts": 3}
     (call,) = fake.calls("sacct")
@@ -42,12 +42,12 @@ def test_all_starts_of_all_jobs_are_added_with_their_gpus_and_cpus(fake):
 
 
 def test_a_job_without_gpus_costs_none(fake):
-    fake.answer("sacct", "7|COMPLETED|3600|billing=1,cpu=1,mem=200M,node=1")
+    fake.answer("sacct", "COMPLETED|3600|billing=1,cpu=1,mem=200M,node=1")
     assert slurm_cost(["7"]) == {"source": "sacct", "gpu_hours": 0.0, "cpu_hours": 1.0, "starts": 1}
 
 
 def test_a_start_that_got_no_resources_costs_nothing(fake):
-    fake.answer("sacct", "7|CANCELLED by 0|0|", "7|COMPLETED|3600|cpu=2")
+    fake.answer("sacct", "CANCELLED by 0|0|", "COMPLETED|3600|cpu=2")
     assert slurm_cost(["7"])["cpu_hours"] == 2.0
 
 
@@ -61,10 +61,10 @@ def test_no_slurm_gives_none(fake):
     assert slurm_cost(["7"]) is None
 
 
-@pytest.mark.parametrize("before", [["7|RUNNING|3590|cpu=2"], ["7|COMPLETING|3590|cpu=2"], []])
+@pytest.mark.parametrize("before", [["RUNNING|3590|cpu=2"], ["COMPLETING|3590|cpu=2"], []])
 def test_accounting_that_runs_behind_is_waited_for(fake, clock, before):
     fake.answer("sacct", *before)
-    clock.then = lambda: fake.answer("sacct", "7|COMPLETED|3600|cpu=2")
+    clock.then = lambda: fake.answer("sacct", "COMPLETED|3600|cpu=2")
     assert slurm_cost(["7"])["cpu_hours"] == 2.0
     assert clock.now == 1
 

@@ -16,9 +16,10 @@ from dmd2.planning.iteration_shapes import META
 from dmd2.planning.ledger import Ledger
 from dmd2.training.build import build_models
 from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.sharding import load_local
-from dmd2.training.teachers import adopt_teacher, load_teacher
+from dmd2.training.teachers import load_teacher
 from tests import tiny
 
 MIB = 1 << 20

@@ -5,6 +5,7 @@ import pytest
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import Goal, RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs, goal_of
 from dmd2.experiment.tables import load_experiment
 from dmd2.launch.job import TrainingJob
@@ -96,5 +97,5 @@ def test_inputs_lie_where_the_config_says_and_are_those_it_reads():
 
 
 def test_a_restarted_job_whose_training_is_finished_does_nothing(capsys):
-    TrainingJob(str(RUN), CONFIG.model_dump_json(), threads=1, device="cuda", micro_batch=0).train()
+    TrainingJob(RUN, CONFIG, Hardware("cuda")).train()
     assert "digits/dmd2/seed0 is finished already" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_an_unknown_network_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_the_teacher_in_its_place_says_what_the_network_is(tmp_path, monkeypatch):
-    from dmd2.training.teachers import adopt_teacher
+    from dmd2.training.make_teacher import adopt_teacher
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data/teachers/tiny"

@@ -10,7 +10,8 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.training.build import build_models
-from dmd2.training.teachers import adopt_teacher, build_network, load_teacher, null_condition
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.teachers import build_network, load_teacher, null_condition
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from dmd2.core.rng import sample_noise
 from dmd2.data.sets import load_set
 from dmd2.experiment.config import Teacher
 from dmd2.networks.condition import Condition
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import FIRST_SEED, join_shards, make_shard, shard_seeds
-from dmd2.training.teachers import adopt_teacher, load_teacher
+from dmd2.training.teachers import load_teacher
 from tests import reference, tiny
 
 

@@ -17,8 +17,8 @@ from dmd2.planning.memory import Memory
 from dmd2.planning.page import GIB, available, fit
 from dmd2.planning.plan import KEPT, Counts, Plan, TablePlan, disk_of, snapshots
 from dmd2.planning.rates import Rate
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import make_shard
-from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.unit.test_memory import config
 

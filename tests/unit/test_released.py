@@ -14,8 +14,8 @@ from dmd2.data.sets import load_shard
 from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import measured_with
 from dmd2.launch.command import train
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.snapshot import find_snapshot
-from dmd2.training.teachers import adopt_teacher
 from eval.runs.evaluate import Students, brightness_stability
 from tests import edm_reference as edm
 from tests import tiny

@@ -19,8 +19,8 @@ from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.command import train
 from dmd2.networks.lora import lora_state, merged_state
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.snapshot import find_snapshot
-from dmd2.training.teachers import adopt_teacher
 from tests import tiny
 from tests.unit.test_lora import student
 

@@ -12,14 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import dmd2.training.probe
+import dmd2.training.sampling
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, read_json_lines, write_json
 from dmd2.data.sets import save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import Teacher
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
-from dmd2.training.teachers import adopt_teacher
-from dmd2.training.trainer import Hardware
 from tests import tiny, two_sharded
 from tests.conftest import ROOT
 
@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
     write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(dmd2.training.probe, "SEEDS", two_sharded.PROBES)
+        patch.setattr(dmd2.training.sampling, "PROBES", two_sharded.PROBES)
         save_shard(folder / "before.safetensors", two_sharded.trained(two_sharded.training("one", ALONE)))
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
         messages, code = two(folder, "first")

@@ -62,7 +62,7 @@ def test_a_job_has_all_it_needs_on_its_command_line(fake):
     training().submit_or_attach()
     _, module, text = command_of((RUN.folder / "jobs/submission.sh").read_text())
     assert module == "dmd2.launch.job"
-    assert TrainingJob.read(text) == TrainingJob.of(RUN, CONFIG, training().cluster)
+    assert TrainingJob.read(text) == TrainingJob(RUN, CONFIG, training().cluster.hardware)
 
 
 def test_a_job_starts_whose_answer_was_lost_and_whose_folder_was_deleted(fake):
@@ -350,7 +350,7 @@ def test_a_run_that_is_trained_but_cannot_be_published_is_told_so(fake, read_onl
 def test_a_cost_that_sacct_told_once_is_kept_when_it_fails_later(fake, capsys, deleted):
     training().submit_or_attach()
     goal = goal_of(RUN, CONFIG)
-    fake.answer("sacct", "7|COMPLETED|7200|cpu=4")
+    fake.answer("sacct", "COMPLETED|7200|cpu=4")
     publish(goal, RECORD)
     before = read_json(RUN.folder / "train.json")["cost"]
     assert before["source"] == "sacct" and capsys.readouterr().err.count("sacct") == 0

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import digest
 from dmd2.method.losses import generator_gan_loss
 from dmd2.method.step import critic_loss, student_loss, train_step
 from dmd2.method.student_input import student_input
 from dmd2.networks.schedules import KarrasSchedule, VPSchedule, add_noise
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 from tests import tiny
 from tests.draws import keeping
 from tests.unit.test_trainer import inputs, workspace  # noqa: F401

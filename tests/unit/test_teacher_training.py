@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import dmd2.training.teachers
+import dmd2.training.make_teacher
 from dmd2.core.files import listing, write_json
 from dmd2.data.pipelines import NULL
 from dmd2.data.sets import load_shard, save_shard
 from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import pipeline_manifest
-from dmd2.training.teachers import main
+from dmd2.training.make_teacher import main
 from tests import tiny
 
 SPEC = {"steps": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "ema": 0.5, "label_dropout": 0.5}
@@ -22,7 +22,7 @@ SPEC = {"steps": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "ema": 0.5, "label_drop
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(dmd2.training.teachers, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(dmd2.training.make_teacher, "CHECKPOINT_EVERY", 1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -77,7 +77,7 @@ def null(value: float) -> None:
 
 
 def test_a_teacher_that_diverged_at_the_end_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dmd2.training.teachers, "CHECKPOINT_EVERY", 100)
+    monkeypatch.setattr(dmd2.training.make_teacher, "CHECKPOINT_EVERY", 100)
     rows = tiny.tensors("edm", 16)
     with pytest.raises(SystemExit, match="the loss is nan at step 2; lower train.lr"):
         trained("edm", "a", {**rows, "images": rows["images"] * float("nan")})
@@ -86,7 +86,7 @@ def test_a_teacher_that_diverged_at_the_end_is_not_published(monkeypatch: pytest
 
 def test_a_training_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, steps = tiny.tensors("edm", 16), list[int]()
-    original = dmd2.training.teachers._denoising_step
+    original = dmd2.training.make_teacher._denoising_step
 
     def killed(denoiser, real, draws, *rest):  # type: ignore[no-untyped-def]
         steps.append(draws.iteration)
@@ -95,7 +95,7 @@ def test_a_training_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
         return original(denoiser, real, draws, *rest)
 
     whole = trained("edm", "a", rows)
-    monkeypatch.setattr(dmd2.training.teachers, "_denoising_step", killed)
+    monkeypatch.setattr(dmd2.training.make_teacher, "_denoising_step", killed)
     with pytest.raises(SystemExit):
         trained("edm", "b", rows)
     assert equal(trained("edm", "b", rows), whole)

@@ -13,11 +13,12 @@ from dmd2.core.files import listing, write_json
 from dmd2.core.interrupts import single_writer
 from dmd2.core.run import Goal, RunId
 from dmd2.data.sets import load_shard, save_shard
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
-from dmd2.training.teachers import adopt_teacher
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.make_teacher import adopt_teacher
+from dmd2.training.trainer import Training
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)

@@ -14,7 +14,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import listing, verified, write_json
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import Teacher
-from dmd2.training.teachers import adopt_teacher
+from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -20,10 +20,11 @@ import torch
 
 from dmd2.core.files import read_json
 from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.experiment.tables import load_experiment
-from dmd2.training.trainer import Hardware, Training
+from dmd2.training.trainer import Training
 
 
 def spawn(run: RunId, cfg: TrainConfig) -> int:

@@ -103,7 +103,7 @@ rule teacher:
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "{PYTHON} -m dmd2.training.teachers --data {params.data:q} --teacher {params.teacher:q}"
+        "{PYTHON} -m dmd2.training.make_teacher --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
