@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,8 @@ META = torch.device("meta")
 class ShapeDraws(Draws):
     """Draws without numbers; a step shared by the batch is the last one, which costs most."""
 
-    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See `Draws.normal`."""
-        return torch.empty((self.total, *shape), device=META)[self.start : self.stop]
-
-    def integers(self, name: str, low: int, high: int) -> Tensor:
-        """See `Draws.integers`."""
-        return torch.empty((self.total,), dtype=torch.long, device=META)[self.start : self.stop]
+    def _stream(self, name: str) -> Any:
+        return None  # the meta device has no generators
 
     def shared_integer(self, name: str, low: int, high: int) -> int:
         """See `Draws.shared_integer`."""
