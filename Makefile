@@ -11,7 +11,7 @@ demo: $(READY)
 
 test: $(READY)
 	@sh tests/install_packages.sh
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # In an environment that is ready: of .venv it takes what is there, and of PATH and PYTHONPATH the rest.
 DEVICE ?= cuda

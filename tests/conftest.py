@@ -1,6 +1,8 @@
 """What every test shares: one thread, the repository root, tiny networks."""
 
+import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,18 @@ torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
+# Longest first, so that no worker ends with one of them while the other has nothing left to do (`make test`).
+LONGEST = [
+    "slurm/test_faults.py", "slurm/test_dag.py", "workflow/test_text.py", "slurm/test_processes.py",
+    "workflow/test_fresh.py", "workflow/test_versions.py", "workflow/test_dag.py", "unit/test_sharded.py",
+    "workflow/test_interruption.py", "unit/test_memory.py", "workflow/test_prune.py", "unit/test_distributed.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which ``--dist loadfile --no-loadscope-reorder`` hands out files."""
+    rank = {str(ROOT / "tests" / name): number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
 
 
 @pytest.fixture
@@ -37,8 +51,17 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace whose demo ran to the end."""
-    workspace = copy_repository(tmp_path_factory.mktemp("finished"))
-    result = workspace.snakemake("demo")
-    assert result.returncode == 0, result.stderr[-5000:]
-    return workspace
+    """A workspace whose demo ran to the end: made by the first worker that needs it, a copy for each of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made, own = shared / "demo", tmp_path_factory.mktemp("finished") / "workspace"
+    with open(shared / "demo.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            workspace = copy_repository(tmp_path_factory.mktemp("demo"))
+            result = workspace.snakemake("demo")
+            assert result.returncode == 0, result.stderr[-5000:]
+            workspace.path.rename(made)
+    shutil.copytree(made, own, symlinks=True)
+    return Workspace(own)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.teachers import wrap
 from dmd2.training.trainer import Training
 from tests import tiny
+from tests.fork_server import quick_bin
 
 # Runs the script given first, once per argument list, with our packages made impossible to import.
 ALONE = """
@@ -77,8 +77,8 @@ def student(kind: str, run: RunId, step: int = 4) -> tuple[Denoiser, RunConfig]:
 
 def run_alone(script: Path, *argument_lists: list[str]) -> None:
     code = ALONE.replace("SCRIPT", repr(str(script)))
-    command = [sys.executable, "-I", "-c", code, "-", json.dumps(argument_lists)]
-    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300)
+    command = [str(quick_bin() / "python"), "-I", "-c", code, "-", json.dumps(argument_lists)]
+    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import Table, load_experiment
+from tests.fork_server import quick_bin
 
 REPO = Path(__file__).parents[1]
 SOURCES = sorted([*(REPO / "dmd2").rglob("*.py"), *(REPO / "eval").rglob("*.py")])
@@ -102,16 +103,14 @@ def _commands() -> list[str]:
     return [line for block in re.findall(r"```console\n(.*?)```", whole, re.S) for line in block.splitlines() if line]
 
 
-# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py runs those of dmd2.launch.command, tests/eval/test_readme_commands.py those of eval, the rest runs in
-# tests/workflow/test_readme.py.
+# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py those of
+# dmd2.launch, tests/eval/test_readme_commands.py those of eval, tests/workflow/test_readme.py the rest.
 @pytest.mark.parametrize("command", [c for c in _commands() if not re.search(r"python -m (dmd2|eval)|^dvc", c)])
 def test_readme_command_plans(command: str) -> None:
     words = command.split()
     dry = [*words, "-n"] if "-n" not in words else words
-    env_bin = str(Path(sys.executable).parent)
-    result = subprocess.run(
-        dry, cwd=REPO, capture_output=True, text=True, env={"PATH": f"{env_bin}:/usr/bin:/bin", "HOME": "/tmp"}
-    )
+    env = {"PATH": f"{quick_bin()}:{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": "/tmp"}
+    result = subprocess.run(dry, cwd=REPO, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.fork_server import quick_bin
+
 REPO = Path(__file__).parents[1]
 SHRUNK = {
     "teacher.train": {"steps": 30, "batch": 32},
@@ -26,15 +28,15 @@ class Workspace:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def run(self, *command: str, timeout: int = 800) -> subprocess.CompletedProcess[str]:
-        """Run a command in the copy with one thread per process."""
-        bin_dir = str(Path(sys.executable).parent)
-        env = os.environ | {"PATH": bin_dir + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    def run(self, *command: str, timeout: int = 1800) -> subprocess.CompletedProcess[str]:
+        """Run a command in the copy with one thread per process; ``python`` is that of `tests.fork_server`."""
+        path = os.pathsep.join([str(quick_bin()), str(Path(sys.executable).parent), os.environ["PATH"]])
+        env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=self.path, env=env, capture_output=True, text=True, timeout=timeout)
 
     def snakemake(self, *args: str) -> subprocess.CompletedProcess[str]:
         """``snakemake --profile local``."""
-        return self.run(sys.executable, "-m", "snakemake", "--profile", "local", "--cores", "2", *args)
+        return self.run("snakemake", "--profile", "local", "--cores", "2", *args)
 
     def planned(self, *targets: str) -> dict[str, int]:
         """Jobs a dry run would start, by rule."""

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from eval.detectors import features
 from eval.score import call as calls
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical
+from tests.fork_server import quick_bin
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,7 +174,7 @@ def test_real_network_scores_real_images_in_a_process_of_its_own(tmp_path) -> No
         (tmp_path / name).mkdir()
         for seed, image in zip(seeds, draw(list(seeds)), strict=True):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{seed:05d}.png")
-    line = [sys.executable, "-m", "eval", "score", "generated", "real", "--detector", "lite0-320@32",
+    line = [str(quick_bin() / "python"), "-m", "eval", "score", "generated", "real", "--detector", "lite0-320@32",
             "--metrics", "fd,kid,prdc", "--json", "out.json", "--threads", "1"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)

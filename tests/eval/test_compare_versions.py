@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from html.parser import HTMLParser
@@ -21,6 +20,7 @@ from eval.compare.versions import open_side
 from eval.report.tables import build, tidy
 from tests.browser import fake_results
 from tests.eval.compare_places import student
+from tests.fork_server import quick_bin
 
 APP = Typer()
 APP.command()(compare.main)
@@ -33,7 +33,7 @@ def run(*arguments: str) -> Result:
 
 def shell(*command: str) -> None:
     """Run git or DVC here, with this environment's DVC and no one's settings."""
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull}
+    env = os.environ | {"PATH": f"{quick_bin()}:{os.environ['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull}
     env["DVC_NO_ANALYTICS"] = "1"
     who = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     done = subprocess.run(command, env=env | who, capture_output=True, text=True)

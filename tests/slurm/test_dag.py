@@ -47,7 +47,7 @@ def test_the_readmes_launcher_commands_answer(workspace: SlurmWorkspace) -> None
         "cancel": "is not running",
     }
     for verb, words in expected.items():
-        command = re.search(rf"^python -m (dmd2.launch.command {verb} .*)$", readme, re.M)[1].split()
+        command = re.search(rf"^python -m (dmd2\.launch {verb} .*)$", readme, re.M)[1].split()
         code, output = ended(workspace.start(sys.executable, "-m", *command))
         assert words in output and "Traceback" not in output and code == (verb == "cancel"), output
 

@@ -1,9 +1,6 @@
 """Two processes train what one would, up to rounding; each is the same and repeats bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from dmd2.data.sets import save_shard
 from dmd2.experiment.config import Teacher
 from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny, two_processes
-from tests.conftest import ROOT
+from tests.fork_server import torchrun
 
 # Measured: weights differ by 1e-5 of the length of their update, log values by 1e-6 (2e-5 for a mean near 0).
 WEIGHTS, LOGS = 1e-4, 1e-4
@@ -30,15 +27,8 @@ def workspace(tmp_path_factory):
     adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
     save_shard(folder / "set.safetensors", tiny.tensors("edm", 32))
     write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["-m", "tests.two_processes"]
-    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            _, messages = process.communicate(timeout=300)
-        finally:
-            process.terminate()  # if it hangs; torchrun then ends both processes
-    assert process.returncode == 0, messages[-5000:]
+    status, messages = torchrun(folder, "tests.two_processes")
+    assert status == 0, messages[-5000:]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         before = {name: value.clone() for name, value in two_processes.trained(two_processes.training("one")).items()}

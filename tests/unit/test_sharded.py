@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -21,23 +19,12 @@ from dmd2.experiment.config import Teacher
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
 from tests import tiny, two_sharded
-from tests.conftest import ROOT
+from tests.fork_server import torchrun
 
 # Measured: 1.2e-3 of the length of the update, 3e-7 of the weights: AdamW makes full steps of rounding errors where
 # the true gradient is 0. Gradient norms, in the log, differ by 1e-7.
 WEIGHTS = 1e-2
 ALONE = Hardware()
-
-
-def two(folder, act):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["-m", "tests.two_sharded", act]
-    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            return process.communicate(timeout=400)[1], process.returncode
-        finally:
-            process.terminate()  # if it hangs; torchrun then ends both processes
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +43,11 @@ def workspace(tmp_path_factory):
         patch.setattr(dmd2.training.sampling, "PROBES", two_sharded.PROBES)
         save_shard(folder / "before.safetensors", two_sharded.trained(two_sharded.training("one", ALONE)))
         two_sharded.finish("alone", ALONE, train__steps=two_sharded.EVERY)
-        messages, code = two(folder, "first")
+        code, messages = torchrun(folder, "tests.two_sharded", "first")
         assert "SIGKILL" in messages or code == -9, messages[-5000:]
         for name in ("signalled", "begun8"):
             shutil.copytree(f"results/runs/tiny/{name}", f"results/runs/tiny/{name}-by-one")
-        messages, code = two(folder, "second")
+        code, messages = torchrun(folder, "tests.two_sharded", "second")
         assert code == 0, messages[-5000:]
         two_sharded.finish("one", ALONE)
         two_sharded.finish("signalled-by-one", ALONE)

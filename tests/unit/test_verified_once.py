@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
@@ -16,16 +14,13 @@ from dmd2.data.sets import save_shard
 from dmd2.experiment.config import Teacher
 from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
-from tests.conftest import ROOT
+from tests.fork_server import torchrun
 
 
 def job(folder, steps):
     """Files that either process read for their checksums, in order."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.two_verifying", str(steps)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, messages = torchrun(folder, "tests.two_verifying", str(steps))
+    assert status == 0, messages[-3000:]
     return [json.loads((folder / f"read-{rank}-{steps}.json").read_text()) for rank in (0, 1)]
 
 

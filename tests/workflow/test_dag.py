@@ -73,7 +73,7 @@ def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_t
     edited: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (edited.path / "sitecustomize.py").write_text(
-        "import sys\nif any(part == 'eval.evaluate' for part in sys.orig_argv):\n    import torch\n"
+        "import sys\nif any(part == 'eval.runs.evaluate' for part in sys.orig_argv):\n    import torch\n"
         "    torch.set_float32_matmul_precision('high')\n    torch.backends.cudnn.allow_tf32 = True\n"
     )
     metrics = edited.path / "results/runs/digits/dmd2/seed0/metrics.json"

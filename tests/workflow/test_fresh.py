@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -144,7 +143,7 @@ def test_flipped_sign_in_the_losses_is_told_and_retrained_when_asked_to(pulled: 
     wrong = pulled.snakemake("-n", "demo", "--config", "changed_code=yes")
     assert wrong.returncode != 0 and "write warn or retrain" in wrong.stdout + wrong.stderr
 
-    result = pulled.run(sys.executable, "-m", "dmd2.launch", "train", "digits/dmd/seed0", "--again")
+    result = pulled.run("python", "-m", "dmd2.launch", "train", "digits/dmd/seed0", "--again")
     assert result.returncode == 0, result.stderr
     new = json.loads((run / "train.json").read_text())
     assert new["key"] != old["key"] and new["files"] != old["files"] and "resumes" not in result.stderr

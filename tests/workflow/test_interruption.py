@@ -21,7 +21,7 @@ def _lengthen(workspace: Workspace, steps: int) -> None:
 
 def test_killed_training_ends_with_the_weights_of_an_undisturbed_one(edited: Workspace) -> None:
     _lengthen(edited, 120)
-    result = edited.run(sys.executable, "-m", "tests.workflow.kill_loop", "digits/dmd2", "5")
+    result = edited.run("python", "-m", "tests.workflow.kill_loop", "digits/dmd2", "5")
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["same_weights"] and report["same_log"], report
@@ -56,7 +56,7 @@ def test_changed_snapshot_is_named_and_not_evaluated(edited: Workspace) -> None:
 def test_truncated_pairs_shard_is_named(edited: Workspace) -> None:
     shard = next((edited.path / "data/pairs").glob("*/*/shard-00001.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    result = edited.run(sys.executable, "-m", "dmd2.launch", "train", "digits/dmd/seed5")
+    result = edited.run("python", "-m", "dmd2.launch", "train", "digits/dmd/seed5")
     assert result.returncode == 1
     assert "shard-00001.safetensors has" in result.stderr and "truncated" in result.stderr
     assert "Traceback" not in result.stderr
@@ -64,7 +64,7 @@ def test_truncated_pairs_shard_is_named(edited: Workspace) -> None:
 
 def test_diverged_training_stops_with_the_step_and_keeps_its_checkpoint(edited: Workspace) -> None:
     edited.edit("workflow/base/digits.yaml", "lr: 0.0002", "lr: 1.0e+30")
-    result = edited.run(sys.executable, "-m", "dmd2.launch", "train", "digits/dmd2/seed6")
+    result = edited.run("python", "-m", "dmd2.launch", "train", "digits/dmd2/seed6")
     assert result.returncode == 1
     assert " at step " in result.stderr and "is kept" in result.stderr and "Traceback" not in result.stderr
 
@@ -77,7 +77,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_rerun_continues(edited: Wor
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
     try:
-        command = [sys.executable, "-m", "dmd2.launch", "train", "digits/dmd2/seed4"]
+        command = ["python", "-m", "dmd2.launch", "train", "digits/dmd2/seed4"]
         full = edited.run(*command)
         assert full.returncode == 1
         assert "the disk is full" in full.stderr and "run the same command again" in full.stderr

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def found(folder: Path = RUN) -> Prunable | None:
 
 def test_prune_frees_checkpoints_and_nothing_is_to_do(inside: Workspace) -> None:
     before = {path for path in Path().rglob("*") if path.is_file() and ".snakemake" not in path.parts}
-    dry = inside.run(sys.executable, "-m", "dmd2.publish.prune", "--dry-run")
+    dry = inside.run("python", "-m", "dmd2.publish.prune", "--dry-run")
     assert dry.returncode == 0 and "would delete" in dry.stdout and all(path.exists() for path in before)
     result = inside.snakemake("prune")
     assert result.returncode == 0, result.stderr
@@ -39,7 +38,7 @@ def test_prune_frees_checkpoints_and_nothing_is_to_do(inside: Workspace) -> None
     assert not list(Path().glob("results/runs/*/*/*/checkpoints-*"))
     assert "made longer now starts anew" in result.stdout and " MB were freed" in result.stdout
     assert inside.planned("demo") == {}
-    assert inside.run(sys.executable, "-m", "dmd2.publish.prune").stdout == "0.0 MB were freed.\n"
+    assert inside.run("python", "-m", "dmd2.publish.prune").stdout == "0.0 MB were freed.\n"
 
 
 def test_teachers_checkpoints_are_freed_once_it_is_made(inside: Workspace) -> None:

@@ -4,13 +4,13 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests import edm_reference as edm
+from tests.fork_server import quick_bin
 from tests.workspace import REPO
 
 README = (REPO / "README.md").read_text()
@@ -20,9 +20,13 @@ CONVERSIONS = re.findall(r"^python -m dmd2\.convert .*$", README, re.M)
 
 def run(line: str, folder: Path) -> str:
     words = shlex.split(line)
-    result = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([str(quick_bin() / "python"), *words[1:]], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_there_are_some() -> None:
+    assert len(PLANS) == len(CONVERSIONS) == 2
 
 
 @pytest.mark.parametrize("line", PLANS)
@@ -33,7 +37,6 @@ def test_a_plan_names_memory_time_and_disk(line: str) -> None:
 
 
 def test_a_network_is_converted_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(CONVERSIONS) == 2
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     state = edm.random_state(edm.ADM)
     edm.write(tmp_path / shlex.split(CONVERSIONS[0])[3], edm.ADM, state)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from tests.workspace import Workspace
@@ -47,7 +46,7 @@ def clone(workspace: Workspace, path: Path) -> Workspace:
 
 def restore(workspace: Workspace, *args: str) -> tuple[int, str]:
     """Exit status and messages of ``python -m dmd2.publish.restore``."""
-    result = workspace.run(sys.executable, "-m", "dmd2.publish.restore", *args)
+    result = workspace.run("python", "-m", "dmd2.publish.restore", *args)
     assert "Traceback" not in result.stderr, result.stderr
     return result.returncode, result.stdout + result.stderr
 
