@@ -19,6 +19,7 @@ from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import call_network
 from dmd2.networks.schedules import KarrasSchedule, VPSchedule
 from dmd2.training import teachers
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.teachers import build_network
 from eval.detectors.networks import NETWORKS
 from eval.runs.columns import APPEARANCE
@@ -238,5 +239,5 @@ def test_a_network_brought_along_is_checked_when_it_is_adopted(tmp_path, network
     kind[1](**{**kind[2], **network}).save_pretrained(tmp_path / "unet")
     cfg = tiny.config("edm")
     with pytest.raises(UserError, match=told):
-        teachers.adopt_teacher(cfg.teacher, tmp_path, cfg.data)
+        adopt_teacher(cfg.teacher, tmp_path, cfg.data)
     assert not (tmp_path / "manifest.json").exists()
