@@ -1,16 +1,13 @@
 """Geometry and the image resizers of the field, each as its definition says (evaluation protocols).
 
-On the CPU, Pillow itself filters. Other devices do the same by matrices: a separable antialiased filter is one matrix
-per axis, and a float64 product reproduces Pillow's 8-bit arithmetic bit for bit (all products are whole numbers below
-2^53) and its float arithmetic to 1e-4 of a grey level.
+Pillow filters 8-bit images on every device: torch's antialiased filters differ from its bytes by up to two grey levels.
+Float images on a GPU are filtered by torch in float64, which agrees with Pillow's float filter to 2e-5 of a grey level.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -24,64 +21,18 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.eval_config import GEOMETRIES
 
 INCEPTION = 299  # side of Inception's input
-PRECISION = 2.0**22  # Pillow's 8-bit filters hold weights as multiples of 2^-22
-ELEMENTS = 1 << 20  # float64 values one matrix product may hold at a time: 8 MiB, whatever the batch
+SHRINK = 8  # torch's CUDA kernel holds the taps in shared memory, which bounds how far an axis may shrink
 
 Filter = Literal["bicubic", "lanczos"]
 
 
-def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Cubic convolution with a = -0.5 (Keys 1981); torch's own bicubic has a = -0.75."""
-    a, x = -0.5, np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-def _lanczos(x: np.ndarray) -> np.ndarray:
-    return np.where((x >= -3) & (x < 3), np.sinc(x) * np.sinc(x / 3), 0.0)
-
-
-KERNELS: dict[Filter, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
-    "bicubic": (_bicubic, 2.0),
-    "lanczos": (_lanczos, 3.0),
-}
-
-
-@lru_cache(maxsize=64)
-def filter_matrix(name: Filter, source: int, target: int) -> Tensor:
-    """Weights ``(target, source)``, float64, of one axis of Pillow's resampling with half-pixel centres.
-
-    The support widens by ``source / target`` when the axis shrinks (antialiasing); rows sum to 1.
-    """
-    kernel, support = KERNELS[name]
-    scale = source / target
-    stretch = max(scale, 1.0)
-    radius = support * stretch
-    centre = (np.arange(target)[:, None] + 0.5) * scale
-    taps = np.arange(source)[None, :]
-    first, last = np.trunc(centre - radius + 0.5), np.trunc(centre + radius + 0.5)
-    weights = kernel((taps - centre + 0.5) * (1 / stretch)) * ((taps >= first) & (taps < last))
-    # cumsum adds from left to right like Pillow; sum() adds in pairs and differs in the last bit.
-    return torch.from_numpy(weights / weights.cumsum(axis=1)[:, -1:])
-
-
-def _separable(images: Tensor, across: Tensor, down: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """Horizontal then vertical pass in float64, `finish` after each, a bounded number of images at a time."""
-    across, down = across.to(images.device), down.to(images.device)
-    largest = max(across.shape) * max(down.shape) * images.shape[1]
-    rows = max(1, ELEMENTS // largest)
-    parts = [finish(down @ finish(part.double() @ across.T).double()) for part in images.split(rows)]
-    return torch.cat(parts)
-
-
 def _by_pillow(images: Tensor, size: int, name: Filter, dtype: type[np.generic]) -> Tensor:
     """Pillow's resize of every plane of ``(n, C, H, W)``, as 8-bit or float pixels; converts one plane at a time."""
-    planes, resample = images.numpy(), Image.Resampling[name.upper()]
+    planes, resample = images.cpu().numpy(), Image.Resampling[name.upper()]
     resized = np.empty((*images.shape[:2], size, size), dtype)
     for index in np.ndindex(resized.shape[:2]):
         resized[index] = Image.fromarray(planes[index].astype(dtype)).resize((size, size), resample)
-    return torch.from_numpy(resized)
+    return torch.from_numpy(resized).to(images.device)
 
 
 def resize_uint8(images: Tensor, size: int, name: Filter = "lanczos") -> Tensor:
@@ -94,18 +45,7 @@ def resize_uint8(images: Tensor, size: int, name: Filter = "lanczos") -> Tensor:
     height, width = images.shape[-2:]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be resized to {size}x{size} reproducibly: crop them first")
-    return _by_pillow(images, size, name, np.uint8) if images.is_cpu else uint8_by_matrix(images, size, name)
-
-
-def uint8_by_matrix(images: Tensor, size: int, name: Filter) -> Tensor:
-    """`resize_uint8` on the device of the images."""
-    weights = filter_matrix(name, images.shape[-1], size) * PRECISION
-    weights = torch.trunc(weights + torch.copysign(torch.tensor(0.5), weights))  # half away from zero
-    return _separable(images, weights, weights, _to_bytes).to(torch.uint8)
-
-
-def _to_bytes(sums: Tensor) -> Tensor:
-    return ((sums + PRECISION / 2) / PRECISION).floor_().clamp_(0, 255)
+    return _by_pillow(images, size, name, np.uint8)
 
 
 def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
@@ -118,16 +58,15 @@ def clean(images: Tensor, size: int = INCEPTION) -> Tensor:
     Returns:
         float32 ``(n, C, size, size)`` in grey levels; Inception takes ``(v - 128) / 128``.
     """
-    if not images.is_cpu:
-        return clean_by_matrix(images, size)
-    return _by_pillow(images, size, "bicubic", np.float32).clamp_(0, 255)
+    if images.is_cpu or max(images.shape[-2:]) > SHRINK * size:
+        return _by_pillow(images, size, "bicubic", np.float32).clamp_(0, 255)
+    return clean_by_torch(images, size)
 
 
-def clean_by_matrix(images: Tensor, size: int) -> Tensor:
+def clean_by_torch(images: Tensor, size: int) -> Tensor:
     """`clean` on the device of the images."""
-    height, width = images.shape[-2:]
-    across, down = filter_matrix("bicubic", width, size), filter_matrix("bicubic", height, size)
-    return _separable(images, across, down, Tensor.float).clamp_(0, 255)
+    resized = F.interpolate(images.double(), size=(size, size), mode="bicubic", antialias=True)
+    return resized.float().clamp_(0, 255)
 
 
 def tf1(images: Tensor, size: int = INCEPTION) -> Tensor:

@@ -1,7 +1,6 @@
 """Resizers against Pillow, clean-fid and torch-fidelity; geometry against values worked out by hand."""
 
 import hashlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,13 +15,11 @@ from dmd2.core.errors import UserError
 from eval.pixels.resize import (
     Geometry,
     clean,
-    clean_by_matrix,
-    filter_matrix,
+    clean_by_torch,
     pt,
     resize_uint8,
     square_crop,
     tf1,
-    uint8_by_matrix,
 )
 
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
@@ -48,24 +45,20 @@ def test_uint8_filters_give_the_bytes_of_pillow(source: int, name: str) -> None:
         for target in (224, 256, 299, 512):
             expected = np.asarray(Image.fromarray(image).resize((target, target), FILTERS[name]))
             np.testing.assert_array_equal(nhwc(resize_uint8(nchw(image), target, name)), expected)
-            np.testing.assert_array_equal(nhwc(uint8_by_matrix(nchw(image), target, name)), expected)
 
 
 @pytest.mark.parametrize(("source", "target", "digest"), [(64, 299, "0d1b2bfea9"), (480, 256, "5e65ad06bf")])
 def test_lanczos_bytes_are_those_of_pillow_9_to_13(source: int, target: int, digest: str) -> None:
-    for resize in (resize_uint8, uint8_by_matrix):
-        resized = nhwc(resize(nchw(noise(source, source)), target, "lanczos"))
-        assert hashlib.sha256(resized.tobytes()).hexdigest()[:10] == digest
+    resized = nhwc(resize_uint8(nchw(noise(source, source)), target, "lanczos"))
+    assert hashlib.sha256(resized.tobytes()).hexdigest()[:10] == digest
 
 
-def test_images_are_resized_alike_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_resized_alike_alone_and_in_a_batch() -> None:
     images = torch.cat([nchw(noise(40, 40, seed)) for seed in range(5)])
-    resizers = (resize_uint8, partial(uint8_by_matrix, name="lanczos"), clean, clean_by_matrix, tf1)
+    resizers = (resize_uint8, clean, clean_by_torch, tf1)
     together = [resize(images, 32) for resize in resizers]
-    monkeypatch.setattr("eval.pixels.resize.ELEMENTS", 2 * images[0].numel())
     apart = [torch.cat([resize(image[None], 32) for image in images]) for resize in resizers]
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-    assert torch.equal(uint8_by_matrix(images, 32, "lanczos"), together[1])  # 2 images at a time
 
 
 def test_grey_replicas_and_columns_first_are_resized_like_copies() -> None:
@@ -80,7 +73,7 @@ def test_equal_sizes_change_nothing() -> None:
     image = nchw(noise(64, 64))
     assert all(torch.equal(resize_uint8(image, 64, name), image) for name in ("lanczos", "bicubic"))
     assert all(torch.equal(resize(image, 64), image.float()) for resize in (tf1, pt))
-    assert all(torch.equal(resize(image, 64), image.float()) for resize in (clean, clean_by_matrix))
+    assert all(torch.equal(resize(image, 64), image.float()) for resize in (clean, clean_by_torch))
 
 
 def test_rectangles_are_refused_by_the_uint8_filters() -> None:
@@ -88,18 +81,11 @@ def test_rectangles_are_refused_by_the_uint8_filters() -> None:
         resize_uint8(nchw(noise(40, 60)), 32)
 
 
-def test_rows_of_a_filter_sum_to_one() -> None:
-    for name, source, target in (("bicubic", 28, 299), ("lanczos", 512, 299)):
-        matrix = filter_matrix(name, source, target)
-        assert matrix.shape == (target, source) and matrix.dtype == torch.float64
-        torch.testing.assert_close(matrix.sum(1), torch.ones(target, dtype=torch.float64), rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (64, 64), (299, 299), (512, 512), (100, 340), (700, 310)])
 def test_clean_is_clean_fids_resizer(height: int, width: int) -> None:
     image = noise(height, width)
     expected = make_resizer("PIL", False, "bicubic", (299, 299))(image)
-    for resized in (clean(nchw(image)), clean_by_matrix(nchw(image), 299), clean(nchw(image).double())):
+    for resized in (clean(nchw(image)), clean_by_torch(nchw(image), 299), clean(nchw(image).double())):
         assert resized.dtype == torch.float32
         assert np.abs(nhwc(resized) - expected).max() < 1e-4
     plain = F.interpolate(nchw(image).float(), size=(299, 299), mode="bicubic").clamp(0, 255)
