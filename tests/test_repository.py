@@ -38,7 +38,9 @@ def test_file_and_function_sizes(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
 def test_nothing_unpickles_foreign_code(path: Path) -> None:
     text = path.read_text()
-    assert "import pickle" not in text and "allow_pickle" not in text
+    assert "allow_pickle" not in text
+    if path != REPO / "dmd2/data/inert_pickle.py":  # whose unpickler imports and calls nothing
+        assert not re.search(r"(import|from) _?(c|cloud)?pickle\b|\b(dill|joblib|shelve|marshal)\b", text)
     for call in re.findall(r"torch\.load\([^)]*\)", text):
         assert "weights_only=True" in call
 

@@ -6,6 +6,7 @@ what we think is checked by its attributes.
 """
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dmd2.convert.inert_objects import Record, shown
-from dmd2.convert.inert_pickle import read_pickle
 from dmd2.core.errors import UserError
+from dmd2.data.inert_pickle import Record, Refused, read_inert, shown
 from dmd2.networks.schedules import SIGMA_DATA
 
 DEPTH = 8  # modules within modules; EDM's networks have five
@@ -82,6 +82,29 @@ def read_edm(path: Path) -> EdmNetwork:
     recorded = ema.state.get("_init_kwargs")
     return EdmNetwork(model.kind, sizes[0], sizes[1], sizes[2], sigma_data, "model.map_augment.weight" in state,
                       recorded if isinstance(recorded, dict) else {}, state)  # fmt: skip
+
+
+def read_pickle(path: Path) -> Any:
+    """What a pickle holds, see `read_inert`.
+
+    Raises:
+        UserError: it is missing, truncated, no pickle, or names something that is no tensor or plain container.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] == b"PK\x03\x04":
+                raise UserError(
+                    f"{path} is a zip archive, as torch.save writes, and no pickle: name it .bin if it is one"
+                )
+            return read_inert(data)
+    except Refused as refused:
+        raise UserError(
+            f"{path} {refused}: refused; a file of NVlabs holds only tensors and plain containers"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): download it again") from None
+    except ValueError as error:  # also of an empty file, which cannot be mapped
+        raise UserError(f"{path} is truncated or no pickle ({error}): download it again") from None
 
 
 def _kind(value: Any) -> str:

@@ -18,7 +18,7 @@ START = f"{PACKAGE}.training.trainer"
 # Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
 # run's key), what prepares sets, and what talks to people. By the last part of the name.
 NO_PART = {
-    "captioned_readers", "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode",
+    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode",
     "errors", "eval_config", "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "progress",
     "provenance", "readers", "retraining", "run", "run_inputs", "slurm_queue", "sources", "tar_sets", "unets",
 }  # fmt: skip

@@ -5,63 +5,18 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import Unpickler
-from typing import Any
 
 import numpy as np
 
 from dmd2.core.errors import UserError
-from dmd2.experiment.config import Data
+from dmd2.data.inert_pickle import Refused, read_inert
+from dmd2.experiment.data_config import Data
 
 FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
 ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 SHAPE = (3, 32, 32)
 ROW = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then its channels
-
-
-class _Array:
-    """The parts of a pickled array: the pickle itself reaches no code of numpy."""
-
-    shape: Any = None
-    type: Any = None
-    fortran: Any = False
-    content: Any = b""
-
-    def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.type, self.fortran, self.content = state
-
-
-class _Type:
-    """The name of a pickled array's type."""
-
-    def __init__(self, name: Any, *_: Any) -> None:
-        self.name = name
-
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which a type of one byte does not have."""
-
-
-def _encode(text: str, _encoding: str) -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes into pickles for Python 2
-
-
-class _Batch(Unpickler):
-    """Reads dicts, lists, numbers, strings and arrays, and refuses everything else by its name."""
-
-    known = {
-        "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
-        "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
-        "numpy.ndarray": _Array,
-        "numpy.dtype": _Type,
-        "_codecs.encode": _encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name in the pickle."""
-        if f"{module}.{name}" not in self.known:
-            raise UserError(f"it asks for {module}.{name}, which no batch of CIFAR-10 needs: do not trust this file")
-        return self.known[f"{module}.{name}"]
 
 
 def cifar10(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -127,13 +82,14 @@ def _binary(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 def _pickled(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     broken = UserError("it is no whole batch of data (uint8, N x 3072) and labels (N); fetch it again")
     try:
-        batch = _Batch(io.BytesIO(content), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        data, labels = batch["data"], np.array([int(label) for label in batch["labels"]], np.int64)
-        whole = data.type.name in ("u1", b"u1") and tuple(data.shape) == (len(labels), ROW - 1)
-        images = np.frombuffer(data.content, np.uint8).reshape(data.shape, order="F" if data.fortran else "C")
-    except UserError:
-        raise
+        batch = read_inert(io.BytesIO(content))
+        labels = np.array([int(label) for label in batch["labels"]], np.int64)
+        shape, kind, by_columns, pixels = batch["data"].state["array"]
+        whole = kind.state["name"] == "u1" and tuple(shape) == (len(labels), ROW - 1)
+        pixels = pixels.encode("latin1") if isinstance(pixels, str) else pixels  # Python 2 wrote text for bytes
+        images = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if by_columns else "C")
+    except Refused as refused:
+        raise UserError(f"it {refused}, which no batch of CIFAR-10 needs: do not trust this file") from None
     except Exception:  # a damaged pickle may raise anything
         raise broken from None
     if not whole:

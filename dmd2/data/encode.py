@@ -23,9 +23,9 @@ from dmd2.core.precision import strict_float32
 from dmd2.core.progress import Progress
 from dmd2.core.provenance import recorded
 from dmd2.core.rng import stream
-from dmd2.data.captioned_readers import read_captioned
 from dmd2.data.captions import read_prompts, save_captions
 from dmd2.data.pipelines import Pipeline, time_ids
+from dmd2.data.readers import read_captioned
 from dmd2.data.sets import SHARD_BYTES, save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.run_inputs import prompt_settings

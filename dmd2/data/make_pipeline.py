@@ -15,8 +15,8 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.precision import strict_float32
 from dmd2.core.provenance import recorded
-from dmd2.data.captioned_readers import read_captioned
 from dmd2.data.pipelines import NULL, Pipeline, belongs
+from dmd2.data.readers import read_captioned
 from dmd2.data.sets import save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.data_config import Pipeline as Spec

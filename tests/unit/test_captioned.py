@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dmd2.core.errors import UserError
-from dmd2.data.captioned_readers import read_captioned
+from dmd2.data.readers import read_captioned
 from dmd2.experiment.config import Data
 
 SIZE, COUNT = 8, 5

@@ -1,20 +1,22 @@
 """NVlabs' pickles are read as data: what a pickle may not do, and what is said of a file that is not whole."""
 
+import codecs
 import io
 import math
 import os
 import pickle
 import pickletools
 import struct
+import tracemalloc
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 
-from dmd2.convert.edm_pickle import read_edm
-from dmd2.convert.inert_objects import Record
-from dmd2.convert.inert_pickle import read_pickle
+from dmd2.convert.edm_pickle import read_edm, read_pickle
 from dmd2.core.errors import UserError
+from dmd2.data.inert_pickle import Record
 from tests import edm_reference as edm
 
 STATE = edm.random_state(edm.VP, augment=9)
@@ -98,7 +100,7 @@ def test_a_call_is_refused_by_name_and_not_made(tmp_path, protocol):
         (b"\x80\x04\x8c\x05torch\x8c\x0c_C._get_what\x93.", "would run torch._C._get_what"),
         (b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.", "would run builtins.getattr"),
         (b"\x80\x04\x8c\x12torch.nn.modules.x\x8c\x08Foo.eval\x93.", "would run torch.nn.modules.x.Foo.eval"),
-        (b"\x80\x04]]\x93.", "without a name"),
+        (b"\x80\x04]]\x93.", "STACK_GLOBAL requires str"),
         (b"\x80\x04\x8c\x01a\x8c\x03b\nc\x93.", r"would run a.b\\nc"),
         (b"\x80\x02\x82\x01.", "EXT1"),
         (b"Pname\n.", "PERSID"),
@@ -116,6 +118,49 @@ def test_a_call_is_refused_by_name_and_not_made(tmp_path, protocol):
 def test_tricks_with_opcodes_are_refused(tmp_path, code, said):
     assert [op.name for op, _, _ in pickletools.genops(code)][-1] == "STOP"
     refused(tmp_path, code, said)
+
+
+def nested(kind, depth=200):
+    """A container whose text, hash or copy has no end: each level holds the one below twice."""
+    value = kind()
+    for _ in range(depth):
+        value = kind([value, value])
+    return value
+
+
+PREFIX = b"\x80\x04"
+BOMBS = {
+    "a memo of 34 GB": PREFIX + b"Nr\xff\xff\xff\x7f.",
+    "bytes of 64 GB": PREFIX + b"\x8e" + struct.pack("<Q", 1 << 36) + b"x.",
+    "text of 64 GB": PREFIX + b"\x8d" + struct.pack("<Q", 1 << 36) + b"x.",
+    "a bytearray of 64 GB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"x.",
+    "a frame of 64 GB": PREFIX + b"\x95" + struct.pack("<Q", 1 << 36) + b"N.",
+    "a number of 2 GB": PREFIX + b"\x8b\xff\xff\xff\x7f1.",
+    "a key without end": pickle.dumps({"a": Call(OrderedDict, [(nested(tuple), 1)])}),
+    "an item without end": pickle.dumps(Call(set, [nested(tuple)])),
+    "an encoding without end": pickle.dumps(Call(codecs.encode, "a", nested(list))),
+    "a class without end": pickle.dumps(nested(list))[:-1] + b")\x81.",
+    "a type without end": pickle.dumps(Call(np._core.multiarray.scalar, Call(np.dtype, nested(tuple)), b"")),
+    "a function without end": pickle.dumps(nested(list))[:-1] + b")R.",
+    "a function with attributes": b"\x80\x02c_codecs\nencode\n}X\x04\0\0\0nameX\x01\0\0\0xs\x86b.",
+    "attributes in slots": b"\x80\x02ctorch.nn.modules.container\nModuleDict\n)\x81N}X\x04\0\0\0kindX\x01\0\0\0xs\x86b.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_takes_neither_memory_nor_time(tmp_path, name):
+    path = tmp_path / "file.pkl"
+    path.write_bytes(BOMBS[name])
+    tracemalloc.start()
+    try:
+        if "memo" in name or "frame" in name:  # which are hints and keep nothing
+            assert read_pickle(path) is None
+        else:
+            with pytest.raises(UserError, match="refused|truncated or no pickle"):
+                read_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def rebuilt(storage, *args):
