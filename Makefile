@@ -41,4 +41,4 @@ clean:
 
 reference: # publish the tables of the last `snakemake digits` in git
 	mkdir -p results/reference
-	cp results/tables/digits-*.md results/tables/digits-*.csv results/reference/
+	cp results/tables/digits-*.md results/tables/digits-*.csv results/tables/digits-*.json results/reference/

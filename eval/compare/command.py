@@ -21,7 +21,7 @@ from dmd2.experiment.metrics import BETTER
 from dmd2.experiment.metrics import measured as numbers_of
 from eval.compare.contrasts import Contrast, Pair, Seeds, judge
 from eval.compare.page import html, markdown
-from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_published, read_rows, read_tables
+from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_rows, read_tables
 from eval.report.differences import shown
 from eval.report.page import sample_side
 from eval.report.table_text import LABELS
@@ -41,7 +41,8 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
         UserError: a file is damaged or is not what an evaluation writes, or no row is on both sides.
     """
     tables = read_tables(a), read_tables(b)
-    known = {**tables[0], **_left(a, tables[0])}, {**tables[1], **_left(b, tables[1])}
+    published = read_tables(a, "reference"), read_tables(b, "reference")  # their claims are not compared
+    known = tables[0] | (published[0] | tables[0]), tables[1] | (published[1] | tables[1])
     rows = read_rows(a, known[0].values()), read_rows(b, known[1].values())
     both = sorted(rows[0].keys() & rows[1].keys())
     if not both:
@@ -59,11 +60,6 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
                    "only_b": sorted(tables[1].keys() - tables[0].keys())},
         "notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
     }  # fmt: skip
-
-
-def _left(side: Side, tables: Tables) -> Tables:
-    """Published tables of a side that it does not have whole."""
-    return {name: table for name, table in read_published(side).items() if name not in tables}
 
 
 def _row(

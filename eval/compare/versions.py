@@ -14,7 +14,6 @@ from typing import Any
 from dmd2.core.errors import UserError
 from dmd2.core.files import content_digest, read_json
 from dmd2.experiment.protocols import of_record
-from eval.compare.published import from_csv
 
 WORKSPACE = "workspace"
 RUN_FILES = ("metrics.json", "train.json", "grid.png", "influence.safetensors")
@@ -22,8 +21,7 @@ PATTERNS = (
     *(f"results/runs/*/*/seed*/{name}" for name in RUN_FILES),
     *(f"results/teachers/*/*/{name}" for name in RUN_FILES),
     "results/tables/*.json",
-    "results/reference/*.csv",
-    "workflow/tables/*.yaml",
+    "results/reference/*.json",
     "data/*/*/manifest.json",
 )
 NOT_METRICS = ("step", "student_updates", "estimates")  # of a snapshot
@@ -105,7 +103,7 @@ def _is_revision(name: str) -> bool:
 def _folder(name: str, folder: Path) -> Side:
     """A workspace, its results folder, or a folder of tables."""
     if any((folder / "results" / part).is_dir() for part in ("runs", "teachers", "tables", "reference")):
-        roots, what = {part: folder / part for part in ("results", "data", "workflow")}, "workspace"
+        roots, what = {part: folder / part for part in ("results", "data")}, "workspace"
     elif any((folder / part).is_dir() for part in ("runs", "teachers", "tables")):
         roots, what = {"results": folder}, "results"
     else:
@@ -156,7 +154,7 @@ def _revision(name: str, scratch: Path) -> Side:
 
     files = {
         p
-        for place in ("results", "data", "workflow")
+        for place in ("results", "data")
         for p in listed(place)
         if any(map(PurePosixPath(p).match, PATTERNS))
     }
@@ -173,32 +171,16 @@ def _checked(side: Side) -> Side:
     if not any(name.startswith("results/") and not name.endswith((".png", "train.json")) for name in side.files):
         raise UserError(
             f"{side.name} ({side.what}) has no results: neither results/runs/*/*/seed*/metrics.json nor "
-            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.csv; "
+            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.json; "
             "make some with Snakemake, or name another side"
         )
     return side
 
 
-def read_tables(side: Side) -> dict[str, dict[str, Any]]:
-    """The tables of a side as `eval.report.tables` wrote them, by name; other JSON files are passed over."""
-    found = {}
-    for name in side.matching("results/tables/*.json"):
-        bundle = side.json(name)
-        if isinstance(bundle, dict) and {"name", "base", "rows", "claims"} <= bundle.keys():
-            found[bundle["name"]] = bundle
-    return found
-
-
-def read_published(side: Side) -> dict[str, dict[str, Any]]:
-    """Tables of results/reference by name, as far as their CSV tells them and the side's workflow knows their base."""
-    found = {}
-    for name in side.matching("results/reference/*.csv"):
-        table = PurePosixPath(name).stem
-        csv, specification = side.path(name), side.path(f"workflow/tables/{table}.yaml")
-        if csv and specification:
-            texts = (path.read_text(encoding="utf-8") for path in (csv, specification))
-            found[table] = from_csv(table, *texts)
-    return found
+def read_tables(side: Side, folder: str = "tables") -> dict[str, dict[str, Any]]:
+    """The tables below ``results/FOLDER`` as `eval.report.tables` wrote them, by name; other JSON is passed over."""
+    found = map(side.json, side.matching(f"results/{folder}/*.json"))
+    return {each["name"]: each for each in found if isinstance(each, dict) and {"name", "base", "rows"} <= each.keys()}
 
 
 def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
