@@ -52,8 +52,8 @@ class Written:
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of nested dicts by its dotted key; lists are values."""
-    if not isinstance(values, dict):
+    """Every value of nested dicts by its dotted key; lists and empty dicts are values."""
+    if not isinstance(values, dict) or (prefix and not values):
         return {prefix: values}
     return {k: v for key, part in values.items() for k, v in leaves(part, f"{prefix}.{key}" if prefix else key).items()}
 

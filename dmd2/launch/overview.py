@@ -16,11 +16,10 @@ from rich.table import Table as Grid
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
-from dmd2.core.interrupts import locked
-from dmd2.core.retraining import replaced
 from dmd2.core.run import RUNS, RunId
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
 from dmd2.experiment.tables import Experiment, load_experiment
+from dmd2.launch.state import is_published, run_state
 
 SILENCE = 600.0  # seconds without a sign of life after which a running job is worth a look
 OTHER_COLUMNS = 114  # characters beside the name of the run, the foldable columns on several lines
@@ -142,7 +141,7 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
 
     Slurm is asked once, and only if one of these runs may have a job.
     """
-    if not any((run.folder / "job.json").exists() and not _published(run.folder) for run in runs):
+    if not any((run.folder / "job.json").exists() and not is_published(run.folder, _train(run)) for run in runs):
         return {}, ""
     if shutil.which("sbatch") is None:
         return None, NO_SLURM
@@ -175,7 +174,8 @@ def _row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
     # By name: a launcher killed right after sbatch left a job that job.json does not have, and the job.json of a copied
     # workspace has the original's.
     entry = (jobs or {}).get(job_name(run))
-    state, detail = _state(run.folder, progress, bool(submitted), entry, unknown=jobs is None and bool(ids))
+    state = run_state(run.folder, _train(run), progress, entry, unknown=jobs is None and bool(ids))
+    detail = entry.reason if entry and state == "pending" and entry.reason != "None" else ""
     began = _process_began(run.folder)
     rate = eta = node = NONE
     if state == "running":
@@ -193,30 +193,9 @@ def _row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
     )  # fmt: skip
 
 
-def _state(
-    folder: Path, progress: dict[str, Any], submitted: bool, entry: Entry | None, unknown: bool
-) -> tuple[str, str]:
-    """State of a run and what belongs in parentheses after it."""
-    if _published(folder):
-        return "finished", ""
-    if entry is not None:
-        pending = entry.state == "PENDING" and entry.reason not in ("None", "")
-        return entry.state.lower(), entry.reason if pending else ""
-    if locked(folder):
-        return "running", ""
-    if unknown:
-        return "unknown", ""
-    # A finished.json beside half a training is of an older config of the run.
-    complete = not progress or progress["step"] >= progress["total"]
-    if complete and (folder / "finished.json").exists():
-        return "ended", ""
-    return ("stopped" if submitted or progress else "not started"), ""
-
-
-def _published(folder: Path) -> bool:
-    """Whether a run is complete, and not on its way to be trained again."""
-    path = folder / "train.json"
-    return path.exists() and not replaced(folder, _read(path).get("key", ""))
+def _train(run: RunId) -> dict[str, Any] | None:
+    path = run.folder / "train.json"
+    return read_json(path) if path.exists() else None
 
 
 def _process_began(folder: Path) -> float:

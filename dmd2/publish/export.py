@@ -24,7 +24,8 @@ from dmd2.networks.denoisers import Denoiser, EdmDenoiser, Network
 from dmd2.networks.quantise import quantise
 from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
 from dmd2.networks.song_unet import SongUNet
-from dmd2.publish.model_card import model_card, render
+from dmd2.publish.model_card import TEMPLATES, model_card
+from dmd2.publish.template import template
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import Snapshot, find_snapshot
 
@@ -142,7 +143,7 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
         scheduler_of(student).save_pretrained(folder / "scheduler")
         if isinstance(student.network, SongUNet):  # which diffusers lacks
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
-        script = render("sample.py.j2", sampling)
+        script = template(TEMPLATES / "sample.py.j2").render(sampling)
         (folder / "sample.py").write_text(script, encoding="utf-8")
         checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else ""
         model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")

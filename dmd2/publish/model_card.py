@@ -6,32 +6,20 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dmd2.core.files import read_json
 from dmd2.experiment.config import TrainConfig, digest
+from dmd2.publish.table_text import excerpt, label
+from dmd2.publish.template import template
 from dmd2.training.snapshot import Snapshot
 
 TEMPLATES, TABLES = Path(__file__).with_name("templates"), Path("results/tables")
-NAMES = {
-    "fd": "FD", "fid": "FID", "patch_fid": "Patch FID", "kid": "KID", "clip_score": "CLIP score",
-    "accuracy": "Class accuracy", "brightness": "Brightness",
-}  # fmt: skip
 LICENCES = (  # identifiers a model card's `license` may have; anything else is `other` with a name
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m",
 )  # fmt: skip
 ORIGINS = {"sklearn-digits": "the handwritten digits that scikit-learn ships (UCI, 1,797 images of 8x8)"}
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
-
-
-def render(template: str, values: dict[str, Any]) -> str:
-    """A text template of this package; a missing value is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True,
-        undefined=StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template(template).render(values)
 
 
 def model_card(
@@ -45,7 +33,7 @@ def model_card(
     """
     row = f"{snapshot.run.base}/{snapshot.run.name}"
     measured = measured_lines(snapshot)
-    body = render("card.md.j2", {
+    body = template(TEMPLATES / "card.md.j2").render({
         **sampling, "title": f"{_steps(sampling).capitalize()}-step student {snapshot.run}", "row": row,
         "about": about(snapshot.cfg, sampling), "calls": f"{_steps(sampling)} time{'s' * (len(sampling['times']) > 1)}",
         "steps": f"{_steps(sampling)} step{'s' * (len(sampling['times']) > 1)}",
@@ -110,7 +98,7 @@ def _long_name(metric: str, snapshot: Snapshot) -> str:
     detector = snapshot.metrics["protocol"]["detector"]
     if metric == "fd":
         return f"Fréchet distance in the features of {detector} (FD)"
-    return f"{NAMES.get(metric, metric)} ({detector})"
+    return f"{label(metric)} ({detector})"
 
 
 def about(cfg: TrainConfig, sampling: dict[str, Any]) -> str:
@@ -135,7 +123,7 @@ def measured_lines(snapshot: Snapshot) -> list[list[str]]:
     for metric, e in snapshot.measured["estimates"].items():
         interval = "–" if e["low"] is None else f"[{e['low']:.4g}, {e['high']:.4g}]"
         numbers = ["–" if e[key] is None else f"{e[key]:.4g}" for key in ("value", "se", "bias")]
-        lines.append([NAMES.get(metric, metric), *numbers, interval, str(e["n"])])
+        lines.append([label(metric), *numbers, interval, str(e["n"])])
     return lines
 
 
@@ -156,38 +144,21 @@ def protocol(snapshot: Snapshot) -> str:
 
 def table_rows(snapshot: Snapshot) -> list[dict[str, str]]:
     """The run's row in each table of results/tables that was made from this very training, as Markdown."""
-    found = []
-    for path in sorted(TABLES.glob("*.json")):
-        table, seed = read_json(path), str(snapshot.run.seed)
-        page = path.with_suffix(".md")
-        rows = [row for row in table["rows"] if row["run"] == snapshot.run.name and seed in row["seconds"]]
-        made_from = (snapshot.record["seconds"], snapshot.record["commit"])
-        if table["base"] != snapshot.run.base or not page.exists():
+    found, run, seed = [], snapshot.run, str(snapshot.run.seed)
+    made_from = (snapshot.record["seconds"], snapshot.record["commit"])
+    for table in map(read_json, sorted(TABLES.glob("*.json"))):
+        row = next((row for row in table["rows"] if row["run"] == run.name and seed in row["seconds"]), None)
+        if table["base"] != run.base or row is None:
             continue
-        for row in rows:
-            if (row["seconds"][seed], row["commits"][seed]) == made_from:
-                found.append({"title": table["title"], "text": _excerpt(page, snapshot.run.name),
-                              "relation": _relation(row["step"], seed, snapshot.step)})  # fmt: skip
+        if (row["seconds"][seed], row["commits"][seed]) == made_from:
+            relation = _relation(row["step"], seed, snapshot.step)
+            found.append({"title": table["title"], "text": excerpt(table, run.name), "relation": relation})
     return found
 
 
 def _relation(steps: dict[str, int], seed: str, step: int) -> str:
     text = f"its seeds are {', '.join(steps)} and this student is seed {seed}"
     return text + (":" if steps[seed] == step else f", but at step {step} while the table takes step {steps[seed]}:")
-
-
-def _excerpt(page: Path, row: str) -> str:
-    """Header and one row of the first table of a Markdown page, and the text up to the next table."""
-    lines = page.read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    end = next(i for i, line in enumerate(lines) if i > start and not line.startswith("|"))
-    notes = []
-    for line in lines[end:]:
-        if line.startswith("|"):
-            break
-        notes.append(line)
-    table = [*lines[start : start + 2], *(line for line in lines[start:end] if line.startswith(f"| `{row}` |"))]
-    return "\n".join([*table, *notes]).strip()
 
 
 def facts(snapshot: Snapshot) -> dict[str, str]:

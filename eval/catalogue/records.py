@@ -7,10 +7,11 @@ from typing import Any
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
-from dmd2.core.interrupts import locked
 from dmd2.core.run import RUNS, RunId
+from dmd2.experiment.dotted_keys import leaves
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.protocols import of_record
+from dmd2.launch.state import is_published, run_state
 from eval.catalogue.columns import IN_JSON, MAX_INT, SUFFIXES, describe
 
 Row = dict[str, Any]
@@ -120,22 +121,13 @@ def _measured(run: str, record: Row, metrics: Row) -> list[Row]:
 
 
 def _training(run: str, folder: Folder, train: Row, record: Row) -> Row:
-    """What the folder says about its present training, as `dmd2.launch.overview` has it, without asking Slurm."""
-    progress = {} if train else folder.read("progress.json")
-    step, total = progress.get("step"), progress.get("total")
-    if train:
-        state = "trained"
-    elif locked(folder.path):
-        state = "running"
-    elif record and not (progress and progress["step"] < progress["total"]):
-        state = "ended"  # a finished.json beside half a training is of an older config of the run
-    elif progress or folder.key() or (folder.path / "job.json").exists():
-        state = "stopped"
-    else:
-        state = "not started"
+    """What the folder says about its present training, without asking Slurm."""
+    progress = {} if is_published(folder.path, train or None) else folder.read("progress.json")
+    state = run_state(folder.path, train or None, progress).replace("finished", "trained")
     if state in ("trained", "ended"):
         last = record["steps"]
         return {"state": state, "step": last, "is_last": True, **_facts(record), **_weights(run, record).get(last, {})}
+    step, total = progress.get("step"), progress.get("total")
     return {"state": state, "digest": folder.key(), "step": step, "steps": total, "is_last": False}
 
 
@@ -149,7 +141,7 @@ def _of_sampler(metrics: Row) -> list[Row]:
     common = {
         "state": "evaluated", "eval_seconds": metrics.get("seconds"),
         "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
-        **_flat("sampler", metrics["sampler"]),
+        **leaves(metrics["sampler"], "sampler"),
     }  # fmt: skip
     return _snapshots(common, metrics, {})
 
@@ -176,7 +168,7 @@ def _facts(record: Row) -> Row:
     """What train.json and finished.json record about a training, and metrics.json repeats in part."""
     facts = {column: record[key] for key, column in RECORDED.items() if key in record}
     cost = {COST[key]: value for key, value in record.get("cost", {}).items() if key in COST}
-    return facts | cost | _flat("config", record["config"])
+    return facts | cost | leaves(record["config"], "config")
 
 
 def _weights(run: str, record: Row) -> dict[int, Row]:
@@ -188,10 +180,3 @@ def _weights(run: str, record: Row) -> dict[int, Row]:
         }
         for entry in record.get("files", [])
     }  # fmt: skip
-
-
-def _flat(name: str, value: Any) -> Row:
-    """Nested dicts as dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    return {key: leaf for part, inner in value.items() for key, leaf in _flat(f"{name}.{part}", inner).items()}

@@ -19,12 +19,11 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import write_json, write_text
 from dmd2.experiment.metrics import BETTER
 from dmd2.experiment.metrics import measured as numbers_of
+from dmd2.publish.table_text import difference_text, label
 from eval.compare.contrasts import Contrast, Pair, Seeds, judge
 from eval.compare.page import html, markdown
 from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_rows, read_tables
-from eval.report.differences import shown
-from eval.report.page import sample_side
-from eval.report.table_text import LABELS
+from eval.pixels.grid import sample_side
 
 Tables = Mapping[str, dict[str, Any]]
 
@@ -77,7 +76,7 @@ def _row(
     better = BETTER.get(primary)
     return {
         "row": f"{base}/{run}", "base": base, "run": run, "metric": primary, "better": better,
-        "label": LABELS.get(primary, primary), "verdict": judge(main.found, better, margin),
+        "label": label(primary), "verdict": judge(main.found, better, margin),
         "reason": main.reason or ("" if better else f"{primary} has no better direction"), "seeds": pair.seeds(),
         "a": main.a, "b": main.b, "difference": main.found,
         "others": {m: {"a": c.a, "b": c.b, "difference": c.found} for m, c in found.items() if m != primary and c.a},
@@ -161,7 +160,7 @@ def failures(document: Mapping[str, Any]) -> list[str]:
     found = []
     for row in document["rows"]:
         if row["verdict"] == "worse":
-            found.append(f"{row['row']} got worse: {row['label']} {shown(row['difference']).strip('*')}")
+            found.append(f"{row['row']} got worse: {row['label']} {difference_text(row['difference']).strip('*')}")
         elif row["verdict"] == "not comparable":
             found.append(f"{row['row']} cannot be compared: {row['reason']}")
     return found + [f"{row} is gone: only A ({document['a']['name']}) has it" for row in document["only_a"]]

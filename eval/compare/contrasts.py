@@ -11,12 +11,14 @@ from math import isclose, isfinite, sqrt
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t, ttest_ind
+from scipy.stats import ttest_ind
 
 from dmd2.core.retraining import differences, named
 from dmd2.experiment.config import NOT_IDENTITY
+from dmd2.experiment.dotted_keys import leaves
 from eval.compare.versions import Seed, Side, inputs
-from eval.report.differences import WITH_INFLUENCES, Arm, difference, influences
+from eval.metrics.estimate import mean_interval, t_quantile
+from eval.report.differences import NORMAL, WITH_INFLUENCES, Arm, around, bounded, difference, influences
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
@@ -88,9 +90,9 @@ class Pair:
                 return Contrast(metric, {}, {}, None, f"{metric} of {name}, seed {seed}, is {value}")
         x, y = ({s: float(v) for s, v in values.items() if v is not None} for values in (a, b))
         if x.keys() == y.keys() and all(isclose(x[s], y[s], rel_tol=ROUNDING) for s in x):
-            return Contrast(metric, x, y, _found(0.0, 0.0, EQUAL))
-        found = self._interval(metric, x, y)
-        return Contrast(metric, x, y, found, "" if found else "the finite sample has no standard error")
+            return Contrast(metric, x, y, around(0.0, 0.0, EQUAL))
+        interval = self._interval(metric, x, y)
+        return Contrast(metric, x, y, interval, "" if interval else "the finite sample has no standard error")
 
     def _interval(self, metric: str, a: dict[int, float], b: dict[int, float]) -> dict[str, Any] | None:
         if len(self.shared) > 1:
@@ -100,22 +102,20 @@ class Pair:
         x, y = np.array([*a.values()]), np.array([*b.values()])
         mean = float(y.mean() - x.mean())
         if min(len(x), len(y)) > 1:
-            if x.std() == y.std() == 0:  # Welch's degrees of freedom would be 0 / 0
-                return _found(mean, 0.0, "training seeds, unpaired")
-            low, high = ttest_ind(y, x, equal_var=False).confidence_interval(0.95)
-            return _found(mean, float(high - low) / 2, "training seeds, unpaired")
+            # Welch's degrees of freedom are 0 / 0 where neither side has any spread.
+            spread = x.std() > 0 or y.std() > 0
+            low, high = ttest_ind(y, x, equal_var=False).confidence_interval(0.95) if spread else (mean, mean)
+            return around(mean, float(high - low) / 2, "training seeds, unpaired")
         many = max(x, y, key=len)
-        half = float(t.ppf(0.975, len(many) - 1)) * float(many.std(ddof=1)) * sqrt(1 + 1 / len(many))
-        return _found(mean, half, "training seeds, unpaired, one spread assumed")
+        half = t_quantile(len(many)) * float(many.std(ddof=1)) * sqrt(1 + 1 / len(many))
+        return around(mean, half, "training seeds, unpaired, one spread assumed")
 
     def _paired(self, metric: str, a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
-        found = [{s: self._influence(metric, side, s) for s in a} for side in (0, 1)]
-        psi = [{s: known for s, known in side.items() if known is not None} for side in found]
+        known = [{s: self._influence(metric, side, s) for s in a} for side in (0, 1)]
+        psi = [{s: values for s, values in side.items() if values is not None} for side in known]
         if psi[0].keys() == psi[1].keys() == a.keys():
             return difference(Arm(b, psi[1]), Arm(a, psi[0]), self.classes)
-        gaps = np.array([b[s] - a[s] for s in a])
-        half = float(t.ppf(0.975, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
-        return _found(float(gaps.mean()), half, "training seeds")
+        return bounded(*mean_interval([b[s] - a[s] for s in a]), "training seeds")
 
     def _single(self, metric: str, a: dict[int, float], b: dict[int, float]) -> dict[str, Any] | None:
         """One seed each, which need not be the same: images at one index share their noise all the same."""
@@ -126,8 +126,8 @@ class Pair:
         psi, other = self._influence(metric, 0, first), self._influence(metric, 1, second)
         if psi is not None and other is not None and len(psi) == len(other):
             return difference(Arm({0: y}, {0: other}), Arm({0: x}, {0: psi}), self.classes)
-        half = 1.96 * float(np.hypot(errors[0], errors[1]))
-        return _found(y - x, half, "finite sample, unpaired")
+        half = NORMAL * float(np.hypot(errors[0], errors[1]))
+        return around(y - x, half, "finite sample, unpaired")
 
     def _influence(self, metric: str, i: int, seed: int) -> np.ndarray | None:
         """Influences of one evaluation on a metric; None where this side does not have them."""
@@ -200,16 +200,9 @@ def judge(found: Mapping[str, Any] | None, better: str | None, margin: float) ->
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted leaf keys whose values differ, with both; a key that one side lacks is "absent" there."""
-    ours, theirs = _leaves(old), _leaves(new)
+    ours, theirs = leaves(old), leaves(new)
     both = {key: (ours.get(key, "absent"), theirs.get(key, "absent")) for key in (ours | theirs)}
     return {key: values for key, values in both.items() if values[0] != values[1]}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
 
 
 def _in_key(key: str) -> bool:
@@ -217,10 +210,6 @@ def _in_key(key: str) -> bool:
     section, _, name = key.partition(".")
     free = NOT_IDENTITY.get(section, set())
     return not (free is True or name in free)
-
-
-def _found(value: float, half: float, covers: str) -> dict[str, Any]:
-    return {"value": value, "low": value - half, "high": value + half, "sampling_se": None, "covers": covers}
 
 
 def _numbers(seeds: Iterable[int]) -> str:

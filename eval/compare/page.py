@@ -6,36 +6,33 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from dmd2.experiment.metrics import BETTER
+from dmd2.publish.table_text import NONE, Cells, difference_text, grid, label, mean_sd
+from dmd2.publish.template import template
 from eval.compare.contrasts import EQUAL, Verdict
 from eval.compare.versions import Side
 from eval.pixels.grid import sample_grid
-from eval.report.differences import shown
-from eval.report.page import code
-from eval.report.table_text import LABELS, summary
+from eval.report.page import code, setting
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
-Cells = tuple[list[str], list[list[str]]]
 
 
 def markdown(document: Document) -> str:
     """The whole comparison as Markdown."""
     text = [f"# {document['a']['name']} → {document['b']['name']}", "", told(document), ""]
     for base, rows in bases(document):
-        text += [f"## {base}", "", *_lines(values(rows)), ""]
+        text += [f"## {base}", "", grid(*values(rows)), ""]
         if (others := other_metrics(rows))[1]:
-            text += ["Other metrics, B - A:", "", *_lines(others), ""]
+            text += ["Other metrics, B - A:", "", grid(*others), ""]
     text += [READING, "", "## What changed", ""]
     for names, verdict, lines in alike(document):
         text += [f"{', '.join(f'`{name}`' for name in names)}: {verdict}", "", *(f"- {line}" for line in lines), ""]
     text += [line for line in remarks(document) for line in (line, "")]
     if document["claims"]:
-        text += ["## Claims whose verdict changed", "", *_lines(claims(document)), ""]
+        text += ["## Claims whose verdict changed", "", grid(*claims(document)), ""]
     return "\n".join(text)
 
 
@@ -45,15 +42,7 @@ def html(document: Document, a: Side, b: Side) -> str:
     Raises:
         UserError: a sample grid cannot be read.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["code"] = code
-    return environment.get_template("compare.html.j2").render(
+    return template(Path(__file__).with_name("templates") / "compare.html.j2", code=code).render(
         document=document,
         told=told(document),
         reading=READING,
@@ -94,28 +83,28 @@ def values(rows: list[Row]) -> Cells:
     direction = f"{first['better']} is better" if first["better"] else "no better direction"
     header = ["row", f"{first['label']} of A", "of B", f"B - A, 95 % ({direction})", "the interval covers", "verdict"]
     return header, [
-        [f"`{row['run']}`", *(summary(row[side]) if row[side] else "–" for side in "ab"), _difference(row),
+        [f"`{row['run']}`", *(mean_sd(row[side].values()) if row[side] else NONE for side in "ab"), _difference(row),
          _covers(row["difference"]), row["verdict"]]
         for row in rows
     ]  # fmt: skip
 
 
 def _covers(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None or found["covers"] == EQUAL else found["covers"]
+    return NONE if found is None or found["covers"] == EQUAL else found["covers"]
 
 
 def other_metrics(rows: list[Row]) -> Cells:
     """Header and cells of the differences of all other metrics, with the direction that is better."""
     names = list(dict.fromkeys(name for row in rows for name in row["others"]))
     arrows = {"lower": " ↓", "higher": " ↑", None: ""}
-    header = ["row", *(f"{LABELS.get(name, name)}{arrows[BETTER.get(name)]}" for name in names)]
+    header = ["row", *(f"{label(name)}{arrows[BETTER.get(name)]}" for name in names)]
     lines = [[f"`{row['run']}`", *(_difference(row["others"].get(name)) for name in names)] for row in rows]
     return header, lines if names else []
 
 
 def _difference(row: Row | None) -> str:
     found = row and row["difference"]
-    return EQUAL if found and found["covers"] == EQUAL else shown(found)
+    return EQUAL if found and found["covers"] == EQUAL else difference_text(found)
 
 
 def changes(row: Row) -> list[str]:
@@ -123,7 +112,7 @@ def changes(row: Row) -> list[str]:
     lines = [row["reason"]] if row["reason"] else []
     if row["seeds"].startswith("A "):
         lines.append(row["seeds"] if row["difference"] else row["seeds"].split(":")[0])
-    lines += [f"config `{key}`: {_setting(old)} → {_setting(new)}" for key, (old, new) in row["config"].items()]
+    lines += [f"config `{key}`: `{setting(old)}` → `{setting(new)}`" for key, (old, new) in row["config"].items()]
     return lines + row["other"]
 
 
@@ -134,11 +123,6 @@ def alike(document: Document) -> list[tuple[list[str], str, tuple[str, ...]]]:
         if lines := changes(row):
             groups.setdefault((row["verdict"], tuple(lines)), []).append(row["row"])
     return [(names, verdict, lines) for (verdict, lines), names in groups.items()]
-
-
-def _setting(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    return f"`{text}`"
 
 
 def remarks(document: Document) -> list[str]:
@@ -174,11 +158,6 @@ def claims(document: Document) -> Cells:
         for c in document["claims"]
     ]
     return ["claim", "A", "B", "evidence in A", "evidence in B"], lines
-
-
-def _lines(cells: Cells) -> list[str]:
-    header, lines = cells
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
 
 
 def _images(row: Row, a: Side, b: Side) -> dict[str, Any]:

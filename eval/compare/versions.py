@@ -152,12 +152,7 @@ def _revision(name: str, scratch: Path) -> Side:
             raise UserError(f"{path} of {name}: neither in git, the DVC cache nor a remote: {hint}") from None
         return out
 
-    files = {
-        p
-        for place in ("results", "data")
-        for p in listed(place)
-        if any(map(PurePosixPath(p).match, PATTERNS))
-    }
+    files = {p for place in ("results", "data") for p in listed(place) if any(map(PurePosixPath(p).match, PATTERNS))}
     return _checked(Side(name, f"revision {commit[:9]}", frozenset(files), fetch))
 
 

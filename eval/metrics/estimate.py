@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +33,25 @@ class Estimate:
         """95 % interval of the infinite-sample value, around ``value - bias``; None without a standard error."""
         if self.se is None:
             return None
-        centre, half = self.value - (self.bias or 0.0), float(t.ppf(0.975, self.n - 1)) * self.se
+        centre, half = self.value - (self.bias or 0.0), t_quantile(self.n) * self.se
         return centre - half, centre + half
 
     def as_json(self) -> dict[str, float | int | None]:
         """Plain numbers: value, se, low, high, bias, n."""
         low, high = self.interval or (None, None)
         return {"value": self.value, "se": self.se, "low": low, "high": high, "bias": self.bias, "n": self.n}
+
+
+def t_quantile(n: int, level: float = 0.95) -> float:
+    """Standard errors from the mean of `n` values to either end of its two-sided interval at that level."""
+    return float(t.ppf((1 + level) / 2, n - 1))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of two or more values and the ends of its t-interval."""
+    mean = float(np.mean(values))
+    half = t_quantile(len(values), level) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def matrix(features: Features, what: str = "features") -> Tensor:

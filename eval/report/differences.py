@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from dmd2.core.files import verified
 from dmd2.data.sets import load_shard
 from dmd2.experiment.metrics import FRECHET
-from eval.metrics.estimate import standard_error
+from eval.metrics.estimate import mean_interval, standard_error
+
+NORMAL = 1.96  # standard errors to either end of a 95 % interval of a thousand or more images
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,20 @@ def difference(ours: Arm, base: Arm, classes: int | None) -> dict[str, Any]:
         gaps.append(value - other)
         strata = None if classes is None else np.arange(len(psi)) % classes
         errors.append(standard_error(psi.astype(np.float64) - base_psi, strata) or 0.0)
-    mean, sampling = float(np.mean(gaps)), float(np.sqrt(np.sum(np.square(errors)))) / len(seeds)
+    sampling = float(np.sqrt(np.sum(np.square(errors)))) / len(seeds)
     if len(seeds) > 1:
-        half = float(t.ppf(0.975, len(seeds) - 1)) * float(np.std(gaps, ddof=1)) / len(seeds) ** 0.5
-    else:
-        half = 1.96 * sampling
-    covers = "training seeds" if len(seeds) > 1 else "finite sample"
-    return {"value": mean, "low": mean - half, "high": mean + half, "sampling_se": sampling, "covers": covers}
+        return bounded(*mean_interval(gaps), "training seeds", sampling)
+    return around(gaps[0], NORMAL * sampling, "finite sample", sampling)
+
+
+def bounded(value: float, low: float, high: float, covers: str, sampling_se: float | None = None) -> dict[str, Any]:
+    """A difference with its interval, and which noise that covers."""
+    return {"value": value, "low": low, "high": high, "sampling_se": sampling_se, "covers": covers}
+
+
+def around(value: float, half: float, covers: str, sampling_se: float | None = None) -> dict[str, Any]:
+    """The same with an interval that reaches equally far to both sides."""
+    return bounded(value, value - half, value + half, covers, sampling_se)
 
 
 WITH_INFLUENCES = (*FRECHET, "patch_fd", "patch_fid", "clip_score")  # metrics whose evaluation leaves them per image
@@ -64,14 +72,3 @@ def influences(metrics: Mapping[str, Any], folder: Path, step: int, metric: str)
     """Influences of one snapshot on a metric (see `WITH_INFLUENCES`), as its evaluation stored them."""
     key = f"{step:07d}" if metric in FRECHET else f"{step:07d}-{metric}"
     return load_shard(verified(folder, metrics["files"][0]))[key].numpy()
-
-
-def shown(found: Mapping[str, Any] | None) -> str:
-    """``+1.2 [-0.3, +2.7]``; bold where the interval excludes 0."""
-    if found is None:
-        return "–"
-    digits = max(0, 2 - int(np.floor(np.log10(max(abs(found["value"]), found["high"] - found["low"], 1e-9)))))
-    text = "{value:+.{d}f} [{low:+.{d}f}, {high:+.{d}f}]".format(
-        **{k: found[k] for k in ("value", "low", "high")}, d=digits
-    )
-    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dmd2.experiment.metrics import SETTLED
-from eval.report.table_text import LABELS, Row
+from dmd2.publish.table_text import Row, Table, label
 
 LOG_RANGE = 10.0  # a curve spanning more than this factor is drawn on a log axis
 MAX_POINTS = 600  # of a line, about two per pixel
@@ -45,7 +45,7 @@ class Style:
     width: float = 1.4
 
 
-def styles(bundle: dict[str, Any]) -> dict[str, Style]:
+def styles(bundle: Table) -> dict[str, Style]:
     """Style of every row: students by colour, dash and marker, the reference row thicker, teachers grey and bare."""
     found: dict[str, Style] = {}
     for i, row in enumerate(students(bundle)):
@@ -56,12 +56,12 @@ def styles(bundle: dict[str, Any]) -> dict[str, Style]:
     return found
 
 
-def students(bundle: dict[str, Any]) -> list[Row]:
+def students(bundle: Table) -> list[Row]:
     """Rows that were trained."""
     return [row for row in bundle["rows"] if row["kind"] == "student"]
 
 
-def teachers(bundle: dict[str, Any]) -> list[Row]:
+def teachers(bundle: Table) -> list[Row]:
     """Rows that are samplers of the teacher."""
     return [row for row in bundle["rows"] if row["kind"] == "teacher"]
 
@@ -87,12 +87,12 @@ def curve(row: Row, axis: str, metric: str) -> dict[float, list[float]]:
     return dict(sorted(points.items()))
 
 
-def training_curves(bundle: dict[str, Any]) -> list[Markup]:
+def training_curves(bundle: Table) -> list[Markup]:
     """The table's first metric over critic updates and over student updates."""
     return [_curves(bundle, "step", "critic updates"), _curves(bundle, "student_updates", "student updates")]
 
 
-def _curves(bundle: dict[str, Any], axis: str, x_label: str) -> Markup:
+def _curves(bundle: Table, axis: str, x_label: str) -> Markup:
     metric, drawn = bundle["metrics"][0], styles(bundle)
     curves = {row["run"]: curve(row, axis, metric) for row in students(bundle)}
     means = {run: [sum(v) / len(v) for v in points.values()] for run, points in curves.items()}
@@ -109,11 +109,11 @@ def _curves(bundle: dict[str, Any], axis: str, x_label: str) -> Markup:
             axes.axhline(level, zorder=1, **_line(drawn[run]))
         x_scale = _x_scale(axes, [max(points) for points in curves.values() if points])
         y_scale = _y_scale(axes, [*levels.values(), *(value for mean in means.values() for value in mean)])
-        label = LABELS.get(metric, metric) + y_scale
-        axes.set_title(label, loc="left")
+        title = label(metric) + y_scale
+        axes.set_title(title, loc="left")
         axes.set_xlabel(x_label + x_scale)
         last = ", ".join(f"{run} {mean[-1]:.3g}" for run, mean in means.items() if mean)
-        alt = f"Line chart of {label}, over {x_label}{x_scale}, one line per run. Last values: {last}."
+        alt = f"Line chart of {title}, over {x_label}{x_scale}, one line per run. Last values: {last}."
         return _svg(figure, alt)
 
 
@@ -147,7 +147,7 @@ def _plain_ticks(axis: Axis, factor: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def brightness(bundle: dict[str, Any]) -> dict[str, Markup]:
+def brightness(bundle: Table) -> dict[str, Markup]:
     """One panel per run, on shared axes: brightness of the fixed-noise samples over training, one line per seed."""
     lines = {row["run"]: [_finite(points) for points in row["probe"].values()] for row in students(bundle)}
     values = [y for several in lines.values() for points in several for _, y in points]
@@ -158,7 +158,7 @@ def brightness(bundle: dict[str, Any]) -> dict[str, Markup]:
     return {row["run"]: _brightness_panel(bundle, row, lines[row["run"]], limits) for row in students(bundle)}
 
 
-def _brightness_panel(bundle: dict[str, Any], row: Row, lines: list[list[Point]], limits: Point) -> Markup:
+def _brightness_panel(bundle: Table, row: Row, lines: list[list[Point]], limits: Point) -> Markup:
     steps, settled = row["config"]["train"]["steps"], SETTLED * row["config"]["train"]["steps"]
     with _drawing(f"{bundle['name']}-{row['run']}-brightness"):
         figure, axes = _panel(3.5, 1.75)

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dmd2.core.errors import UserError, readable_errors
@@ -18,29 +17,30 @@ from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
 from dmd2.experiment.metrics import BETTER, FRECHET, SETTLED, best_first
+from dmd2.publish.table_text import (
+    NONE,
+    Table,
+    certainty,
+    columns,
+    explained,
+    label,
+    mean,
+    mean_sd,
+    published,
+    stand_in,
+)
+from dmd2.publish.template import template
 from eval.pixels.grid import sample_grid, sample_side
 from eval.report import figures
 from eval.report.rules import MIN_SEEDS
-from eval.report.table_text import (
-    LABELS,
-    cells,
-    certainty,
-    explained,
-    hours,
-    published,
-    stand_in,
-    summary,
-)
 
 TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
           "notes", "reference_row")  # fmt: skip
 MARKS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 
-Bundle = dict[str, Any]
 
-
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path) -> Table:
     """A table as `eval.report.tables` wrote it.
 
     Raises:
@@ -65,16 +65,9 @@ def render(paths: list[Path]) -> str:
     Raises:
         UserError: a bundle or one of its sample grids is missing or unreadable.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"code": code, "yaml": _yaml, "value": _value, "costs": costs}
+    page = template(TEMPLATES / "report.html.j2", code=code, yaml=_yaml, value=setting, costs=costs)
     bundles = [read_bundle(path) for path in paths]
-    return environment.get_template("report.html.j2").render(
+    return page.render(
         tables=[view(bundle) for bundle in bundles],
         sources=[(path, sha256(path)[:12]) for path in paths],
         commit=commit(),
@@ -86,7 +79,7 @@ def render(paths: list[Path]) -> str:
     )
 
 
-def view(bundle: Bundle) -> dict[str, Any]:
+def view(bundle: Table) -> dict[str, Any]:
     """What the template shows of one table, computed."""
     styles = figures.styles(bundle)
     anchors = {run: f"key-{bundle['name']}-{run}" for run in styles}
@@ -95,7 +88,7 @@ def view(bundle: Bundle) -> dict[str, Any]:
         **bundle,
         "anchors": anchors,
         "symbols": [figures.key(anchors[run], style) for run, style in styles.items()],
-        "metric": LABELS.get(first, first),
+        "metric": label(first),
         "header": header(bundle),
         "certainty": certainty(bundle) if first in FRECHET else None,
         "explained": explained(bundle),
@@ -116,38 +109,30 @@ def view(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def kinds(bundle: Bundle) -> list[str]:
-    """Kind of every column of `eval.report.tables.cells`: "tick", "paper", "text", or the metric it shows."""
-    rest = [*bundle["metrics"][1:], "brightness_std"]
-    return ["run", *["tick"] * len(bundle["columns"]), bundle["metrics"][0], "paper", "text", *rest, *["text"] * 3]
-
-
-def header(bundle: Bundle) -> list[dict[str, str]]:
+def header(bundle: Table) -> list[dict[str, str]]:
     """Column heads with the direction that is better."""
     return [
-        {"text": text, "kind": kind, "better": f"{BETTER[kind]} is better" if kind in BETTER else ""}
-        for text, kind in zip(cells(bundle)[0], kinds(bundle), strict=True)
+        {"text": column.head, "kind": column.kind, "better": f"{way} is better" if way else ""}
+        for column in columns(bundle)
+        for way in [BETTER.get(column.kind)]
     ]
 
 
-def lines(bundle: Bundle) -> list[dict[str, Any]]:
+def lines(bundle: Table) -> list[dict[str, Any]]:
     """The table's rows: text cells as in the Markdown, each with its kind and whether it is the best student's."""
     best = {metric: best_runs(bundle, metric) for metric in BETTER}
-    return [
-        {
-            "run": row["run"],
-            "kind": row["kind"],
-            "cells": [
-                {"text": main, "aside": aside and f"({aside}", "kind": kind, "best": row["run"] in best.get(kind, ())}
-                for text, kind in zip(texts[1:], kinds(bundle)[1:], strict=True)
-                for main, _, aside in [text.partition(" (")]
-            ],
-        }
-        for row, texts in zip(bundle["rows"], cells(bundle)[1], strict=True)
-    ]
+    found = []
+    for row in bundle["rows"]:
+        shown = []
+        for column in columns(bundle)[1:]:
+            text, _, aside = column.text(row).partition(" (")
+            is_best = row["run"] in best.get(column.kind, ())
+            shown.append({"text": text, "aside": aside and f"({aside}", "kind": column.kind, "best": is_best})
+        found.append({"run": row["run"], "kind": row["kind"], "cells": shown})
+    return found
 
 
-def best_runs(bundle: Bundle, metric: str) -> list[str]:
+def best_runs(bundle: Table, metric: str) -> list[str]:
     """The student rows with the best mean; none where there is nothing to compare."""
     means = {r["run"]: fmean(r["values"][metric].values()) for r in figures.students(bundle) if metric in r["values"]}
     finite = {run: mean for run, mean in means.items() if isfinite(mean)}
@@ -157,12 +142,11 @@ def best_runs(bundle: Bundle, metric: str) -> list[str]:
     return [run for run, mean in finite.items() if mean == best]
 
 
-def behind(bundle: Bundle) -> dict[str, Any]:
+def behind(bundle: Table) -> dict[str, Any]:
     """The numbers behind the training curves: for every snapshot's step, each student's value over seeds."""
-    rows = figures.students(bundle)
-    curves = {row["run"]: figures.curve(row, "step", bundle["metrics"][0]) for row in rows}
+    curves = {r["run"]: figures.curve(r, "step", bundle["metrics"][0]) for r in figures.students(bundle)}
     steps = sorted({step for points in curves.values() for step in points})
-    shown = [[summary(dict(enumerate(c[step]))) if step in c else "–" for c in curves.values()] for step in steps]
+    shown = [[mean_sd(points[step]) if step in points else NONE for points in curves.values()] for step in steps]
     return {"runs": list(curves), "lines": list(zip(steps, shown, strict=True))}
 
 
@@ -172,9 +156,9 @@ def costs(per_seed: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _cost(cost: dict[str, Any]) -> str:
-    gpus = f"{hours([cost['gpu_hours']])} GPU-hours and " if cost["gpu_hours"] else ""
+    gpus = f"{mean([cost['gpu_hours']])} GPU-hours and " if cost["gpu_hours"] else ""
     starts = f", {cost['starts']} start{'' if cost['starts'] == 1 else 's'}" if "starts" in cost else ""
-    return f"{gpus}{hours([cost['cpu_hours']])} CPU-hours by {cost['source']}{starts}"
+    return f"{gpus}{mean([cost['cpu_hours']])} CPU-hours by {cost['source']}{starts}"
 
 
 def code(text: str) -> Markup:
@@ -186,7 +170,7 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, width=100, default_flow_style=None).strip()
 
 
-def _value(value: Any) -> str:
+def setting(value: Any) -> str:
     """A setting on one line, as it would be written in the table's file."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 

@@ -10,7 +10,9 @@ from math import sqrt
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+
+from dmd2.publish.table_text import mean_sd
+from eval.metrics.estimate import mean_interval
 
 Verdict = Literal["supported", "refuted", "undecided"]
 MIN_SEEDS = 3
@@ -136,8 +138,7 @@ def _interval(
     evidence = f"{_both(x, y, a, b)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
     if len(gaps) < MIN_SEEDS:
         return f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", None, margin
-    half = float(stats.t.ppf(0.95, len(gaps) - 1)) * float(gaps.std(ddof=1)) / sqrt(len(gaps))
-    low, high = float(gaps.mean() - half), float(gaps.mean() + half)
+    _, low, high = mean_interval(gaps, 0.9)
     return f"{evidence}, interval {low:+.3g} to {high:+.3g}", (low, high), margin
 
 
@@ -153,15 +154,4 @@ def every(*parts: Finding) -> Finding:
 def _both(x: np.ndarray, y: np.ndarray, a: str, b: str) -> str:
     """Both runs with their values; a repeated single one is shown once."""
     runs = ((a, x), (b, y))
-    return ", ".join(f"{name} {show(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)
-
-
-def show(values: np.ndarray) -> str:
-    """``mean ± SD`` of a value per seed, or the one value; large numbers without exponent."""
-    if len(values) < 2:
-        return _number(float(values[0]), 3)
-    return f"{_number(values.mean(), 3)} ± {_number(values.std(ddof=1), 2)}"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+    return ", ".join(f"{name} {mean_sd(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)

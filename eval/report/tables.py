@@ -23,11 +23,11 @@ from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
 from dmd2.experiment.tables import BESIDE, Experiment, Table, load_experiment
+from dmd2.publish.table_text import Row, markdown, paper_value
 from eval.report.claims import CLAIMS, distance, judge
 from eval.report.code_warnings import code_warnings
 from eval.report.differences import Arm, difference, influences
 from eval.report.rules import TEACHER, Curve, Measurements
-from eval.report.table_text import Row, markdown, paper_value
 
 
 def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, float | None]) -> Row:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dmd2.experiment.tables import Table
+from dmd2.publish.table_text import mean_sd
 from eval.report.claims import CLAIMS, judge
-from eval.report.rules import Measurements, equivalent, lower, no_gain, show
+from eval.report.rules import Measurements, equivalent, lower, no_gain
 
 
 def measured(**runs: list[float]) -> Measurements:
@@ -214,4 +215,4 @@ def test_a_student_worse_than_its_teacher_is_said_as_it_is() -> None:
 
 
 def test_equal_seeds_have_an_sd_of_0() -> None:
-    assert show(np.array([0.9, 0.9])) == "0.9 ± 0" and show(np.array([0.9])) == "0.9"
+    assert mean_sd(np.array([0.9, 0.9])) == "0.9 ± 0" and mean_sd(np.array([0.9])) == "0.9"

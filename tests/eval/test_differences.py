@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from eval.report.differences import Arm, difference, shown
+from dmd2.publish.table_text import difference_text
+from eval.report.differences import Arm, difference
 
 RNG = np.random.default_rng(0)
 PSI = RNG.standard_normal(1000)
@@ -53,8 +54,8 @@ def test_balanced_classes_count_the_spread_inside_classes_only() -> None:
     [(1.0, -0.5, 2.5, "+1.00 [-0.50, +2.50]"), (-120.0, -150.0, -90.0, "**-120 [-150, -90]**")],
 )
 def test_an_interval_without_zero_is_bold(value: float, low: float, high: float, text: str) -> None:
-    assert shown({"value": value, "low": low, "high": high}) == text
+    assert difference_text({"value": value, "low": low, "high": high}) == text
 
 
 def test_no_reference_row_no_difference() -> None:
-    assert shown(None) == "–"
+    assert difference_text(None) == "–"

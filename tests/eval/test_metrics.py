@@ -5,8 +5,8 @@ from math import nan
 import pytest
 
 from dmd2.experiment.metrics import BETTER, PARTS, UNDIRECTED, best_first, measured
+from dmd2.publish.table_text import LABELS
 from eval.catalogue.columns import METRICS
-from eval.report.table_text import LABELS
 from eval.runs.protocol import KNOWN
 
 

@@ -13,9 +13,9 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.tables import Table, load_experiment
+from dmd2.publish.table_text import cells, markdown, other, published
 from eval.report.page import best_runs, header, lines, render
 from eval.report.rules import lower
-from eval.report.table_text import cells, markdown, other, published
 from eval.report.tables import build, measurements
 from eval.runs.evaluate import brightness_stability
 from tests.browser import fake_results

@@ -15,8 +15,8 @@ from dmd2.core.code_digest import modules_of
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import RunId
 from dmd2.experiment.tables import load_experiment
+from dmd2.publish.table_text import cells, markdown, other, published
 from eval.report import page as report
-from eval.report.table_text import cells, markdown, other, published
 from eval.report.tables import build, curves, means, measurements, tidy
 from eval.runs import evaluate
 from tests.browser import fake_results

@@ -1,0 +1,17 @@
+"""Jinja templates of pages, cards and scripts."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+
+def template(path: Path, **filters: Any) -> Template:
+    """A template; in HTML values are escaped. A value that it asks for and is not given is an error."""
+    html = ".html" in path.name
+    environment = Environment(
+        loader=FileSystemLoader(path.parent), autoescape=html, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined, keep_trailing_newline=not html,
+    )  # fmt: skip
+    environment.filters |= filters
+    return environment.get_template(path.name)
