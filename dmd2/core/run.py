@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dmd2.core.files import read_json
 RUNS, SAMPLERS = Path("results/runs"), Path("results/teachers")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class RunId:
     """``base/name/seed``; the folder is a function of it, never of the clock."""
 
@@ -36,6 +37,19 @@ class RunId:
         if not match:
             raise UserError(f"{text!r} is no run: write base/name/seedN, for example digits/dmd2/seed0")
         return RunId(match[1], match[2], int(match[3]))
+
+
+def run_folders(root: Path = Path()) -> tuple[dict[RunId, Path], list[Path]]:
+    """Runs of a workspace with their folders, in order, and folders among them that are no run's."""
+    runs, others = {}, []
+    for path in sorted(path for path in (root / RUNS).glob("*/*/*") if path.is_dir()):
+        with suppress(UserError):
+            run = RunId.parse(str(path.relative_to(root / RUNS)))
+            if path == root / run.folder:  # seed00 is not
+                runs[run] = path
+                continue
+        others.append(path)
+    return dict(sorted(runs.items())), others
 
 
 @dataclass(frozen=True)

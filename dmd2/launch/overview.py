@@ -16,7 +16,7 @@ from rich.table import Table as Grid
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
-from dmd2.core.run import RUNS, RunId
+from dmd2.core.run import RunId, run_folders
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
 from dmd2.experiment.tables import Experiment, load_experiment
 from dmd2.launch.state import is_published, run_state
@@ -54,7 +54,7 @@ def chosen_runs(names: list[str]) -> list[RunId]:
     Raises:
         UserError: a name is none of these.
     """
-    found = _runs_with_a_folder()
+    found = list(run_folders()[0])
     if not names:
         return found
     experiment = load_experiment()
@@ -66,7 +66,7 @@ def chosen_runs(names: list[str]) -> list[RunId]:
         if name in experiment.tables:
             chosen += _runs_of(experiment, name)
         elif name in seeds:
-            chosen += sorted(seeds[name], key=_order)
+            chosen += sorted(seeds[name])
         elif name.rpartition("/")[0] in seeds and re.fullmatch(r"seed\d+", name.rpartition("/")[2]):
             chosen.append(RunId.parse(name))  # of any seed, as `train` takes it
         else:
@@ -75,20 +75,6 @@ def chosen_runs(names: list[str]) -> list[RunId]:
             hint = f", did you mean {near[0]}?" if near else f"; tables: {', '.join(experiment.tables) or 'none'}"
             raise UserError(f"no run or table is called {name}{hint}")
     return list(dict.fromkeys(chosen))
-
-
-def _runs_with_a_folder() -> list[RunId]:
-    runs = []
-    for path in RUNS.glob("*/*/seed*"):
-        try:
-            runs.append(RunId.parse(str(path.relative_to(RUNS))))
-        except UserError:
-            continue  # somebody's copy of a folder
-    return sorted(runs, key=_order)
-
-
-def _order(run: RunId) -> tuple[str, str, int]:
-    return run.base, run.name, run.seed
 
 
 def _runs_of(experiment: Experiment, table: str) -> list[RunId]:
@@ -123,14 +109,11 @@ def _console(rows: list[Row]) -> Console:
 
 def _grid(rows: list[Row]) -> Grid:
     grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column("run", no_wrap=True)
-    grid.add_column("state", overflow="fold")
-    for name in ("step", "it/s", "ETA"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("node", overflow="fold")
-    grid.add_column("restarts", justify="right", no_wrap=True)
-    grid.add_column("last losses", overflow="fold")
-    grid.add_column("Slurm job", justify="right", no_wrap=True)
+    for name in ("run", "state", "step", "it/s", "ETA", "node", "restarts", "last losses", "Slurm job"):
+        if name in ("state", "node", "last losses"):
+            grid.add_column(name, overflow="fold")
+        else:
+            grid.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row.cells())
     return grid

@@ -27,7 +27,7 @@ import typer
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import write_text
-from dmd2.core.run import RUNS, SAMPLERS, RunId
+from dmd2.core.run import RUNS, SAMPLERS, RunId, run_folders
 from eval.catalogue.columns import (
     DTYPES,
     IN_JSON,
@@ -58,30 +58,18 @@ def catalogue(root: Path | str = ".") -> pd.DataFrame:
     runs, others = _runs(root)
     for path in others:
         print(f"warning: {path} is no run folder (base/row/seedN) and is left out", file=sys.stderr)
-    for run, path in runs:
+    for run, path in runs.items():
         rows += student_rows(run, Folder(path))
     for path in sorted(p for p in (root / SAMPLERS).glob("*/*") if p.is_dir()):
         rows += teacher_rows(path.parent.name, path.name, Folder(path))
     return _frame(rows)
 
 
-def _runs(root: Path) -> tuple[list[tuple[RunId, Path]], list[Path]]:
-    """Runs with their folders in order, and folders that are none."""
+def _runs(root: Path) -> tuple[dict[RunId, Path], list[Path]]:
+    """See `run_folders`."""
     if not any((root / place).is_dir() for place in (RUNS, SAMPLERS)):
         raise UserError(f"{root.absolute()} has no {RUNS} or {SAMPLERS}: give the folder of a workspace")
-    found, others = [], []
-    for path in sorted(p for p in (root / RUNS).glob("*/*/*") if p.is_dir()):
-        name = str(path.relative_to(root / RUNS))
-        try:
-            run = RunId.parse(name)
-        except UserError:
-            others.append(path)
-            continue
-        if str(run) == name:
-            found.append((run, path))
-        else:  # seed00
-            others.append(path)
-    return sorted(found, key=lambda pair: (pair[0].base, pair[0].name, pair[0].seed)), others
+    return run_folders(root)
 
 
 def _frame(rows: list[Row]) -> pd.DataFrame:
@@ -118,14 +106,14 @@ def training_logs(root: Path | str = ".") -> pd.DataFrame:
     runs, _ = _runs(Path(root))
     names: dict[str, int] = {}
     steps, codes, values, counts = array("q"), array("q"), array("d"), list[int]()  # 8 bytes a number
-    for _, path in runs:
+    for path in runs.values():
         before = len(values)
         for step, line in _log(path / "log.jsonl"):
             steps.extend([step] * len(line))
             codes.extend(names.setdefault(name, len(names)) for name in line)
             values.extend(line.values())
         counts.append(len(values) - before)
-    labels = pd.Index([str(run) for run, _ in runs], dtype=str)
+    labels = pd.Index(list(map(str, runs)), dtype=str)
     return pd.DataFrame({
         "run": pd.Categorical.from_codes(np.repeat(np.arange(len(runs)), counts), labels),
         "step": np.array(steps, dtype=np.int64),

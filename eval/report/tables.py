@@ -1,7 +1,6 @@
 """One table: measured values beside the paper's, as tidy CSV, Markdown (`table_text`), and JSON for the report."""
 
 import json
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -15,17 +14,15 @@ import yaml
 from dmd2.core.errors import readable_errors
 from dmd2.core.files import read_json, read_json_lines, write_json, write_text
 from dmd2.core.provenance import recorded
-from dmd2.core.retraining import Part
+from dmd2.core.retraining import differences, named, other_code
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.dotted_keys import dotted_keys
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
 from dmd2.experiment.tables import BESIDE, Experiment, Table, load_experiment
 from dmd2.publish.table_text import Row, markdown, paper_value
 from eval.report.claims import CLAIMS, distance, judge
-from eval.report.code_warnings import code_warnings
 from eval.report.differences import Arm, difference, influences
 from eval.report.rules import TEACHER, Curve, Measurements
 
@@ -36,7 +33,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
     metrics = {s: read_json(RunId(table.base, run, s).folder / "metrics.json") for s in table.seeds}
     chosen = {s: _chosen(m["snapshots"], table) for s, m in metrics.items()}
     values = {metric: {s: chosen[s][metric] for s in metrics} for metric in table.metrics}
-    first = next(iter(metrics.values()))
+    first, devices = next(iter(metrics.values())), dict.fromkeys(m["device"] for m in metrics.values())
     logs: dict[int, list[dict[str, Any]]] = {}
     if experiment.runs[table.base, run].train.released is None:
         if steadiness := {s: m["brightness_std"] for s, m in metrics.items() if "brightness_std" in m}:
@@ -45,7 +42,7 @@ def student_row(experiment: Experiment, name: str, run: str, paper: dict[str, fl
     return {
         "run": run, "kind": "student", "ticks": experiment.ticks(name, run), "paper": paper, "values": values,
         "step": {s: chosen[s]["step"] for s in metrics}, "student_updates": first["student_updates"],
-        "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": _all(m["device"] for m in metrics.values()),
+        "seconds": {s: m["seconds"] for s, m in metrics.items()}, "device": ", ".join(devices),
         "deterministic": all(m.get("deterministic", m["device"] == "cpu") for m in metrics.values()),
         "cost": {s: m["cost"] for s, m in metrics.items() if m["cost"]},
         "curves": {s: m["snapshots"] for s, m in metrics.items()},
@@ -92,18 +89,11 @@ def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
     return [float(value) for value in np.interp(steps, at, seconds)]
 
 
-def _all(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(texts))
-
-
 def _changed(base: RunConfig, cfg: RunConfig) -> dict[str, Any]:
+    """Keys of the sections that a row has otherwise than its base."""
     old, new = base.model_dump(mode="json"), cfg.model_dump(mode="json")
-    return {key: _at(new, key) for key in dotted_keys(new) if key.count(".") == 1 and _at(old, key) != _at(new, key)}
-
-
-def _at(values: dict[str, Any], key: str) -> Any:
-    section, name = key.split(".")
-    return values[section][name]
+    return {f"{section}.{key}": value for section, values in new.items() for key, value in values.items()
+            if old[section][key] != value}  # fmt: skip
 
 
 def build(name: str) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def build(name: str) -> dict[str, Any]:
     rows = [student_row(experiment, name, row.run, row.paper) for row in experiment.rows[name]]
     rows += [teacher_row(table, sampler, paper) for sampler, paper in table.teachers.items()]
     _add_differences(table, rows)
-    warnings = _warnings(table, rows) + code_warnings(_trained_by(rows))
+    warnings = _warnings(table, rows) + _code_warnings(rows)
     claims = judge(table.claims, measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
@@ -184,13 +174,19 @@ def _warnings(table: Table, rows: list[Row]) -> list[str]:
     return warnings
 
 
-def _trained_by(rows: list[Row]) -> dict[str, list[list[Part]]]:
-    """Code that trained each seed of each row, where that is known."""
-    students = {row["run"]: row["grid"].values() for row in rows if row["kind"] == "student"}
-    return {
-        run: [read_json(Path(grid).with_name("metrics.json")).get("train_code", []) for grid in grids]
-        for run, grids in students.items()
-    }
+def _code_warnings(rows: list[Row]) -> list[str]:
+    """Which code trained the rows, where that is known; the table is not out of date when the code changes."""
+    records = {row["run"]: [Path(grid).with_name("metrics.json") for grid in row["grid"].values()]
+               for row in rows if row["kind"] == "student"}  # fmt: skip
+    trained = {run: [read_json(path).get("train_code", []) for path in paths] for run, paths in records.items()}
+    parts = {run: [part for seed in seeds for part in seed] for run, seeds in trained.items()}
+    files = differences([part for found in parts.values() for part in found])
+    mixed = [run for run, seeds in trained.items() if any(len(seed) > 1 for seed in seeds)]
+    other = [run for run, found in parts.items() if other_code(found)]
+    told = {f"not all of this was trained by the same code: {named(files)} differ": files,
+            f"other code went on with half-trained runs: {', '.join(mixed)}": mixed,
+            f"trained by other code than the table was made with: {', '.join(other)}": other}  # fmt: skip
+    return [text for text, found in told.items() if found]
 
 
 def tidy(bundle: dict[str, Any]) -> pd.DataFrame:
