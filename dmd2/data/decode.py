@@ -71,7 +71,7 @@ def decode(content: bytes, name: str, wanted: Pixels) -> np.ndarray:
         UserError: unreadable, more than 8 bits, transparent, or of other size or channels than wanted.
     """
     try:
-        image = _without_alpha(_eight_bits(Image.open(io.BytesIO(content)), content), wanted.white)
+        image = _without_alpha(eight_bits(content), wanted.white)
         if wanted.channels == 1 and image.mode not in ("L", "1"):
             raise UserError(f"is {image.mode}, but data.channels is 1: convert it to grey or set data.channels: 3")
         image = image.convert("L" if wanted.channels == 1 else "RGB")
@@ -82,7 +82,14 @@ def decode(content: bytes, name: str, wanted: Pixels) -> np.ndarray:
         raise UserError(f"data {wanted.name}: {name} is not a readable image ({error}); make it again") from None
 
 
-def _eight_bits(image: Image.Image, content: bytes) -> Image.Image:
+def eight_bits(content: bytes) -> Image.Image:
+    """An encoded image, whose pixels are not read yet.
+
+    Raises:
+        UserError: its pixels have more than 8 bits.
+        OSError, Image.DecompressionBombError: it is no image, or one of too many pixels; or another of `BROKEN`.
+    """
+    image = Image.open(io.BytesIO(content))
     # Pillow opens 16-bit colour PNG as RGB and drops the low bytes; only the header tells (byte 24 is the bit depth).
     if image.mode[0] in "FI" or (image.format == "PNG" and content[24] == 16):
         raise UserError("has more than 8 bits per channel: quantise it to 8 bits first")

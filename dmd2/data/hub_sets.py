@@ -5,43 +5,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dmd2.core.distributed import part as share
 from dmd2.core.errors import UserError
 from dmd2.data.captions import as_caption
-from dmd2.data.decode import Encoded, Pixels, decoded
+from dmd2.data.decode import Encoded
 from dmd2.experiment.data_config import Data
 
 
-def hub(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images of a Hugging Face set in its order: uint8 ``(n, C, H, W)``, labels int64 ``(n,)``.
+def hub(data: Data, part: int, parts: int) -> Iterator[Encoded]:
+    """Share `part` of `parts` of the images of a Hugging Face set in its order, with labels or captions (null is "").
 
     The path is a folder (of save_to_disk, or of parquet, arrow or image files as on the hub), a parquet or arrow file,
-    or the name of a set on the hub.
+    or the name of a set on the hub. A share is one of rows or, of local files, which are streamed, one of whole files.
 
     Raises:
-        UserError: it cannot be opened, lacks a column, or holds what is no image or label.
+        UserError: it cannot be opened, lacks a column, has fewer files than shares, or holds what is no image, label
+            or text.
     """
+    source = data.source
+    column, value = (source.label or "label", _label) if data.text is None else (source.caption or "text", as_caption)
     with _readable(data):
-        rows = _columns(data, data.source.label or "label")
-        encoded = _encoded(data, rows, data.source.label or "label", _label)
-        for images, labels in decoded(encoded, Pixels.labelled(data)):
-            yield images, np.array(labels, np.int64)
-
-
-def captioned_hub(data: Data, pixels: int, part: int, parts: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Images of a set like that of `hub`: uint8 ``(n, 3, pixels, pixels)``, and their captions (null is the empty one).
-
-    A share of several is one of rows or, of local files, which are streamed, one of whole files.
-
-    Raises:
-        UserError: it cannot be opened, lacks a column, has fewer files than shares, or holds what is no image or text.
-    """
-    caption = data.source.caption or "text"
-    with _readable(data):
-        rows = _share(data, _columns(data, caption), part, parts)
-        yield from decoded(_encoded(data, rows, caption, as_caption), Pixels.captioned(data, pixels))
+        yield from _encoded(data, _share(data, _columns(data, column), part, parts), column, value)
 
 
 @contextmanager

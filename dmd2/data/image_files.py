@@ -4,16 +4,14 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from dmd2.core.distributed import part as share
 from dmd2.core.errors import UserError
 from dmd2.data.captions import TABLES, texts
-from dmd2.data.decode import BROKEN, SUFFIXES, Pixels, decoded
+from dmd2.data.decode import BROKEN, SUFFIXES, Encoded
 from dmd2.experiment.data_config import Data
 
 METADATA, FILE = ("metadata.jsonl", "metadata.csv", "metadata.parquet"), "file_name"  # tables and their column
@@ -67,43 +65,29 @@ def _hidden(name: str) -> bool:
     return any(part[0] == "." or part == "__MACOSX" for part in name.split("/"))
 
 
-def image_folder(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images of a folder or zip sorted by path: uint8 ``(n, C, H, W)``, labels int64 ``(n,)``.
+def image_files(data: Data, part: int, parts: int) -> Iterator[Encoded]:
+    """Share `part` of `parts` of the images of a folder or zip, sorted by path, with their labels or captions.
 
     Labels are those of dataset.json (the layout of EDM's dataset tool) or, without one, the place of an image's first
-    folder among all of them, sorted (torchvision's ImageFolder).
+    folder among all of them, sorted (torchvision's ImageFolder). Captions are in tables metadata.jsonl, .csv or
+    .parquet, whose column file_name is a path from the table's folder (the convention of the library datasets), or,
+    without one, in a .txt beside each image.
 
     Raises:
-        UserError: nothing there, an image without label, unreadable, or of other size or channels than configured.
-    """
-    with _Files.open(data) as files:
-        labels = _labels(files)
-        encoded = ((f"{files.place}/{name}", files.read(name), label) for name, label in labels.items())
-        for images, numbers in decoded(encoded, Pixels.labelled(data)):
-            yield images, np.array(numbers, np.int64)
-
-
-def captioned_folder(data: Data, pixels: int, part: int, parts: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Images of a folder or zip sorted by path: uint8 ``(n, 3, pixels, pixels)``, and their captions.
-
-    Captions are in tables metadata.jsonl, .csv or .parquet, whose column file_name is a path from the table's folder
-    (the convention of the library datasets), or, without one, in a .txt beside each image.
-
-    Raises:
-        UserError: nothing there, an image without caption, unreadable, or of another size.
+        UserError: nothing there, or an image without label or caption.
     """
     with _Files.open(data) as files:
         images = files.images()
-        captions = _by_table(files, images)
-        mine = [images[i] for i in share(len(images), parts, part)]
-        texts = (_beside(files, name) if captions is None else captions[name] for name in mine)
-        encoded = ((f"{files.place}/{name}", files.read(name), text) for name, text in zip(mine, texts, strict=True))
-        yield from decoded(encoded, Pixels.captioned(data, pixels))
+        known: Mapping[str, int | str] | None = (
+            _labels(files, images) if data.text is None else _by_table(files, images)
+        )
+        for name in (images[i] for i in share(len(images), parts, part)):
+            condition = _beside(files, name) if known is None else known[name]
+            yield f"{files.place}/{name}", files.read(name), condition
 
 
-def _labels(files: _Files) -> dict[str, int]:
-    """Label of every image, in sorted order."""
-    images = files.images()
+def _labels(files: _Files, images: list[str]) -> dict[str, int]:
+    """Label of every image."""
     if "dataset.json" not in files.names:
         return _by_folder(files, images)
     try:
@@ -114,7 +98,7 @@ def _labels(files: _Files) -> dict[str, int]:
             'is not {"labels": [["00000/img00000000.png", 6], ...]}: make the set again with labels', "dataset.json"
         ) from None
     _complete(files, images, set(labels), "label", "dataset.json")
-    return {name: labels[name] for name in images}
+    return labels
 
 
 def _complete(files: _Files, images: list[str], listed: set[str], what: str, table: str) -> None:

@@ -24,10 +24,7 @@ def labelled_lmdb(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
     with _rows(data) as rows:
         wanted = (data.channels, data.resolution, data.resolution)
-        count, *rest = rows.shape("labels")
-        rows.check("images", count, wanted)
-        if rest not in ([], [1]):
-            raise rows.wrong(f"labels_shape says rows of {tuple(rest)}: labels are one number a row")
+        count = rows.count("images", "labels", wanted)
         for block in _blocks(range(count), math.prod(wanted)):
             images = b"".join(rows.row("images", i, math.prod(wanted), "uint8 images") for i in block)
             labels = b"".join(rows.row("labels", i, 8, "int64 labels") for i in block)
@@ -44,10 +41,7 @@ def captioned_lmdb(data: Data, part: int, parts: int) -> Iterator[tuple[np.ndarr
         raise UserError(f"data {data.name}: an LMDB with prompts holds latents: set data.text.latents: true")
     with _rows(data) as rows:
         wanted = (data.channels, data.resolution, data.resolution)
-        count, *rest = rows.shape("prompts")
-        rows.check("latents", count, wanted)
-        if rest not in ([], [1]):
-            raise rows.wrong(f"prompts_shape says rows of {tuple(rest)}: there is one prompt a row")
+        count = rows.count("latents", "prompts", wanted)
         size = 2 * math.prod(wanted)
         for block in _blocks(share(count, parts, part), size):
             latents = bytearray().join(rows.row("latents", i, size, "float16 latents") for i in block)
@@ -94,8 +88,9 @@ class _Rows:
     def __init__(self, data: Data, place: Path, transaction: Any) -> None:
         self.data, self.place, self.transaction = data, place, transaction
 
-    def check(self, array: str, count: int, wanted: tuple[int, ...]) -> None:
-        """Refuse rows of another shape than the config's, or another number of them than of their conditions."""
+    def count(self, array: str, conditions: str, wanted: tuple[int, ...]) -> int:
+        """Number of rows, which have the shape `wanted` of the config and one condition each."""
+        count, *single = self.shape(conditions)
         found, *shape = self.shape(array)
         if tuple(shape) != wanted:
             raise self.wrong(
@@ -103,12 +98,14 @@ class _Rows:
                 "data.channels, or correct the key (the official builder takes it from the last folder it read)"
             )
         if count != found:
-            conditions = "labels" if array == "images" else "prompts"
             raise self.wrong(f"{array}_shape says {found} rows but {conditions}_shape {count}: build it again")
         if self.transaction.get(f"{array}_{count}_data".encode()) is not None:
             raise self.wrong(
                 f"there is a key {array}_{count}_data although {array}_shape says {count} rows: correct it"
             )
+        if single not in ([], [1]):
+            raise self.wrong(f"{conditions}_shape says rows of {tuple(single)}: there is one of them a row")
+        return count
 
     def shape(self, array: str) -> list[int]:
         """Numbers of ``<array>_shape``: rows first."""

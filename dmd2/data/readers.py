@@ -5,21 +5,25 @@ A reader holds one block in memory, not the set, and gives the same images in th
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dmd2.core.errors import UserError
 from dmd2.data.cifar import cifar10
+from dmd2.data.decode import Encoded, Pixels, decoded
 from dmd2.data.emoji import emoji
-from dmd2.data.hub_sets import captioned_hub, hub
-from dmd2.data.image_files import captioned_folder, image_folder
+from dmd2.data.hub_sets import hub
+from dmd2.data.image_files import image_files
 from dmd2.data.lmdb_sets import captioned_lmdb, labelled_lmdb
 from dmd2.data.tar_sets import webdataset
 from dmd2.experiment.data_config import Data
 
 IDX_FOLDERS = ("", "raw", "FashionMNIST/raw", "MNIST/raw")  # as unpacked, and as torchvision unpacks
+# Encoded images with labels or captions, of one share of several.
+LABELLED: dict[str, Callable[[Data, int, int], Iterator[Encoded]]] = {"image-folder": image_files, "hub": hub}
+CAPTIONED = {**LABELLED, "webdataset": webdataset}
 
 
 def read(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -28,39 +32,34 @@ def read(data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     Raises:
         UserError: the source is missing or damaged, or of a kind this version cannot read itself.
     """
-    readers = {
-        "sklearn-digits": _digits, "idx": _idx, "lmdb": labelled_lmdb, "image-folder": image_folder, "cifar10": cifar10,
-        "hub": hub,
-    }  # fmt: skip
-    if data.source.kind not in readers:
+    arrays = {"sklearn-digits": _digits, "idx": _idx, "lmdb": labelled_lmdb, "cifar10": cifar10}
+    if data.source.kind in arrays:
+        return arrays[data.source.kind](data)
+    if data.source.kind not in LABELLED:
         raise UserError(
             f"data {data.name}: no reader for source {data.source.kind} in this version; put safetensors shards with "
             f"images and labels and their manifest.json under data/real/{data.name} (see README, 'Your own data')"
         )
-    return readers[data.source.kind](data)
+    blocks = decoded(LABELLED[data.source.kind](data, 0, 1), Pixels.labelled(data))
+    return ((images, np.array(labels, np.int64)) for images, labels in blocks)
 
 
 def read_captioned(data: Data, pixels: int, part: int, parts: int) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Blocks of share `part` (from 0) of `parts` of the source that `data` names, and the captions of their rows.
 
     Args:
-        pixels: sides of the images. Those of an LMDB are latents, float16 ``(n, C, R, R)`` by data.channels and
-            data.resolution, as they are.
+        pixels: sides of the images, uint8 ``(n, 3, pixels, pixels)``. Those of an LMDB are latents, float16
+            ``(n, C, R, R)`` by data.channels and data.resolution, as they are.
 
     Raises:
         UserError: the source is missing or damaged, cannot be shared so, or is of a kind without captions.
     """
-    match data.source.kind:
-        case "webdataset":
-            return webdataset(data, pixels, part, parts)
-        case "image-folder":
-            return captioned_folder(data, pixels, part, parts)
-        case "hub":
-            return captioned_hub(data, pixels, part, parts)
-        case "lmdb":
-            return captioned_lmdb(data, part, parts)
-        case "emoji":
-            return emoji(data, pixels, part, parts)
+    if data.source.kind in CAPTIONED:
+        return decoded(CAPTIONED[data.source.kind](data, part, parts), Pixels.captioned(data, pixels))
+    if data.source.kind == "lmdb":
+        return captioned_lmdb(data, part, parts)
+    if data.source.kind == "emoji":
+        return emoji(data, pixels, part, parts)
     raise UserError(
         f"data {data.name}: source {data.source.kind} has no captions: use webdataset, image-folder, hub or lmdb, or "
         f"put safetensors shards and captions-00000.jsonl with their manifest.json under data/real/{data.name}"

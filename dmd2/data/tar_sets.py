@@ -11,12 +11,10 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dmd2.core.distributed import part as share
 from dmd2.core.errors import UserError
 from dmd2.data.captions import as_caption
-from dmd2.data.decode import Encoded, Pixels, decoded
+from dmd2.data.decode import Encoded
 from dmd2.experiment.data_config import Data
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -25,16 +23,15 @@ BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 Member = tuple[str, str, bytes]  # key, extension and content
 
 
-def webdataset(data: Data, pixels: int, part: int, parts: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Images of tar files, sorted by path: uint8 ``(n, 3, pixels, pixels)``, and their captions.
+def webdataset(data: Data, part: int, parts: int) -> Iterator[Encoded]:
+    """Share `part` of `parts` of the images of tar files, sorted by path, with their captions.
 
     A sample is a run of files with one key; its caption is the .txt, or the key `data.source.caption` (by default
-    caption) of the .json. Of several shares each is one of whole tar files. Files of other kinds, pickles among them,
-    are passed over unread; so are samples without an image.
+    caption) of the .json. A share is one of whole tar files. Files of other kinds, pickles among them, are passed over
+    unread; so are samples without an image.
 
     Raises:
-        UserError: nothing there, fewer tar files than shares, a truncated one, a sample without caption, or an image
-            that is unreadable or of another size.
+        UserError: nothing there, fewer tar files than shares, a truncated one, or a sample without caption.
     """
     tars = _tars(data)
     if len(tars) < parts:
@@ -42,8 +39,8 @@ def webdataset(data: Data, pixels: int, part: int, parts: int) -> Iterator[tuple
             f"data {data.name}: the {len(tars)} tar files at {data.source.path} cannot be shared by {parts} jobs: set "
             f"data.text.jobs to at most {len(tars)}"
         )
-    mine = [tars[i] for i in share(len(tars), parts, part)]
-    yield from decoded((sample for tar in mine for sample in _samples(data, tar)), Pixels.captioned(data, pixels))
+    for i in share(len(tars), parts, part):
+        yield from _samples(data, tars[i])
 
 
 def _tars(data: Data) -> list[Path]:

@@ -30,7 +30,7 @@ class Towers(Protocol):
         """What is done to an image before it."""
         ...
 
-    def texts(self, captions: list[str], states: Tensor) -> Tensor:
+    def texts(self, captions: list[str], states: Tensor, /) -> Tensor:
         """Embeddings ``(n, d)`` of captions, whose states by the run's text encoder are ``(n, L, D)``."""
         ...
 
@@ -66,6 +66,6 @@ def load_towers(manifest: Path, device: torch.device | str = "cpu") -> Towers:
         from eval.detectors.small_clip import SmallTowers
 
         return SmallTowers.load(manifest, device)
-    from eval.detectors.clip import OpenClipTowers  # open_clip takes a second to import
+    from eval.detectors.clip import ClipScore  # open_clip takes a second to import
 
-    return OpenClipTowers.load(manifest.parent, device)
+    return ClipScore(manifest.parent, device)

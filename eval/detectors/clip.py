@@ -6,13 +6,11 @@ The score is the plain mean cosine of image and ``"A photo depicts " + caption``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.transforms.functional import normalize
@@ -20,7 +18,7 @@ from torchvision.transforms.functional import normalize
 from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.core.precision import strict_float32
-from eval.detectors.networks import FeatureNetwork, rgb
+from eval.detectors.networks import FeatureNetwork
 from eval.detectors.weights import registry
 from eval.pixels.resize import Geometry, resize_uint8, square_crop
 
@@ -94,7 +92,7 @@ class ClipImages(FeatureNetwork):
 
 
 class ClipScore:
-    """Cosines of images and captions.
+    """DMD2's CLIP score (``clip-dmd2``) as `eval.detectors.alignment.Towers`: the cosine of an image and its caption.
 
     Args:
         model_dir: folder of an open_clip model; the published numbers use ``clip-ViT-g-14``.
@@ -103,13 +101,14 @@ class ClipScore:
     """
 
     TEXTS = 64  # captions per call of the text tower
+    geometry = PROTOCOL_GEOMETRY
 
     def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
         self.images = tower or ClipImages(model_dir).on(device)
         self.model: Any = self.images.model
         self.tokenizer: Any = self.images.tokenizer
         self.name = f"clip-dmd2 ({model_dir.name})"
-        self.about = {**self.images.about, "prefix": PREFIX, "geometry": PROTOCOL_GEOMETRY.name,
+        self.about = {**self.images.about, "prefix": PREFIX, "geometry": self.geometry.name,
                       "scale": "mean cosine: no factor, no clamp"}  # fmt: skip
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
@@ -117,49 +116,13 @@ class ClipScore:
         return self.tokenizer([PREFIX + caption for caption in captions])
 
     @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings ``(n, d)`` of the prefixed captions, float32 on the CPU; a repeated caption is embedded once."""
+    def texts(self, captions: Sequence[str], _states: Tensor | None = None) -> Tensor:
+        """Embeddings ``(n, d)`` of the prefixed captions, float32 on the CPU; a repeated caption is embedded once.
+
+        CLIP has its own text tower: the states of the run's text encoder are not read.
+        """
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         batches = self.tokens(list(distinct)).split(self.TEXTS)
         with strict_float32(self.images.device):
             rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
         return rows[[distinct[caption] for caption in captions]]
-
-    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine ``(n,)`` of every image with its caption; the score is their mean.
-
-        Args:
-            images: uint8 ``(n, 1 or 3, H, W)`` of any size.
-            captions: one for each image.
-
-        Raises:
-            UserError: the numbers differ, or the images are not uint8.
-        """
-        if len(images) != len(captions):
-            raise UserError(f"{len(images)} images and {len(captions)} captions: every image needs its own caption")
-        return F.cosine_similarity(self.images(PROTOCOL_GEOMETRY(rgb(images)))[0], self.texts(captions))
-
-
-@dataclass(frozen=True)
-class OpenClipTowers:
-    """An open_clip folder as `eval.detectors.alignment.Towers`: DMD2's CLIP score (``clip-dmd2``)."""
-
-    tower: ClipImages
-    score: ClipScore
-    geometry: Geometry = PROTOCOL_GEOMETRY
-
-    @property
-    def images(self) -> ClipImages:
-        """The image tower."""
-        return self.tower
-
-    @staticmethod
-    def load(model_dir: Path, device: torch.device | str = "cpu") -> OpenClipTowers:
-        """The model of a folder; see `load_clip` for errors."""
-        tower = ClipImages(model_dir)
-        tower.on(device)
-        return OpenClipTowers(tower, ClipScore(model_dir, device, tower))
-
-    def texts(self, captions: list[str], states: Tensor) -> Tensor:
-        """Embeddings ``(n, d)`` of the prefixed captions by CLIP's own text tower; `states` are not read."""
-        return self.score.texts(captions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from functools import reduce
@@ -168,25 +168,6 @@ def _publish(folder: Path, block: range, tensors: dict[str, Tensor], batch: int)
         if not (path.exists() and note.exists()):
             save_shard(path, tensors)
             write_json(note, {"batch": batch, "torch": torch.__version__, "files": listing([path], folder)})
-
-
-def collect(batches: Iterable[Tensor], detector: Detector, count: int, source: str) -> FeatureSet:
-    """Features of exactly `count` images that arrive as uint8 batches ``(n, C, H, W)``, without a cache.
-
-    Raises:
-        UserError: more or fewer images than `count`, or features that are not finite.
-    """
-    parts, seen = [], 0
-    for images in batches:
-        parts.append(_embed(images, range(seen, seen + len(images)), detector))
-        seen += len(images)
-        if seen > count:
-            break
-    if seen != count or not parts:
-        raise UserError(f"{source} gave {'more than ' if seen > count else f'{seen} images instead of '}{count} images")
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    about = {"id": source, "images": count, "geometry": NONE.name, "small": 0}
-    return _feature_set([tensors], about, account(detector))
 
 
 def join(folder: Path, count: int) -> FeatureSet:

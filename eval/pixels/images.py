@@ -7,9 +7,7 @@ read it. Nothing is converted silently: what is not 8-bit RGB or grey is refused
 from __future__ import annotations
 
 import hashlib
-import io
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,13 +23,12 @@ from torch import Tensor
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, verified
+from dmd2.data.decode import BROKEN, SUFFIXES, eight_bits
 from eval.pixels.resize import NONE, Geometry
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KEYS = ("pixels", "images", "arr_0")  # where images are latents, pixels are what they are of
 ARRAYS = (".npz", ".npy", ".safetensors")
 BLOCK = 1000  # images hashed at a time
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageSource(Protocol):
@@ -86,11 +83,6 @@ def open_images(path: str | Path, geometry: Geometry | None = None, limit: int |
         listed = (entry for entry in read_json(manifest).get("files", []) if Path(entry["path"]).suffix in ARRAYS)
         return _arrays([verified(manifest.parent, entry) for entry in listed], manifest, geometry, limit)
     raise UserError(f"{place} is not {kinds}")
-
-
-def duplicates(source: ImageSource) -> int:
-    """Number of images whose pixels equal those of an earlier one; a grey image equals its RGB replica."""
-    return len(source) - len({pixel_digest(source.batch(range(i, i + 1))[0]) for i in range(len(source))})
 
 
 def pixel_digest(image: Tensor) -> int:
@@ -157,12 +149,11 @@ def _bytes(place: Path, names: Sequence[str]) -> Iterator[bytes]:
 def _opened(data: bytes, name: str) -> Image.Image:
     """Header of an encoded image; `UserError` unless it is of 8-bit RGB, grey or palette pixels."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = eight_bits(data)
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
     except (*BROKEN, Image.DecompressionBombError) as error:
         raise UserError(f"{name} is not a readable image ({type(error).__name__})") from None
-    # Pillow opens 16-bit colour PNG as RGB and drops the low bytes; only the header tells (byte 24 is the bit depth).
-    if image.mode[0] in "FI" or (image.format == "PNG" and data[24] == 16):
-        raise UserError(f"{name} has more than 8 bits per channel: quantise it to 8 bits first")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         raise UserError(f"{name} has an alpha channel: composite it on a background first")
     if image.mode not in ("RGB", "L", "P", "1"):

@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -49,6 +50,11 @@ def score(folder) -> ClipScore:
     return ClipScore(folder)
 
 
+def cosines(score: ClipScore, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """Of every image with its caption; a CLIP score is their mean."""
+    return F.cosine_similarity(score.images(score.geometry(images))[0], score.texts(captions))
+
+
 def photographs(n: int, height: int, width: int) -> torch.Tensor:
     rng = np.random.default_rng(height)
     return torch.from_numpy(rng.integers(0, 256, (n, 3, height, width), dtype=np.uint8))
@@ -87,10 +93,10 @@ def test_score_equals_a_cosine_written_by_hand(folder, score, height, width) -> 
     with torch.no_grad():
         u, v = model.eval().encode_image(torch.stack(pixels)), model.encode_text(tokens)
     by_hand = (u * v).sum(dim=1) / (u.norm(dim=1) * v.norm(dim=1))
-    cosines = score.cosines(images, captions)
+    ours = cosines(score, images, captions)
     assert float(by_hand.std()) > 1e-2
-    assert torch.allclose(cosines, by_hand, atol=1e-6)
-    assert abs(float(cosines.mean() - by_hand.mean())) < 1e-6
+    assert torch.allclose(ours, by_hand, atol=1e-6)
+    assert abs(float(ours.mean() - by_hand.mean())) < 1e-6
 
 
 def test_the_printed_transform_of_open_clip_is_the_protocols(folder) -> None:
@@ -103,15 +109,15 @@ def test_the_printed_transform_of_open_clip_is_the_protocols(folder) -> None:
 def test_negative_cosines_are_kept(score, monkeypatch) -> None:
     images, captions = photographs(2, 64, 64), ["a cat", "a dog"]
     encode = score.model.encode_image
-    positive = score.cosines(images, captions)
+    positive = cosines(score, images, captions)
     monkeypatch.setattr(score.model, "encode_image", lambda x: -encode(x), raising=False)
-    assert torch.allclose(score.cosines(images, captions), -positive)
+    assert torch.allclose(cosines(score, images, captions), -positive)
 
 
 def test_cosines_do_not_depend_on_the_batch(score) -> None:
     images, captions = photographs(3, 80, 80), [f"caption {i}" for i in range(3)]
-    single = torch.cat([score.cosines(images[i : i + 1], captions[i : i + 1]) for i in range(3)])
-    assert torch.allclose(score.cosines(images, captions), single, atol=1e-5)
+    single = torch.cat([cosines(score, images[i : i + 1], captions[i : i + 1]) for i in range(3)])
+    assert torch.allclose(cosines(score, images, captions), single, atol=1e-5)
 
 
 def test_texts_are_embedded_in_batches_and_a_repeated_one_once(score, monkeypatch) -> None:
@@ -129,12 +135,7 @@ def test_detector_that_is_loaded_serves_the_score(folder, score) -> None:
     again = ClipScore(folder, tower=score.images)
     assert again.model is score.model
     images, captions = photographs(2, 64, 64), ["a cat", "a dog"]
-    assert torch.equal(again.cosines(images, captions), score.cosines(images, captions))
-
-
-def test_missing_caption_is_refused(score) -> None:
-    with pytest.raises(UserError, match="2 images and 1 captions"):
-        score.cosines(photographs(2, 32, 32), ["a cat"])
+    assert torch.equal(cosines(again, images, captions), cosines(score, images, captions))
 
 
 def test_provenance_states_scale_prefix_and_checksum(score) -> None:

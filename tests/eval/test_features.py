@@ -15,18 +15,19 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.core.rng import sample_labels, sample_noise
 from eval.detectors import features
+from eval.detectors.detectors import Detector
 from eval.detectors.features import (
     FeatureSet,
     Sampled,
     blocks,
     cache_folder,
-    collect,
     extract,
     join,
     share,
     stream_moments,
 )
 from eval.metrics.stats import FeatureStats
+from eval.pixels.images import pixel_digest
 
 COUNT = 730
 
@@ -49,6 +50,15 @@ class Quadrants:
 def draw(seeds: list[int]) -> torch.Tensor:
     """uint8 images (n, 3, 8, 8) that belong to their seeds."""
     return (sample_noise(seeds, (3, 8, 8), "test") * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def features_of(*batches: torch.Tensor, detector: Detector | None = None) -> FeatureSet:
+    """Features of images that no cache holds."""
+    found = detector or Quadrants()
+    values, logits = (torch.cat(parts).numpy() for parts in zip(*map(found, batches), strict=True))
+    pixels = np.array([pixel_digest(image) for batch in batches for image in batch])
+    about = {"id": "test", "images": len(pixels), "geometry": "none", "small": 0}
+    return FeatureSet(values, logits, pixels, about, features.account(found))
 
 
 IMAGES = Sampled("images", COUNT, draw)
@@ -227,22 +237,12 @@ def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
         extract(IMAGES, Broken(), tmp_path, [range(50, 60)])
 
 
-def test_stream_of_batches_must_hold_exactly_the_count() -> None:
-    batches = draw(list(range(60))).split(25)
-    assert np.array_equal(collect(batches, Quadrants(), 60, "g").features, Quadrants()(draw(list(range(60))))[0])
-    for count, message in ((61, "60 images instead of 61"), (59, "more than 59"), (30, "more than 30")):
-        with pytest.raises(UserError, match=message):
-            collect(batches, Quadrants(), count, "g")
-    with pytest.raises(UserError, match="0 images instead of 5"):
-        collect([], Quadrants(), 5, "g")
-
-
 def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path) -> None:
     assert whole(tmp_path).duplicates == 0
     folder = extract(Sampled("twice", 300, lambda seeds: draw([s % 150 for s in seeds])), Quadrants(), tmp_path)
     assert join(folder, 300).duplicates == 150
     grey = draw([1])[:, :1]
-    assert collect([grey, grey.expand(-1, 3, -1, -1), draw([2])], Quadrants(), 3, "g").duplicates == 1
+    assert features_of(grey, grey.expand(-1, 3, -1, -1), draw([2])).duplicates == 1
 
 
 class Unreadable:

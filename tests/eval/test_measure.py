@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
 from dmd2.core.errors import UserError
-from eval.detectors.features import FeatureSet, collect
+from eval.detectors.features import FeatureSet
 from eval.detectors.reference import Engine, Reference, holds_moments, part_of, save_moments
 from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import between_samples
@@ -27,7 +27,7 @@ from eval.score.measure import (
     verdict,
     warnings,
 )
-from tests.eval.test_features import Quadrants, draw
+from tests.eval.test_features import Quadrants, draw, features_of
 
 
 class Canonical(Quadrants):
@@ -47,7 +47,7 @@ def saved(path, seeds):
 
 
 def sample(seeds, detector=None) -> FeatureSet:
-    return collect([draw(list(seeds))], detector or Quadrants(), len(seeds), "test")
+    return features_of(draw(list(seeds)), detector=detector)
 
 
 def reference(features: FeatureSet) -> Reference:
@@ -100,8 +100,8 @@ def test_degenerate_sets_give_a_number_or_a_sentence(make, metric) -> None:
     ours = {
         "two": sample(range(2)),
         "fewer than dimensions": sample(range(8)),
-        "constant": collect([torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)], Quadrants(), 20, "c"),
-        "one repeated": collect([draw([3] * 20)], Quadrants(), 20, "c"),
+        "constant": features_of(torch.full((20, 3, 8, 8), 7, dtype=torch.uint8)),
+        "one repeated": features_of(draw([3] * 20)),
     }[make]
     for ref in (reference(sample(range(100, 200))), reference(ours)):
         try:

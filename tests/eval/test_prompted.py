@@ -24,6 +24,7 @@ from eval.score import call as calls
 from eval.score import options as asked
 from eval.score import prompted
 from eval.score.call import Call
+from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
 from tests.eval.test_features import Quadrants, draw
 from tests.unit.test_lpips import write_weights
@@ -83,7 +84,7 @@ def same(row: dict, expected: Estimate) -> bool:
 
 def test_clip_score_is_the_mean_cosine_and_needs_neither_detector_nor_reference(run, weights) -> None:
     result = run(f"score a.safetensors {CLIP} --json out.json --csv out.csv")
-    cosines = ClipScore(weights / "clip-small").cosines(images("a"), CAPTIONS)
+    cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
     (row,) = document()["rows"]
     assert row["metric"] == "CLIP score (clip-small)" and float(cosines.std()) > 1e-3
     assert same(row, mean_estimate(cosines)) and row["low"] < row["value"] < row["high"]
@@ -102,7 +103,7 @@ def test_clip_score_beside_a_distance_keeps_its_own_geometry(run, weights) -> No
     )
     distance, cosine = document()["rows"]
     assert distance["metric"] == "FD (quadrants)" and document()["geometry"] == "square-crop+lanczos-4"
-    assert same(cosine, mean_estimate(ClipScore(weights / "clip-small").cosines(images("a"), CAPTIONS)))
+    assert same(cosine, mean_estimate(clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)))
 
 
 def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) -> None:
@@ -115,14 +116,14 @@ def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) 
 
 def test_first_images_have_the_first_captions(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --first 5 --json out.json")
-    cosines = ClipScore(weights / "clip-small").cosines(images("a")[:5], CAPTIONS[:5])
+    cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a")[:5], CAPTIONS[:5])
     assert same(document()["rows"][0], mean_estimate(cosines))
 
 
 def test_paired_clip_score_is_the_mean_difference_of_cosines(run, weights) -> None:
     run(f"paired a.safetensors b.safetensors {CLIP} --json out.json")
     score = ClipScore(weights / "clip-small")
-    ours, theirs = (score.cosines(images(name), CAPTIONS) for name in "ab")
+    ours, theirs = (clip_cosines(score, images(name), CAPTIONS) for name in "ab")
     first, second, difference = document()["rows"]
     assert same(first, mean_estimate(ours)) and same(second, mean_estimate(theirs))
     assert difference["arm"] == "b - a" and same(difference, paired_mean(ours, theirs)) and difference["value"] != 0
@@ -168,7 +169,7 @@ def test_diversity_keeps_the_papers_geometry_unless_another_is_asked_for() -> No
 
 def test_classes_are_strata_of_cosines(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --classes 3 --json out.json")
-    cosines = ClipScore(weights / "clip-small").cosines(images("a"), CAPTIONS)
+    cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
     assert same(document()["rows"][0], mean_estimate(cosines, np.arange(COUNT) % 3))
 
 

@@ -19,6 +19,7 @@ from eval.metrics.frechet import FrechetReference, moments
 from eval.pixels import resize
 from eval.pixels.resize import NONE, Geometry
 from eval.runs.columns import Tap, Taps, brightness, saturation, sharpness
+from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
 from tests.eval.test_networks import folder, noise  # noqa: F401
 
@@ -93,7 +94,7 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
 
 def test_clip_scores_are_those_of_the_cpu(weights: Path, device: torch.device) -> None:
     images, captions = noise(6, 48), [f"a photo of {i} dogs" for i in range(6)]
-    ours, theirs = (ClipScore(weights / "clip-small", where).cosines(images, captions) for where in (device, CPU))
+    ours, theirs = (clip_cosines(ClipScore(weights / "clip-small", where), images, captions) for where in (device, CPU))
     assert float((ours.mean() - theirs.mean()).abs()) < TOLERANCE * float(theirs.std())
     states = torch.randn(6, 5, 6)
     small = [SmallTowers.load(weights / "colours-clip/manifest.json", where) for where in (device, CPU)]
