@@ -10,12 +10,11 @@ from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.run import Goal, RunId
 from dmd2.data.sets import load_shard, save_shard
 from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.config import RunConfig, Teacher, TrainConfig
+from dmd2.experiment.config import RunConfig, TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.lora import snapshot_state
-from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.teachers import wrap
 from dmd2.training.trainer import Training
 from tests import tiny
@@ -34,11 +33,9 @@ for arguments in json.loads(sys.argv[2]):
 def trained(kind: str, steps: int = 1, first: float | None = None, **changes) -> RunId:
     """A finished run of two snapshots made by the real training, in the current folder."""
     teacher, real = Path("data/teachers/tiny"), Path("data/real/tiny")
-    tiny.network(kind, seed=5).save_pretrained(teacher / "unet", safe_serialization=True)
     form = tiny.KINDS[kind][0]
-    adopt_teacher(Teacher(name="tiny", parameterisation=form, guidance=1.0), teacher)
-    save_shard(real / "real.safetensors", tiny.tensors(kind, 32))
-    write_json(real / "manifest.json", {"files": listing([real / "real.safetensors"], real)})
+    tiny.teacher(teacher, kind, "tiny")
+    tiny.real_set(real / "manifest.json", kind)
     first = first or (80.0 if form == "edm" else 999.0)
     generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": first}
     train = {"train__steps": 4, "train__snapshot_every": 2, "critic__ratio": 2}

@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from dmd2.data.sets import TensorSet
-from dmd2.experiment.config import RunConfig
+from dmd2.core.files import listing, write_json
+from dmd2.data.sets import TensorSet, save_shard
+from dmd2.experiment.config import RunConfig, Teacher
 from dmd2.method.batches import Batch, Batches
 from dmd2.method.step import Models
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.head import Head
+from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.teachers import wrap
 
@@ -88,6 +91,20 @@ def tensors(kind: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     if kind in ("edm", "edm-attention", "eps-labels"):
         values["labels"] = torch.randint(CLASSES, (count,), generator=g)
     return values
+
+
+def teacher(folder: Path, kind: str = "edm", name: str = "t") -> Path:
+    """Manifest of a teacher that lies in `folder`, with weights of its own."""
+    network(kind, seed=5).save_pretrained(folder / "unet", safe_serialization=True)
+    return adopt_teacher(Teacher(name=name, parameterisation=KINDS[kind][0], guidance=1.0), folder)
+
+
+def real_set(manifest: Path, kind: str = "edm", rows: dict[str, Tensor] | None = None) -> Path:
+    """A set of these rows, or of 32 that are drawn, in one shard beside its `manifest`."""
+    shard = manifest.with_suffix(".safetensors")
+    save_shard(shard, rows or tensors(kind, 32))
+    write_json(manifest, {"files": listing([shard], manifest.parent)})
+    return manifest
 
 
 def null(kind: str) -> Condition:

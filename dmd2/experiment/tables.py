@@ -79,6 +79,19 @@ class Experiment:
     bases: dict[str, RunConfig] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=dict)
 
+    def config_of(self, base: str, run: str) -> RunConfig:
+        """Config of a run, by its name in any table.
+
+        Raises:
+            UserError: no table has such a run.
+        """
+        if (base, run) not in self.runs:
+            known = sorted(name for of, name in self.runs if of == base)
+            near = difflib.get_close_matches(run, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; runs of {base}: {', '.join(known) or 'none'}"
+            raise UserError(f"no table has the run {base}/{run}{hint}")
+        return self.runs[base, run]
+
     def shown(self, table: str) -> Any:
         """All of a table that its text shows: an edited number of the paper remakes the table and nothing else."""
         rows = [row.settings() for row in self.rows[table]]

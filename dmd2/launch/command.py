@@ -35,11 +35,7 @@ def run_config(run: RunId, config: str | None) -> TrainConfig:
     """The config given as JSON, or the one the tables name."""
     if config is not None:
         return TrainConfig.model_validate(json.loads(config))
-    runs = load_experiment().runs
-    if (run.base, run.name) not in runs:
-        known = ", ".join(sorted(name for base, name in runs if base == run.base))
-        raise UserError(f"no table has the run {run.base}/{run.name}; runs of {run.base}: {known or 'none'}")
-    return runs[run.base, run.name].training()
+    return load_experiment().config_of(run.base, run.name).training()
 
 
 @app.command()

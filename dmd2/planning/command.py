@@ -15,21 +15,6 @@ from dmd2.planning.plan import Counts, Plan, TablePlan
 from dmd2.planning.rates import given
 
 
-def chosen(base: str, run: str | None) -> tuple[str, RunConfig]:
-    """A run of a base by its name in any table, or the base itself.
-
-    Raises:
-        UserError: there is no such base, or no table has such a run of it.
-    """
-    _, cfg = load_base(base)
-    if run is None:
-        return base, cfg
-    runs = {name: found for (of, name), found in load_experiment().runs.items() if of == base}
-    if run not in runs:
-        raise UserError(f"no table has the run {base}/{run}{_hint(run, list(runs), 'runs')}")
-    return run, runs[run]
-
-
 def varied(cfg: RunConfig, lora: int, states: str | None) -> RunConfig:
     """The run with low-rank factors of that rank, and with those states of AdamW."""
     if lora:
@@ -45,18 +30,15 @@ def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
         UserError: there is no such table, or it is of another base.
     """
     experiment = load_experiment()
-    tables = [name for name, spec in experiment.tables.items() if spec.base == base]
     if table not in experiment.tables:
-        raise UserError(f"there is no table {table}{_hint(table, tables, 'tables of ' + base)}")
-    if table not in tables:
-        raise UserError(f"table {table} is of base {experiment.tables[table].base}, not {base}")
-    rows = {row.run: experiment.runs[base, row.run] for row in experiment.rows[table]}
-    return len(experiment.tables[table].seeds), rows
-
-
-def _hint(name: str, known: list[str], what: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]}?" if near else f"; {what}: {', '.join(sorted(known)) or 'none'}"
+        known = sorted(name for name, spec in experiment.tables.items() if spec.base == base)
+        near = difflib.get_close_matches(table, known, n=1)
+        hint = f", did you mean {near[0]}?" if near else f"; tables of {base}: {', '.join(known) or 'none'}"
+        raise UserError(f"there is no table {table}{hint}")
+    spec = experiment.tables[table]
+    if spec.base != base:
+        raise UserError(f"table {table} is of base {spec.base}, not {base}")
+    return len(spec.seeds), {row.run: experiment.runs[base, row.run] for row in experiment.rows[table]}
 
 
 def main(
@@ -75,7 +57,8 @@ def main(
 ) -> None:
     """Memory, GPUs, hours and disk of a base, one of its runs, or a table, before anything is submitted."""
     with readable_errors():
-        name, cfg = chosen(base, run)
+        _, of_base = load_base(base)
+        cfg = of_base if run is None else load_experiment().config_of(base, run)
         gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
@@ -84,7 +67,7 @@ def main(
         counts, rate = Counts(Setup(gpus if shard else 1, checkpointing)), None
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
-        plan, page = Plan.of(base, name, cfg, counts, rate), Page(gpus)
+        plan, page = Plan.of(base, run or base, cfg, counts, rate), Page(gpus)
         page.head(base, plan)
         page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
         page.time(plan)

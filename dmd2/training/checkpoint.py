@@ -35,30 +35,29 @@ class Checkpoints:
         """Those of the training `key` in the folder of a run."""
         return Checkpoints(run / f"checkpoints-{key}")
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` iterations; it counts only once its checksum lies beside it.
+    def save(self, step: int, state: dict[str, Any], spans: Spans | None = None) -> None:
+        """Write the state after `step` iterations; it counts only once the checksums of its files are listed.
+
+        Args:
+            step: iterations done. state: all of it; of a sharded training the rows of this process.
+            spans: of a sharded training, every process of which calls this, which rows these are.
 
         Raises:
             UserError: it could not be written (disk full); older checkpoints are untouched.
         """
-        path = self.folder / f"{step:08d}.pt"
-        with atomic(path) as temporary:
-            torch.save(state, temporary)
-        self._publish(step, {"step": step, "files": listing([path], self.folder)})
-
-    def save_parts(self, step: int, state: dict[str, Any], spans: Spans) -> None:
-        """The same of a sharded training: every process calls it and writes its rows; process 0 then lists them all.
-
-        Raises:
-            UserError: a part could not be written; older checkpoints are untouched.
-        """
+        if spans is None:
+            path = self.folder / f"{step:08d}.pt"
+            with atomic(path) as temporary:
+                torch.save(state, temporary)
+            return self._publish(step, {"step": step, "files": listing([path], self.folder)})
         rank, size = distributed.rank(), distributed.world_size()
         path = self.folder / f"{step:08d}" / f"part-{rank:05d}-of-{size:05d}.safetensors"
         write_part(path, state, spans, whole=rank == 0)
         files = distributed.collected_lines(listing([path], self.folder)[0])
         if rank == 0:
-            values = nested({name: value for name, value in flat(state) if _plain(value)})
+            values = nested({name: value for name, value in flat(state) if not isinstance(value, Tensor)})
             self._publish(step, {"step": step, "values": values, "files": files})
+        return None
 
     def _publish(self, step: int, manifest: dict[str, Any]) -> None:
         write_json(self.folder / f"{step:08d}.json", manifest)
@@ -134,7 +133,3 @@ def verify_inputs(run: RunId, cfg: TrainConfig, inputs: Inputs) -> None:
     if inputs.init is not None:
         Checkpoints.of(inputs.init.parent, read_json(inputs.init)["key"]).newest_good()
     Checkpoints.of(run.folder, current_key(run, inputs.key(cfg, run.seed))).newest_good(cfg.train.steps)
-
-
-def _plain(value: Any) -> bool:
-    return not isinstance(value, Tensor)

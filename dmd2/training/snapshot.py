@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import safe_open
 
 from dmd2.convert.unets import empty_unet
 from dmd2.core.errors import UserError
@@ -16,7 +15,7 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.metrics import BETTER, best_first, measured
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.networks.denoisers import Denoiser, Network
-from dmd2.networks.lora import IN_SNAPSHOT, State, split
+from dmd2.networks.lora import State, split
 from dmd2.training.teachers import NETWORKS, unet_folder, wrap
 
 
@@ -66,10 +65,7 @@ class Snapshot:
         Raises:
             UserError: the weights are missing or damaged.
         """
-        path = verified(self.run.folder, self.entry)
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(IN_SNAPSHOT)]  # noqa: SIM118
-            return {name.removeprefix(IN_SNAPSHOT): file.get_tensor(name) for name in names}
+        return split(load_shard(verified(self.run.folder, self.entry)))[1]
 
 
 def network_of(manifest: Path) -> Network:

@@ -201,10 +201,7 @@ class Training:
             self.save_snapshot()
         if last or force or self.step % train.checkpoint_every == 0:
             self.check_finite()
-            if self.sharded:
-                self.checkpoints.save_parts(self.step, self.state(), self.spans())
-            else:
-                self.checkpoints.save(self.step, self.state())
+            self.checkpoints.save(self.step, self.state(), self.spans())
 
     def save_snapshot(self) -> None:
         """Write the student as it is now; all processes must take part if it is sharded."""
@@ -232,8 +229,10 @@ class Training:
         state |= {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
         return {**state, "step": self.step, "seconds": self.seconds, "log": self.log}
 
-    def spans(self) -> Spans:
-        """Rows of sharded tensors that this process owns, by their path in `state`."""
+    def spans(self) -> Spans | None:
+        """Rows of sharded tensors that this process owns, by their path in `state`; None unless networks are split."""
+        if not self.sharded:
+            return None
         found: dict[str, tuple[int, int]] = {}
         for who, module in self.trained.items():
             found |= spans_of(module, who)
@@ -250,7 +249,7 @@ class Training:
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
         if step:
-            self.load(self.checkpoints.load(step, self.spans() if self.sharded else None))
+            self.load(self.checkpoints.load(step, self.spans()))
             if self.leads:
                 print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
         if self.leads:

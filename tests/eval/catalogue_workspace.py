@@ -6,14 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from dmd2.core.files import listing, read_json, write_json
+from dmd2.core.files import read_json, write_json
 from dmd2.core.run import Goal, RunId
-from dmd2.data.sets import save_shard
 from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.config import Teacher, TrainConfig
+from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
-from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.trainer import Training
 from eval.catalogue.read import catalogue
 from eval.metrics.estimate import Estimate
@@ -54,11 +52,9 @@ def sampler(name: str) -> None:
 
 def build(folder: Path) -> Path:
     """Make `folder` a workspace with four trainings, evaluated, and one sampler of their teacher."""
-    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
     with chdir(folder):
-        teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
-        save_shard(Path("real.safetensors"), tiny.tensors("edm", 32))
-        write_json(Path("real.json"), {"files": listing([Path("real.safetensors")], Path())})
+        teacher = tiny.teacher(folder)
+        tiny.real_set(Path("real.json"))
         for run in RUNS:
             changes = {"train__steps": STEPS, "train__snapshot_every": 2, "train__log_every": 3, "critic__ratio": 2}
             cfg = tiny.config("edm", dm__weight=1.0 if run.name == "few" else 0.0, **changes)

@@ -9,10 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd2.core.files import listing, write_json
-from dmd2.data.sets import save_shard
-from dmd2.experiment.config import Teacher
-from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -20,10 +16,8 @@ from tests.conftest import ROOT
 def test_two_processes_train_and_resume(real_device: torch.device, place: Path) -> None:
     if real_device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"two processes need two GPUs, here is {torch.cuda.device_count()}")
-    tiny.network("edm", seed=5).save_pretrained(place / "unet", safe_serialization=True)
-    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), place)
-    save_shard(place / "set.safetensors", tiny.tensors("edm", 32))
-    write_json(place / "set.json", {"files": listing([place / "set.safetensors"], place)})
+    tiny.teacher(place)
+    tiny.real_set(place / "set.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*command, "-m", "tests.two_processes"], env=env, capture_output=True, text=True, timeout=300)

@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd2.core.files import listing, write_json
 from dmd2.core.rng import sample_labels, sample_noise
-from dmd2.data.sets import load_shard, save_shard
+from dmd2.data.sets import load_shard
 from dmd2.experiment.config import Data, Sampler, Teacher
 from dmd2.networks.quantise import RULES, quantise
 from dmd2.publish.export import export
-from dmd2.training.make_teacher import adopt_teacher, train_teacher
+from dmd2.training.make_teacher import train_teacher
 from dmd2.training.pairs import make_shard
 from dmd2.training.sampling import sample_teacher, student_sample
 from dmd2.training.snapshot import find_snapshot
@@ -73,8 +72,7 @@ def test_noise_and_labels_of_seeds_are_those_of_the_cpu(device: torch.device) ->
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_pairs_are_those_of_the_cpu(guidance: float, device: torch.device, place: Path) -> None:
-    tiny.network("edm", seed=5).save_pretrained("teacher/unet", safe_serialization=True)
-    teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), Path("teacher"))
+    teacher = tiny.teacher(Path("teacher"))
     cfg = tiny.config("edm", regression__pairs__sampler={"solver": "heun", "steps": 3, "guidance": guidance})
     for name, where in (("cpu", CPU), ("device", device)):
         make_shard(cfg, teacher, 0, place / f"{name}.json", where)
@@ -91,9 +89,7 @@ def test_a_teacher_is_trained_and_resumed(form: str, device: torch.device, place
     data = Data.model_validate(tiny.values(kind)["data"])
     network = {"_class_name": tiny.KINDS[kind][1].__name__, **tiny.KINDS[kind][2]}
     train = {"steps": 4, "batch": 4, "lr": 1e-3, "warmup": 2, "ema": 0.9, "label_dropout": 0.5, "seed": 0}
-    real = place / "set.json"
-    save_shard(place / "set.safetensors", tiny.tensors(kind, 16))
-    write_json(real, {"files": listing([place / "set.safetensors"], place)})
+    real = tiny.real_set(place / "set.json", kind, tiny.tensors(kind, 16))
     for steps in (2, 4):  # the second starts from the checkpoint of a shorter training of the same name
         spec = {"name": "t", "parameterisation": form, "guidance": 1.0, "network": network}
         teacher = Teacher.model_validate({**spec, "train": {**train, "steps": steps}})

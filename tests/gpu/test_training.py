@@ -6,14 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd2.core.files import listing, read_json, write_json
+from dmd2.core.files import read_json, write_json
 from dmd2.core.precision import deterministic_kernels
 from dmd2.core.run import RunId
-from dmd2.data.sets import save_shard
 from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.config import RunConfig, Teacher
+from dmd2.experiment.config import RunConfig
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.trainer import Training
 from tests import tiny
 
@@ -25,11 +23,8 @@ FOUR = {"steps": 4, "time": 80.0}
 
 def prepared(kind: str, rows: dict[str, torch.Tensor] | None = None) -> Inputs:
     """Teacher, real set and pair set in the current folder."""
-    tiny.network(kind, seed=5).save_pretrained("teacher/unet", safe_serialization=True)
-    teacher = adopt_teacher(Teacher(name="tiny", parameterisation=tiny.KINDS[kind][0], guidance=1.0), Path("teacher"))
-    save_shard(Path("set.safetensors"), rows or tiny.tensors(kind, 32, seed=9))
-    write_json(Path("set.json"), {"files": listing([Path("set.safetensors")], Path())})
-    return Inputs(teacher, Path("set.json"), Path("set.json"), None)
+    pairs = tiny.real_set(Path("set.json"), kind, rows or tiny.tensors(kind, 32, seed=9))
+    return Inputs(tiny.teacher(Path("teacher"), kind, "tiny"), pairs, pairs, None)
 
 
 def trained(name: str, cfg: RunConfig, inputs: Inputs, hardware: Hardware) -> dict:

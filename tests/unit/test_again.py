@@ -9,7 +9,7 @@ import pytest
 import dmd2.core.retraining
 import dmd2.training.trainer
 from dmd2.core.errors import UserError
-from dmd2.core.files import listing, read_json, verified, write_json
+from dmd2.core.files import read_json, verified, write_json
 from dmd2.core.interrupts import single_writer
 from dmd2.core.retraining import (
     code_parts,
@@ -21,13 +21,10 @@ from dmd2.core.retraining import (
     trained_by_other_code,
 )
 from dmd2.core.run import Goal, RunId
-from dmd2.data.sets import save_shard
 from dmd2.experiment.cluster import Cluster, Jobs
-from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs, goal_of
 from dmd2.launch import command as launch
 from dmd2.launch.overview import overview_row
-from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
@@ -43,11 +40,9 @@ def workspace(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(dmd2.core.retraining, "commit", lambda: "0123abcde")
     for path in ("data/teachers/t", "data/real/tiny"):
         Path(path).mkdir(parents=True)
-    tiny.network("edm", seed=5).save_pretrained("data/teachers/t/unet", safe_serialization=True)
     inputs = Inputs.of(RUN, config())
-    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), inputs.teacher.parent)
-    save_shard(inputs.real.with_name("x.safetensors"), tiny.tensors("edm", 32))
-    write_json(inputs.real, {"files": listing([inputs.real.with_name("x.safetensors")], inputs.real.parent)})
+    tiny.teacher(inputs.teacher.parent)
+    tiny.real_set(inputs.real)
     code(monkeypatch, OLD)
     return tmp_path
 

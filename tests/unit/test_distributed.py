@@ -8,10 +8,7 @@ from safetensors.torch import load_file
 
 from dmd2.core import distributed
 from dmd2.core.errors import UserError
-from dmd2.core.files import listing, read_json_lines, write_json
-from dmd2.data.sets import save_shard
-from dmd2.experiment.config import Teacher
-from dmd2.training.make_teacher import adopt_teacher
+from dmd2.core.files import read_json_lines
 from tests import tiny, two_processes
 from tests.fork_server import torchrun
 
@@ -23,10 +20,8 @@ WEIGHTS, LOGS = 1e-4, 1e-4
 def workspace(tmp_path_factory):
     """A folder in which two processes, and then this one, have trained."""
     folder = tmp_path_factory.mktemp("distributed")
-    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
-    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
-    save_shard(folder / "set.safetensors", tiny.tensors("edm", 32))
-    write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
+    tiny.teacher(folder)
+    tiny.real_set(folder / "set.json")
     status, messages = torchrun(folder, "tests.two_processes")
     assert status == 0, messages[-5000:]
     with pytest.MonkeyPatch.context() as patch:

@@ -24,9 +24,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def manifest(kind, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(kind)
-    tiny.network(kind, seed=5).save_pretrained(folder / "unet", safe_serialization=True)
-    return adopt_teacher(Teacher(name="t", parameterisation=tiny.KINDS[kind][0], guidance=1.0), folder)
+    return tiny.teacher(tmp_path_factory.mktemp(kind), kind)
 
 
 def built(kind, manifest, seed=0, **changes):

@@ -6,9 +6,7 @@ import torch
 from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_noise
 from dmd2.data.sets import load_set
-from dmd2.experiment.config import Teacher
 from dmd2.networks.condition import Condition
-from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import FIRST_SEED, join_shards, make_shard, shard_seeds
 from dmd2.training.teachers import load_teacher
 from tests import reference, tiny
@@ -16,9 +14,7 @@ from tests import reference, tiny
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
-    return adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
+    return tiny.teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def pair_config(**changes):

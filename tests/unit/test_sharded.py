@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dmd2.training.sampling
 from dmd2.core.errors import UserError
-from dmd2.core.files import listing, read_json, read_json_lines, write_json
+from dmd2.core.files import read_json, read_json_lines
 from dmd2.data.sets import save_shard
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import Teacher
@@ -36,8 +36,7 @@ def workspace(tmp_path_factory):
         torch.manual_seed(5)
         UNet2DConditionModel(**spec).save_pretrained(folder / "unet", safe_serialization=True)
     adopt_teacher(Teacher(name="t", parameterisation="eps", guidance=1.0), folder)
-    save_shard(folder / "set.safetensors", tiny.tensors(two_sharded.KIND, 32))
-    write_json(folder / "set.json", {"files": listing([folder / "set.safetensors"], folder)})
+    tiny.real_set(folder / "set.json", two_sharded.KIND)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(dmd2.training.sampling, "PROBES", two_sharded.PROBES)

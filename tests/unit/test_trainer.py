@@ -9,15 +9,12 @@ import torch
 
 import dmd2.training.trainer
 from dmd2.core.errors import UserError
-from dmd2.core.files import listing, write_json
 from dmd2.core.interrupts import single_writer
 from dmd2.core.run import Goal, RunId
 from dmd2.data.sets import load_shard, save_shard
 from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
-from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.trainer import Training
 from tests import tiny
 
@@ -27,11 +24,7 @@ RUN = RunId("tiny", "full", 0)
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tiny.network("edm", seed=5).save_pretrained(folder / "unet", safe_serialization=True)
-    teacher = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), folder)
-    save_shard(folder / "real.safetensors", tiny.tensors("edm", 32))
-    write_json(folder / "real.json", {"files": listing([folder / "real.safetensors"], folder)})
-    return Inputs(teacher, folder / "real.json", None, None)
+    return Inputs(tiny.teacher(folder), tiny.real_set(folder / "real.json"), None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -244,8 +237,7 @@ def test_a_second_writer_is_told(inputs):
 
 
 def test_a_changed_input_starts_another_run(inputs, tmp_path):
-    save_shard(tmp_path / "real.safetensors", tiny.tensors("edm", 32, seed=1))
-    write_json(tmp_path / "real.json", {"files": listing([tmp_path / "real.safetensors"], tmp_path)})
+    tiny.real_set(tmp_path / "real.json", rows=tiny.tensors("edm", 32, seed=1))
     one, two = (
         Training(RUN, config(2), Hardware(), Inputs(inputs.teacher, real, None, None)).key
         for real in (inputs.real, tmp_path / "real.json")

@@ -9,10 +9,7 @@ import torch.distributed as dist
 from dmd2.core import files
 from dmd2.core.distributed import verify_first
 from dmd2.core.errors import UserError
-from dmd2.core.files import listing, verified, write_json
-from dmd2.data.sets import save_shard
-from dmd2.experiment.config import Teacher
-from dmd2.training.make_teacher import adopt_teacher
+from dmd2.core.files import listing, verified
 from tests import tiny
 from tests.fork_server import torchrun
 
@@ -25,10 +22,8 @@ def job(folder, steps):
 
 
 def test_process_0_reads_every_input_once_and_the_other_waits_longer_than_a_collective_may(tmp_path):
-    tiny.network("edm", seed=5).save_pretrained(tmp_path / "unet", safe_serialization=True)
-    adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), tmp_path)
-    save_shard(tmp_path / "set.safetensors", tiny.tensors("edm", 32))
-    write_json(tmp_path / "set.json", {"files": listing([tmp_path / "set.safetensors"], tmp_path)})
+    tiny.teacher(tmp_path)
+    tiny.real_set(tmp_path / "set.json")
     inputs = {"set.safetensors", "config.json", "diffusion_pytorch_model.safetensors"}
     first, second = job(tmp_path, 2)
     assert not inputs & set(second)
