@@ -180,8 +180,8 @@ def measured_how(table: Table) -> list[str]:
     draws = f", mean of {protocol['draws']} draws" if protocol.get("draws", 1) > 1 else ""
     text = [
         f"{spread}; {chosen}; {protocol['images']} images per number{draws}, labels {protocol['labels']}, rounding "
-        f"{protocol['rounding']}, sampled in {protocol['precision']}; detector {protocol['detector']}; reference "
-        f"{protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."
+        f"{protocol['rounding']}, sampled in {protocol.get('precision', 'fp32')}; detector {protocol['detector']}; "
+        f"reference {protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."
     ]
     if stand_in(table):
         text.append("FD is the Fréchet distance in this detector's features: it is not FID, and the paper's numbers "

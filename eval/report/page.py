@@ -94,7 +94,6 @@ def view(bundle: Table) -> dict[str, Any]:
         "explained": explained(bundle),
         "others": published(bundle),
         "lines": lines(bundle),
-        "protocol": bundle["rows"][0]["protocol"],
         "verdicts": [(mark, sum(c["verdict"] == mark for c in bundle["claims"])) for mark in MARKS],
         "curves": figures.training_curves(bundle),
         "behind": behind(bundle),
@@ -103,9 +102,6 @@ def view(bundle: Table) -> dict[str, Any]:
         "grids": [
             (row, sample_grid(Path(next(iter(row["grid"].values()))), sample_side(data))) for row in bundle["rows"]
         ],
-        "students": figures.students(bundle),
-        "classes": data["classes"],
-        "captions": bundle["rows"][0].get("captions", []),
     }
 
 

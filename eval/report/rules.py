@@ -6,7 +6,7 @@ what has one value (the teacher, a published number) it is twice the standard de
 """
 
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal
 
 import numpy as np
@@ -108,12 +108,9 @@ def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
     rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
     evidence, interval, margin = _interval(m, metric, a, b, MARGIN)
-    if interval is None:
-        return Finding("undecided", evidence, rule)
-    low, high = interval
-    if -margin < low and high < margin:
-        return Finding("supported", evidence, rule)
-    return Finding("refuted" if low > margin or high < -margin else "undecided", evidence, rule)
+    low, high = interval or (-inf, inf)
+    inside, outside = -margin < low and high < margin, low > margin or high < -margin
+    return Finding("supported" if inside else "refuted" if outside else "undecided", evidence, rule)
 
 
 def no_gain(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN) -> Finding:
@@ -123,9 +120,7 @@ def no_gain(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN)
         f"{MIN_SEEDS} seeds; refuted if all of it is below that"
     )
     evidence, interval, margin = _interval(m, metric, a, b, share)
-    if interval is None:
-        return Finding("undecided", evidence, rule)
-    low, high = interval
+    low, high = interval or (-inf, inf)
     return Finding("supported" if low > -margin else "refuted" if high < -margin else "undecided", evidence, rule)
 
 

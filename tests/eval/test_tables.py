@@ -15,7 +15,7 @@ from dmd2.core.code_digest import modules_of
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import RunId
 from dmd2.experiment.tables import load_experiment
-from dmd2.publish.table_text import cells, markdown, other, published
+from dmd2.publish.table_text import cells, excerpt, markdown, other, published
 from eval.report import page as report
 from eval.report.tables import build, curves, means, measurements, tidy
 from eval.runs import evaluate
@@ -156,6 +156,14 @@ def test_a_bundle_read_back_gives_the_same_cells(place: Path) -> None:
     by_gpu()
     bundle = build("digits-table3")
     assert cells(json.loads(json.dumps(bundle))) == cells(bundle)
+
+
+def test_an_excerpt_is_one_row_of_the_page_with_what_is_said_of_all(place: Path) -> None:
+    bundle = json.loads(place.read_text())
+    page, part = markdown(bundle).splitlines(), excerpt(bundle, "dmd2").splitlines()
+    assert set(part) <= set(page) and part[:2] == page[2:4]
+    assert part[2].startswith("| `dmd2` |") and part[3] == ""
+    assert any(line.startswith("Mean ± SD over seeds 0, 1, 2; the last snapshot;") for line in part)
 
 
 def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) -> None:
