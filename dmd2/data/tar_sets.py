@@ -1,4 +1,7 @@
-"""WebDatasets: tar files in which the image and the caption of a sample are neighbours of one name."""
+"""WebDatasets: tar files in which the image and the caption of a sample are neighbours of one name.
+
+The library datasets reads them, too, but takes a header that is cut off for the end of the file: rows would be lost.
+"""
 
 import glob
 import json
