@@ -2,8 +2,8 @@
 
 A file names them ``lora_unet_PATH.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, PATH being a module of
 diffusers' UNet with underscores for dots: so does the LoRA that DMD2's authors released. Files with the block names of
-Stability's own code (``input_blocks_4_1_...``) are refused. diffusers' `convert_state_dict_to_kohya` is not used, since it
-writes the rank for every alpha.
+Stability's own code (``input_blocks_4_1_...``) are refused. diffusers' `convert_state_dict_to_kohya` is not used, since
+it writes the rank for every alpha.
 """
 
 from pathlib import Path
