@@ -4,15 +4,18 @@ A process of the DAG imports PyTorch, diffusers and Snakemake for 3 to 10 s befo
 of the tests do little else. So one server for each test process imports them once. `quick_bin` is a folder for PATH
 whose ``python``, ``snakemake`` and ``dvc`` ask the server for a fork, which takes over their arguments, environment,
 folder and streams, and imports this project's modules itself. It takes ``[-u] -m MODULE`` and ``-I -c CODE``; all else,
-and a sitecustomize.py on PYTHONPATH, is for the ordinary Python. Tests of signals and of what is imported start `sys.executable` instead.
+and a sitecustomize.py on PYTHONPATH, is for the ordinary Python. Tests of signals and of what is imported start
+`sys.executable` instead.
 """
 
 import atexit
 import functools
+import gc
 import importlib
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
@@ -58,6 +62,7 @@ def quick_bin() -> Path:
         (folder / name).write_text(CLIENT.format(python=sys.executable, address=folder / "socket"))
         (folder / name).chmod(0o755)
     server = subprocess.Popen([sys.executable, __file__, folder / "socket"], stdin=subprocess.DEVNULL)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.kill)
     while not (folder / "socket").exists():
         assert server.poll() is None, "the server of the tests' processes did not start"
@@ -79,8 +84,10 @@ def torchrun(folder: Path, *words: str) -> tuple[int, str]:
 
 def serve(address: str) -> list[str]:
     """Fork for every client; returns in the fork only, with its command line."""
+    atexit.register(_leave)  # before those of the libraries, so it runs after theirs
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.freeze()  # a fork that collected or freed all these objects would copy their pages, for seconds
     parent, listening = os.getppid(), socket.socket(socket.AF_UNIX)
     listening.bind(address + ".tmp")
     listening.listen(64)
@@ -97,7 +104,15 @@ def serve(address: str) -> list[str]:
             listening.close()
             return _fork_for(connection, Path(address).parent)
         connection.close()
+    shutil.rmtree(Path(address).parent, ignore_errors=True)  # its test process was killed
     sys.exit()
+
+
+def _leave() -> None:
+    """End without freeing what was inherited."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _fork_for(connection: socket.socket, folder: Path) -> list[str]:
@@ -109,12 +124,14 @@ def _fork_for(connection: socket.socket, folder: Path) -> list[str]:
         [os.fsdecode(part) for part in (place / file).read_bytes().split(b"\0")[:-1]] for file in ("cmdline", "environ")
     )
     if pid := os.fork():
-        connection.sendall(str(pid).encode())
+        with suppress(OSError):  # the child does it, too: whoever comes first
+            os.setpgid(pid, pid)
+        connection.sendall(f"{pid:16}".encode())
         ended = os.pidfd_open(pid)
         if ended not in select.select([connection, ended], [], [])[0]:
             os.killpg(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(str(code).encode())
+        connection.sendall(f"{code:16}".encode())
         os._exit(0)
     connection.close()
     os.setpgid(0, 0)
@@ -130,6 +147,7 @@ def _fork_for(connection: socket.socket, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    status = 1
     command = serve(sys.argv[1])
     option = command.pop(0) if command[0] in ("-u", "-I") else ""
     if option == "-u":
@@ -138,7 +156,12 @@ if __name__ == "__main__":
     sys.path[:1] = folders if option != "-I" else []
     sys.argv = command[1:] if command[0] == "-m" else ["-c", *command[2:]]
     importlib.invalidate_caches()
-    if command[0] == "-m":
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-    else:
-        exec(command[1], {"__name__": "__main__"})
+    try:
+        if command[0] == "-m":
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            exec(command[1], {"__name__": "__main__"})
+        status = 0
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        raise

@@ -33,7 +33,7 @@ INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
 EIGHT = {"optim__states": "8bit", "train__steps": 3}
 SHARDED = Hardware(shard=True)
 CUT = Hardware(shard=True, micro_batch=2)
-PROBES = list(range(4))  # each is a pass through networks that are gathered block by block
+PROBES = list(range(2))  # each is a pass through networks that are gathered block by block
 
 
 def training(name: str, hardware: Hardware = SHARDED, **changes: Any) -> Training:

@@ -38,12 +38,16 @@ class Workspace:
         """``snakemake --profile local``."""
         return self.run("snakemake", "--profile", "local", "--cores", "2", *args)
 
-    def planned(self, *targets: str) -> dict[str, int]:
-        """Jobs a dry run would start, by rule."""
+    def plan(self, *targets: str) -> tuple[dict[str, int], str]:
+        """Jobs a dry run would start, by rule, and its messages."""
         result = self.snakemake("-n", *targets)
         assert result.returncode == 0, result.stderr + result.stdout
         lines = re.findall(r"^([\w-]+) +(\d+)$", (result.stdout + result.stderr).split("Job stats:")[-1], re.M)
-        return {rule: int(count) for rule, count in lines if rule not in ("total", "count")}
+        return {rule: int(count) for rule, count in lines if rule not in ("total", "count")}, result.stderr
+
+    def planned(self, *targets: str) -> dict[str, int]:
+        """Jobs a dry run would start, by rule."""
+        return self.plan(*targets)[0]
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace text in a file of the copy; the text must be there."""

@@ -35,7 +35,8 @@ def test_second_run_has_nothing_to_do(finished: Workspace) -> None:
     assert finished.planned("demo") == {}
 
 
-def test_comment_and_code_edits_retrain_nothing(edited: Workspace) -> None:
+def test_edits_of_comments_code_and_hardware_restart_nothing(edited: Workspace) -> None:
+    edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1, device: cpu}", "  train:     {threads: 1}")
     edited.edit("workflow/tables/demo.yaml", "# a comment", "# another comment")
     edited.edit("dmd2/method/step.py", '"""One iteration', '"""An iteration')
     edited.edit("workflow/base/digits.yaml", "data:", "# why\ndata:")
@@ -62,11 +63,6 @@ def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:
     edited.edit("workflow/base/digits.yaml", "images: 60", "images: 61")
     planned = edited.planned("demo")
     assert "train" not in planned and planned["evaluate"] == len(ROWS)
-
-
-def test_other_hardware_restarts_nothing(edited: Workspace) -> None:
-    edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1, device: cpu}", "  train:     {threads: 1}")
-    assert edited.planned("demo") == {}
 
 
 def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_tf32(
@@ -114,21 +110,20 @@ def test_paper_tables_plan_completely(finished: Workspace) -> None:
     assert finished.planned("dmd2-table4")["train"] == 4
 
 
-@pytest.mark.parametrize(
-    ("target", "sentence"),
-    [
-        ("data/teachers/edm-imagenet64/manifest.json", "put a diffusers UNet"),
-        ("data/real/imagenet64/manifest.json", "put safetensors shards"),
-        ("data/weights/inception-2015-12-05/manifest.json", "copy it from elsewhere to data/weights/inception"),
-    ],
-)
-def test_what_the_user_must_bring_is_said_in_a_sentence(
-    finished: Workspace, monkeypatch: pytest.MonkeyPatch, target: str, sentence: str
-) -> None:
+MISSING = {
+    "data/teachers/edm-imagenet64/manifest.json": "put a diffusers UNet",
+    "data/real/imagenet64/manifest.json": "put safetensors shards",
+    "data/weights/inception-2015-12-05/manifest.json": "copy it from elsewhere to data/weights/inception",
+}
+
+
+def test_what_the_user_must_bring_is_said_in_a_sentence(finished: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no internet, wherever this runs
-    result = finished.snakemake(target)
-    assert result.returncode != 0
-    assert sentence in result.stderr + result.stdout and "Traceback" not in result.stderr
+    result = finished.snakemake(*MISSING)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert not any((finished.path / target).exists() for target in MISSING)
+    for sentence in MISSING.values():
+        assert sentence in result.stderr + result.stdout
 
 
 def test_without_slurm_the_profile_says_so_in_one_sentence(edited: Workspace, tmp_path: Path) -> None:

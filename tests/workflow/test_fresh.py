@@ -49,11 +49,6 @@ def change_weight_of_dmd(workspace: Workspace) -> None:
         workspace.edit(f"workflow/tables/{table}.yaml", "regression.weight: 5.0", "regression.weight: 4.0")
 
 
-def test_nothing_is_to_do_after_a_pull(pulled: Workspace) -> None:
-    assert pulled.planned("demo") == {}
-    assert "provenance" not in pulled.snakemake("-n", "demo").stderr
-
-
 def files_of(workspace: Workspace) -> dict[str, tuple[int, bytes]]:
     """Time and content of every file but Snakemake's and Python's own."""
     found = [path for path in workspace.path.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -61,23 +56,20 @@ def files_of(workspace: Workspace) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in found if not own & set(p.parts)}
 
 
-def test_a_dry_run_writes_nothing(pulled: Workspace) -> None:
+def test_nothing_is_to_do_after_a_pull_and_a_changed_value_runs_exactly_its_jobs(pulled: Workspace) -> None:
+    """And a dry run writes nothing."""
     (pulled.path / "results/.changed").unlink(missing_ok=True)
     before = files_of(pulled)
-    assert pulled.planned("demo") == {}
+    jobs, messages = pulled.plan("demo")
+    assert jobs == {} and "provenance" not in messages
     change_weight_of_dmd(pulled)
     changed = {path: entry for path, entry in files_of(pulled).items() if before.get(path) != entry}
     assert {path.rpartition("/")[2] for path in changed} == {"demo.yaml", "digits-table3.yaml", "digits-ttur.yaml"}
     before = files_of(pulled)
-    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    jobs, messages = pulled.plan("demo")
+    assert jobs == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert "out of date: results/runs/digits/dmd/seed0/train.json was made with other settings" in messages
     assert files_of(pulled) == before
-
-
-def test_changed_value_after_a_pull_runs_exactly_its_jobs(pulled: Workspace) -> None:
-    change_weight_of_dmd(pulled)
-    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
-    result = pulled.snakemake("-n", "demo")
-    assert "out of date: results/runs/digits/dmd/seed0/train.json was made with other settings" in result.stderr
 
 
 def test_changed_value_trains_once_and_then_nothing_is_to_do(pulled: Workspace) -> None:
@@ -135,11 +127,10 @@ def test_flipped_sign_in_the_losses_is_told_and_retrained_when_asked_to(pulled: 
     pulled.edit("dmd2/method/losses.py", '"""``mean(softplus(-l_fake))``', '"""Another text')
     assert "other code" not in pulled.snakemake("-n", "demo").stderr
     pulled.edit("dmd2/method/losses.py", "g = (fake - real) / normaliser", "g = (real - fake) / normaliser")
-    assert pulled.planned("demo") == {}
-    assert f"note: {TOLD}" in pulled.snakemake("-n", "demo").stderr
-    retrain = pulled.snakemake("-n", "demo", "--config", "changed_code=retrain")
-    assert f"out of date: {TOLD}" in retrain.stderr
-    assert pulled.planned("demo", "--config", "changed_code=retrain")["train"] == 2
+    jobs, messages = pulled.plan("demo")
+    assert jobs == {} and f"note: {TOLD}" in messages
+    jobs, messages = pulled.plan("demo", "--config", "changed_code=retrain")
+    assert jobs["train"] == 2 and f"out of date: {TOLD}" in messages
     wrong = pulled.snakemake("-n", "demo", "--config", "changed_code=yes")
     assert wrong.returncode != 0 and "write warn or retrain" in wrong.stdout + wrong.stderr
 
