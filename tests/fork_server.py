@@ -131,7 +131,8 @@ def _fork_for(connection: socket.socket, folder: Path) -> list[str]:
         if ended not in select.select([connection, ended], [], [])[0]:
             os.killpg(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(f"{code:16}".encode())
+        with suppress(OSError):  # the client is gone
+            connection.sendall(f"{code:16}".encode())
         os._exit(0)
     connection.close()
     os.setpgid(0, 0)
