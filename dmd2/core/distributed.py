@@ -20,6 +20,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import held, trust
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
+BUCKET = 1 << 24  # elements summed in one message
 TIMEOUT, PATIENCE = timedelta(minutes=30), timedelta(days=1)  # of a collective; of waiting for process 0 to verify
 
 
@@ -94,10 +95,27 @@ def rows(total: int) -> range:
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over the processes."""
-    if world_size() > 1:
-        sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-        for work in sums:
-            work.wait()
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
