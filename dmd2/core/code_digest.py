@@ -16,11 +16,13 @@ PACKAGE = __name__.partition(".")[0]
 ROOT = Path(str(sys.modules[PACKAGE].__file__)).parents[1]
 START = f"{PACKAGE}.training.trainer"
 # Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
-# run's key), what prepares sets, and what talks to people. By the last part of the name.
+# run's key), what prepares sets, what checks settings or digests them, and what talks to people. By the last part of
+# the name; network_checks is what earlier records call network.
 NO_PART = {
-    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode",
-    "errors", "eval_config", "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "progress",
-    "provenance", "readers", "retraining", "run", "run_inputs", "slurm_queue", "sources", "tar_sets", "unets",
+    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode", "errors", "eval_config",
+    "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "network", "network_checks",
+    "progress", "provenance", "readers", "retraining", "run", "run_inputs", "section", "slurm_queue", "sources",
+    "tar_sets", "unets",
 }  # fmt: skip
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}
 SETTINGS = ("Section", "TrainConfig")  # bases of sections of a configuration
@@ -35,7 +37,7 @@ def modules_of(start: str = START) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         path = _file(name)
-        if name in found or path is None or name.rpartition(".")[2] in NO_PART:
+        if name in found or path is None or _without_part(name):
             continue
         tree = ast.parse(path.read_bytes())
         found[name] = digest_of_code(tree)
@@ -56,7 +58,11 @@ def differing(old: Modules, new: Modules) -> list[str]:
     ours, theirs = set(old.values()), set(new.values())
     names = {name for name, digest in old.items() if digest not in theirs}
     names |= {name for name, digest in new.items() if digest not in ours}
-    return [name.replace(".", "/") + ".py" for name in sorted(names)]
+    return [name.replace(".", "/") + ".py" for name in sorted(names) if not _without_part(name)]
+
+
+def _without_part(module: str) -> bool:
+    return module.rpartition(".")[2] in NO_PART
 
 
 def _file(name: str) -> Path | None:

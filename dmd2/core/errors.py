@@ -1,7 +1,8 @@
 """The one exception a user is meant to read: a sentence saying what is wrong, where, and what to do."""
 
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -11,6 +12,12 @@ class UserError(Exception):
 
 class CannotWriteError(UserError):
     """The system refused a write: full, read-only, immutable, not allowed."""
+
+
+def did_you_mean(wrong: object, known: Iterable[str], otherwise: str = "") -> str:
+    """How a sentence about an unknown name ends: with the nearest known one, or else with `otherwise`."""
+    near = difflib.get_close_matches(str(wrong), list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else otherwise
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What jobs may use on a machine or cluster, and how trainings are started there: workflow/cluster/*.yaml."""
 
-import difflib
 import re
 import shlex
 import sys
@@ -10,15 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dmd2.core.errors import UserError
-from dmd2.experiment.config import Positive, Section
+from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.dotted_keys import validate
-from dmd2.experiment.yaml_file import read_yaml
+from dmd2.experiment.section import Positive, Strict
+from dmd2.experiment.yaml_file import Place, read_yaml
 
 CLUSTERS = Path("workflow/cluster")
 
 
-class Resources(Section):
+class Resources(Strict):
     """One kind of job, in the words of Snakemake's Slurm plugin; what is not set is not asked for."""
 
     threads: Positive = 1
@@ -50,7 +49,7 @@ class Resources(Section):
         return self.model_dump(exclude={"threads", "device"}, exclude_none=True)
 
 
-class Training(Section):
+class Training(Strict):
     """How a training runs inside its job; none of it changes the numbers beyond rounding.
 
     deterministic: kernels that give the same bits every time, for the teacher's training, too. It is no part of a base,
@@ -91,7 +90,7 @@ class Hardware:
     deterministic: bool = False
 
 
-class Jobs(Section):
+class Jobs(Strict):
     """Resources by kind of job: the rule names of the Snakefile."""
 
     real_data: Resources
@@ -104,7 +103,7 @@ class Jobs(Section):
     evaluate: Resources
 
 
-class Cluster(Section):
+class Cluster(Strict):
     """A machine (`launcher: local`) or a Slurm cluster (`launcher: slurm`, trainings through submitit)."""
 
     launcher: Literal["local", "slurm"]
@@ -176,7 +175,6 @@ def load_cluster(name: str, folder: Path = CLUSTERS) -> Cluster:
     path = folder / f"{name}.yaml"
     if not path.exists():
         known = [file.stem for file in sorted(folder.glob("*.yaml"))]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"there is no {path}" + (f", did you mean {near[0]}?" if near else f"; known: {known}"))
-    source = read_yaml(path)
-    return validate(Cluster, source.value, source)
+        raise UserError(f"there is no {path}{did_you_mean(name, known, f'; known: {known}')}")
+    place = Place(read_yaml(path))
+    return validate(Cluster, place.source.value, place)

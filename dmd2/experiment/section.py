@@ -1,7 +1,10 @@
 """What every section of a configuration is made of."""
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,13 +22,38 @@ def _ascending(value: tuple[int, int]) -> tuple[int, int]:
 IndexRange = Annotated[tuple[Index, Index], Field(strict=False), AfterValidator(_ascending)]
 
 
-class Section(BaseModel):
-    """A frozen section: unknown keys and wrong types are errors."""
+class Strict(BaseModel):
+    """A frozen part of a file: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+
+# What a key that is left out means, by section; see the file.
+DEFAULTS = yaml.safe_load(Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8"))
+
+
+class Section(Strict):
+    """A part of a run or table, whose values identify what is made from them.
+
+    Raises:
+        TypeError: a class is defined whose defaults are not those of defaults.yaml.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        fixed = DEFAULTS.get(cls.__name__, {})
+        given = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        for name, value in json.loads(json.dumps(given)).items():
+            if name not in fixed or fixed[name] != value:
+                raise TypeError(
+                    f"the default of {cls.__name__}.{name} is {value!r}, and that of runs made before is "
+                    f"{fixed.get(name, 'not known')!r}: see dmd2/experiment/defaults.yaml"
+                )
+
     def settings(self, **which: Any) -> dict[str, Any]:
-        """JSON values that identify it, for digests: a key at its default is left out, so that a later version's new
-        switch leaves everything made before it as it is. `which` is that of ``model_dump``: include, exclude.
+        """The JSON values in which a config is digested and handed to jobs: those that differ from the defaults.
+
+        A later version's new switch therefore leaves everything made before it as it is. `which` is that of
+        ``model_dump``: include, exclude.
         """
         return self.model_dump(mode="json", exclude_defaults=True, **which)

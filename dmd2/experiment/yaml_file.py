@@ -11,7 +11,7 @@ from dmd2.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses duplicate keys and reads 2e-6 as a number (YAML 1.2)."""
+    """Safe loader that reads 2e-6 as a number (YAML 1.2)."""
 
 
 _Loader.add_implicit_resolver(
@@ -19,47 +19,56 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-        if key in result:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
+@dataclass(frozen=True)
+class YamlFile:
+    """Parsed value, and the line of every key and list element by its dotted path (``rows.0.change.critic.ratio``)."""
 
+    path: Path
+    value: dict[str, Any]
+    lines: dict[str, int]
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+    def where(self, *keys: str | int) -> str:
+        """``file:line`` of a path, or of its nearest listed parent."""
+        path = ".".join(map(str, keys))
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return f"{self.path}:{self.lines[path]}" if path else str(self.path)
 
 
 @dataclass(frozen=True)
-class YamlFile:
-    """Parsed value and the line of every key path, for messages."""
+class Place:
+    """A key of a file, by its path: where something is written."""
 
-    path: Path
-    value: Any
-    lines: dict[tuple[str | int, ...], int]
+    source: YamlFile
+    keys: tuple[str | int, ...] = ()
 
     def where(self, *keys: str | int) -> str:
-        """``file:line`` of a key path, or of its nearest listed parent."""
-        for end in range(len(keys), 0, -1):
-            if keys[:end] in self.lines:
-                return f"{self.path}:{self.lines[keys[:end]]}"
-        return str(self.path)
+        """``file:line`` of it, or of a key below it."""
+        return self.source.where(*self.keys, *keys)
+
+    def below(self, *keys: str | int) -> "Place":
+        """The place of a key below it."""
+        return Place(self.source, (*self.keys, *keys))
 
 
-def _walk(node: yaml.Node, keys: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            lines[(*keys, key.value)] = key.start_mark.line + 1
-            _walk(value, (*keys, key.value), lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            lines[(*keys, i)] = value.start_mark.line + 1
-            _walk(value, (*keys, i), lines)
+def _value(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
+    """The plain value of a node; its keys and elements are added to `lines`."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            lines[f"{path}{i}"] = item.start_mark.line + 1
+        return [_value(loader, item, f"{path}{i}.", lines) for i, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    loader.flatten_mapping(node)
+    result: dict[str, Any] = {}
+    for key_node, item in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str) or key in result:
+            told = f"key {key!r} is given twice" if isinstance(key, str) else f"key {key!r} is not text"
+            raise yaml.MarkedYAMLError(problem=told, problem_mark=key_node.start_mark)
+        lines[f"{path}{key}"] = key_node.start_mark.line + 1
+        result[key] = _value(loader, item, f"{path}{key}.", lines)
+    return result
 
 
 def read_yaml(path: Path) -> YamlFile:
@@ -69,21 +78,18 @@ def read_yaml(path: Path) -> YamlFile:
         UserError: the file is missing, is not YAML, repeats a key or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        loader, lines = _Loader(path.read_text(encoding="utf-8")), dict[str, int]()
+        node = loader.get_single_node()
+        value = None if node is None else _value(loader, node, "", lines)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path}:{line}: {error.problem or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(value, dict) or node is None:
+    if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
-    lines: dict[tuple[str | int, ...], int] = {}
-    _walk(node, (), lines)
     return YamlFile(path, value, lines)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dmd2.core.files import listing, write_json
 from dmd2.data.sets import save_shard
-from dmd2.experiment.dotted_keys import set_dotted
+from dmd2.experiment.dotted_keys import apply_change
 from dmd2.experiment.tables import load_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,7 @@ def student(
     protocol: dict[str, Any] | None = None, own: float = 0.1, **facts: Any,
 ) -> None:  # fmt: skip
     """Evaluations of the row digits/`name`: `fd` by training seed, `own` the spread that is not COMMON's."""
-    config = CONFIG.model_dump(mode="json")
-    for key, value in (change or {}).items():
-        set_dotted(config, key, value)
+    config = apply_change(CONFIG.model_dump(mode="json"), change or {})
     for seed, value in fd.items():
         folder = place / f"results/runs/digits/{name}/seed{seed}"
         values = {"fd": value, "accuracy": 1 - value / 100, "brightness": 0.3}

@@ -29,7 +29,7 @@ WRONG_TABLES = {
     "extension of the table itself": ({"rows": {"from": "one", "add": [{"run": "c"}]}}, "from:", "is no other table"),
     "extension without rows": ({"rows": {"from": "two", "add": []}}, "add:", "at least 1"),
     "extension without its origin": ({"rows": {"add": [{"run": "c"}]}}, "rows:", "key rows.from is missing"),
-    "misspelled key of an extension": ({"rows": {"form": "two", "add": [{"run": "c"}]}}, "form:", "did you mean from?"),
+    "misspelled key of an extension": ({"rows": {"form": "two", "add": [{"run": "c"}]}}, "form:", "did you mean rows.from?"),
     "misspelled key of an added row": (
         {"rows": {"from": "two", "add": [{"run": "c", "papper": {}}]}}, "papper", "did you mean paper?"),
     "negative seed": ({"seeds": [0, -1]}, "- -1", "seeds.1: Input should be greater than or equal to 0, got -1"),

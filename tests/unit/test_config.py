@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from dmd2.experiment import section
 from dmd2.experiment.config import Pairs, RunConfig, Sampler, TrainConfig, digest
 from dmd2.experiment.tables import load_base
 from tests import tiny
@@ -230,10 +231,31 @@ def test_a_run_needs_only_the_data_its_terms_read(changes, real, pairs):
     assert (cfg.needs_real, cfg.needs_pairs) == (real, pairs)
 
 
-def test_a_switch_that_a_later_version_adds_leaves_earlier_runs_as_they_are():
-    class Later(TrainConfig):
-        added: float = 0.0
+def later(monkeypatch, known, default):
+    """TrainConfig of a later version with one more key, and what its defaults.yaml says of it."""
+    monkeypatch.setitem(section.DEFAULTS, "Later", known)
+    return type("Later", (TrainConfig,), {"__annotations__": {"added": float}, "added": default})
 
-    values = tiny.config().training().model_dump(mode="json")
-    assert digest(Later.model_validate(values)) == digest(TrainConfig.model_validate(values))
-    assert digest(Later.model_validate({**values, "added": 1.0})) != digest(Later.model_validate(values))
+
+def test_a_switch_that_a_later_version_adds_leaves_earlier_runs_as_they_are(monkeypatch):
+    model, values = later(monkeypatch, {"added": 0.0}, 0.0), tiny.config().training().model_dump(mode="json")
+    assert digest(model.model_validate(values)) == digest(TrainConfig.model_validate(values))
+    assert digest(model.model_validate({**values, "added": 1.0})) != digest(model.model_validate(values))
+
+
+@pytest.mark.parametrize("known", [{}, {"added": 1.0}])
+def test_a_default_that_is_not_what_earlier_runs_had_stops_everything(monkeypatch, known):
+    with pytest.raises(TypeError, match=r"default of Later\.added is 0\.0, .* see dmd2/experiment/defaults\.yaml"):
+        later(monkeypatch, known, 0.0)
+
+
+def test_no_pinned_default_was_forgotten():
+    """A class or key that is gone may not leave an entry that seems to guard something."""
+    classes = {cls.__name__: cls for cls in sections(section.Section)}
+    for name, defaults in section.DEFAULTS.items():
+        fields = classes[name].model_fields
+        assert set(defaults) == {key for key, field in fields.items() if not field.is_required()}
+
+
+def sections(cls):
+    return [cls, *(below for sub in cls.__subclasses__() for below in sections(sub))]

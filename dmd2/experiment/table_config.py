@@ -1,0 +1,129 @@
+"""Tables as they are written: their rows are their own, those of another table, or those with more of their own."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from dmd2.core.errors import UserError, did_you_mean
+from dmd2.experiment.section import Section
+from dmd2.experiment.yaml_file import Place
+
+NAME = r"^[a-z0-9][a-z0-9-]*$"
+
+
+class Row(Section):
+    """One run of a table: its name, the change against the base, and what the paper reports for it.
+
+    `preset` names a file in workflow/presets whose change is applied before the row's own.
+    """
+
+    run: Annotated[str, Field(pattern=NAME)]
+    preset: str | None = None
+    change: dict[str, Any] = {}
+    paper: dict[str, float | None] = {}
+
+
+class Extension(Section):
+    """All rows of another table and some of one's own; the other table does not get these."""
+
+    origin: Annotated[str, Field(alias="from")]
+    add: Annotated[list[Row], Field(min_length=1)]
+
+
+def _kind(value: Any) -> str:
+    kind = "other" if isinstance(value, str) else "extension" if isinstance(value, dict | Extension) else "own"
+    return f"union:{kind}"  # pydantic puts the kind that it took into the path of an error
+
+
+Rows: TypeAlias = Annotated[
+    Annotated[list[Row], Tag("union:own")]
+    | Annotated[str, Tag("union:other")]
+    | Annotated[Extension, Tag("union:extension")],
+    Discriminator(_kind),
+]
+
+
+# Their tests are in eval/report/claims.py.
+ClaimName = Literal[
+    "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16"
+]
+
+
+Seed = Annotated[int, Field(ge=0)]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{value} is given twice")
+    return values
+
+
+class Preset(Section):
+    """A recipe: a change with a name, for rows of any table."""
+
+    title: str
+    change: dict[str, Any]
+
+
+class Table(Section):
+    """One table or figure.
+
+    `rows` lists rows, names another table whose rows (with the paper's numbers) are taken, or does both: `{from: other
+    table, add: [rows]}`. `change` applies to all of them before their preset and their own change, `row_change` to
+    single ones after it; those of another table are not taken with its rows.
+    """
+
+    title: str
+    base: str
+    rows: Rows
+    metrics: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["fd"]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0]
+    select: Annotated[str, Field(pattern="^(last|best)$")] = "last"
+    columns: dict[str, str] = {}
+    change: dict[str, Any] = {}
+    row_change: dict[str, dict[str, Any]] = {}
+    teachers: dict[str, dict[str, float | None]] = {}
+    published: dict[str, dict[str, float]] = {}
+    claims: list[ClaimName] = []
+    reference_row: str | None = None
+    notes: str = ""
+
+
+def rows_of(name: str, rows: Mapping[str, Any], places: Mapping[str, Place]) -> list[tuple[Row, Place]]:
+    """Rows of the table `name` with where they are written, given what every table's `rows` says.
+
+    A table has all its rows, wherever they are written: one that takes them from a table that adds some has these, too.
+    Those of another table come first.
+
+    Raises:
+        UserError: a table that is not there or leads back here, or a row twice.
+    """
+    found: list[tuple[Row, Place]] = []
+    seen = [name]
+    while True:
+        spec, place = rows[seen[-1]], places[seen[-1]].below("rows")
+        extends = isinstance(spec, Extension)
+        own = spec.add if extends else [] if isinstance(spec, str) else spec
+        found = [(row, place.below(*(["add"] if extends else []), i)) for i, row in enumerate(own)] + found
+        if isinstance(spec, list):
+            break
+        origin, key = (spec.origin, "from") if extends else (spec, "")
+        if origin not in rows or origin in seen:
+            hint = did_you_mean(origin, (t for t in rows if t not in seen))
+            said = f"{'rows.from' if key else 'rows'} names {origin}, which is no other table{hint}"
+            raise UserError(f"{place.where(key) if key else place.where()}: {said}")
+        seen.append(origin)
+    if not found:
+        raise UserError(f"{places[name].where('rows')}: rows is empty: a table needs a row")
+    known: dict[str, str] = {}
+    for row, place in found:
+        if row.run.startswith("teacher"):
+            told = "names that begin with teacher are those of the teacher's samplers"
+            raise UserError(f"{place.where()}: row {row.run}: {told}")
+        if row.run in known:
+            first = known[row.run]
+            raise UserError(f"{place.where()}: row {row.run} appears twice in the table, the first time at {first}")
+        known[row.run] = place.where()
+    return found
