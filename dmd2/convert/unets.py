@@ -22,8 +22,7 @@ from dmd2.convert.edm_names import AUGMENTATION, EdmAble, State, empty, from_edm
 from dmd2.convert.edm_pickle import EdmNetwork, read_edm
 from dmd2.convert.kohya import from_kohya, is_kohya, merge
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import read_json, sha256
-from dmd2.core.folders import atomic_folder
+from dmd2.core.files import atomic_folder, read_json, sha256
 from dmd2.data.inert_pickle import foreign
 from dmd2.data.sets import save_shard
 from dmd2.networks.song_unet import SongUNet

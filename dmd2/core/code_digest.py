@@ -17,13 +17,14 @@ ROOT = Path(str(sys.modules[PACKAGE].__file__)).parents[1]
 START = f"{PACKAGE}.training.trainer"
 # Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
 # run's key), what prepares sets, what checks settings or digests them, and what talks to people. By the last part of
-# the name; network_checks is what earlier records call network.
+# the name.
 NO_PART = {
-    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode", "errors", "eval_config",
-    "files", "hub_sets", "image_files", "interfaces", "interrupts", "lmdb_sets", "network", "network_checks",
-    "progress", "provenance", "readers", "retraining", "run", "run_inputs", "section", "slurm_queue", "sources",
-    "tar_sets", "unets",
+    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode", "dotted_keys", "emoji",
+    "errors", "eval_config", "files", "hub_sets", "image_files", "inert_pickle", "interfaces", "interrupts",
+    "lmdb_sets", "network", "progress", "provenance", "readers", "retraining", "run", "run_inputs", "section",
+    "slurm_queue", "sources", "tar_sets", "unets", "yaml_file",
 }  # fmt: skip
+RENAMED = {"network_checks": "network"}
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}
 SETTINGS = ("Section", "TrainConfig")  # bases of sections of a configuration
 Modules = Mapping[str, str]
@@ -62,7 +63,9 @@ def differing(old: Modules, new: Modules) -> list[str]:
 
 
 def _without_part(module: str) -> bool:
-    return module.rpartition(".")[2] in NO_PART
+    """Whether it has no part in the numbers; `RENAMED` are names in records of earlier versions."""
+    name = module.rpartition(".")[2]
+    return RENAMED.get(name, name) in NO_PART
 
 
 def _file(name: str) -> Path | None:

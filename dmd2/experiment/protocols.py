@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.eval_config import Patch
 
 RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
@@ -95,7 +94,6 @@ def named(name: str) -> NamedProtocol:
         UserError: there is none of that name.
     """
     if name not in protocols():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}"
-        raise UserError(f"there is no protocol {name}: {hint}")
+        hint = did_you_mean(name, names(), f": choose one of {', '.join(names())}")
+        raise UserError(f"there is no protocol {name}{hint}")
     return protocols()[name]

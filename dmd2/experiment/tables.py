@@ -38,8 +38,7 @@ class Experiment:
         """
         if (base, run) not in self.runs:
             known = sorted(name for of, name in self.runs if of == base)
-            near = difflib.get_close_matches(run, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; runs of {base}: {', '.join(known) or 'none'}"
+            hint = did_you_mean(run, known, f"; runs of {base}: {', '.join(known) or 'none'}")
             raise UserError(f"no table has the run {base}/{run}{hint}")
         return self.runs[base, run]
 

@@ -1,6 +1,5 @@
 """What `python -m dmd2.launch status` shows: one line per run, read from its folder and one look at the queue."""
 
-import difflib
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.files import read_json
 from dmd2.core.run import RunId, run_folders
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
@@ -71,8 +70,7 @@ def chosen_runs(names: list[str]) -> list[RunId]:
             chosen.append(RunId.parse(name))  # of any seed, as `train` takes it
         else:
             known = [*experiment.tables, *seeds, *sorted(str(run) for runs in seeds.values() for run in runs)]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; tables: {', '.join(experiment.tables) or 'none'}"
+            hint = did_you_mean(name, known, f"; tables: {', '.join(experiment.tables) or 'none'}")
             raise UserError(f"no run or table is called {name}{hint}")
     return list(dict.fromkeys(chosen))
 

@@ -1,11 +1,10 @@
 """``python -m dmd2.planning``: which base, row or table is asked for, on which machine."""
 
-import difflib
 from typing import Annotated, Literal
 
 import typer
 
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import Lora, RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
@@ -32,8 +31,7 @@ def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
     experiment = load_experiment()
     if table not in experiment.tables:
         known = sorted(name for name, spec in experiment.tables.items() if spec.base == base)
-        near = difflib.get_close_matches(table, known, n=1)
-        hint = f", did you mean {near[0]}?" if near else f"; tables of {base}: {', '.join(known) or 'none'}"
+        hint = did_you_mean(table, known, f"; tables of {base}: {', '.join(known) or 'none'}")
         raise UserError(f"there is no table {table}{hint}")
     spec = experiment.tables[table]
     if spec.base != base:

@@ -16,7 +16,7 @@ from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
 
 from dmd2.convert.kohya import write_kohya
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.folders import atomic_folder
+from dmd2.core.files import atomic_folder
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import TrainConfig

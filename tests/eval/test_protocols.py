@@ -46,7 +46,7 @@ def test_values_of_the_papers_protocols() -> None:
 
 
 def test_unknown_protocol_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="there is no protocol coco-30k: did you mean coco30k?"):
+    with pytest.raises(UserError, match="there is no protocol coco-30k, did you mean coco30k?"):
         named("coco-30k")
 
 

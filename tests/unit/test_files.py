@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import atomic, listing, read_json, sha256, verified, write_json, write_text
-from dmd2.core.folders import atomic_folder
+from dmd2.core.files import atomic, atomic_folder, listing, read_json, sha256, verified, write_json, write_text
 from dmd2.data.sets import load_shard, save_shard
 
 

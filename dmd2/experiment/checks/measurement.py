@@ -1,6 +1,5 @@
 """Whether a run's evaluation fits its data: metrics, detector, reference, prompts; imports no torch."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -8,6 +7,7 @@ from importlib.resources import files
 
 import yaml
 
+from dmd2.core.errors import did_you_mean
 from dmd2.experiment.checks.network import Problem
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import Data
@@ -67,9 +67,7 @@ def _metrics(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     for i, name in enumerate(spec.metrics):
         key = ("eval.metrics",)
         if name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(KNOWN)}"
-            yield key, f"there is no metric {name}, {hint}"
+            yield key, f"there is no metric {name}{did_you_mean(name, KNOWN, ': choose from ' + ', '.join(KNOWN))}"
             continue
         if name in spec.metrics[:i]:
             yield key, f"{name} is given twice"
@@ -102,8 +100,7 @@ def _model(name: str, key: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Ite
         brought = name.startswith("clip-") or (WEIGHTS / name / "manifest.json").exists()
         if name not in networks() and not brought:
             choices = [*networks(), *(f"{data}{'-clip' if sets[data].text else '-classifier'}" for data in sets)]
-            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-            yield (key,), f"there is no {name}" + (f", did you mean {near[0]}?" if near else f": {', '.join(choices)}")
+            yield (key,), f"there is no {name}{did_you_mean(name, choices, ': ' + ', '.join(choices))}"
         return
     data = sets[own]
     if name.endswith("-classifier") and data.text is not None:

@@ -5,7 +5,6 @@ diffusers can build is read from its sources.
 """
 
 import ast
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dmd2.core.errors import did_you_mean
 from dmd2.experiment.data_config import Data
 
 Problem = tuple[tuple[str, ...], str]  # dotted keys of a run, the first of which names it in the sentence
@@ -70,8 +70,7 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
         yield from _text(kind, values, data)
     for key in network:
         if key not in known and not key.startswith("_"):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            yield _key(key), f"a {kind} has no {key}" + (f", did you mean {near[0]}?" if near else "")
+            yield _key(key), f"a {kind} has no {key}{did_you_mean(key, known)}"
     yield from _shape(values, data)
     yield from _levels(kind, values, data)
     yield from _classes(values, data, guided)
@@ -140,8 +139,7 @@ def _blocks(direction: str, values: Mapping[str, Any]) -> Iterator[Problem]:
         yield (*_key(key), *_key("block_out_channels")), told
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            yield _key(key), f"there is no block {name}" + (f", did you mean {near[0]}?" if near else "")
+            yield _key(key), f"there is no block {name}{did_you_mean(name, known)}"
 
 
 def _classes(values: Mapping[str, Any], data: Data, guided: str | None) -> Iterator[Problem]:
