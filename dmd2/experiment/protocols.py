@@ -15,12 +15,6 @@ from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.eval_config import Patch
 
 RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
-# What eval.metrics may name, and the engine's metric behind it; empty where it is a mean over images.
-KNOWN = {
-    "fd": "fd", "fid": "fd", "patch_fd": "patch", "patch_fid": "patch", "kid": "kid", "prdc": "prdc", "is": "is",
-    "accuracy": "accuracy", "clip_score": "clip", "brightness": "", "saturation": "", "sharpness": "",
-}  # fmt: skip
-NEEDS_IMAGES = {"kid", "prdc"}  # of the reference; moments do for the others
 # What a base takes from its protocol; metrics are the base's own, by the names of the paper's tables.
 IN_A_BASE = ("detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch",
              "clip")  # fmt: skip

@@ -7,15 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dmd2.experiment.metrics import BETTER, FRECHET
+from dmd2.experiment.metrics import BETTER, FRECHET, LABELS, NUMBERS
 
-PAPER_NAME = {"fd": "fid", "patch_fd": "patch_fid"}  # the paper's metric that ours stands in for
-LABELS = {
-    "fd": "FD", "fid": "FID", "patch_fd": "Patch FD", "patch_fid": "Patch FID", "clip_score": "CLIP",
-    "accuracy": "Class accuracy", "brightness": "Brightness", "brightness_std": "Brightness SD",
-    "saturation": "Saturation", "sharpness": "Sharpness", "kid": "KID", "precision": "Precision", "recall": "Recall",
-    "density": "Density", "coverage": "Coverage", "is": "Inception score",
-}  # fmt: skip
+# The paper's metric that ours stands in for.
+PAPER_NAME = {name: number.paper for name, number in NUMBERS.items() if number.paper}
 NONE = "–"
 
 Table = dict[str, Any]  # as in results/tables/NAME.json

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmd2.core.files import atomic
+from dmd2.experiment.metrics import NUMBERS
 
 MAX_INT = 2**63 - 1
 # What a column's type is in pandas, and in the JSON it comes from.
@@ -47,8 +48,7 @@ SCHEMA = {name: Column(*about) for name, *about in [
     ("student_updates", "int64", "updates", "updates of the student until this snapshot"),
     ("is_last", "bool", "", "the last snapshot of a complete training (final weights); true for teachers"),
     ("steps", "int64", "iterations", "length of the complete training"),
-    ("brightness_std", "float64", "0..1", "SD over training of the fixed-noise brightness, without the first 20 % of "
-     "the steps; one value per run, repeated for its snapshots"),
+    ("brightness_std", "float64", NUMBERS["brightness_std"].unit, NUMBERS["brightness_std"].meaning),
     ("protocol_detector", "string", "", "network of the features, with the digest of its weights"),
     ("protocol_reference", "string", "", "reference set, with its digest and number of images"),
     ("protocol_images", "int64", "images", "generated images per draw"),
@@ -75,23 +75,7 @@ SCHEMA = {name: Column(*about) for name, *about in [
     ("weights_sha256", "string", "", "SHA-256 of the snapshot as recorded after training"),
     ("weights_bytes", "int64", "B", "size of the snapshot"),
 ]}  # fmt: skip
-METRICS = {  # unit and meaning
-    "fd": ("squared feature units", "Frechet distance in the features of protocol_detector"),
-    "fid": ("squared feature units", "Frechet inception distance"),
-    "patch_fd": ("squared feature units", "the same of the centre of the images, as protocol_patch says"),
-    "patch_fid": ("squared feature units", "the same of Inception features"),
-    "clip_score": ("-1..1", "mean cosine of image and caption by protocol_clip, no factor"),
-    "kid": ("kernel units", "kernel inception distance, unbiased, not multiplied by 1000"),
-    "precision": ("0..1", "share of generated images inside the manifold of the reference"),
-    "recall": ("0..1", "share of reference images inside the manifold of the generated"),
-    "density": ("1", "mean count of reference neighbourhoods around a generated image, over k"),
-    "coverage": ("0..1", "share of reference images with a generated neighbour"),
-    "is": ("1..classes", "inception score of all images at once"),
-    "accuracy": ("0..1", "share of images classified as the class they were drawn for"),
-    "brightness": ("0..1", "mean pixel value"),
-    "saturation": ("0..1", "mean of (max - min) / max of a pixel's channels"),
-    "sharpness": ("0..1", "root mean square of luma minus its 3x3 mean, averaged over images"),
-}
+METRICS = {name: (number.unit, number.meaning) for name, number in NUMBERS.items() if name not in SCHEMA}
 SUFFIXES = {
     "se": Column("float64", "unit of NAME", "standard error of NAME from the finite number of images"),
     "low": Column("float64", "unit of NAME", "lower end of the 95 % interval around NAME - NAME_bias"),

@@ -16,9 +16,10 @@ from scipy.stats import ttest_ind
 from dmd2.core.retraining import differences, named
 from dmd2.experiment.config import NOT_IDENTITY
 from dmd2.experiment.dotted_keys import leaves
+from dmd2.experiment.metrics import WITH_INFLUENCES
 from eval.compare.versions import Seed, Side, inputs
 from eval.metrics.estimate import mean_interval, t_quantile
-from eval.report.differences import NORMAL, WITH_INFLUENCES, Arm, around, bounded, difference, influences
+from eval.report.differences import NORMAL, Arm, around, bounded, difference, influences
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"

@@ -54,6 +54,86 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     return mean, mean - half, mean + half
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A metric around one sample, to first order in its images: what error and paired differences follow from.
+
+    Args:
+        value: of the sample.
+        influence: effect of every image on it ``(n,)``, up to a constant.
+        bias: what it exceeds its infinite-sample limit by, None where unknown or zero.
+        known: whether the sample is large enough for the influences to tell a standard error.
+        beside: influence of the images of the reference ``(m,)``, where they are a finite draw, too.
+    """
+
+    value: float
+    influence: np.ndarray
+    bias: float | None = None
+    known: bool = True
+    beside: np.ndarray | None = None
+
+    def estimate(self, strata: Features | None = None) -> Estimate:
+        """The value with its standard error; `strata` as in `standard_error`."""
+        if not self.known:
+            return Estimate(self.value, None, len(self.influence))
+        se = standard_error(self.influence, strata)
+        if self.beside is not None:
+            theirs = standard_error(self.beside)
+            se = None if se is None or theirs is None else float(np.hypot(se, theirs))
+        return Estimate(self.value, se, len(self.influence), self.bias)
+
+    def minus(self, other: Linear) -> Linear:
+        """The difference to another arm, whose images at one index share seed and label or prompt.
+
+        Raises:
+            UserError: the arms have different numbers of images.
+        """
+        a, b = other, self
+        if len(a.influence) != len(b.influence):
+            raise UserError(f"paired arms need the same seeds, got {len(a.influence)} and {len(b.influence)} images")
+        bias = None if a.bias is None or b.bias is None else b.bias - a.bias
+        beside = None if a.beside is None or b.beside is None else b.beside - a.beside
+        return Linear(b.value - a.value, b.influence - a.influence, bias, a.known and b.known, beside)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A metric that is the mean of one value per image or prompt ``(n,)``, for example of CLIP cosines."""
+
+    values: np.ndarray
+
+    @staticmethod
+    def of(values: Features) -> Mean:
+        """The mean of `values`.
+
+        Raises:
+            UserError: no values, not a vector, or NaN.
+        """
+        x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+        if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+            raise UserError(f"a mean needs one finite value per image, got shape {x.shape}")
+        return Mean(x)
+
+    @property
+    def influence(self) -> np.ndarray:
+        """Effect of every image ``(n,)``."""
+        return self.values - self.values.mean()
+
+    def estimate(self, strata: Features | None = None) -> Estimate:
+        """The mean with ``sd / sqrt(n)``; `strata` as in `standard_error`."""
+        return Estimate(float(self.values.mean()), standard_error(self.values, strata), len(self.values))
+
+    def minus(self, other: Mean) -> Mean:
+        """The mean difference to another arm, whose values at one index share seed and label or prompt.
+
+        Raises:
+            UserError: the arms have different numbers of values.
+        """
+        if len(self.values) != len(other.values):
+            raise UserError(f"paired arms need the same seeds, got {len(other.values)} and {len(self.values)} values")
+        return Mean(self.values - other.values)
+
+
 def matrix(features: Features, what: str = "features") -> Tensor:
     """Features as a float32 or float64 tensor ``(n, d)`` on the device they came from; half precision is widened.
 

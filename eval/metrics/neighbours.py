@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage from nearest neighbours, and memorisation of training images.
+"""Precision, recall, density and coverage from nearest neighbours.
 
 A ball around every image reaches to its k-th neighbour of its own set, itself excluded; a point on the edge is inside
 (``<=``, as in ADM and torch-fidelity; clovaai's reference has ``<``, which gives 0 for sets of equal images).
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Features, blocks, matrices, matrix
+from eval.metrics.estimate import Estimate, Features, blocks, matrices
 
 BLOCK = 2048  # rows of a distance matrix held at a time
 HALVES = 16
@@ -44,36 +44,6 @@ def prdc(real: Features, fake: Features, k: int = 5, halves: int = HALVES, seed:
     values = _prdc(a, b, k)
     spreads = dict.fromkeys(values, None) if halves < 2 else _spread_of_halves(a, b, k, halves, seed)
     return {name: Estimate(value, spreads[name], len(b)) for name, value in values.items()}
-
-
-def precision_recall(
-    real: Features, fake: Features, k: int = 3, halves: int = HALVES, seed: int = 0
-) -> dict[str, Estimate]:
-    """Precision and recall alone, with the usual k = 3; see `prdc`."""
-    both = prdc(real, fake, k, halves, seed)
-    return {name: both[name] for name in ("precision", "recall")}
-
-
-def memorisation(generated: Features, train: Features, held_out: Features) -> dict[str, Estimate]:
-    """Whether generated images lie nearer to training images than to as many held-out ones of the same source.
-
-    Returns:
-        ``train_preference``: share nearer to `train` than to `held_out`, ties one half; 1/2 without memorisation.
-        ``copies``: share more than three times nearer to `train`.
-
-    Raises:
-        UserError: the two real sets differ in size, so that chance alone would favour the larger.
-    """
-    if len(train) != len(held_out):
-        raise UserError(f"train and held-out sets must be equally large, got {len(train)} and {len(held_out)} images")
-    near, far = _nearest(generated, train), _nearest(generated, held_out)
-    preference = ((near < far).double() + (near == far).double() / 2).cpu().numpy()
-    copies = (near < far / 9).double().cpu().numpy()  # squared distances
-    n = len(preference)
-    return {
-        "train_preference": Estimate(float(preference.mean()), 0.5 / float(np.sqrt(n)), n),
-        "copies": Estimate(float(copies.mean()), float(copies.std() / np.sqrt(n)), n),
-    }
 
 
 def _prdc(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
@@ -116,14 +86,6 @@ def _radii(x: Tensor, k: int) -> Tensor:
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf
         radii[rows] = distances.kthvalue(k, dim=1).values
     return radii
-
-
-def _nearest(x: Features, y: Features) -> Tensor:
-    """Squared distance ``(n,)`` from every x to its nearest y."""
-    b, a = matrices(matrix(y), matrix(x))
-    centre = b.double().mean(dim=0)
-    a, b = a - centre, b - centre
-    return torch.cat([squared_distances(a[rows], b).amin(dim=1) for rows in blocks(len(a), BLOCK)])
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Features, matrix, standard_error
+from eval.metrics.estimate import Estimate, Features, Mean, matrix, standard_error
 
 PAIRS = 6  # pairs of images at once: at 512 px VGG16 holds 2 x 67 MB for each in its first layer alone
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One value per image or prompt of a set, which `mean_estimate` sums up and `paired_mean` compares.
+    """One value per image or prompt of a set.
 
     `source` says which images, as in a `FeatureSet`; `duplicates` counts those that repeat an earlier one.
     """
@@ -29,32 +30,22 @@ class Scored:
     duplicates: int
 
 
-def mean_estimate(values: Features, strata: Features | None = None) -> Estimate:
-    """Mean of one value per image ``(n,)``, for example CLIP cosines, with ``sd / sqrt(n)``.
+@dataclass(frozen=True)
+class Hits(Mean):
+    """Whether every image was classified as its label ``(n,)``, 0 or 1."""
 
-    Raises:
-        UserError: no values, not a vector, or NaN.
-    """
-    x = _vector(values)
-    return Estimate(float(x.mean()), standard_error(x, strata), len(x))
+    def estimate(self, strata: Features | None = None) -> Estimate:
+        """The share of hits, whose error is that of Agresti and Coull (1998): two hits and two misses are added.
 
-
-def paired_mean(a: Features, b: Features, strata: Features | None = None) -> Estimate:
-    """Mean of ``b - a``, values of two arms whose images at one index share seed and label or prompt.
-
-    Raises:
-        UserError: different numbers of values, or as `mean_estimate`.
-    """
-    first, second = _vector(a), _vector(b)
-    if len(first) != len(second):
-        raise UserError(f"paired arms need the same seeds, got {len(first)} and {len(second)} values")
-    return mean_estimate(second - first, strata)
+        So it is never 0, even when all hit; `strata` do not change it.
+        """
+        n, hits = len(self.values), int(self.values.sum())
+        share = (hits + 2) / (n + 4)
+        return Estimate(hits / n, float(np.sqrt(share * (1 - share) / (n + 4))), n)
 
 
-def accuracy(logits: Features, labels: Features) -> Estimate:
-    """Share of images whose largest logit ``(n, classes)`` is their label ``(n,)``.
-
-    The standard error is that of Agresti and Coull (1998), two hits and two misses added: never 0, even when all hit.
+def accuracy(logits: Features, labels: Features) -> Hits:
+    """Of which images the largest logit ``(n, classes)`` is their label ``(n,)``.
 
     Raises:
         UserError: one label per image is missing, or a label is not a class.
@@ -62,10 +53,12 @@ def accuracy(logits: Features, labels: Features) -> Estimate:
     x, y = matrix(logits, "logits").cpu(), torch.as_tensor(labels).cpu()
     if y.shape != (len(x),) or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= x.shape[1]:
         raise UserError(f"{len(x)} images need one label each in 0..{x.shape[1] - 1}, got shape {tuple(y.shape)}")
-    n = len(x)
-    hits = int((x.argmax(dim=1) == y).sum())
-    share = (hits + 2) / (n + 4)
-    return Estimate(hits / n, float(np.sqrt(share * (1 - share) / (n + 4))), n)
+    return Hits((x.argmax(dim=1) == y).double().numpy())
+
+
+def cosines(images: Features, texts: Tensor) -> np.ndarray:
+    """Cosine of every image and its caption from their embeddings ``(n, d)``: float64 ``(n,)``."""
+    return F.cosine_similarity(torch.as_tensor(images), texts).double().numpy()
 
 
 def inception_score(logits: Features, strata: Features | None = None) -> Estimate:
@@ -110,10 +103,3 @@ def diversities(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], T
                 total += len(part) * float(distance(images[part[:, 0]], images[part[:, 1]]))
         values.append(total / len(pairs))
     return np.array(values)
-
-
-def _vector(values: Features) -> np.ndarray:
-    x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-        raise UserError(f"a mean needs one finite value per image, got shape {x.shape}")
-    return x

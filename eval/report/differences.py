@@ -65,10 +65,7 @@ def around(value: float, half: float, covers: str, sampling_se: float | None = N
     return bounded(value, value - half, value + half, covers, sampling_se)
 
 
-WITH_INFLUENCES = (*FRECHET, "patch_fd", "patch_fid", "clip_score")  # metrics whose evaluation leaves them per image
-
-
 def influences(metrics: Mapping[str, Any], folder: Path, step: int, metric: str) -> np.ndarray:
-    """Influences of one snapshot on a metric (see `WITH_INFLUENCES`), as its evaluation stored them."""
+    """Influences of one snapshot on a metric that has them (`Metric.has_influence`), as its evaluation stored them."""
     key = f"{step:07d}" if metric in FRECHET else f"{step:07d}-{metric}"
     return load_shard(verified(folder, metrics["files"][0]))[key].numpy()

@@ -6,47 +6,18 @@ appearance statistic. The second and third are there where the run's evaluation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.core.errors import UserError
 from eval.detectors.detectors import Detector
-from eval.detectors.networks import rgb
+from eval.metrics import appearance
 from eval.pixels.resize import Geometry
-
-LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-
-
-def brightness(images: Tensor) -> Tensor:
-    """Mean pixel ``(n,)`` on the scale 0..1 of uint8 ``(n, C, H, W)``."""
-    return images.double().mean(dim=(1, 2, 3)) / 255
-
-
-def saturation(images: Tensor) -> Tensor:
-    """Mean over pixels of HSV's saturation ``(max - min) / max`` of the channels, 0 for black: ``(n,)`` in 0..1."""
-    high, low = (extreme(images, dim=1).double() for extreme in (torch.amax, torch.amin))
-    return ((high - low) / high.clamp(min=1)).mean(dim=(1, 2))
-
-
-def sharpness(images: Tensor) -> Tensor:
-    """Root mean square of luma (0..1) minus its 3x3 mean, over pixels with eight neighbours: ``(n,)``.
-
-    What averaging neighbours takes away, so fine texture and edges: over-smooth images lack it.
-    """
-    weights = torch.tensor(LUMA, dtype=torch.float64, device=images.device)[None, :, None, None]
-    luma = (rgb(images).double() * weights).sum(dim=1, keepdim=True) / 255
-    fine = luma[:, :, 1:-1, 1:-1] - F.avg_pool2d(luma, 3, stride=1)
-    return fine.square().mean(dim=(1, 2, 3)).sqrt()
-
-
-# Statistics of the images as they were generated; brightness is that of what the detector sees.
-APPEARANCE: dict[str, Callable[[Tensor], Tensor]] = {"saturation": saturation, "sharpness": sharpness}
 
 
 @dataclass(frozen=True)
@@ -77,7 +48,8 @@ class Taps:
         detector: whose features are the first columns; its logits are those of the whole.
         geometry: what is done to an image before it.
         others: more networks by name, in the order of their columns.
-        statistics: names of `APPEARANCE`; brightness is always there, as the last column.
+        statistics: functions of `eval.metrics.appearance`, of images as they were generated. The last column is always
+            brightness, of what the detector sees.
     """
 
     def __init__(
@@ -95,7 +67,7 @@ class Taps:
         seen = self.geometry(images)
         features, logits = self.inner(seen)
         columns = [features.double().cpu(), *(tap(images) for tap in self.others.values())]
-        scalars = [*(APPEARANCE[name](images) for name in self.statistics), brightness(seen)]
+        scalars = [*(getattr(appearance, name)(images) for name in self.statistics), appearance.brightness(seen)]
         return torch.cat([*columns, *(scalar[:, None].cpu() for scalar in scalars)], dim=1).float(), logits
 
     def split(self, matrix: np.ndarray, width: int, widths: dict[str, int]) -> Columns:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.core.errors import UserError
@@ -16,21 +15,23 @@ from dmd2.core.files import content_of, digest_of, listing
 from dmd2.core.rng import sample_labels
 from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import save_shard
+from dmd2.experiment.checks.measurement import metric_problems
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Eval
-from dmd2.experiment.protocols import KNOWN, NEEDS_IMAGES, named, ranks_of
+from dmd2.experiment.metrics import FRECHET, METRICS
+from dmd2.experiment.protocols import named, ranks_of
 from dmd2.experiment.run_inputs import REAL, measured_with
 from dmd2.networks.quantise import quantise
 from eval.detectors.alignment import Alignment, load_towers
 from eval.detectors.detectors import Detector, load_detector
-from eval.detectors.features import FeatureSet, Sampled, account, extract, join, share
+from eval.detectors.features import Sampled, extract, join, share
 from eval.detectors.reference import FEATURES, Engine, Reference
 from eval.metrics.estimate import Estimate
-from eval.metrics.scores import mean_estimate
+from eval.metrics.scores import cosines
 from eval.metrics.stats import describe
 from eval.pixels.resize import Geometry
-from eval.runs.columns import APPEARANCE, Tap, Taps
-from eval.score.measure import METRICS, from_ones
+from eval.runs.columns import Tap, Taps
+from eval.score.measure import Seen, from_ones, measure
 
 Sample = Callable[[list[int]], Tensor]
 
@@ -77,9 +78,10 @@ class Protocol:
         spec, read = cfg.eval, measured_with(cfg)
         detector = load_detector(spec.detector, device=device)
         check_metrics(cfg, detector)
+        wanted = [METRICS[name] for name in spec.metrics]
         moments, images = read["reference"], REAL / spec.reference / "manifest.json"
         engine = Engine(detector, Geometry(spec.geometry), FEATURES, spec.batch)
-        reference = engine.reference(images if NEEDS_IMAGES & set(spec.metrics) else moments)
+        reference = engine.reference(images if any("reference images" in m.needs for m in wanted) else moments)
         names: dict[str, Any] = {
             "protocol": spoken(spec), "geometry": spec.geometry,
             "detector": describe(read["detector"]),
@@ -88,7 +90,7 @@ class Protocol:
             "rounding": spec.rounding, "precision": spec.precision, "covariance_init": spec.covariance_init,
         }  # fmt: skip
         patch = alignment = None
-        if spec.patch is not None and _measures(spec, "patch"):
+        if spec.patch is not None and any(m.sees == "patch" for m in wanted):
             geometry = Geometry(spec.patch.geometry)
             patch = Engine(detector, geometry, FEATURES, spec.batch).reference(read["patch_reference"])
             names["patch"] = f"{geometry.name}, {counted(read['patch_reference'], patch)}"
@@ -96,7 +98,7 @@ class Protocol:
             names["labels"] = "by prompt"
             names |= {n: f"{read[n].parent.name}@{content_of(read[n])[:8]}" for n in ("prompts", "pipeline")}
             names["prompts"] += f" ({len(prompts.captions)} captions)"
-            if _measures(spec, "clip"):
+            if any(m.sees == "clip" for m in wanted):
                 alignment = Alignment(load_towers(read["clip"], device), prompts)
                 names["clip"] = describe(read["clip"])
         return Protocol(cfg, detector, reference, names, patch, alignment)
@@ -136,7 +138,8 @@ class Protocol:
             others["patch"] = Tap(self.detector, Geometry(spec.patch.geometry))
         if self.alignment is not None:
             others["clip"] = Tap(self.alignment.towers.images, self.alignment.towers.geometry)
-        statistics = [name for name in APPEARANCE if name in spec.metrics]
+        pixels = [name for name, metric in METRICS.items() if metric.sees == "pixels" and name != "brightness"]
+        statistics = [name for name in pixels if name in spec.metrics]
         return Taps(self.detector, Geometry(spec.geometry), others, statistics)
 
     def _source(self, sample: Sample, identity: dict[str, Any], first: int) -> Sampled:
@@ -159,58 +162,35 @@ class Protocol:
         if texts is not None:
             widths["clip"] = texts.shape[1]
         columns = taps.split(joined.features, len(self.reference.stats.mean), widths)
-        drawn = FeatureSet(columns.features, joined.logits, joined.pixels, joined.source, account(self.detector))
         classes = self.cfg.data.classes
         labels = sample_labels(seeds, classes, spec.labels) if classes else None
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
-        frechet, influence = self.reference.frechet.measured(columns.features, strata)
-        found: dict[str, Estimate] = {}
-        others: dict[str, np.ndarray] = {}
-        for name in spec.metrics:
-            if KNOWN[name] == "fd":
-                found[name] = frechet
-            elif KNOWN[name] == "patch" and self.patch is not None:
-                found[name], others[name] = self.patch.frechet.measured(columns.others["patch"], strata)
-            elif KNOWN[name] == "clip" and texts is not None:
-                cosines = F.cosine_similarity(torch.from_numpy(columns.others["clip"]), texts).double().numpy()
-                found[name], others[name] = mean_estimate(cosines), cosines - cosines.mean()
-            elif KNOWN[name] == "":
-                found[name] = mean_estimate(columns.statistics[name], strata)
-            elif name == "accuracy":
-                found |= METRICS[name](drawn, self.reference, labels)
-            else:
-                values = METRICS[KNOWN[name]](drawn, self.reference, strata)
-                found |= {key.split()[0].lower() if len(values) > 1 else name: e for key, e in values.items()}
-        if ranks := ranks_of(spec.covariance_init):
-            (quirk,) = (estimate.value for estimate in from_ones(drawn, self.reference, ranks).values())
-            found |= {name: replace(found[name], value=quirk) for name in ("fd", "fid") if name in found}
-        return Measured(found, influence, others)
+        features, values = {"detector": columns.features}, dict(columns.statistics)
+        references = {"detector": self.reference}
+        if self.patch is not None:
+            features["patch"], references["patch"] = columns.others["patch"], self.patch
+        if texts is not None:
+            values["clip_score"] = cosines(columns.others["clip"], texts)
+        seen = Seen(features, joined.logits, self.detector.name, values, references, labels, strata)
+        distance = next((name for name in spec.metrics if name in FRECHET), FRECHET[0])
+        results = {name: measure(METRICS[name], seen) for name in {distance: None} | dict.fromkeys(spec.metrics)}
+        found = {number: r.estimate for name in spec.metrics for number, r in results[name].items()}
+        influence = {name: results[name][name].influence for name in results if METRICS[name].has_influence}
+        if (ranks := ranks_of(spec.covariance_init)) and distance in found:
+            quirk = from_ones(columns.features, self.reference, ranks).value
+            found[distance] = replace(found[distance], value=quirk)
+        return Measured(found, influence.pop(distance), influence)
 
 
 def check_metrics(cfg: RunConfig, detector: Detector) -> None:
     """Refuse metrics that this run cannot have, before an image is drawn.
 
     Raises:
-        UserError: one is unknown, misnamed, or lacks what it needs.
+        UserError: the first that is unknown, misnamed, or lacks what it needs.
     """
-    for name in cfg.eval.metrics:
-        if name not in KNOWN:
-            raise UserError(f"eval.metrics: {name} cannot be measured by this version; known: {', '.join(KNOWN)}")
-        if KNOWN[name] in ("fd", "patch") and name.endswith("fid") != detector.is_fid:
-            right = name.replace("fd", "fid").replace("fidid", "fid") if detector.is_fid else name.replace("fid", "fd")
-            why = "" if detector.is_fid else ": only the canonical Inception features give an FID"
-            raise UserError(f"eval.metrics: {name} with detector {detector.name} is called {right}{why}")
-        if KNOWN[name] == "patch" and cfg.eval.patch is None:
-            raise UserError(f"eval.metrics: {name} needs eval.patch: its geometry and its reference")
-        if KNOWN[name] == "clip" and (cfg.eval.clip is None or cfg.data.text is None):
-            raise UserError(f"eval.metrics: {name} needs captions (data.text) and a model that reads them (eval.clip)")
-        if name == "accuracy" and not cfg.data.classes:
-            raise UserError(f"eval.metrics: accuracy needs classes, and data {cfg.data.name} has captions")
-
-
-def _measures(spec: Eval, kind: str) -> bool:
-    return any(KNOWN[name] == kind for name in spec.metrics)
+    for keys, told in metric_problems(cfg, detector.is_fid):
+        raise UserError(f"{keys[0]}: {told}")
 
 
 def counted(moments: Path, reference: Reference) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dmd2.core.errors import UserError
 from eval.detectors.clip import ClipImages
@@ -14,11 +13,11 @@ from eval.detectors.detectors import load_detector
 from eval.detectors.features import FeatureSet
 from eval.detectors.reference import Engine, Reference, holds_moments, part_of
 from eval.metrics.estimate import Estimate
-from eval.metrics.scores import Scored, mean_estimate, paired_mean
+from eval.metrics.scores import Scored
 from eval.pixels.images import ImageSource
 from eval.pixels.resize import Geometry
-from eval.score.measure import compare, cyclic, from_ones, measure
-from eval.score.options import CLIP, DIVERSITY, Asked, Inputs
+from eval.score.measure import Result, Seen, from_ones, measure
+from eval.score.options import Asked, Inputs
 from eval.score.prompted import DIVERSITY_GEOMETRY, Chosen, ClipCosines, LpipsDiversity, Machine
 
 PUBLISHED_CLIP = "clip-ViT-g-14"
@@ -26,7 +25,7 @@ PUBLISHED_CLIP = "clip-ViT-g-14"
 
 @dataclass(frozen=True)
 class Arm:
-    """One set of images: its features, and its values by the name of their row."""
+    """One set of images: its features, and its values by metric."""
 
     path: Path
     features: FeatureSet | None
@@ -73,10 +72,10 @@ class Call:
         engine, clip, diversity = None, None, None
         if asked.features:
             engine = engine_of(asked, machine)
-        if CLIP in asked.metrics and inputs.prompts:
+        if asked.which(needs="captions") and inputs.prompts:
             folder = inputs.clip or machine.weights / PUBLISHED_CLIP
             clip = ClipCosines(folder, inputs.prompts, machine, chosen, _tower(engine, folder))
-        if DIVERSITY in asked.metrics and inputs.per_prompt:
+        if asked.which(needs="images per prompt") and inputs.per_prompt:
             name = asked.diversity_geometry
             geometry = Geometry(name) if name else DIVERSITY_GEOMETRY
             diversity = LpipsDiversity(inputs.per_prompt, machine, chosen, geometry)
@@ -98,7 +97,7 @@ class Call:
         if self.clip:
             todo.append((self.clip.engine, self.clip.open(generated)))
         if not todo:
-            raise UserError(f"{DIVERSITY} has no features to compute in parts: leave --shard away")
+            raise UserError(f"{', '.join(self.asked.metrics)} has no features to compute in parts: leave --shard away")
         done = sum(engine.fill(source, process, processes) for engine, source in todo)
         return done, sum(len(source) for _, source in todo)
 
@@ -119,45 +118,73 @@ class Call:
     def arms(self, paths: list[Path]) -> list[Arm]:
         """Features and values of sets; all are opened first, so that what is wrong with them is said at once."""
         engines = [self.chosen.open(path, self.engine.geometry) for path in paths] if self.engine else []
-        prompted = [metric for metric in (self.clip, self.diversity) if metric]
-        opened = [[metric.open(path) for metric in prompted] for path in paths]
+        prompted = {"clip_score": self.clip, "lpips_diversity": self.diversity}
+        opened = [{name: (m, m.open(path)) for name, m in prompted.items() if m} for path in paths]
         found = []
         for number, path in enumerate(paths):
             features = self.engine.features(engines[number]) if self.engine else None
-            pairs = zip(prompted, opened[number], strict=True)
-            found.append(Arm(path, features, {metric.name: metric.scored(source) for metric, source in pairs}))
+            found.append(Arm(path, features, {name: m.scored(source) for name, (m, source) in opened[number].items()}))
         return found
 
-    def estimates(self, arm: Arm, reference: Reference | None, sampled: bool = False) -> dict[str, Estimate]:
-        """All metrics of a set by the names of their rows."""
-        found: dict[str, Estimate] = {}
-        if arm.features:
-            found |= measure(arm.features, reference, self.asked.features, self.asked.classes, sampled)
-            if self.asked.ones and reference:
-                found |= from_ones(arm.features, reference, self.asked.ones)
-        return found | {name: mean_estimate(s.values, self._strata(name, s)) for name, s in arm.values.items()}
+    def results(self, arm: Arm, reference: Reference | None, sampled: bool = False) -> dict[str, Result]:
+        """All metrics of a set by the names of their rows.
 
-    def differences(self, a: Arm, b: Arm, reference: Reference | None) -> dict[str, Estimate]:
-        """All metrics of `b` minus `a`, sets that share seed and label or prompt at every index."""
-        found: dict[str, Estimate] = {}
-        if a.features and b.features:
-            found |= compare(a.features, b.features, reference, self.asked.features, self.asked.classes)
-            if self.asked.ones and reference:
-                ours, theirs = (from_ones(f, reference, self.asked.ones) for f in (a.features, b.features))
-                found |= {name: Estimate(theirs[name].value - e.value, None, e.n) for name, e in ours.items()}
-        for name, scored in a.values.items():
-            found[name] = paired_mean(scored.values, b.values[name].values, self._strata(name, scored))
+        Args:
+            arm: the set.
+            reference: what `reference` gave.
+            sampled: the Frechet distance counts the reference's own sampling, too.
+
+        Raises:
+            UserError: a value is not finite, or as `measure`.
+        """
+        values = {name: scored.values for name, scored in arm.values.items()}
+        seen = Seen.of(arm.features, reference, values, self.asked.classes, sampled)
+        label = arm.features.detector["label"] if arm.features else ""
+        words = {"distance": label, "of": label.removeprefix("FID").removeprefix("FD")}
+        if self.clip:
+            words["clip"] = self.clip.folder.name
+        found: dict[str, Result] = {}
+        for metric in self.asked.chosen:
+            found |= {metric.row.format(number=n, **words): r for n, r in measure(metric, seen).items()}
+        if self.asked.ones and reference and arm.features:
+            quirk = from_ones(arm.features.features, reference, self.asked.ones)
+            row = f"{label}, covariance from ones x {self.asked.ones}"
+            beside = {name: found.pop(name) for name in list(found)[len(found) - len(values) :]}  # stand after it
+            found |= {row: Result(quirk)} | beside
+        for name, result in found.items():
+            finite(name, result.estimate)
         return found
 
     def about(self) -> dict[str, Any]:
         """The protocol, and what the prompted metrics depend on."""
-        named = {"protocol": self.asked.about(), CLIP: self.clip, DIVERSITY: self.diversity}
+        named = {"protocol": self.asked.about(), "clip-score": self.clip, "lpips-diversity": self.diversity}
         return {key: getattr(value, "about", value) for key, value in named.items() if value}
 
-    def _strata(self, name: str, scored: Scored) -> Tensor | None:
-        """Class of every value; a prompt's diversity is a class of its own."""
-        is_per_image = self.clip is not None and name == self.clip.name
-        return cyclic(len(scored.values), self.asked.classes) if is_per_image else None
+
+def finite(name: str, estimate: Estimate) -> Estimate:
+    """The estimate of a row.
+
+    Raises:
+        UserError: it is not a number.
+    """
+    if not math.isfinite(estimate.value):
+        raise UserError(f"{name} of {estimate.n} images is {estimate.value}: too few or degenerate images")
+    return estimate
+
+
+def differences(arms: list[Arm], results: list[dict[str, Result]]) -> dict[str, Estimate]:
+    """All metrics of the second set minus the first by row; the sets share seed and label or prompt at every index.
+
+    Raises:
+        UserError: the sets have different numbers of images.
+    """
+    counts = [len(arm.features) for arm in arms if arm.features]
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"the two sets differ in number of images, {counts[0]} and {counts[1]}: they are not comparable"
+        )
+    ours, theirs = results
+    return {name: finite(name, theirs[name].minus(result).estimate) for name, result in ours.items()}
 
 
 def engine_of(asked: Asked, machine: Machine) -> Engine:

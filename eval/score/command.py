@@ -16,13 +16,16 @@ import typer
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import write_json, write_text
+from dmd2.experiment.metrics import options as metric_options
 from dmd2.experiment.protocols import named, names
 from dmd2.experiment.run_inputs import WEIGHTS
 from eval.detectors.reference import FEATURES, part_of, save_moments
-from eval.score.call import Call, engine_of
-from eval.score.measure import METRICS, PAIRED, provenance, verdict
-from eval.score.options import VALUES, Asked, Inputs
+from eval.score.call import Call, differences, engine_of
+from eval.score.measure import provenance, verdict
+from eval.score.options import Asked, Inputs
 from eval.score.prompted import Machine
+
+SCORED, PAIRED = metric_options(), metric_options(paired=True)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -35,11 +38,9 @@ ProtocolName = Annotated[
     str | None, typer.Option("--protocol", help="sets what other options leave out; see python -m eval protocols")
 ]
 DetectorName = Annotated[str | None, typer.Option("--detector", help="network of the features, e.g. lite0-320@64")]
-Metrics = Annotated[
-    str | None, typer.Option(help=f"some of {','.join([*METRICS, *VALUES])}; by default the protocol's, or fd")
-]
+Metrics = Annotated[str | None, typer.Option(help=f"some of {','.join(SCORED)}; by default the protocol's, or fd")]
 PairedMetrics = Annotated[
-    str | None, typer.Option(help=f"some of {','.join([*PAIRED, *VALUES])}; by default the protocol's, or fd")
+    str | None, typer.Option(help=f"some of {','.join(PAIRED)}; by default the protocol's, or fd")
 ]
 GeometryName = Annotated[
     str | None,
@@ -83,7 +84,7 @@ def score(
     """Measure GENERATED, against REFERENCE where a metric compares: values, standard errors, 95 % intervals, bias."""
     with readable_errors():
         options = {"detector": detector, "geometry": geometry}
-        asked = Asked.of(METRICS, protocol, metrics, images=images, classes=classes, **options)
+        asked = Asked.of(SCORED, protocol, metrics, images=images, classes=classes, **options)
         inputs = Inputs(reference, prompts, clip, per_prompt)
         call = Call.of(asked, inputs, _machine(cache, batch, workers, threads, device, weights), first)
         unused = asked.unused(inputs, reference_sampled=reference_sampled, **options)
@@ -99,8 +100,8 @@ def score(
         if not allow_duplicates:
             arm.refuse_duplicates()
         with _timed(seconds, "metrics"):
-            found = call.estimates(arm, ref, reference_sampled)
-        rows = [{"arm": str(generated), "metric": name, **value.as_json()} for name, value in found.items()]
+            found = call.results(arm, ref, reference_sampled)
+        rows = [{"arm": str(generated), "metric": name, **r.estimate.as_json()} for name, r in found.items()]
         arms = {"generated": {"path": str(generated), **arm.images.source}}
         about = provenance(arm.images, ref, asked.classes, seconds, reference_sampled and "fd" in asked.metrics)
         _report({"kind": "score", **arms, **about, **call.about(), "rows": rows}, unused, json, csv)
@@ -131,10 +132,11 @@ def paired_(
         for arm in sets if not allow_duplicates else []:
             arm.refuse_duplicates()
         with _timed(seconds, "metrics"):
-            values = [call.estimates(arm, ref) for arm in sets]
-            differences = call.differences(sets[0], sets[1], ref)
+            results = [call.results(arm, ref) for arm in sets]
+            values = [{name: result.estimate for name, result in found.items()} for found in results]
+            found = differences(sets, results)
         rows = []
-        for name, difference in differences.items():
+        for name, difference in found.items():
             rows += [
                 {"arm": str(arm.path), "metric": name, **value[name].as_json(), "verdict": None}
                 for arm, value in zip(sets, values, strict=True)
@@ -155,7 +157,7 @@ def stats(
 ) -> None:  # fmt: skip
     """Write the moments of IMAGES to OUT, to serve as a REFERENCE that is computed once."""
     with readable_errors():
-        asked = Asked.of(METRICS, protocol, None, detector=detector, geometry=geometry)
+        asked = Asked.of(SCORED, protocol, None, detector=detector, geometry=geometry)
         engine = engine_of(asked, _machine(cache, batch, workers, threads, device, weights))
         source = engine.open(images)
         if shard:

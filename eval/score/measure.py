@@ -1,13 +1,11 @@
-"""Metrics of one feature set, or the paired difference of two, against one reference, with every number's protocol.
-
-What was computed by different protocols is refused, never compared.
-"""
+"""The engine: metrics of one set of images, for the command line and for evaluations of runs alike."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,181 +13,114 @@ import numpy as np
 from scipy.stats import t
 from torch import Tensor
 
-from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels
 from dmd2.core.run import commit
+from dmd2.experiment.metrics import Metric
 from eval.detectors.features import FeatureSet
-from eval.detectors.reference import Reference, same_detector
-from eval.metrics.estimate import Estimate
-from eval.metrics.frechet import between_samples, moments, paired
-from eval.metrics.kid import kid, kid_paired
-from eval.metrics.neighbours import prdc, precision_recall
-from eval.metrics.scores import Scored, accuracy, inception_score, paired_mean
+from eval.detectors.reference import Reference
+from eval.metrics import measures
+from eval.metrics.estimate import Estimate, Mean
+from eval.metrics.frechet import moments
+from eval.metrics.measures import Found, View
+from eval.metrics.scores import Scored
 from eval.metrics.stats import ones_initialised
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "timm", "open-clip-torch")
 IMAGES_PER_DIMENSION = 4  # below, the bias estimate is off by more than about 16 %
 
 
-Labels = Tensor | None
-
-
-def given(reference: Reference | None) -> Reference:
-    """The reference.
-
-    Raises:
-        UserError: there is none.
-    """
-    if reference is None:
-        raise UserError(f"{', '.join(COMPARE)} compare with a reference: give its images or moments as REFERENCE")
-    return reference
-
-
-def _fd(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    return {sample.detector["label"]: given(reference).frechet.estimate(sample.features, labels)}
-
-
-def _kid(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    return {"KID": kid(sample.features, given(reference).rows("kid"), labels)}
-
-
-def _prdc(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    return {f"{name} (k=5)": e for name, e in prdc(given(reference).rows("prdc"), sample.features).items()}
-
-
-def _pr(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    return {f"{name} (k=3)": e for name, e in precision_recall(given(reference).rows("pr"), sample.features).items()}
-
-
-def _is(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    return {sample.detector["label"].replace("FID", "IS").replace("FD", "IS"): inception_score(_logits(sample), labels)}
-
-
-def _accuracy(sample: FeatureSet, reference: Reference | None, labels: Labels) -> dict[str, Estimate]:
-    logits, wanted = _classified(sample, labels)
-    return {"accuracy": accuracy(logits, wanted)}
-
-
-def _logits(sample: FeatureSet) -> np.ndarray:
-    if sample.logits is None:
-        raise UserError(f"{sample.detector['name']} does not classify: is and accuracy need a classifier")
-    return sample.logits
-
-
-def _classified(sample: FeatureSet, labels: Labels) -> tuple[np.ndarray, Tensor]:
-    if labels is None:
-        raise UserError("accuracy needs the number of classes (--classes C): image i was drawn for class i mod C")
-    return _logits(sample), labels
-
-
-METRICS: dict[str, Callable[[FeatureSet, Reference | None, Labels], dict[str, Estimate]]] = {
-    "fd": _fd, "kid": _kid, "prdc": _prdc, "pr": _pr, "is": _is, "accuracy": _accuracy,
-}  # fmt: skip
-COMPARE = ("fd", "kid", "prdc", "pr")  # the others need no reference
-
-
-def _paired_accuracy(a: FeatureSet, b: FeatureSet, labels: Labels) -> Estimate:
-    return paired_mean(_hits(a, labels), _hits(b, labels), labels)
-
-
-def _hits(sample: FeatureSet, labels: Labels) -> np.ndarray:
-    logits, wanted = _classified(sample, labels)
-    return (logits.argmax(axis=1) == wanted.numpy()).astype(np.float64)
-
-
-PAIRED: dict[str, Callable[[FeatureSet, FeatureSet, Reference | None, Labels], Estimate]] = {
-    "fd": lambda a, b, reference, labels: paired(given(reference).frechet, a.features, b.features, labels),
-    "kid": lambda a, b, reference, labels: kid_paired(a.features, b.features, given(reference).rows("kid"), labels),
-    "accuracy": lambda a, b, reference, labels: _paired_accuracy(a, b, labels),
-}
-
-
-def known(metrics: Sequence[str], table: dict[str, Any]) -> Sequence[str]:
-    """The metrics asked for.
-
-    Raises:
-        UserError: none, or one that does not exist.
-    """
-    unknown = [name for name in metrics if name not in table]
-    if unknown or not metrics:
-        raise UserError(f"there is no metric {', '.join(unknown) or 'given'}: choose from {', '.join(table)}")
-    return metrics
-
-
-def cyclic(count: int, classes: int | None) -> Labels:
-    """Class of every sample by its global index, None if the images have no classes."""
-    return None if classes is None else sample_labels(list(range(count)), classes, "cyclic")
-
-
-def measure(
-    sample: FeatureSet, reference: Reference | None, metrics: Sequence[str], classes: int | None = None,
-    reference_sampled: bool = False,
-) -> dict[str, Estimate]:  # fmt: skip
-    """Metrics by their printed names.
+@dataclass(frozen=True)
+class Seen:
+    """All that is known of one set of images.
 
     Args:
-        sample: features of the generated images.
-        reference: what they are compared with; None if no metric compares.
-        metrics: some of `METRICS`.
-        classes: image i is of class ``i mod classes``; standard errors then count the spread inside classes only.
-        reference_sampled: standard error and bias of the Frechet distance count the reference's own sampling, too.
+        features: of the detector, and of the patch ``(n, d)``, by `Metric.sees`.
+        logits: of the detector ``(n, classes)``.
+        detector: its name.
+        values: one per image or prompt ``(n,)`` by metric, of the metrics that are means of them.
+        references: what features are compared with, by `Metric.sees`.
+        labels: class of every image ``(n,)``.
+        strata: the same where the classes were fixed beforehand and not drawn: errors then count the spread inside
+            classes only.
+        reference_sampled: the Frechet distance's error counts the reference's own sampling, too.
+    """
+
+    features: Mapping[str, np.ndarray]
+    logits: np.ndarray | None
+    detector: str
+    values: Mapping[str, np.ndarray]
+    references: Mapping[str, Reference]
+    labels: Tensor | None = None
+    strata: Tensor | None = None
+    reference_sampled: bool = False
+
+    @staticmethod
+    def of(
+        sample: FeatureSet | None, reference: Reference | None, values: Mapping[str, np.ndarray],
+        classes: int | None = None, reference_sampled: bool = False,
+    ) -> Seen:  # fmt: skip
+        """Of a feature set whose image i is of class ``i mod classes``, and of values."""
+        count = len(sample) if sample else max(map(len, values.values()), default=0)
+        labels = None if classes is None else sample_labels(list(range(count)), classes, "cyclic")
+        references = {"detector": reference} if reference else {}
+        features = {"detector": sample.features} if sample else {}
+        logits, name = (sample.logits, sample.detector["name"]) if sample else (None, "")
+        return Seen(features, logits, name, values, references, labels, labels, reference_sampled)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A number of one set, and the classes inside which its error is counted."""
+
+    found: Found
+    strata: Tensor | None = None
+
+    @property
+    def influence(self) -> np.ndarray:
+        """Effect of every image on it ``(n,)``, of a metric that has influences (`Metric.has_influence`)."""
+        assert not isinstance(self.found, Estimate)
+        return self.found.influence
+
+    @property
+    def estimate(self) -> Estimate:
+        """The number with its error and bias."""
+        return self.found if isinstance(self.found, Estimate) else self.found.estimate(self.strata)
+
+    def minus(self, other: Result) -> Result:
+        """Difference to a set whose images at one index share seed and label or prompt; an `Estimate` loses its error.
+
+        Raises:
+            UserError: the sets have different numbers of images.
+        """
+        if isinstance(self.found, Estimate) or isinstance(other.found, Estimate):
+            return Result(Estimate(self.estimate.value - other.estimate.value, None, self.estimate.n))
+        ours: Any = self.found  # of one metric, so both are of one kind
+        return Result(ours.minus(other.found), self.strata)
+
+
+def measure(metric: Metric, seen: Seen) -> dict[str, Result]:
+    """The numbers of a metric by name.
 
     Raises:
-        UserError: unknown metrics, different protocols, no reference, or a value that is not finite.
+        UserError: something that it needs is missing, or too few or unusable images.
     """
-    if reference is not None:
-        same_detector(sample.detector, reference)
-    labels = cyclic(len(sample), classes)
-    found: dict[str, Estimate] = {}
-    for name in known(metrics, METRICS):
-        if name == "fd" and reference_sampled:
-            drawn = given(reference).rows("--reference-sampled")
-            found[sample.detector["label"]] = between_samples(sample.features, drawn, labels)
-        else:
-            found |= METRICS[name](sample, reference, labels)
-    return _finite(found)
+    if metric.name in seen.values:
+        return {metric.name: Result(Mean.of(seen.values[metric.name]), None if metric.sees == "lpips" else seen.strata)}
+    view = View(
+        seen.features[metric.sees], seen.logits, seen.detector, seen.references.get(metric.sees), seen.labels,
+        seen.strata, seen.reference_sampled,
+    )  # fmt: skip
+    found = getattr(measures, metric.function)(view)
+    return {number: Result(value, seen.strata) for number, value in zip(metric.gives, found, strict=True)}
 
 
-def from_ones(sample: FeatureSet, reference: Reference, processes: int) -> dict[str, Estimate]:
+def from_ones(features: np.ndarray, reference: Reference, processes: int) -> Estimate:
     """The Frechet distance that the official ImageNet evaluator prints, see `ones_initialised`; never the right one.
 
     What it differs by is no property of the images, so it has neither standard error nor bias of its own.
     """
-    stats = ones_initialised(moments(sample.features), processes)
-    name = f"{sample.detector['label']}, covariance from ones x {processes}"
-    return _finite({name: Estimate(reference.frechet.distance(stats), None, len(sample))})
-
-
-def compare(
-    a: FeatureSet, b: FeatureSet, reference: Reference | None, metrics: Sequence[str], classes: int | None = None
-) -> dict[str, Estimate]:
-    """Differences ``b - a`` of two sets whose images at one index share seed and label or prompt.
-
-    Raises:
-        UserError: unknown metrics, other detectors, geometries or numbers of images, or a value that is not finite.
-    """
-    ours, theirs = _protocol(a), _protocol(b)
-    for key in ours | theirs:
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"the two sets differ in {key}, {ours.get(key)} and {theirs.get(key)}: they are not comparable"
-            )
-    if reference is not None:
-        same_detector(a.detector, reference)
-    labels = cyclic(len(a), classes)
-    names = {"fd": a.detector["label"], "kid": "KID", "accuracy": "accuracy"}
-    return _finite({names[m]: PAIRED[m](a, b, reference, labels) for m in known(metrics, PAIRED)})
-
-
-def _protocol(sample: FeatureSet) -> dict[str, Any]:
-    return {**sample.detector, "geometry": sample.source["geometry"], "number of images": len(sample)}
-
-
-def _finite(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
-    for name, estimate in estimates.items():
-        if not math.isfinite(estimate.value):
-            raise UserError(f"{name} of {estimate.n} images is {estimate.value}: too few or degenerate images")
-    return estimates
+    stats = ones_initialised(moments(features), processes)
+    return Estimate(reference.frechet.distance(stats), None, len(features))
 
 
 def warnings(

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import UserError
+from dmd2.experiment.metrics import Metric, of_option
 from dmd2.experiment.protocols import NamedProtocol, named
 from eval.pixels.resize import NONE
-from eval.score.measure import COMPARE, METRICS, known
-
-CLIP, DIVERSITY = "clip-score", "lpips-diversity"
-VALUES = (CLIP, DIVERSITY)  # one value per image or prompt: they need neither detector nor reference
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,30 @@ class Asked:
             }  # fmt: skip
         other = {key: value for key, value in chosen.items() if found and value != base[key]}
         asked = Asked(**{**base, **chosen, **own}, protocol=found, overridden=other)
-        known(asked.metrics, dict.fromkeys([*table, *VALUES]))
+        unknown = [name for name in asked.metrics if name not in table]
+        if unknown or not asked.metrics:
+            raise UserError(f"there is no metric {', '.join(unknown) or 'given'}: choose from {', '.join(table)}")
         return asked
+
+    def which(self, sees: str | None = None, needs: str | None = None) -> tuple[str, ...]:
+        """Names of the metrics that see or need something."""
+        found = ((name, of_option(name)) for name in self.metrics)
+        return tuple(name for name, m in found if (sees is None or m.sees == sees) and (not needs or needs in m.needs))
+
+    @property
+    def chosen(self) -> list[Metric]:
+        """The metrics: those of a detector's features, then the others."""
+        return sorted(map(of_option, self.metrics), key=lambda metric: ("detector", "clip", "lpips").index(metric.sees))
 
     @property
     def features(self) -> tuple[str, ...]:
         """The metrics of a detector's features."""
-        return tuple(name for name in self.metrics if name in METRICS)
+        return self.which(sees="detector")
 
     @property
     def compared(self) -> tuple[str, ...]:
         """The metrics that need a reference."""
-        return tuple(name for name in self.metrics if name in COMPARE)
+        return self.which(needs="reference")
 
     @property
     def ones(self) -> int | None:
@@ -113,18 +122,21 @@ class Asked:
             raise UserError(
                 f"{', '.join(self.compared)}: REFERENCE is missing: give the images or moments to compare with"
             )
-        if CLIP in self.metrics and inputs.prompts is None:
-            raise UserError(f"{CLIP}: --prompts is missing: a file with one caption for each image, in their order")
-        if DIVERSITY in self.metrics and inputs.per_prompt is None:
-            raise UserError(f"{DIVERSITY}: --per-prompt K is missing: images i K to i K + K - 1 belong to prompt i")
+        if inputs.prompts is None and (names := self.which(needs="captions")):
+            told = "a file with one caption for each image, in their order"
+            raise UserError(f"{', '.join(names)}: --prompts is missing: {told}")
+        if inputs.per_prompt is None and (names := self.which(needs="images per prompt")):
+            told = "images i K to i K + K - 1 belong to prompt i"
+            raise UserError(f"{', '.join(names)}: --per-prompt K is missing: {told}")
 
     def unused(self, inputs: Inputs, **options: Any) -> list[str]:
         """Warnings about inputs and options that no metric uses."""
+        captioned, diversity = self.which(needs="captions"), self.which(needs="images per prompt")
         users = {
-            "reference": self.compared, "prompts": [CLIP], "clip": [CLIP], "per_prompt": [DIVERSITY],
-            "detector": self.features, "geometry": [*self.features, DIVERSITY], "reference_sampled": ["fd"],
+            "reference": self.compared, "prompts": captioned, "clip": captioned, "per_prompt": diversity,
+            "detector": self.features, "geometry": [*self.features, *diversity],
+            "reference_sampled": [name for name in self.metrics if name == "fd"],
         }  # fmt: skip
         given = {name: value for name, value in {**vars(inputs), **options}.items() if value}
-        idle = [name for name in given if not set(users[name]) & set(self.metrics)]
-        shown = ["REFERENCE" if name == "reference" else f"--{name.replace('_', '-')}" for name in idle]
+        shown = ["REFERENCE" if n == "reference" else f"--{n.replace('_', '-')}" for n in given if not users[n]]
         return [f"{name} is not used: no metric of {','.join(self.metrics)} needs it" for name in shown]

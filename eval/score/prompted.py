@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.core.errors import UserError
@@ -24,7 +23,7 @@ from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipImages, ClipScore
 from eval.detectors.features import identity, read
 from eval.detectors.reference import Engine, open_exactly
 from eval.detectors.weights import entry_of, locate
-from eval.metrics.scores import Scored, diversities
+from eval.metrics.scores import Scored, cosines, diversities
 from eval.pixels.images import ImageSource, pixel_digest
 from eval.pixels.resize import Geometry
 
@@ -72,11 +71,6 @@ class ClipCosines:
     chosen: Chosen = Chosen()
     tower: ClipImages | None = None
 
-    @property
-    def name(self) -> str:
-        """How its rows are called."""
-        return f"CLIP score ({self.folder.name})"
-
     @cached_property
     def score(self) -> ClipScore:
         """The model, loaded once for all sets of a call."""
@@ -121,8 +115,7 @@ class ClipCosines:
     def scored(self, source: ImageSource) -> Scored:
         """Cosines ``(n,)`` of what `open` opened."""
         found = self.engine.features(source)
-        cosines = F.cosine_similarity(torch.from_numpy(found.features), self.texts)
-        return Scored(cosines.double().numpy(), found.source, found.duplicates)
+        return Scored(cosines(found.features, self.texts), found.source, found.duplicates)
 
 
 @dataclass(frozen=True)
@@ -140,8 +133,6 @@ class LpipsDiversity:
     machine: Machine
     chosen: Chosen = Chosen()
     geometry: Geometry = DIVERSITY_GEOMETRY
-
-    name = "LPIPS diversity"
 
     @cached_property
     def network(self) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, Any]]:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from dmd2.core.errors import UserError
+from dmd2.experiment.metrics import options as metric_options
 from dmd2.experiment.protocols import NamedProtocol, names
 from eval.score import options as module
-from eval.score.measure import METRICS, PAIRED
 from eval.score.options import Asked, Inputs
 
+METRICS, PAIRED = metric_options(), metric_options(paired=True)
 PROTOCOL = NamedProtocol(
     name="p", detector="quadrants", geometry="square-crop+lanczos-8", images=120, labels="cyclic", classes=10,
     rounding="trunc", metrics=("fd", "clip-score"), covariance_init="ones-on-8-ranks", reference="r",

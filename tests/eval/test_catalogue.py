@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import eval.catalogue.read
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, sha256, write_text
+from dmd2.experiment.metrics import OF_RUNS, measured
 from eval.catalogue.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.catalogue.read import catalogue, training_logs
 from eval.metrics.estimate import Estimate
-from eval.runs.protocol import KNOWN
 from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, edit, of
 from tests.workspace import Workspace
 
@@ -108,8 +108,7 @@ def test_an_empty_workspace_has_the_documented_columns(tmp_path: Path) -> None:
 
 
 def test_every_metric_of_this_version_is_explained() -> None:
-    names = {*KNOWN, "precision", "recall", "density", "coverage"} - {"prdc"}
-    assert names <= METRICS.keys()
+    assert {*measured([*OF_RUNS])} <= METRICS.keys()
     assert set(Estimate(1.0, 1.0, 2).as_json()) - {"value"} == SUFFIXES.keys()
 
 

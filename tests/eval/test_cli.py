@@ -62,6 +62,23 @@ def test_score_prints_a_table_and_writes_everything(run) -> None:
     assert {"weights", "reference", "geometry", "commit", "seconds", "torch"} <= set(lines[0])
 
 
+@pytest.mark.parametrize(
+    ("detector", "distance", "score"), [("quadrants", "FD (quadrants)", "IS (quadrants)"), ("inception", "FID", "IS")]
+)
+def test_rows_are_named_and_canonical_features_alone_are_called_fid(run, detector, distance, score) -> None:
+    metrics = "fd,kid,prdc,pr,is,accuracy"
+    assert (
+        run(
+            f"score a.safetensors r.safetensors --detector {detector} --metrics {metrics} --classes 10 --json out.json"
+        ).exit_code
+        == 0
+    )
+    assert [row["metric"] for row in json.loads(Path("out.json").read_text())["rows"]] == [
+        distance, "KID", "precision (k=5)", "recall (k=5)", "density (k=5)", "coverage (k=5)", "precision (k=3)",
+        "recall (k=3)", score, "accuracy",
+    ]  # fmt: skip
+
+
 def test_numbers_do_not_depend_on_batch_or_parts(run) -> None:
     values = []
     for options, parts in (("--batch 1 --cache one", 0), ("--batch 7 --cache seven", 3), ("--cache fifty", 8)):

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eval.metrics.estimate import Estimate
-from eval.metrics.frechet import FrechetReference, between_samples, paired
-from eval.metrics.kid import kid, kid_paired
+from eval.metrics.estimate import Estimate, Mean
+from eval.metrics.frechet import FrechetReference, between_samples
+from eval.metrics.kid import kid
 from eval.metrics.neighbours import prdc
-from eval.metrics.scores import accuracy, inception_score, mean_estimate, paired_mean
+from eval.metrics.scores import accuracy, inception_score
 from eval.metrics.stats import FeatureStats
 
 REPEATS = 200
@@ -47,6 +47,10 @@ def repeat(one: Callable[[np.random.Generator], Estimate], repeats: int = REPEAT
     return [one(np.random.default_rng([7, seed])) for seed in range(repeats)]
 
 
+def paired(metric, a: np.ndarray, b: np.ndarray) -> Estimate:
+    return metric(b).minus(metric(a)).estimate()
+
+
 def coverage(estimates: list[Estimate], truth: float) -> float:
     intervals = [e.interval for e in estimates]
     assert all(interval is not None for interval in intervals)
@@ -75,7 +79,7 @@ def test_interval_of_the_distance_covers_the_truth(d: int, n: int) -> None:
 @pytest.mark.parametrize(("d", "n"), [(32, 960), (64, 2000)])
 def test_interval_of_the_paired_difference_covers_the_truth(d: int, n: int) -> None:
     world = Gaussians(d)
-    estimates = repeat(lambda rng: paired(world.reference, *world.arms(rng, n)), 400)
+    estimates = repeat(lambda rng: paired(world.reference.linearised, *world.arms(rng, n)), 400)
     check(f"paired FD d={d} n={n}", estimates, world.distance_b - world.distance_a)
     a, b = (world.reference.estimate(arm) for arm in world.arms(np.random.default_rng(1), n))
     assert np.mean([e.se for e in estimates]) < 0.8 * np.hypot(a.se, b.se)  # as independent arms
@@ -118,35 +122,40 @@ def true_kid(world: Gaussians, scale: np.ndarray, mean: np.ndarray) -> float:
 
 def test_interval_of_kid_covers_the_truth() -> None:
     world = Gaussians(32)
-    estimates = repeat(lambda rng: kid(world.arms(rng, 400)[0], world.real(rng, 300)))
+    estimates = repeat(lambda rng: kid(world.arms(rng, 400)[0], world.real(rng, 300)).estimate())
     check("KID", estimates, true_kid(world, world.scale_a, world.mean_a))
 
 
 def test_interval_of_paired_kid_covers_the_truth() -> None:
     world = Gaussians(32)
-    estimates = repeat(lambda rng: kid_paired(*world.arms(rng, 400), world.real(rng, 300)))
+
+    def one(rng: np.random.Generator) -> Estimate:
+        (a, b), y = world.arms(rng, 400), world.real(rng, 300)
+        return paired(lambda x: kid(x, y), a, b)
+
+    estimates = repeat(one)
     truth = true_kid(world, world.scale_b, world.mean_b) - true_kid(world, world.scale_a, world.mean_a)
     check("paired KID", estimates, truth)
 
 
 def test_kid_of_equal_distributions_errs_on_the_safe_side() -> None:
     world = Gaussians(32)
-    estimates = repeat(lambda rng: kid(world.real(rng, 300), world.real(rng, 300)))
+    estimates = repeat(lambda rng: kid(world.real(rng, 300), world.real(rng, 300)).estimate())
     print(f"KID of equal distributions: coverage {coverage(estimates, 0):.3f}, SE/SD {error_ratio(estimates):.2f}")
     assert coverage(estimates, 0) > 0.95 and 1 < error_ratio(estimates) < 3
 
 
 @pytest.mark.parametrize("n", [10, 500])
 def test_intervals_of_means_cover_the_truth(n: int) -> None:
-    check(f"mean n={n}", repeat(lambda rng: mean_estimate(rng.standard_normal(n) + 3), 1000), 3)
-    arms = repeat(lambda rng: paired_mean(a := rng.standard_normal(n), a + 0.1 * rng.standard_normal(n) + 0.2), 1000)
+    check(f"mean n={n}", repeat(lambda rng: Mean(rng.standard_normal(n) + 3).estimate(), 1000), 3)
+    arms = repeat(lambda rng: paired(Mean, a := rng.standard_normal(n), a + 0.1 * rng.standard_normal(n) + 0.2), 1000)
     check(f"paired mean n={n}", arms, 0.2)
 
 
 def test_interval_of_a_high_accuracy_covers_the_truth_with_few_images() -> None:
     def one(rng: np.random.Generator) -> Estimate:
         right = rng.random(40) < 0.95
-        return accuracy(np.eye(2)[right.astype(int)], np.ones(40, dtype=int))
+        return accuracy(np.eye(2)[right.astype(int)], np.ones(40, dtype=int)).estimate()
 
     assert coverage(repeat(one), 0.95) >= 0.90
 

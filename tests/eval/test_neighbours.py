@@ -7,7 +7,7 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from dmd2.core.errors import UserError
 from eval.metrics import neighbours
-from eval.metrics.neighbours import memorisation, prdc, precision_recall
+from eval.metrics.neighbours import prdc
 
 RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.standard_normal((120, 6)), 0.8 * RNG.standard_normal((100, 6)) + 0.4
@@ -51,8 +51,7 @@ def test_blocks_change_nothing(monkeypatch) -> None:
 
 def test_torch_fidelity_gives_the_same_precision_and_recall() -> None:
     precision, recall = calculate_precision_recall_full(torch.from_numpy(FAKE), torch.from_numpy(REAL), 3)
-    ours = precision_recall(REAL, FAKE)
-    assert set(ours) == {"precision", "recall"}
+    ours = prdc(REAL, FAKE, k=3)
     assert ours["precision"].value == pytest.approx(precision, rel=1e-6)
     assert ours["recall"].value == pytest.approx(recall, rel=1e-6)
 
@@ -110,16 +109,3 @@ def test_bad_sets_are_refused_in_a_sentence() -> None:
         prdc(REAL, FAKE[:, :5])
     with pytest.raises(UserError, match="infinity"):
         prdc(REAL, np.full((20, 6), np.inf))
-    with pytest.raises(UserError, match="120 and 100 images"):
-        memorisation(FAKE, REAL, FAKE)
-
-
-def test_copies_of_training_images_are_found_and_fresh_images_are_not() -> None:
-    train, held_out, fresh = np.random.default_rng(1).standard_normal((3, 400, 8))
-    clean = memorisation(fresh, train, held_out)
-    low, high = clean["train_preference"].interval
-    assert low < 0.5 < high and clean["copies"].value < 0.03
-    copied = memorisation(np.concatenate([train[:80], fresh[80:]]), train, held_out)
-    assert copied["copies"].value == pytest.approx(0.2, abs=0.02)
-    assert copied["train_preference"].interval[0] > 0.5
-    assert memorisation(train, train, train)["train_preference"].value == 0.5

@@ -17,8 +17,8 @@ from dmd2.networks.lpips import Lpips
 from eval.detectors import features
 from eval.detectors.clip import ClipImages, ClipScore
 from eval.detectors.weights import locate
-from eval.metrics.estimate import Estimate
-from eval.metrics.scores import Scored, mean_estimate, paired_mean
+from eval.metrics.estimate import Estimate, Mean
+from eval.metrics.scores import Scored
 from eval.pixels.resize import Geometry
 from eval.score import call as calls
 from eval.score import options as asked
@@ -87,7 +87,7 @@ def test_clip_score_is_the_mean_cosine_and_needs_neither_detector_nor_reference(
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
     (row,) = document()["rows"]
     assert row["metric"] == "CLIP score (clip-small)" and float(cosines.std()) > 1e-3
-    assert same(row, mean_estimate(cosines)) and row["low"] < row["value"] < row["high"]
+    assert same(row, Mean.of(cosines).estimate()) and row["low"] < row["value"] < row["high"]
     about = document()["clip-score"]
     assert (about["prefix"], about["geometry"]) == ("A photo depicts ", "square-crop+lanczos-256")
     assert document()["detector"] is None and document()["reference"] is None and len(about["prompts_sha256"]) == 64
@@ -103,7 +103,7 @@ def test_clip_score_beside_a_distance_keeps_its_own_geometry(run, weights) -> No
     )
     distance, cosine = document()["rows"]
     assert distance["metric"] == "FD (quadrants)" and document()["geometry"] == "square-crop+lanczos-4"
-    assert same(cosine, mean_estimate(clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)))
+    assert same(cosine, Mean.of(clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)).estimate())
 
 
 def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) -> None:
@@ -117,7 +117,7 @@ def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) 
 def test_first_images_have_the_first_captions(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --first 5 --json out.json")
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a")[:5], CAPTIONS[:5])
-    assert same(document()["rows"][0], mean_estimate(cosines))
+    assert same(document()["rows"][0], Mean.of(cosines).estimate())
 
 
 def test_paired_clip_score_is_the_mean_difference_of_cosines(run, weights) -> None:
@@ -125,8 +125,12 @@ def test_paired_clip_score_is_the_mean_difference_of_cosines(run, weights) -> No
     score = ClipScore(weights / "clip-small")
     ours, theirs = (clip_cosines(score, images(name), CAPTIONS) for name in "ab")
     first, second, difference = document()["rows"]
-    assert same(first, mean_estimate(ours)) and same(second, mean_estimate(theirs))
-    assert difference["arm"] == "b - a" and same(difference, paired_mean(ours, theirs)) and difference["value"] != 0
+    assert same(first, Mean.of(ours).estimate()) and same(second, Mean.of(theirs).estimate())
+    assert (
+        difference["arm"] == "b - a"
+        and same(difference, Mean.of(theirs - ours).estimate())
+        and difference["value"] != 0
+    )
 
 
 def test_detector_that_is_the_clip_model_is_loaded_once(weights) -> None:
@@ -156,29 +160,33 @@ def test_diversity_is_the_distance_within_a_prompt_and_compared_prompt_by_prompt
         np.array([float(lpips(*(pair / 127.5 - 1).split(1))) for pair in square(images(name)[:4]).float().split(2)])
         for name in "ab"
     )
-    assert same(alone, mean_estimate(ours)) and same(first, mean_estimate(ours)) and same(second, mean_estimate(theirs))
-    assert alone["n"] == 2 and same(difference, paired_mean(ours, theirs)) and difference["value"] != 0
+    assert (
+        same(alone, Mean.of(ours).estimate())
+        and same(first, Mean.of(ours).estimate())
+        and same(second, Mean.of(theirs).estimate())
+    )
+    assert alone["n"] == 2 and same(difference, Mean.of(theirs - ours).estimate()) and difference["value"] != 0
 
 
 def test_diversity_keeps_the_papers_geometry_unless_another_is_asked_for() -> None:
     inputs, machine = asked.Inputs(None, None, None, 4), prompted.Machine(Path("c"), Path("w"))
     for options, expected in (({}, "square-crop+lanczos-512"), ({"geometry": "none"}, "none")):
-        wanted = asked.Asked.of(command.METRICS, None, "lpips-diversity", **options)
+        wanted = asked.Asked.of(command.SCORED, None, "lpips-diversity", **options)
         assert Call.of(wanted, inputs, machine, None).diversity.geometry.name == expected
 
 
 def test_classes_are_strata_of_cosines(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --classes 3 --json out.json")
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
-    assert same(document()["rows"][0], mean_estimate(cosines, np.arange(COUNT) % 3))
+    assert same(document()["rows"][0], Mean.of(cosines).estimate(np.arange(COUNT) % 3))
 
 
 def test_classes_are_no_strata_of_prompts() -> None:
     wanted = asked.Asked(("lpips-diversity",), classes=2)
     call = Call.of(wanted, asked.Inputs(None, None, None, 4), prompted.Machine(Path("c"), Path("w")), None)
     values = np.array([0.1, 0.9, 0.2, 0.8, 0.15, 0.85])
-    arm = calls.Arm(Path("a"), None, {"LPIPS diversity": Scored(values, {"images": 24}, 0)})
-    assert call.estimates(arm, None)["LPIPS diversity"] == mean_estimate(values)
+    arm = calls.Arm(Path("a"), None, {"lpips_diversity": Scored(values, {"images": 24}, 0)})
+    assert call.results(arm, None)["LPIPS diversity"].estimate == Mean.of(values).estimate()
 
 
 PROTOCOL = NamedProtocol(

@@ -9,6 +9,7 @@ import torch
 
 from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels
+from dmd2.experiment.metrics import OF_RUNS, options
 from dmd2.experiment.protocols import named, names, ranks_of
 from dmd2.experiment.tables import BASES, load_base, load_experiment
 from eval.detectors import features
@@ -18,8 +19,7 @@ from eval.detectors.weights import registry
 from eval.metrics.frechet import moments
 from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
 from eval.pixels.resize import Geometry
-from eval.runs.protocol import KNOWN, Protocol, spoken
-from eval.score.measure import METRICS
+from eval.runs.protocol import Protocol, spoken
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import config
 
@@ -30,7 +30,7 @@ PAPER_BASES = {"imagenet64": "in64-dmd2", "sd15": "coco30k", "sdxl": "coco10k"}
 def test_protocol_names_things_that_exist(name) -> None:
     protocol = named(name)
     assert protocol.detector in NETWORKS and Geometry(protocol.geometry).name == protocol.geometry
-    assert set(protocol.metrics) <= {*METRICS, "clip-score"}
+    assert set(protocol.metrics) <= {*options()}
     assert (protocol.classes is None) == (protocol.labels is None)
     assert registry()[NETWORKS[protocol.detector][0]].fid  # published values are FID
 
@@ -93,10 +93,9 @@ def test_ranks_of_a_rule() -> None:
     assert [ranks_of(rule) for rule in ("zeros", "ones-on-8-ranks", "cyclic-on-12-ranks")] == [0, 8, 12]
 
 
-def test_metrics_of_every_base_are_known_or_wait_for_prompts() -> None:
-    waiting = {"patch_fid", "clip_score"}
+def test_metrics_of_every_base_are_known() -> None:
     for path in Path(BASES).glob("*.yaml"):
-        assert set(load_base(path.stem)[1].eval.metrics) <= {*KNOWN, *waiting}
+        assert set(load_base(path.stem)[1].eval.metrics) <= {*OF_RUNS}
 
 
 def test_every_detector_knows_where_its_weights_are_listed() -> None:
@@ -110,7 +109,8 @@ def test_every_detector_knows_where_its_weights_are_listed() -> None:
 
 def protocol(detector: Quadrants, **changes) -> Protocol:
     """A run's protocol over 300 images, without files."""
-    cfg = config(eval__images=300, eval__batch=50, eval__draws=2, eval__metrics=["fd", "brightness"], **changes)
+    spec = {"images": 300, "batch": 50, "draws": 2, "metrics": ["fd", "brightness"]}
+    cfg = config(**{f"eval__{key}": value for key, value in spec.items()} | changes)
     reference = Reference(moments(Quadrants()(draw(list(range(1000, 1400))))[0]), None, {}, None)
     return Protocol(cfg, detector, reference, {})
 

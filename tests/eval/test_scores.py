@@ -8,10 +8,18 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate
-from eval.metrics.scores import accuracy, diversities, inception_score, mean_estimate, paired_mean
+from eval.metrics.estimate import Estimate, Mean
+from eval.metrics.scores import accuracy, diversities, inception_score
 
 RNG = np.random.default_rng(0)
+
+
+def mean_estimate(values, strata=None) -> Estimate:
+    return Mean.of(values).estimate(strata)
+
+
+def paired_mean(a, b) -> Estimate:
+    return Mean.of(b).minus(Mean.of(a)).estimate()
 
 
 def test_mean_and_its_standard_error() -> None:
@@ -50,9 +58,9 @@ def test_strata_take_the_spread_between_classes_away() -> None:
 
 def test_accuracy_counts_hits_and_never_claims_certainty() -> None:
     logits = torch.eye(4)[[0, 1, 2, 3, 0]]
-    got = accuracy(logits, torch.tensor([0, 1, 2, 3, 1]))
+    got = accuracy(logits, torch.tensor([0, 1, 2, 3, 1])).estimate()
     assert got.value == 0.8 and got.n == 5
-    perfect = accuracy(logits, torch.tensor([0, 1, 2, 3, 0]))
+    perfect = accuracy(logits, torch.tensor([0, 1, 2, 3, 0])).estimate()
     assert perfect.value == 1 and perfect.se == pytest.approx(np.sqrt(7 / 9 * 2 / 9 / 9))
 
 

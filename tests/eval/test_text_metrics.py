@@ -12,10 +12,11 @@ from eval.detectors import features
 from eval.detectors.alignment import Alignment
 from eval.detectors.reference import Reference
 from eval.detectors.small_clip import SmallClip, SmallTowers
+from eval.metrics.appearance import brightness, saturation, sharpness
 from eval.metrics.frechet import moments
 from eval.pixels.resize import Geometry
 from eval.report.differences import influences
-from eval.runs.columns import Taps, brightness, saturation, sharpness
+from eval.runs.columns import Taps
 from eval.runs.protocol import Protocol, check_metrics, save_influence
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import TEXT_WIDTH, TOKENS, config
@@ -147,12 +148,12 @@ def test_sharpness_is_the_energy_that_a_mean_over_neighbours_takes_away() -> Non
         (
             "eps-text",
             {"metrics": ["patch_fid"], "patch": PATCH},
-            "patch_fid with detector quadrants is called patch_fd",
+            "patch_fid with detector .* is called patch_fd",
         ),
         ("eps-text", {"metrics": ["clip_score"]}, r"clip_score needs captions .* \(eval\.clip\)"),
         ("edm", {"metrics": ["clip_score"], "clip": "tiny-clip"}, r"clip_score needs captions \(data\.text\)"),
-        ("eps-text", {"metrics": ["accuracy"]}, "accuracy needs classes, and data tiny has captions"),
-        ("edm", {"metrics": ["beauty"]}, "beauty cannot be measured"),
+        ("eps-text", {"metrics": ["accuracy"]}, "accuracy needs labels, and data tiny has captions"),
+        ("edm", {"metrics": ["beauty"]}, "there is no metric beauty.* choose from fd"),
     ],
 )
 def test_metrics_that_a_run_cannot_have_are_refused(kind, changes, message) -> None:

@@ -15,10 +15,11 @@ from eval.detectors.detectors import Detector, load_detector, train_classifier
 from eval.detectors.features import Sampled, extract, join
 from eval.detectors.networks import DinoV2
 from eval.detectors.small_clip import SmallTowers, train_clip
+from eval.metrics.appearance import brightness, saturation, sharpness
 from eval.metrics.frechet import FrechetReference, moments
 from eval.pixels import resize
 from eval.pixels.resize import NONE, Geometry
-from eval.runs.columns import Tap, Taps, brightness, saturation, sharpness
+from eval.runs.columns import Tap, Taps
 from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
 from tests.eval.test_networks import folder, noise  # noqa: F401

@@ -11,7 +11,7 @@ from dmd2.core.errors import did_you_mean
 from dmd2.experiment.checks.network import Problem
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import Data
-from dmd2.experiment.protocols import KNOWN, NEEDS_IMAGES
+from dmd2.experiment.metrics import METRICS, OF_RUNS
 from dmd2.experiment.run_inputs import WEIGHTS
 
 LITE0 = ("lite0-320@32", "lite0-320@64", "lite0-1280@64", "lite0-112@64")  # weights in a package, not of these names
@@ -64,28 +64,38 @@ def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Pr
 
 def _metrics(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     spec = cfg.eval
+    yield from metric_problems(cfg, networks().get(spec.detector, False))
+    for name in spec.metrics:
+        metric = METRICS.get(name)
+        if metric and "labels" in metric.needs and not spec.detector.endswith("-classifier") and not cfg.data.text:
+            told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
+            yield ("eval.metrics", "eval.detector"), f"{name} {told}"
+        if metric and "reference images" in metric.needs and spec.reference not in sets:
+            told = f"compares with the images of the reference, and {spec.reference} is no set of a base"
+            yield ("eval.metrics", "eval.reference"), f"{name} {told}"
+
+
+def metric_problems(cfg: RunConfig, fid: bool) -> Iterator[Problem]:
+    """What is wrong with eval.metrics, whatever sets there are; `fid`: distances by the detector are FIDs."""
+    spec, key = cfg.eval, "eval.metrics"
     for i, name in enumerate(spec.metrics):
-        key = ("eval.metrics",)
-        if name not in KNOWN:
-            yield key, f"there is no metric {name}{did_you_mean(name, KNOWN, ': choose from ' + ', '.join(KNOWN))}"
+        if name not in OF_RUNS:
+            told = did_you_mean(name, OF_RUNS, ": choose from " + ", ".join(OF_RUNS))
+            yield (key,), f"there is no metric {name}{told}"
             continue
+        metric = METRICS[name]
         if name in spec.metrics[:i]:
-            yield key, f"{name} is given twice"
-        fid = networks().get(spec.detector, False)
-        if KNOWN[name] in ("fd", "patch") and name.endswith("fid") != fid:
+            yield (key,), f"{name} is given twice"
+        if metric.function == "frechet" and name.endswith("fid") != fid:
             right = name.removesuffix("fid").removesuffix("fd") + ("fid" if fid else "fd")
             why = "" if fid else ": only the canonical Inception features give an FID"
-            yield (*key, "eval.detector"), f"{name} with detector {spec.detector} is called {right}{why}"
-        if KNOWN[name] == "patch" and spec.patch is None:
-            yield (*key, "eval.patch"), f"{name} needs eval.patch: its geometry and its reference"
-        if KNOWN[name] == "clip" and (spec.clip is None or cfg.data.text is None):
-            yield (*key, "eval.clip"), f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
-        if name == "accuracy" and (cfg.data.text is not None or not spec.detector.endswith("-classifier")):
-            told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
-            yield (*key, "eval.detector"), f"accuracy {told}"
-        if name in NEEDS_IMAGES and spec.reference not in sets:
-            told = f"compares with the images of the reference, and {spec.reference} is no set of a base"
-            yield (*key, "eval.reference"), f"{name} {told}"
+            yield (key, "eval.detector"), f"{name} with detector {spec.detector} is called {right}{why}"
+        if "patch" in metric.needs and spec.patch is None:
+            yield (key, "eval.patch"), f"{name} needs eval.patch: its geometry and its reference"
+        if "captions" in metric.needs and (spec.clip is None or cfg.data.text is None):
+            yield (key, "eval.clip"), f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
+        if "labels" in metric.needs and cfg.data.text is not None:
+            yield (key, "eval.detector"), f"{name} needs labels, and data {cfg.data.name} has captions"
 
 
 def set_of(model: str) -> str | None:
