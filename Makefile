@@ -30,7 +30,7 @@ $(READY): requirements.lock
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q uv==$(UV)
 	.venv/bin/uv pip install -q --python .venv/bin/python --require-hashes --compile-bytecode -r requirements.lock
-	touch $
+	touch $@
 
 lock:
 	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
