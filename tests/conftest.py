@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 # Longest first, so that no worker ends with one of them while the other has nothing left to do (`make test`).
 LONGEST = [
-    "slurm/test_faults.py", "slurm/test_dag.py", "workflow/test_text.py", "slurm/test_processes.py",
+    "slurm/test_slurm.py", "workflow/test_text.py",
     "workflow/test_fresh.py", "workflow/test_versions.py", "workflow/test_dag.py", "unit/test_sharded.py",
     "workflow/test_interruption.py", "unit/test_memory.py", "workflow/test_prune.py", "unit/test_distributed.py",
 ]  # fmt: skip

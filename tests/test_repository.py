@@ -105,7 +105,7 @@ def _commands() -> list[str]:
     return [line for block in re.findall(r"```console\n(.*?)```", whole, re.S) for line in block.splitlines() if line]
 
 
-# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_dag.py those of
+# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_slurm.py those of
 # dmd2.launch, tests/eval/test_readme_commands.py those of eval, tests/workflow/test_readme.py the rest.
 @pytest.mark.parametrize("command", [c for c in _commands() if not re.search(r"python -m (dmd2|eval)|^dvc", c)])
 def test_readme_command_plans(command: str) -> None:

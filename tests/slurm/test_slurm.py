@@ -1,4 +1,8 @@
-"""The headline command on a real Slurm: the whole DAG, and what happens when Snakemake itself is stopped."""
+"""A real Slurm: the headline command, trainings of several processes, and faults that end with the same weights.
+
+One file, so that one worker runs all of it: two clusters at once on two cores miss each other's deadlines, and nodes go
+down that no test has killed.
+"""
 
 import json
 import os
@@ -6,13 +10,46 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from tests.slurm.faults import STEPS, STRIKE
+from tests.slurm.faults import FAULTS, STEPS, STRIKE, Fault, Outcome
 from tests.slurm.workspace import Slurm, SlurmWorkspace, ended, until
+
+NEW_JOB = ("cancelled", "full_disk")  # the only faults after which another job is submitted
+
+
+@pytest.fixture(scope="module")
+def outcomes(calm: str, workspace: SlurmWorkspace) -> Iterator[dict[str, Future[Outcome]]]:
+    """All faults, three at a time: most of each is waiting for Slurm."""
+    with ThreadPoolExecutor(3) as pool:
+        yield {fault.__name__: pool.submit(fault, workspace) for fault in FAULTS}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_the_weights_are_those_of_an_undisturbed_run(
+    fault: Callable[..., Outcome], outcomes: dict[str, Future[Outcome]], calm: str
+) -> None:
+    outcome = outcomes[fault.__name__].result()
+    assert outcome.weights == calm
+    assert len(outcome.jobs) == (2 if fault.__name__ in NEW_JOB else 1)
+    assert outcome.lost_steps <= STEPS["checkpoint_every"]
+
+
+def test_a_signalled_job_loses_nothing(outcomes: dict[str, Future[Outcome]]) -> None:
+    assert outcomes["checkpoint_signal"].result().lost_steps == 0
+
+
+def test_the_error_of_a_cancelled_job_says_so_and_how_to_go_on(outcomes: dict[str, Future[Outcome]]) -> None:
+    output = outcomes["cancelled"].result().output
+    assert "CANCELLED" in output and "the same command continues" in output and "_0_log.err" in output
+
 
 SNAKEMAKE = [sys.executable, str(Path(__file__).with_name("snakemake_now.py")), "--profile", "slurm"]
 FAST = ["--slurm-init-seconds-before-status-checks", "1"]
@@ -111,3 +148,39 @@ def test_two_launchers_at_once_share_one_job(workspace: SlurmWorkspace, calm: st
 def test_a_finished_run_submits_no_job(workspace: SlurmWorkspace, calm: str) -> None:
     code, output = ended(workspace.train("digits/calm/seed0", **STEPS))
     assert code == 0 and "submitted" not in output and workspace.jobs("digits/calm/seed0") == []
+
+
+@pytest.fixture(scope="module")
+def two_tasks(workspace: SlurmWorkspace) -> str:
+    """A run of two processes on one node that nothing disturbs."""
+    cluster = workspace.cluster_file("one-by-two", processes=2)
+    code, output = ended(workspace.train("digits/one-by-two/seed0", cluster, **STEPS))
+    assert code == 0, output
+    return "digits/one-by-two/seed0"
+
+
+def test_two_processes_end_with_the_weights_of_one_to_rounding(
+    workspace: SlurmWorkspace, two_tasks: str, calm: str
+) -> None:
+    early = {"steps": 10, "checkpoint_every": 10, "snapshot_every": 10, "log_every": 10}
+    snapshots = []
+    for name, cluster in {"ten-one": "local", "ten-two": "one-by-two"}.items():
+        code, output = ended(workspace.train(f"digits/{name}/seed0", cluster, **early))
+        assert code == 0, output
+        folder = workspace.path / f"results/runs/digits/{name}/seed0"
+        record = json.loads((folder / "train.json").read_text())
+        snapshots.append(load_file(folder / record["files"][-1]["path"]))
+        assert record["processes"] == len(snapshots)
+    for name, weights in snapshots[0].items():
+        torch.testing.assert_close(snapshots[1][name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_two_nodes_signalled_on_the_way_end_with_the_weights_of_one_node(
+    workspace: SlurmWorkspace, two_tasks: str
+) -> None:
+    fault = Fault(workspace, "two-by-one", workspace.cluster_file("two-by-one", nodes=2))
+    assert workspace.slurm.call("squeue", "-h", "-j", fault.job, "-o", "%D") == "2"
+    workspace.slurm.call("scancel", "--signal=USR2", fault.job)
+    outcome = fault.finish()
+    assert len(outcome.jobs) == 1 and outcome.lost_steps == 0
+    assert outcome.weights == workspace.weights(two_tasks)
