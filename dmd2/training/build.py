@@ -66,11 +66,11 @@ def build_models(
             [critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic
         ),
         null=None if null is None else null.to(device),
-        distance=_distance(cfg, device) if cfg.needs_pairs else None,
+        distance=regression_distance(cfg, device) if cfg.needs_pairs else None,
     )  # fmt: skip
 
 
-def _distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """The regression's ``l2``, or ``lpips`` (weights from data/weights) of images, to which latents are decoded."""
     if cfg.regression.distance == "l2":
         return nn.functional.mse_loss

@@ -78,7 +78,7 @@ def test_missing_detector_says_where_it_should_be(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "sentence"), [("beauty", "beauty cannot be measured by this version"), ("fid", "fid .* is called fd")]
+    ("metric", "sentence"), [("beauty", "there is no metric beauty"), ("fid", "fid .* is called fd")]
 )
 def test_metric_that_cannot_be_measured_is_named(digits, monkeypatch, metric, sentence) -> None:
     detector = load_detector("digits-classifier", digits[0] / "weights")

@@ -7,10 +7,11 @@ import torch
 
 from dmd2.data.pipelines import Pipeline
 from dmd2.experiment.data_config import Autoencoder
-from dmd2.method.step import brightness, regression_distance
+from dmd2.method.step import brightness
 from dmd2.networks.autoencoder import train_autoencoder
 from dmd2.networks.lpips import Lpips
-from tests import tiny_pipelines
+from dmd2.training.build import regression_distance
+from tests import tiny, tiny_pipelines
 from tests.unit.test_lpips import write_weights
 
 CPU = torch.device("cpu")
@@ -72,10 +73,8 @@ def test_distances_of_the_regression_are_those_of_the_cpu(device: torch.device, 
     g = torch.Generator().manual_seed(0)
     x, target = (torch.rand(2, 3, 32, 32, generator=g) * 2 - 1 for _ in range(2))
     for kind in ("l2", "lpips"):
-        ours, theirs = (
-            regression_distance(kind, lambda images: images, where)(x.to(where), target.to(where))
-            for where in (device, CPU)
-        )
+        cfg = tiny.config("edm", regression__weight=1.0, regression__distance=kind)
+        ours, theirs = (regression_distance(cfg, where)(x.to(where), target.to(where)) for where in (device, CPU))
         assert ours.device == device
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-5)
     assert Lpips().to(device)(x.to(device), target.to(device)).device == device

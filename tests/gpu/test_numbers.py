@@ -12,7 +12,7 @@ from dmd2.core.rng import Draws
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.config import RunConfig
 from dmd2.method.batches import Batch, Batches
-from dmd2.method.step import Models, critic_loss, frozen, image_shape, student_loss
+from dmd2.method.step import Models, critic_loss, frozen, student_loss
 from dmd2.method.student_input import student_input
 from dmd2.networks.head import Head
 from dmd2.training.optimiser import Optimiser
@@ -62,7 +62,7 @@ def numbers(kind: str, precision: str, device: torch.device, dtype: torch.dtype)
     real = TensorSet(tiny.tensors(kind, 32, seed=9))
     (batch,) = _batch(cfg, real, device, dtype)
     logs: dict[str, Tensor] = {}
-    x_t, t = student_input(student, batch, cfg.generator, image_shape(cfg))
+    x_t, t = student_input(student, batch, cfg.generator, cfg.data.shape)
     x = student(x_t, t, batch.cond).to(dtype)
     student_loss(models, x, batch, cfg, logs).backward()
     with frozen():
