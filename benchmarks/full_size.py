@@ -53,7 +53,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     with readable_errors(), tempfile.TemporaryDirectory() as folder:
-        _, cfg = load_base(base)
+        cfg = load_base(base)
         cfg, setup = varied(cfg, lora, states), Setup(checkpointing=checkpointing)
         manifest = _teacher(cfg, Path(folder))
         if torch.cuda.is_available():

@@ -29,7 +29,7 @@ from dmd2.training.trainer import Training
 
 
 def config(width: int) -> RunConfig:
-    _, cfg = load_base("imagenet64")
+    cfg = load_base("imagenet64")
     assert cfg.teacher.network is not None
     levels = [width * times for times in (1, 2, 3, 4)]
     teacher = cfg.teacher.model_copy(update={"network": {**cfg.teacher.network, "block_out_channels": levels}})

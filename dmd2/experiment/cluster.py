@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.dotted_keys import validate
 from dmd2.experiment.section import Positive, Strict
-from dmd2.experiment.yaml_file import Place, read_yaml
+from dmd2.experiment.yaml_file import read_yaml
 
 CLUSTERS = Path("workflow/cluster")
 
@@ -176,5 +176,4 @@ def load_cluster(name: str, folder: Path = CLUSTERS) -> Cluster:
     if not path.exists():
         known = [file.stem for file in sorted(folder.glob("*.yaml"))]
         raise UserError(f"there is no {path}{did_you_mean(name, known, f'; known: {known}')}")
-    place = Place(read_yaml(path))
-    return validate(Cluster, place.source.value, place)
+    return validate(Cluster, *read_yaml(path))

@@ -2,54 +2,22 @@
 
 import operator as op
 import re
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from dmd2.core.errors import UserError, did_you_mean
-from dmd2.experiment.config import RunConfig, Section
-from dmd2.experiment.section import Strict
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.section import Section, Strict
 from dmd2.experiment.yaml_file import Place
 
 Model = TypeVar("Model", bound=Strict)
+ChangedAt = Mapping[str, str]  # file:line of the dotted keys that the changes of a row give, the newest last
 _CONDITION = re.compile(r"^([a-z_]+(?:\.[a-z_0-9]+)+)\s*(==|!=|>=|<=|>|<)\s*(\S+)$")
 _COMPARE = {"==": op.eq, "!=": op.ne, ">": op.gt, "<": op.lt, ">=": op.ge, "<=": op.le}
-
-
-@dataclass(frozen=True)
-class Change:
-    """Dotted keys with their new values, and where they are written."""
-
-    values: dict[str, Any]
-    place: Place
-
-
-def _last_given(changes: Sequence[Change], asked: Callable[[str], bool]) -> str | None:
-    """``file:line`` of the key that is asked for in the last change that has it."""
-    return next((c.place.where(key) for c in reversed(changes) for key in c.values if asked(key)), None)
-
-
-def _inside(key: str, section: str) -> bool:
-    return f"{key}.".startswith(f"{section}.")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A config and where it is written: its base, and the changes of a row in the order in which they were applied."""
-
-    cfg: RunConfig
-    base: Place
-    row: str = ""  # "row NAME: ", what a sentence about it starts with
-    changes: Sequence[Change] = ()
-
-    def where(self, *keys: str) -> str:
-        """``file:line`` of what gave dotted keys their values: the last change that gives one, or else the base."""
-        given = _last_given(self.changes, lambda given: any(_inside(k, given) or _inside(given, k) for k in keys))
-        return given or self.base.where(keys[0])
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -73,29 +41,56 @@ def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 
 
 def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of `base` with dotted keys replaced.
+    """`base` with dotted keys replaced; `base` itself stays as it is.
 
     Raises:
         KeyError: of an unknown key, with the sentence "no key ..., did you mean ...?".
     """
-    values = deepcopy(base)
     for key, value in (item for change in changes for item in change.items()):
-        *sections, last = key.split(".")
-        parent: Any = values
-        for name in sections:
-            parent = parent.get(name) if isinstance(parent, dict) else None
-        if not isinstance(parent, dict) or last not in parent:
-            raise KeyError(f"no key {key}{did_you_mean(key, _names(values))}")
-        parent[last] = value
-    return values
+        try:
+            base = _replaced(base, key.split("."), value)
+        except LookupError:
+            raise KeyError(f"no key {key}{did_you_mean(key, _names(base))}") from None
+    return base
 
 
-def validate(model: type[Model], values: Any, place: Place, changes: Sequence[Change] = ()) -> Model:
-    """Validate values, which are written at a place and in the changes that were applied to them, in order.
+def _replaced(values: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    name, *below = keys
+    if not isinstance(values, dict) or name not in values:
+        raise LookupError(name)
+    return {**values, name: _replaced(values[name], below, value) if below else value}
+
+
+def _inside(key: str, section: str) -> bool:
+    """Whether a dotted key is that of a section or lies in it."""
+    return f"{key}.".startswith(f"{section}.")
+
+
+def _newest(changed_at: ChangedAt, wanted: Callable[[str], bool]) -> str | None:
+    """``file:line`` of the newest changed key that is wanted."""
+    return next((line for key, line in reversed([*changed_at.items()]) if wanted(key)), None)
+
+
+@dataclass(frozen=True)
+class LocatedConfig:
+    """A config and where its values are written: in a base, and in the changes that make a row of it."""
+
+    cfg: RunConfig
+    base: Place
+    row: str = ""  # "row NAME: ", what a sentence about it starts with
+    changed_at: ChangedAt = field(default_factory=dict)
+
+    def where(self, *keys: str) -> str:
+        """``file:line`` of what gave dotted keys their values: the newest change of one of them, or else the base."""
+        changed = _newest(self.changed_at, lambda given: any(_inside(k, given) or _inside(given, k) for k in keys))
+        return changed or self.base.where(keys[0])
+
+
+def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedAt | None = None) -> Model:
+    """Validate values that are written at `place`, apart from the keys that changes gave.
 
     Raises:
-        UserError: one sentence about the first problem, with key, file and line: those of the last change that gives
-            the key, or else of the place.
+        UserError: one sentence about the first problem, with key, file and line.
     """
     try:
         return model.model_validate(values)
@@ -104,7 +99,7 @@ def validate(model: type[Model], values: Any, place: Place, changes: Sequence[Ch
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = [k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function", "union:"))]
     key = ".".join(map(str, keys))
-    where = _last_given(changes, lambda given: _inside(key, given)) or place.where(*keys)
+    where = _newest(changed_at or {}, lambda changed: _inside(key, changed)) or place.where(*keys)
     if first["type"] == "extra_forbidden":
         in_list = max((i + 1 for i, part in enumerate(keys) if isinstance(part, int)), default=0)
         section = "".join(f"{part}." for part in keys[in_list:-1])

@@ -91,11 +91,10 @@ class Table(Section):
     notes: str = ""
 
 
-def rows_of(name: str, rows: Mapping[str, Any], places: Mapping[str, Place]) -> list[tuple[Row, Place]]:
-    """Rows of the table `name` with where they are written, given what every table's `rows` says.
+def rows_of(name: str, tables: Mapping[str, Table], places: Mapping[str, Place]) -> list[tuple[Row, Place]]:
+    """All rows of the table `name` with where they are written; those that it takes from another table come first.
 
-    A table has all its rows, wherever they are written: one that takes them from a table that adds some has these, too.
-    Those of another table come first.
+    A table that takes its rows from one that adds some has these, too.
 
     Raises:
         UserError: a table that is not there or leads back here, or a row twice.
@@ -103,27 +102,29 @@ def rows_of(name: str, rows: Mapping[str, Any], places: Mapping[str, Place]) -> 
     found: list[tuple[Row, Place]] = []
     seen = [name]
     while True:
-        spec, place = rows[seen[-1]], places[seen[-1]].below("rows")
-        extends = isinstance(spec, Extension)
-        own = spec.add if extends else [] if isinstance(spec, str) else spec
-        found = [(row, place.below(*(["add"] if extends else []), i)) for i, row in enumerate(own)] + found
-        if isinstance(spec, list):
+        rows, place = tables[seen[-1]].rows, places[seen[-1]].below("rows")
+        if isinstance(rows, list):
+            found = [(row, place.below(i)) for i, row in enumerate(rows)] + found
             break
-        origin, key = (spec.origin, "from") if extends else (spec, "")
-        if origin not in rows or origin in seen:
-            hint = did_you_mean(origin, (t for t in rows if t not in seen))
-            said = f"{'rows.from' if key else 'rows'} names {origin}, which is no other table{hint}"
-            raise UserError(f"{place.where(key) if key else place.where()}: {said}")
+        if isinstance(rows, Extension):
+            found = [(row, place.below("add", i)) for i, row in enumerate(rows.add)] + found
+            origin, key, where = rows.origin, "rows.from", place.where("from")
+        else:
+            origin, key, where = rows, "rows", place.where()
+        if origin not in tables or origin in seen:
+            hint = did_you_mean(origin, (t for t in tables if t not in seen))
+            raise UserError(f"{where}: {key} names {origin}, which is no other table{hint}")
         seen.append(origin)
     if not found:
         raise UserError(f"{places[name].where('rows')}: rows is empty: a table needs a row")
-    known: dict[str, str] = {}
+    first: dict[str, str] = {}
     for row, place in found:
+        where = place.where()
         if row.run.startswith("teacher"):
-            told = "names that begin with teacher are those of the teacher's samplers"
-            raise UserError(f"{place.where()}: row {row.run}: {told}")
-        if row.run in known:
-            first = known[row.run]
-            raise UserError(f"{place.where()}: row {row.run} appears twice in the table, the first time at {first}")
-        known[row.run] = place.where()
+            raise UserError(
+                f"{where}: row {row.run}: names that begin with teacher are those of the teacher's samplers"
+            )
+        if row.run in first:
+            raise UserError(f"{where}: row {row.run} appears twice in the table, the first time at {first[row.run]}")
+        first[row.run] = where
     return found

@@ -7,10 +7,9 @@ from typing import Any
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.checks.sections import check_all
-from dmd2.experiment.checks.shared import check_shared
-from dmd2.experiment.checks.table import check_origins, check_table
+from dmd2.experiment.checks.tables import check_origins, check_shared, check_table
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.dotted_keys import Change, Written, apply_change, differences, holds, validate
+from dmd2.experiment.dotted_keys import LocatedConfig, apply_change, differences, holds, validate
 from dmd2.experiment.protocols import named
 from dmd2.experiment.table_config import Preset, Row, Table, rows_of
 from dmd2.experiment.yaml_file import Place, read_yaml
@@ -60,30 +59,29 @@ class Experiment:
         return {name: holds(cond, self.runs[spec.base, run]) for name, cond in spec.columns.items()}
 
 
-def load_base(name: str, folder: Path = BASES) -> tuple[dict[str, Any], RunConfig]:
-    """A base as plain values, defaults included, and validated."""
-    cfg = _read_base(name, folder).cfg
-    return cfg.model_dump(mode="json"), cfg
+def load_base(name: str, folder: Path = BASES) -> RunConfig:
+    """The run that a base describes; see `load_experiment` for errors."""
+    return _base(name, folder).cfg
 
 
-def _read_base(name: str, folder: Path) -> Written:
+def _base(name: str, folder: Path) -> LocatedConfig:
     """A base, whose eval section has the values of the protocol that it names where it gives none."""
-    place = _read("base", name, folder)
-    values, measured = place.source.value, place.source.value.get("eval")
+    values, place = _named_file("base", name, folder)
+    measured = values.get("eval")
     if isinstance(measured, dict) and isinstance(measured.get("protocol"), str):
         try:
             values = {**values, "eval": {**named(measured["protocol"]).for_a_base(), **measured}}
         except UserError as error:
             raise UserError(f"{place.where('eval', 'protocol')}: eval.protocol: {error}") from None
-    return Written(validate(RunConfig, values, place), place)
+    return LocatedConfig(validate(RunConfig, values, place), place)
 
 
-def _read(kind: str, name: str, folder: Path) -> Place:
-    """The file of a base or preset; UserError with the nearest name if there is none."""
+def _named_file(kind: str, name: str, folder: Path) -> tuple[dict[str, Any], Place]:
+    """A base or preset; UserError with the nearest name if there is none."""
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"there is no {kind} {path}{did_you_mean(name, [p.stem for p in folder.glob('*.yaml')])}")
-    return Place(read_yaml(path))
+    return read_yaml(path)
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
@@ -92,62 +90,69 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
     Raises:
         UserError: one sentence with file, line and key for the first problem found.
     """
-    experiment = Experiment()
-    places = {path.stem: Place(read_yaml(path)) for path in sorted(tables.glob("*.yaml"))}
-    experiment.tables.update({name: validate(Table, place.source.value, place) for name, place in places.items()})
-    specs = {name: table.rows for name, table in experiment.tables.items()}
-    read: dict[str, Written] = {}
-    written: list[Written] = []  # bases before the rows over them
+    experiment, places = Experiment(), dict[str, Place]()
+    for path in sorted(tables.glob("*.yaml")):
+        values, places[path.stem] = read_yaml(path)
+        experiment.tables[path.stem] = validate(Table, values, places[path.stem])
+    located: dict[str, LocatedConfig] = {}  # bases
+    everything: list[LocatedConfig] = []  # bases before the rows over them
     for name, table in experiment.tables.items():
-        rows = rows_of(name, specs, places)
+        rows, written = rows_of(name, experiment.tables, places), places[name]
         experiment.rows[name] = [row for row, _ in rows]
-        if table.base not in read:
-            read[table.base] = _read_base(table.base, bases)
-            written.append(read[table.base])
-            experiment.bases[table.base] = read[table.base].cfg
+        if table.base not in located:
+            located[table.base] = _base(table.base, bases)
+            everything.append(located[table.base])
+            experiment.bases[table.base] = located[table.base].cfg
         for row, place in rows:
-            changes = _changes(experiment, table, row, places[name], place, bases.with_name("presets"))
-            written.append(_run(experiment, name, row, place, read[table.base], changes))
-        check_table(table, {row.run for row, _ in rows}, read[table.base].cfg, places[name])
-    check_shared(written)
-    check_all(written)
+            changes = [(table.change, written.below("change")), (row.change, place.below("change"))]
+            if row.preset is not None:
+                experiment.presets[row.preset], preset = _preset(row, place, bases.with_name("presets"))
+                changes.insert(1, (experiment.presets[row.preset].change, preset.below("change")))
+            changes.append((table.row_change.get(row.run, {}), written.below("row_change", row.run)))
+            everything.append(_row(row, place, located[table.base], changes))
+            _add(experiment, name, row.run, everything[-1].cfg, place)
+        check_table(table, {row.run for row, _ in rows}, experiment.bases[table.base], written)
+    check_shared(everything)
+    check_all(everything)
     check_origins(experiment.runs)
     return experiment
 
 
-def _changes(
-    experiment: Experiment, table: Table, row: Row, of_table: Place, place: Place, presets: Path
-) -> list[Change]:
-    """What makes a row of its base, in order; the experiment then knows the row's preset."""
-    changes = [Change(table.change, of_table.below("change"))]
-    if row.preset is not None:
-        try:
-            preset = _read("preset", row.preset, presets)
-        except UserError as error:
-            raise UserError(f"{place.where('preset')}: row {row.run}: {error}") from None
-        experiment.presets[row.preset] = validate(Preset, preset.source.value, preset)
-        changes.append(Change(experiment.presets[row.preset].change, preset.below("change")))
-    changes.append(Change(row.change, place.below("change")))
-    return [*changes, Change(table.row_change.get(row.run, {}), of_table.below("row_change", row.run))]
-
-
-def _run(experiment: Experiment, name: str, row: Row, place: Place, base: Written, changes: list[Change]) -> Written:
-    """The config of a row of the table `name`, which the experiment then knows."""
-    table = experiment.tables[name]
+def _preset(row: Row, place: Place, folder: Path) -> tuple[Preset, Place]:
+    """The preset that a row names, and where it is written."""
     try:
-        changed = apply_change(base.cfg.model_dump(mode="json"), *(change.values for change in changes))
-    except KeyError as error:
-        key = error.args[0].removeprefix("no key ").split(",")[0]
-        where = next(change.place.where(key) for change in changes if key in change.values)
-        raise UserError(f"{where}: row {row.run}: {error.args[0]}") from None
-    told = f"{place.where()}: row {row.run}"
-    if changed["eval"]["protocol"] != base.cfg.eval.protocol:
-        raise UserError(f"{told}: eval.protocol belongs to the base: the rows of a table share one")
-    cfg = validate(RunConfig, changed, place.below("change"), changes)
-    earlier = experiment.runs.setdefault((table.base, row.run), cfg)
-    if earlier != cfg:
-        same_base = [t for t in experiment.rows if t != name and experiment.tables[t].base == table.base]
-        other = next(t for t in same_base if row.run in [r.run for r in experiment.rows[t]])
-        keys = "; ".join(f"{key}: {there} there, {here} here" for key, there, here in differences(earlier, cfg))
-        raise UserError(f"{told} contradicts the row of that name in table {other} ({keys})")
-    return Written(cfg, base.base, f"row {row.run}: ", changes)
+        values, written = _named_file("preset", str(row.preset), folder)
+    except UserError as error:
+        raise UserError(f"{place.where('preset')}: row {row.run}: {error}") from None
+    return validate(Preset, values, written), written
+
+
+def _row(row: Row, place: Place, base: LocatedConfig, changes: list[tuple[dict[str, Any], Place]]) -> LocatedConfig:
+    """The config of a row: its base with these changes, in order."""
+    values, changed_at = base.cfg.model_dump(mode="json"), dict[str, str]()
+    for change, written in changes:
+        try:
+            values = apply_change(values, change)
+        except KeyError as error:
+            key = error.args[0].removeprefix("no key ").split(",")[0]
+            raise UserError(f"{written.where(key)}: row {row.run}: {error.args[0]}") from None
+        for key in change:
+            changed_at.pop(key, None)  # the newest is the last
+            changed_at[key] = written.where(key)
+    if values["eval"]["protocol"] != base.cfg.eval.protocol:
+        told = "eval.protocol belongs to the base: the rows of a table share one"
+        raise UserError(f"{place.where()}: row {row.run}: {told}")
+    cfg = validate(RunConfig, values, place.below("change"), changed_at)
+    return LocatedConfig(cfg, base.base, f"row {row.run}: ", changed_at)
+
+
+def _add(experiment: Experiment, name: str, run: str, cfg: RunConfig, place: Place) -> None:
+    """Add a run of the table `name`; the same run of another table must have the same config."""
+    base = experiment.tables[name].base
+    known = experiment.runs.setdefault((base, run), cfg)
+    if known != cfg:
+        others = [t for t in experiment.rows if t != name and experiment.tables[t].base == base]
+        other = next(t for t in others if run in [row.run for row in experiment.rows[t]])
+        keys = "; ".join(f"{key}: {there} there, {here} here" for key, there, here in differences(known, cfg))
+        told = f"contradicts the row of that name in table {other} ({keys})"
+        raise UserError(f"{place.where()}: row {run} {told}")

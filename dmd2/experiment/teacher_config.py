@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.section import Positive, Precision, Section
 
 
@@ -46,8 +45,3 @@ class Teacher(Section):
         if self.train is not None and self.source is not None:
             raise ValueError("train and source exclude each other: a teacher is trained here or converted from a file")
         return self
-
-    def check(self, name: str, sampler: Sampler) -> None:
-        """ValueError if `sampler` cannot sample this parameterisation."""
-        if (sampler.solver == "heun") != (self.parameterisation == "edm"):
-            raise ValueError(f"{name}: {sampler.solver} cannot sample an {self.parameterisation} teacher")

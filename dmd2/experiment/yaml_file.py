@@ -1,7 +1,7 @@
 """YAML with line numbers, so that an error can say where."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from dmd2.core.errors import UserError
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """Safe loader that reads 2e-6 as a number (YAML 1.2)."""
 
 
@@ -20,65 +20,34 @@ _Loader.add_implicit_resolver(
 
 
 @dataclass(frozen=True)
-class YamlFile:
-    """Parsed value, and the line of every key and list element by its dotted path (``rows.0.change.critic.ratio``)."""
-
-    path: Path
-    value: dict[str, Any]
-    lines: dict[str, int]
-
-    def where(self, *keys: str | int) -> str:
-        """``file:line`` of a path, or of its nearest listed parent."""
-        path = ".".join(map(str, keys))
-        while path and path not in self.lines:
-            path = path.rpartition(".")[0]
-        return f"{self.path}:{self.lines[path]}" if path else str(self.path)
-
-
-@dataclass(frozen=True)
 class Place:
-    """A key of a file, by its path: where something is written."""
+    """Where a value is written: a file, the line of each of its keys by dotted path, and the path of the value."""
 
-    source: YamlFile
+    file: Path
+    lines: dict[str, int]
     keys: tuple[str | int, ...] = ()
 
     def where(self, *keys: str | int) -> str:
-        """``file:line`` of it, or of a key below it."""
-        return self.source.where(*self.keys, *keys)
+        """``file:line`` of the value, or of a key below it; of the nearest parent where that has no line of its own."""
+        path = ".".join(map(str, (*self.keys, *keys)))
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return f"{self.file}:{self.lines[path]}" if path else str(self.file)
 
     def below(self, *keys: str | int) -> "Place":
-        """The place of a key below it."""
-        return Place(self.source, (*self.keys, *keys))
+        """The place of a key below the value."""
+        return replace(self, keys=(*self.keys, *keys))
 
 
-def _value(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
-    """The plain value of a node; its keys and elements are added to `lines`."""
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines[f"{path}{i}"] = item.start_mark.line + 1
-        return [_value(loader, item, f"{path}{i}.", lines) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    loader.flatten_mapping(node)
-    result: dict[str, Any] = {}
-    for key_node, item in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str) or key in result:
-            told = f"key {key!r} is given twice" if isinstance(key, str) else f"key {key!r} is not text"
-            raise yaml.MarkedYAMLError(problem=told, problem_mark=key_node.start_mark)
-        lines[f"{path}{key}"] = key_node.start_mark.line + 1
-        result[key] = _value(loader, item, f"{path}{key}.", lines)
-    return result
-
-
-def read_yaml(path: Path) -> YamlFile:
-    """Read a YAML mapping.
+def read_yaml(path: Path) -> tuple[dict[str, Any], Place]:
+    """The mapping in a YAML file, and where its keys (``rows.0.change.critic.ratio``) are written.
 
     Raises:
         UserError: the file is missing, is not YAML, repeats a key or is not a mapping.
     """
+    lines: dict[str, int] = {}
     try:
-        loader, lines = _Loader(path.read_text(encoding="utf-8")), dict[str, int]()
+        loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         value = None if node is None else _value(loader, node, "", lines)
     except FileNotFoundError:
@@ -92,4 +61,23 @@ def read_yaml(path: Path) -> YamlFile:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
-    return YamlFile(path, value, lines)
+    return value, Place(path, lines)
+
+
+def _value(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
+    """The plain value of a node; adds the lines of its keys and elements to `lines`."""
+    if isinstance(node, yaml.SequenceNode):
+        lines |= {f"{path}{i}": item.start_mark.line + 1 for i, item in enumerate(node.value)}
+        return [_value(loader, item, f"{path}{i}.", lines) for i, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    loader.flatten_mapping(node)
+    result: dict[str, Any] = {}
+    for key_node, item in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str) or key in result:
+            told = f"key {key!r} is given twice" if isinstance(key, str) else f"key {key!r} is not text"
+            raise yaml.MarkedYAMLError(problem=told, problem_mark=key_node.start_mark)
+        lines[f"{path}{key}"] = key_node.start_mark.line + 1
+        result[key] = _value(loader, item, f"{path}{key}.", lines)
+    return result

@@ -31,7 +31,7 @@ class TrainingJob:
 
     def text(self) -> str:
         """All of it as JSON, for a job's command line."""
-        values = {"run": str(self.run), "config": self.cfg.model_dump(mode="json"), **asdict(self.hardware)}
+        values = {"run": str(self.run), "config": self.cfg.settings(), **asdict(self.hardware)}
         return json.dumps(values, separators=(",", ":"))
 
     @staticmethod

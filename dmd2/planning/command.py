@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Memory, GPUs, hours and disk of a base, one of its runs, or a table, before anything is submitted."""
     with readable_errors():
-        _, of_base = load_base(base)
+        of_base = load_base(base)
         cfg = of_base if run is None else load_experiment().config_of(base, run)
         gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:

@@ -92,7 +92,7 @@ def published(base: str, cfg: RunConfig, flops: Flops) -> Rate | None:
     if gan is None:
         return None
     hours, iterations, gpus, batch = PUBLISHED[base, gan]
-    _, reference = load_base(base)
+    reference = load_base(base)
     if not gan:
         off = reference.gan.model_copy(update={"lambda_g": 0.0, "lambda_d": 0.0})
         reference = reference.model_copy(update={"gan": off})

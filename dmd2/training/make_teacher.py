@@ -124,7 +124,7 @@ def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> P
         if config.get(key, wanted) != wanted:
             raise UserError(f"teacher {teacher.name}: {unet} has {key} {config[key]}, teacher.network says {wanted}")
     guided = "teacher.guidance" if teacher.guidance > 1 else None
-    for _, told in network_problems(config, data, guided) if data is not None else ():
+    for *_, told in network_problems(config, data, guided) if data is not None else ():
         raise UserError(f"teacher {teacher.name}: {unet}: {told}")
     return _manifest(folder, os.path.relpath(unet, folder), extra)
 

@@ -189,8 +189,8 @@ def check_metrics(cfg: RunConfig, detector: Detector) -> None:
     Raises:
         UserError: the first that is unknown, misnamed, or lacks what it needs.
     """
-    for keys, told in metric_problems(cfg, detector.is_fid):
-        raise UserError(f"{keys[0]}: {told}")
+    for key, *_, told in metric_problems(cfg, detector.is_fid):
+        raise UserError(f"{key}: {told}")
 
 
 def counted(moments: Path, reference: Reference) -> str:

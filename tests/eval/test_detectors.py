@@ -17,7 +17,7 @@ from eval.runs import protocol
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    real = load_set(prepare(load_base("digits")[1].data, folder / "real"))
+    real = load_set(prepare(load_base("digits").data, folder / "real"))
     train_classifier("digits-classifier", real, folder / "weights/digits-classifier/manifest.json")
     return folder, real
 
@@ -83,7 +83,7 @@ def test_missing_detector_says_where_it_should_be(tmp_path) -> None:
 def test_metric_that_cannot_be_measured_is_named(digits, monkeypatch, metric, sentence) -> None:
     detector = load_detector("digits-classifier", digits[0] / "weights")
     monkeypatch.setattr(protocol, "load_detector", lambda _name, device: detector)
-    _, cfg = load_base("digits")
+    cfg = load_base("digits")
     cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"metrics": [metric]})})
     with pytest.raises(UserError, match=sentence):
         protocol.Protocol.of(cfg, torch.device("cpu"))

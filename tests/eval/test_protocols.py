@@ -52,15 +52,15 @@ def test_unknown_protocol_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(("base", "name"), PAPER_BASES.items())
 def test_base_takes_the_values_of_its_protocol(base, name) -> None:
-    values, cfg = load_base(base)
+    cfg = load_base(base)
     assert spoken(cfg.eval) == name
-    assert values["eval"]["images"] == named(name).images and cfg.eval.detector == named(name).detector
+    assert cfg.eval.images == named(name).images and cfg.eval.detector == named(name).detector
 
 
 def test_key_beside_the_name_replaces_the_protocols_and_is_said(tmp_path) -> None:
     text = (BASES / "imagenet64.yaml").read_text().replace("protocol: in64-dmd2", "protocol: in64-dmd2\n  images: 2000")
     (tmp_path / "b.yaml").write_text(text)
-    assert spoken(load_base("b", tmp_path)[1].eval) == "in64-dmd2, but images 2000"
+    assert spoken(load_base("b", tmp_path).eval) == "in64-dmd2, but images 2000"
 
 
 def test_unknown_protocol_in_a_base_is_named_with_its_line(tmp_path) -> None:
@@ -95,7 +95,7 @@ def test_ranks_of_a_rule() -> None:
 
 def test_metrics_of_every_base_are_known() -> None:
     for path in Path(BASES).glob("*.yaml"):
-        assert set(load_base(path.stem)[1].eval.metrics) <= {*OF_RUNS}
+        assert set(load_base(path.stem).eval.metrics) <= {*OF_RUNS}
 
 
 def test_every_detector_knows_where_its_weights_are_listed() -> None:

@@ -43,7 +43,7 @@ def test_the_peak_of_an_iteration_is_what_plan_counts(name: str, real_device: to
     has = torch.cuda.get_device_properties(real_device).total_memory / GB if on_gpu else 0
     if has < card:
         pytest.skip(f"{base} needs a GPU of {card} GB, this device has {has:.0f}")
-    _, cfg = load_base(base)
+    cfg = load_base(base)
     cfg = _changed(varied(cfg, lora, states), batch, "bf16" if card else "fp32")
     models = random_models(cfg, teacher(cfg, tmp_path), real_device, setup)
     batches, ratio = random_batches(cfg, real_device), cfg.critic.ratio

@@ -19,7 +19,7 @@ WRONG_TABLES = {
     "negative weight in a row": ({"rows": [{"run": "a", "change": {"dm.weight": -1}}]}, "dm.weight", "dm.weight"),
     "section replaced by a number": ({"rows": [{"run": "a", "change": {"critic": 1}}]}, "critic:", "critic"),
     "row that trains nothing": (
-        {"rows": [{"run": "a", "change": {"dm.weight": 0.0, "gan.lambda_g": 0.0}}]}, "change:", "nothing would train"),
+        {"rows": [{"run": "a", "change": {"dm.weight": 0.0, "gan.lambda_g": 0.0}}]}, "gan.lambda_g", "nothing would train"),
     "column with an unknown key": ({"columns": {"X": "critic.ration > 1"}}, "X:", "did you mean critic.ratio?"),
     "column that is no comparison": ({"columns": {"X": "critic.ratio"}}, "X:", "is not of the form"),
     "column that compares a number with a word": ({"columns": {"X": "critic.ratio > many"}}, "X:", "many"),

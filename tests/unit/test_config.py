@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from dmd2.experiment import section
+from dmd2.experiment.checks.sections import problems
 from dmd2.experiment.config import Pairs, RunConfig, Sampler, TrainConfig, digest
 from dmd2.experiment.tables import load_base
 from tests import tiny
@@ -123,8 +124,6 @@ WRONG = {
     "NaN weight": {"dm__weight": float("nan")},
     "unknown input": {"generator__input": "latents"},
     "noise for several steps": {"generator__steps": 4},
-    "nothing trains the student": {"dm__weight": 0.0, "gan__lambda_g": 0.0},
-    "generator GAN without discriminator": {"gan__lambda_d": 0.0},
     "guidance below 1": {"teacher__guidance": 0.5},
     "train without network": {"teacher__train": {"steps": 1, "batch": 1, "lr": 1.0, "warmup": 0, "ema": 0.5}},
     "train and source": {
@@ -134,17 +133,9 @@ WRONG = {
     },
     "no metric": {"eval__metrics": []},
     "unknown weighting": {"critic__weighting": "snr"},
-    "VP solver for an edm teacher": {"regression__pairs__sampler": {"solver": "ddim", "steps": 4}},
     "more shards than pairs": {"regression__pairs__shards": 17},
     "reversed index range": {"dm__index_range": [980, 20]},
     "reversed GAN noise range": {"gan__noise_range": [999, 0]},
-    "shared noise of clean images": {"gan__shares_noise": True, "gan__noise_range": None},
-    "shared noise without one range": {"gan__shares_noise": True},
-    "shared noise but another range of the critic": {
-        "gan__shares_noise": True,
-        "gan__noise_range": [20, 980],
-        "critic__index_range": [0, 980],
-    },
     "reversed critic range": {"critic__index_range": [5, 4]},
     "unknown conditions": {"generator__conditions": "fake"},
 }
@@ -156,15 +147,9 @@ def test_refuses(name):
         tiny.config("edm", **WRONG[name])
 
 
-@pytest.mark.parametrize(("gan", "text"), [([0, 999], r"\[0, 999\]"), (None, "null")])
-def test_shared_noise_names_the_three_ranges_that_differ(gan, text):
-    told = rf"gan.noise_range {text}, dm.index_range \[20, 980\], critic.index_range \[0, 999\]"
-    with pytest.raises(ValidationError, match=told):
-        tiny.config("edm", gan__shares_noise=True, gan__noise_range=gan)
-
-
 def test_ranges_may_differ_where_no_gan_would_share_their_noise():
-    tiny.config("edm", gan__shares_noise=True, gan__lambda_g=0.0, gan__lambda_d=0.0)
+    cfg = tiny.config("edm", gan__shares_noise=True, gan__lambda_g=0.0, gan__lambda_d=0.0)
+    assert not [told for *_, told in problems(cfg, {}) if "shares_noise" in told]
 
 
 @pytest.mark.parametrize("section", sorted(tiny.values("edm")))
@@ -194,7 +179,7 @@ def test_pairs_need_a_deterministic_sampler(options):
 
 
 def test_the_teacher_rows_of_stable_diffusion_have_its_own_samplers():
-    sd15, sdxl = (load_base(name, ROOT / "workflow/base")[1] for name in ("sd15", "sdxl"))
+    sd15, sdxl = (load_base(name, ROOT / "workflow/base") for name in ("sd15", "sdxl"))
     assert [s.solver for s in sd15.eval.teacher_samplers.values()] == ["pndm", "ddpm"]
     assert [(s.solver, s.spacing) for s in sdxl.eval.teacher_samplers.values()] == [("euler", "leading")] * 2
     assert sdxl.regression.pairs.sampler.spacing == "trailing"
@@ -203,11 +188,6 @@ def test_the_teacher_rows_of_stable_diffusion_have_its_own_samplers():
 def test_a_samplers_spacing_left_at_its_default_changes_no_digest():
     spec = {"solver": "euler", "steps": 50, "guidance": 3.0}
     assert Sampler(**spec).settings() == spec
-
-
-def test_time_beyond_the_grid_is_refused_for_eps():
-    with pytest.raises(ValidationError):
-        tiny.config("eps-text", generator__time=1000.0)
 
 
 def test_a_config_cannot_be_changed_after_validation():

@@ -65,6 +65,26 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
              "regression.distance": "lpips", "eval.detector": "lite0-320@32", "eval.metrics": ["fd"]},
             "regression.distance", "lpips compares images of 1 or 3 channels"),
         "decoder without latents": ({"regression.decoder": "vae_tiny"}, "regression.decoder", "vae_tiny decodes latents"),
+        "nothing trains the student": ({"dm.weight": 0.0, "gan.lambda_g": 0.0}, "dm.weight", "nothing would train the student"),
+        "nothing trains the critic": ({"critic.denoise_weight": 0.0, "gan.lambda_g": 0.0, "gan.lambda_d": 0.0},
+                                      "critic.denoise_weight", "nothing would train the critic"),
+        "GAN without discriminator": ({"gan.lambda_d": 0.0}, "gan.lambda_d", "the head would never be trained"),
+        "VP solver for an edm teacher": ({"regression.pairs.sampler": {"solver": "ddim", "steps": 4}},
+                                         "regression.pairs.sampler", "ddim cannot sample an edm teacher"),
+        "VP solver of a row of the teacher": ({"eval.teacher_samplers.ode": {"solver": "ddim", "steps": 4}},
+                                              "eval.teacher_samplers.ode", "ddim cannot sample an edm teacher"),
+        "low-rank student of labels": ({"generator.lora": {"rank": 4, "alpha": 1.0}}, "generator.lora", "is for text runs"),
+        "released without network": ({"train.released": "a.bin", "teacher.network": None, "teacher.train": None},
+                                     "train.released", "the architecture of the weights in the file"),
+        "shared noise of clean images": (
+            {"gan.shares_noise": True, "gan.noise_range": None}, "gan.shares_noise",
+            "not gan.noise_range null, dm.index_range [20, 980], critic.index_range [0, 999]"),
+        "shared noise without one range": (
+            {"gan.shares_noise": True, "gan.noise_range": [0, 999]}, "gan.shares_noise",
+            "not gan.noise_range [0, 999], dm.index_range [20, 980], critic.index_range [0, 999]"),
+        "shared noise but another range of the critic": (
+            {"gan.shares_noise": True, "gan.noise_range": [20, 980], "critic.index_range": [0, 980]}, "gan.shares_noise",
+            "needs one range of noise levels"),
         "betas": ({"optim.betas": [0.9, 1.5]}, "optim.betas.1", "less than 1"),
         "metric that is none": ({"eval.metrics": ["fd", "acuracy"]}, "eval.metrics", "did you mean accuracy?"),
         "metric twice": ({"eval.metrics": ["fd", "fd"]}, "eval.metrics", "fd is given twice"),
@@ -98,6 +118,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
                                      "eval.reference", "emoji keeps latents only"),
         "classifier of captions": ({"eval.detector": "emoji-classifier"}, "eval.detector", "has captions and no labels"),
         "patch larger than the images": ({"eval.patch.geometry": "patch-64"}, "eval.patch.geometry", "no patch-64"),
+        "time beyond the schedule's": ({"generator.time": 1000.0}, "generator.time", "1000.0 is no step of an eps teacher"),
         "steps above the schedule's": (
             {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
     },
@@ -135,7 +156,7 @@ def write(folder: Folder, name: str, base: str, changes: dict[str, Any]) -> None
 def place(folder: Folder, name: str, key: str) -> str:  # noqa: F811
     """``file:line`` of a key of a base, or of its nearest parent there."""
     path = [int(part) if part.isdigit() else part for part in key.split(".")]
-    return read_yaml(folder.bases / f"{name}.yaml").where(*path)
+    return read_yaml(folder.bases / f"{name}.yaml")[1].where(*path)
 
 
 @pytest.mark.parametrize(("base", "name"), CASES, ids=[f"{base}: {name}" for base, name in CASES])
@@ -175,7 +196,7 @@ def test_what_does_not_fit_in_a_row_is_blamed_on_the_row(folder) -> None:  # noq
     write(folder, "digits", "digits", {})
     rows = [{"run": "a"}, {"run": "b", "change": {"teacher.guidance": 2.0}}]
     folder.table("digits", title="t", base="digits", rows=rows)
-    line = read_yaml(folder.tables / "digits.yaml").where("rows", 1, "change", "teacher.guidance")
+    line = read_yaml(folder.tables / "digits.yaml")[1].where("rows", 1, "change", "teacher.guidance")
     assert folder.error().startswith(f"{line}: row b: teacher.network.num_class_embeds: num_class_embeds is 10, but")
 
 

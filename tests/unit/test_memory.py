@@ -33,7 +33,7 @@ def test_parameters_are_those_of_the_built_networks(kind):
 
 
 def test_imagenet64_is_counted_without_its_weights():
-    counted = Counted(load_base("imagenet64")[1])
+    counted = Counted(load_base("imagenet64"))
     assert counted.parameters == {"student": 295_899_267, "teacher": 295_899_267, "critic": 295_899_267,
                                   "head": 18_879_745}  # fmt: skip
     assert all(p.is_meta for module in counted.modules.values() for p in module.parameters())

@@ -212,7 +212,7 @@ def test_the_ema_is_in_the_checkpoint_without_moments():
 
 
 def test_imagenet64_on_paper():
-    _, cfg = load_base("imagenet64")
+    cfg = load_base("imagenet64")
     disk = disk_of(cfg, Counts().of(cfg))
     assert snapshots(cfg) == 20
     assert disk.snapshots == 20 * 4 * 295_899_267

@@ -33,7 +33,7 @@ def test_a_row_that_does_not_fit_is_marked_by_a_word_and_by_the_exit(page, card,
 
 def test_text_sets_are_priced_as_float16_with_their_text_states(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no set is
-    _, cfg = load_base("sdxl", ROOT / "workflow/base")
+    cfg = load_base("sdxl", ROOT / "workflow/base")
     monkeypatch.setattr(plan, "PUBLISHED_IMAGES", {cfg.data.name: 10, config().data.name: 10})
     weighted = cfg.model_copy(update={"regression": cfg.regression.model_copy(update={"weight": 1.0})})
     disk, text = disk_of(weighted, Counts().of(weighted)), 77 * 2048 * 2 + 1280 * 2 + 6 * 4

@@ -94,7 +94,7 @@ def test_sdxl_rows_differ_in_the_student_input_alone_where_the_paper_says_so():
 
 
 def test_sd15_base_has_the_published_second_stage():
-    _, cfg = load_base("sd15", ROOT / "workflow/base")
+    cfg = load_base("sd15", ROOT / "workflow/base")
     assert (cfg.optim.lr, cfg.optim.batch, cfg.critic.ratio, cfg.teacher.guidance) == (5e-7, 2048, 10, 1.75)
     assert (cfg.gan.lambda_g, cfg.gan.lambda_d, cfg.generator.time) == (1e-3, 1e-2, 999)
 

@@ -15,7 +15,6 @@ from dmd2.experiment.metrics import METRICS, OF_RUNS
 from dmd2.experiment.run_inputs import WEIGHTS
 
 LITE0 = ("lite0-320@32", "lite0-320@64", "lite0-1280@64", "lite0-112@64")  # weights in a package, not of these names
-OF_A_SET = ("-classifier", "-clip")
 
 
 @cache
@@ -23,11 +22,8 @@ def networks() -> dict[str, bool]:
     """Detectors with published weights, and whether a distance of their features is an FID."""
     listed = yaml.safe_load((files("eval.detectors") / "weights.yaml").read_text(encoding="utf-8"))
     named = {d: entry.get("fid", False) for name, entry in listed.items() for d in (name, *entry.get("detectors", ()))}
-    return {**dict.fromkeys(LITE0, False), **{name: fid for name, fid in named.items() if _features(name)}}
-
-
-def _features(name: str) -> bool:
-    return not name.startswith(("efficientnet", "lpips"))
+    no_features = ("efficientnet", "lpips")
+    return dict.fromkeys(LITE0, False) | {name: fid for name, fid in named.items() if not name.startswith(no_features)}
 
 
 def image_shape(data: Data) -> tuple[int, int | None]:
@@ -43,36 +39,25 @@ def image_shape(data: Data) -> tuple[int, int | None]:
 def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     """What is wrong with the eval section of a run, given every data section by name."""
     spec = cfg.eval
-    yield from _metrics(cfg, sets)
+    yield from metric_problems(cfg, networks().get(spec.detector, False))
+    for metric in (METRICS[name] for name in spec.metrics if name in METRICS):
+        if "labels" in metric.needs and not spec.detector.endswith("-classifier") and not cfg.data.text:
+            told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
+            yield "eval.metrics", "eval.detector", f"{metric.name} {told}"
+        if "reference images" in metric.needs and spec.reference not in sets:
+            told = f"compares with the images of the reference, and {spec.reference} is no set of a base"
+            yield "eval.metrics", "eval.reference", f"{metric.name} {told}"
     yield from _model(spec.detector, "eval.detector", cfg, sets)
     if spec.clip is not None:
         yield from _model(spec.clip, "eval.clip", cfg, sets)
-    yield from _reference(spec.reference, "eval.reference", spec.geometry, cfg, sets)
-    yield from _geometry(spec.geometry, "eval.geometry", cfg.data)
+    yield from _reference(spec.reference, spec.geometry, "eval", cfg, sets)
     if spec.patch is not None:
-        yield from _reference(spec.patch.reference, "eval.patch.reference", spec.patch.geometry, cfg, sets)
-        yield from _geometry(spec.patch.geometry, "eval.patch.geometry", cfg.data)
+        yield from _reference(spec.patch.reference, spec.patch.geometry, "eval.patch", cfg, sets)
     for key in ("prompts", "clip"):
         if cfg.data.text is None and getattr(spec, key) is not None:
-            yield (
-                (f"eval.{key}", "data.text"),
-                f"captions belong to data.text, and {cfg.data.name} has labels",
-            )
+            yield f"eval.{key}", "data.text", f"captions belong to data.text, and {cfg.data.name} has labels"
     if spec.shards > spec.images:
-        yield ("eval.shards", "eval.images"), f"{spec.shards} jobs cannot share eval.images {spec.images}: use fewer"
-
-
-def _metrics(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
-    spec = cfg.eval
-    yield from metric_problems(cfg, networks().get(spec.detector, False))
-    for name in spec.metrics:
-        metric = METRICS.get(name)
-        if metric and "labels" in metric.needs and not spec.detector.endswith("-classifier") and not cfg.data.text:
-            told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
-            yield ("eval.metrics", "eval.detector"), f"{name} {told}"
-        if metric and "reference images" in metric.needs and spec.reference not in sets:
-            told = f"compares with the images of the reference, and {spec.reference} is no set of a base"
-            yield ("eval.metrics", "eval.reference"), f"{name} {told}"
+        yield "eval.shards", "eval.images", f"{spec.shards} jobs cannot share eval.images {spec.images}: use fewer"
 
 
 def metric_problems(cfg: RunConfig, fid: bool) -> Iterator[Problem]:
@@ -80,27 +65,27 @@ def metric_problems(cfg: RunConfig, fid: bool) -> Iterator[Problem]:
     spec, key = cfg.eval, "eval.metrics"
     for i, name in enumerate(spec.metrics):
         if name not in OF_RUNS:
-            told = did_you_mean(name, OF_RUNS, ": choose from " + ", ".join(OF_RUNS))
-            yield (key,), f"there is no metric {name}{told}"
+            yield key, f"there is no metric {name}{did_you_mean(name, OF_RUNS, ': choose from ' + ', '.join(OF_RUNS))}"
             continue
         metric = METRICS[name]
         if name in spec.metrics[:i]:
-            yield (key,), f"{name} is given twice"
+            yield key, f"{name} is given twice"
         if metric.function == "frechet" and name.endswith("fid") != fid:
             right = name.removesuffix("fid").removesuffix("fd") + ("fid" if fid else "fd")
             why = "" if fid else ": only the canonical Inception features give an FID"
-            yield (key, "eval.detector"), f"{name} with detector {spec.detector} is called {right}{why}"
+            yield key, "eval.detector", f"{name} with detector {spec.detector} is called {right}{why}"
         if "patch" in metric.needs and spec.patch is None:
-            yield (key, "eval.patch"), f"{name} needs eval.patch: its geometry and its reference"
+            yield key, "eval.patch", f"{name} needs eval.patch: its geometry and its reference"
         if "captions" in metric.needs and (spec.clip is None or cfg.data.text is None):
-            yield (key, "eval.clip"), f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
+            yield key, "eval.clip", f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
         if "labels" in metric.needs and cfg.data.text is not None:
-            yield (key, "eval.detector"), f"{name} needs labels, and data {cfg.data.name} has captions"
+            yield key, "eval.detector", f"{name} needs labels, and data {cfg.data.name} has captions"
 
 
 def set_of(model: str) -> str | None:
     """The set that a model in data/weights is trained on here, as its name says."""
-    return next((model.removesuffix(suffix) for suffix in OF_A_SET if model.endswith(suffix)), None)
+    found = re.fullmatch(r"(.+)-(classifier|clip)", model)
+    return found[1] if found else None
 
 
 def _model(name: str, key: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
@@ -109,24 +94,24 @@ def _model(name: str, key: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Ite
     if own is None or own not in sets:
         brought = name.startswith("clip-") or (WEIGHTS / name / "manifest.json").exists()
         if name not in networks() and not brought:
-            choices = [*networks(), *(f"{data}{'-clip' if sets[data].text else '-classifier'}" for data in sets)]
-            yield (key,), f"there is no {name}{did_you_mean(name, choices, ': ' + ', '.join(choices))}"
+            choices = [*networks(), *map(_own_model, sets.values())]
+            yield key, f"there is no {name}{did_you_mean(name, choices, ': ' + ', '.join(choices))}"
         return
     data = sets[own]
     if name.endswith("-classifier") and data.text is not None:
-        yield (key,), f"{own} has captions and no labels, so there is no classifier of it"
+        yield key, f"{own} has captions and no labels, so there is no classifier of it"
     if name.endswith("-clip") and (data.text is None or (data.latents and not data.text.keep_images)):
-        yield (key,), f"a CLIP needs captions and images, and {own} has none or keeps none (data.text.keep_images)"
+        yield key, f"a CLIP needs captions and images, and {own} has none or keeps none (data.text.keep_images)"
     (channels, side), (own_channels, own_side) = image_shape(cfg.data), image_shape(data)
     if side != own_side or channels not in (own_channels, 1) or data.classes != cfg.data.classes:
-        yield (
-            (key, "data.name"),
-            (
-                f"{name} takes images of {own} ({_spoken(data)}), and those of {cfg.data.name} are others "
-                f"({_spoken(cfg.data)}): use {cfg.data.name}{'-clip' if cfg.data.text else '-classifier'}, or a "
-                "network with published weights"
-            ),
-        )
+        told = f"{name} takes images of {own} ({_spoken(data)}), and those of {cfg.data.name} are others"
+        advice = f"use {_own_model(cfg.data)}, or a network with published weights"
+        yield key, "data.name", f"{told} ({_spoken(cfg.data)}): {advice}"
+
+
+def _own_model(data: Data) -> str:
+    """The model that measures a set and is trained on it."""
+    return f"{data.name}-{'clip' if data.text else 'classifier'}"
 
 
 def _spoken(data: Data) -> str:
@@ -134,34 +119,24 @@ def _spoken(data: Data) -> str:
     return f"{channels}x{side or '?'}x{side or '?'}" + (f", {data.classes} classes" if data.classes else ", captions")
 
 
-def _reference(name: str, key: str, geometry: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
+def _reference(name: str, geometry: str, section: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     """A set must have images as the run makes them, unless the geometry brings both to one size."""
+    key, (channels, side) = f"{section}.reference", image_shape(cfg.data)
+    patch = re.search(r"^patch-(\d+)", geometry)
+    if patch and side is not None and side < int(patch[1]) and not geometry.endswith("-official"):
+        told = f"images of {cfg.data.name} have a side of {side}: there is no {geometry} in them"
+        yield f"{section}.geometry", "data.resolution", told
     if not re.fullmatch(r"\w[\w.@-]*", name) or name.endswith((".npz", ".json")):
         told = "name a set of a base, or a file data/refs/NAME.npz by its NAME"
-        yield (key,), f"{name!r} is no name of a reference: {told}"
-        return
+        yield key, f"{name!r} is no name of a reference: {told}"
     if name not in sets:
         return  # the user's moments, of which nothing is known here
     data = sets[name]
     if data.latents and data.text is not None and not data.text.keep_images:
-        yield (key,), f"{name} keeps latents only: set data.text.keep_images in its base"
-    (channels, side), (own_channels, own_side) = image_shape(cfg.data), image_shape(data)
+        yield key, f"{name} keeps latents only: set data.text.keep_images in its base"
+    own_channels, own_side = image_shape(data)
     sized = geometry.startswith("square-crop") or None in (side, own_side)
     if channels != own_channels or (side != own_side and not sized):
-        yield (
-            (key, "data.name"),
-            (
-                f"images of {name} are {_spoken(data)}, those of {cfg.data.name} {_spoken(cfg.data)}: compare with a "
-                "set of that shape, or bring both to one size by eval.geometry square-crop+lanczos-SIZE"
-            ),
-        )
-
-
-def _geometry(geometry: str, key: str, data: Data) -> Iterator[Problem]:
-    _, side = image_shape(data)
-    size = re.search(r"^patch-(\d+)", geometry)
-    if size and side is not None and side < int(size[1]) and not geometry.endswith("-official"):
-        yield (
-            (key, "data.resolution"),
-            f"images of {data.name} have a side of {side}: there is no {geometry} in them",
-        )
+        told = f"images of {name} are {_spoken(data)}, those of {cfg.data.name} {_spoken(cfg.data)}"
+        advice = "compare with a set of that shape, or bring both to one size by eval.geometry square-crop+lanczos-SIZE"
+        yield key, "data.name", f"{told}: {advice}"

@@ -1,5 +1,10 @@
-"""Whether the sections of a run fit one another: data, teacher, training and evaluation; imports no torch."""
+"""Whether the sections of a run fit one another: data, teacher and training; imports no torch.
 
+What one section can say about itself is checked by its pydantic model, wherever it is read. What needs two sections,
+other runs, or files is checked in this package, once, when the tables are read.
+"""
+
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import log2
@@ -7,146 +12,154 @@ from typing import Any
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import evaluation_problems
-from dmd2.experiment.checks.network import Problem, network_problems
+from dmd2.experiment.checks.network import NETWORK, Problem, network_problems
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import CAPTIONED, Data
-from dmd2.experiment.dotted_keys import Written
+from dmd2.experiment.dotted_keys import LocatedConfig
+from dmd2.experiment.eval_config import Sampler
 
 # What is known of sources without reading them: channels, resolution, classes (None: as the config says).
 KNOWN_SETS = {"sklearn-digits": (1, 8, 10), "cifar10": (3, 32, 10), "idx": (1, None, None)}
-LABELLED_ONLY = tuple(KNOWN_SETS)
 NAMES = r"\w[\w.-]*"  # of what becomes a folder and part of Snakemake's patterns
 LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.schedules, which imports torch
 
 
-def check_all(written: Sequence[Written]) -> None:
+def check_all(located: Sequence[LocatedConfig]) -> None:
     """Check the config of every base and row that a table uses.
 
     Raises:
         UserError: one sentence with file, line and key for the first problem.
     """
-    sets = {one.cfg.data.name: one.cfg.data for one in written}
-    for one in written:
-        for keys, told in problems(one.cfg, sets):
-            raise UserError(f"{one.where(*keys)}: {one.row}{keys[0]}: {told}")
+    sets = {one.cfg.data.name: one.cfg.data for one in located}
+    for one in located:
+        for *keys, told in problems(one.cfg, sets):
+            named = told if told.startswith(keys[0]) else f"{keys[0]}: {told}"
+            raise UserError(f"{one.where(*keys)}: {one.row}{named}")
 
 
 def problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
-    """All that does not fit, given every data section by name: keys (the first names it), and a sentence."""
+    """All that does not fit in a config, given every data section by name."""
     yield from _names(cfg)
     yield from _data(cfg.data)
     yield from _teacher(cfg)
-    yield from _training(cfg)
+    yield from _losses(cfg)
+    yield from _student_input(cfg)
+    yield from _head(cfg)
     yield from evaluation_problems(cfg, sets)
 
 
 def _names(cfg: RunConfig) -> Iterator[Problem]:
-    names = {"data.name": cfg.data.name, "teacher.name": cfg.teacher.name}
-    for key, name in names.items():
+    for key, name in {"data.name": cfg.data.name, "teacher.name": cfg.teacher.name}.items():
         if not re.fullmatch(NAMES, name):
-            yield (key,), f"{name!r} is no name of a folder: use letters, digits, _, - and ."
+            yield key, f"{name!r} is no name of a folder: use letters, digits, _, - and ."
     for name in cfg.eval.teacher_samplers:
         if not re.fullmatch(r"\w+", name):
-            yield (f"eval.teacher_samplers.{name}",), "the name of a sampler has letters, digits and _ only"
+            yield f"eval.teacher_samplers.{name}", "the name of a sampler has letters, digits and _ only"
 
 
 def _data(data: Data) -> Iterator[Problem]:
-    kind = data.source.kind
-    if data.text is not None and kind in LABELLED_ONLY:
-        yield ("data.source.kind", "data.text"), f"{kind} has no captions: leave out data.text and give data.classes"
+    kind, text = data.source.kind, data.text
+    if text is not None and kind in KNOWN_SETS:
+        yield "data.source.kind", "data.text", f"{kind} has no captions: leave out data.text and give data.classes"
         return
     known = KNOWN_SETS.get(kind, (None, None, None))
     for key, value in zip(("channels", "resolution", "classes"), known, strict=True):
         if value is not None and getattr(data, key) != value:
-            yield (f"data.{key}", "data.source.kind"), f"{getattr(data, key)}, but the images of {kind} have {value}"
-    if data.text is None:
-        return
-    made = data.text.pipeline.autoencoder
-    if not data.latents:
-        if data.channels != 3 and kind != "latents":
-            yield (
-                ("data.channels", "data.text"),
-                f"{data.channels}, but images with captions are read as RGB: 3",
-            )
-        return
-    if made is not None and kind not in (*CAPTIONED, "image-folder", "hub"):
-        told = f"an autoencoder is trained here on images, which {kind} has none of"
-        yield ("data.text.pipeline.autoencoder", "data.source.kind"), told
-    if made is not None:
-        yield from _autoencoder(made.network, data)
-    if made is not None and (width := made.network.get("latent_channels", 4)) != data.channels:
-        keys = ("data.channels", "data.text.pipeline.autoencoder.network.latent_channels")
-        yield keys, f"{data.channels}, but the autoencoder's latent_channels is {width}"
+            yield f"data.{key}", "data.source.kind", f"{getattr(data, key)}, but the images of {kind} have {value}"
+    if text is not None and not data.latents and data.channels != 3 and kind != "latents":
+        yield "data.channels", "data.text", f"{data.channels}, but images with captions are read as RGB: 3"
+    if text is not None and data.latents and text.pipeline.autoencoder is not None:
+        yield from _autoencoder(text.pipeline.autoencoder.network, data)
 
 
 def _autoencoder(network: Mapping[str, Any], data: Data) -> Iterator[Problem]:
-    where = "data.text.pipeline.autoencoder.network"
-    for key in ("in_channels", "out_channels"):
-        if network.get(key, 3) != 3:
-            yield (f"{where}.{key}",), f"{network[key]}, but images with captions are read as RGB: 3"
+    key, kind = "data.text.pipeline.autoencoder", data.source.kind
+    if kind not in (*CAPTIONED, "image-folder", "hub"):
+        yield key, "data.source.kind", f"an autoencoder is trained here on images, which {kind} has none of"
+    key = f"{key}.network"
+    for name in ("in_channels", "out_channels"):
+        if network.get(name, 3) != 3:
+            yield f"{key}.{name}", f"{network[name]}, but images with captions are read as RGB: 3"
     levels = len(network.get("block_out_channels", [64]))
-    for key in ("down_block_types", "up_block_types"):
-        if (count := len(network.get(key, ["one"]))) != levels:
-            yield (f"{where}.{key}", f"{where}.block_out_channels"), f"{count} blocks, but {levels} block_out_channels"
-    if (size := network.get("sample_size")) not in (None, pixels := data.resolution * 2 ** (levels - 1)):
-        keys = (f"{where}.sample_size", "data.resolution")
-        yield (
-            keys,
-            f"{size}, but {levels} levels make latents of {data.resolution} pixels from {pixels} pixels",
-        )
+    for name in ("down_block_types", "up_block_types"):
+        if (count := len(network.get(name, ["one"]))) != levels:
+            yield f"{key}.{name}", f"{key}.block_out_channels", f"{count} blocks, but {levels} block_out_channels"
+    side, pixels, size = data.resolution, data.resolution * 2 ** (levels - 1), network.get("sample_size")
+    if size not in (None, pixels):
+        told = f"{size}, but {levels} levels make latents of {side} pixels from {pixels} pixels"
+        yield f"{key}.sample_size", "data.resolution", told
+    if (width := network.get("latent_channels", 4)) != data.channels:
+        told = f"{data.channels}, but the autoencoder's latent_channels is {width}"
+        yield "data.channels", f"{key}.latent_channels", told
+
+
+def _samplers(cfg: RunConfig) -> dict[str, Sampler]:
+    """Every sampler of a teacher, by its key."""
+    of_rows = {f"eval.teacher_samplers.{name}": sampler for name, sampler in cfg.eval.teacher_samplers.items()}
+    return {"regression.pairs.sampler": cfg.regression.pairs.sampler, **of_rows}
 
 
 def _teacher(cfg: RunConfig) -> Iterator[Problem]:
-    teacher, guided = cfg.teacher, next(_guided(cfg), None)
+    teacher, samplers, classes = cfg.teacher, _samplers(cfg), cfg.data.classes
+    for key, sampler in samplers.items():
+        if (sampler.solver == "heun") != (teacher.parameterisation == "edm"):
+            yield key, f"{sampler.solver} cannot sample an {teacher.parameterisation} teacher"
+        if sampler.s_min > sampler.s_max:
+            yield f"{key}.s_min", f"{key}.s_max", f"{sampler.s_min} is above s_max {sampler.s_max}"
+    guidance = {"teacher.guidance": teacher.guidance, **{f"{key}.guidance": s.guidance for key, s in samplers.items()}}
+    if not cfg.needs_pairs:
+        del guidance["regression.pairs.sampler.guidance"]
+    guided = next((key for key, strength in guidance.items() if strength > 1), None)
     if teacher.network is not None:
         yield from network_problems(teacher.network, cfg.data, guided)
-    if teacher.train is None:
-        return
-    dropout = teacher.train.label_dropout
-    if guided is not None and dropout == 0:
-        told = (
-            f"0, but {guided} is above 1: guidance leads away from no condition, which the teacher must see in training"
+    dropout = 0.0 if teacher.train is None else teacher.train.label_dropout
+    if guided is not None and teacher.train is not None and dropout == 0:
+        told = "guidance leads away from no condition, which the teacher must see in training"
+        yield "teacher.train.label_dropout", guided, f"0, but {guided} is above 1: {told}"
+    embeds, key = (teacher.network or {}).get("num_class_embeds"), "teacher.train.label_dropout"
+    if dropout > 0 and cfg.data.text is None and embeds != classes + 1:
+        yield f"{NETWORK}.num_class_embeds", key, f"{embeds}, but {key} needs {classes + 1}: data.classes and no class"
+    if cfg.released_whole and teacher.network is None:
+        told = "train.released needs teacher.network: the architecture of the weights in the file"
+        yield "train.released", NETWORK, told
+
+
+def _losses(cfg: RunConfig) -> Iterator[Problem]:
+    gan, dm, critic, regression, data = cfg.gan, cfg.dm, cfg.critic, cfg.regression, cfg.data
+    if dm.weight == gan.lambda_g == regression.weight == 0:
+        told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
+        yield "dm.weight", "gan.lambda_g", "regression.weight", told
+    if gan.lambda_g > 0 and gan.lambda_d == 0:
+        yield (
+            "gan.lambda_d",
+            "gan.lambda_g",
+            "gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained",
         )
-        yield ("teacher.train.label_dropout", guided), told
-    embeds = (teacher.network or {}).get("num_class_embeds")
-    if dropout > 0 and cfg.data.text is None and embeds != cfg.data.classes + 1:
-        keys = ("teacher.network.num_class_embeds", "teacher.train.label_dropout")
-        yield keys, f"{embeds}, but teacher.train.label_dropout needs {cfg.data.classes + 1}: data.classes and no class"
+    if dm.weight > 0 and not cfg.trains_critic:
+        told = "critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic"
+        yield "critic.denoise_weight", "gan.lambda_d", told
+    ranges = (gan.noise_range, dm.index_range, critic.index_range)
+    if gan.on and gan.shares_noise and len(set(ranges)) > 1:
+        told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(json.dumps, ranges))
+        yield "gan.shares_noise", f"gan.shares_noise needs one range of noise levels, not {told}"
+    if cfg.needs_pairs and regression.distance == "lpips" and not data.latents and data.channels not in (1, 3):
+        told = f"lpips compares images of 1 or 3 channels, data.channels is {data.channels}"
+        yield "regression.distance", "data.channels", told
+    if regression.decoder == "vae_tiny" and not data.latents:
+        yield "regression.decoder", "vae_tiny decodes latents (data.text.latents), and this run diffuses images"
 
 
-def _guided(cfg: RunConfig) -> Iterator[str]:
-    """Keys that ask for classifier-free guidance."""
-    if cfg.teacher.guidance > 1:
-        yield "teacher.guidance"
-    if cfg.needs_pairs and cfg.regression.pairs.sampler.guidance > 1:
-        yield "regression.pairs.sampler.guidance"
-    for name, sampler in cfg.eval.teacher_samplers.items():
-        if sampler.guidance > 1:
-            yield f"eval.teacher_samplers.{name}.guidance"
-
-
-def _training(cfg: RunConfig) -> Iterator[Problem]:
-    generator, first = cfg.generator, cfg.generator.time
-    edm = cfg.teacher.parameterisation == "edm"
+def _student_input(cfg: RunConfig) -> Iterator[Problem]:
+    steps, first, edm = cfg.generator.steps, cfg.generator.time, cfg.teacher.parameterisation == "edm"
     if edm and first > SIGMA_MAX:
-        yield ("generator.time",), f"{first} is above {SIGMA_MAX}, the largest sigma of an edm teacher"
-    if generator.steps > 1 and first <= (second := second_time(generator.steps, edm)):
-        keys = ("generator.time", "generator.steps")
-        yield keys, f"{first} is not above {second:.4g}, the second of the {generator.steps} times of generator.steps"
-    regression = cfg.regression
-    if cfg.needs_pairs and regression.distance == "lpips" and not cfg.data.latents and cfg.data.channels not in (1, 3):
-        keys = ("regression.distance", "data.channels")
-        yield keys, f"lpips compares images of 1 or 3 channels, data.channels is {cfg.data.channels}"
-    if regression.decoder == "vae_tiny" and not cfg.data.latents:
-        yield ("regression.decoder",), "vae_tiny decodes latents (data.text.latents), and this run diffuses images"
-    yield from _head(cfg)
-    samplers = {f"eval.teacher_samplers.{name}": sampler for name, sampler in cfg.eval.teacher_samplers.items()}
-    for key, sampler in {**samplers, "regression.pairs.sampler": regression.pairs.sampler}.items():
-        if sampler.s_min > sampler.s_max:
-            yield (
-                (f"{key}.s_min", f"{key}.s_max"),
-                f"{sampler.s_min} is above s_max {sampler.s_max}",
-            )
+        yield "generator.time", f"{first} is above {SIGMA_MAX}, the largest sigma of an edm teacher"
+    if not edm and (first > LEVELS - 1 or first % 1):
+        yield "generator.time", f"{first} is no step of an eps teacher: 0 to 999, whole"
+    if steps > 1 and first <= (second := second_time(steps, edm)):
+        told = f"{first} is not above {second:.4g}, the second of the {steps} times of generator.steps"
+        yield "generator.time", "generator.steps", told
+    if cfg.generator.lora is not None and cfg.data.text is None:
+        yield "generator.lora", "generator.lora is for text runs (data.text): other networks have no adapters"
 
 
 def second_time(steps: int, edm: bool) -> float:
@@ -158,17 +171,13 @@ def second_time(steps: int, edm: bool) -> float:
 
 def _head(cfg: RunConfig) -> Iterator[Problem]:
     """The GAN's head halves the bottleneck to 4x4 (`dmd2.networks.head`); other sizes do not end in one logit."""
-    levels = (cfg.teacher.network or {}).get("block_out_channels")
+    levels, side = (cfg.teacher.network or {}).get("block_out_channels"), cfg.data.resolution
     if not cfg.gan.on or levels is None:
         return
-    side = bottleneck = cfg.data.resolution // 2 ** (len(levels) - 1)
-    for _ in range(max(0, round(log2(side / 4))) if side else 0):
-        side //= 2
-    if side != min(4, bottleneck) or not bottleneck:
-        yield (
-            ("gan.lambda_g", "teacher.network.block_out_channels", "data.resolution"),
-            (
-                f"the GAN's head needs a bottleneck of 1 to 4 pixels or 4 times a power of two, but data.resolution "
-                f"{cfg.data.resolution} and {len(levels)} levels leave {bottleneck}"
-            ),
-        )
+    last = bottleneck = side // 2 ** (len(levels) - 1)
+    for _ in range(max(0, round(log2(bottleneck / 4))) if bottleneck else 0):
+        last //= 2
+    if last != min(4, bottleneck) or not bottleneck:
+        told = f"data.resolution {side} and {len(levels)} levels leave {bottleneck}"
+        told = f"the GAN's head needs a bottleneck of 1 to 4 pixels or 4 times a power of two, but {told}"
+        yield "gan.lambda_g", f"{NETWORK}.block_out_channels", "data.resolution", told
