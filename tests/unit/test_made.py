@@ -1,14 +1,12 @@
 """The record of what an artefact was made from, and what it calls out of date."""
 
 import json
-import os
-import time
 
 import pytest
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import digest_of, read_json, write_json
-from dmd2.core.provenance import Artefact, Outdated, altered, content, made_from, recorded
+from dmd2.core.provenance import Artefact, altered, content, made_from, outdated, recorded
 
 
 @pytest.fixture
@@ -71,17 +69,11 @@ def chained(first: int) -> list[Artefact]:
     return [Artefact(["first.json"], first, []), second, third]
 
 
-def reasons(artefacts: list[Artefact]) -> dict[str, str]:
-    found = Outdated()
-    found.review(artefacts)
-    return found.reasons
-
-
 def test_absent_link_of_the_chain_counts_as_unchanged(folder) -> None:
     artefacts = chain(folder)
     (folder / "first.json").unlink()
     (folder / "second.json").unlink()
-    assert reasons(artefacts) == {}
+    assert outdated(artefacts) == {}
 
 
 def test_change_behind_a_link_that_a_killed_job_deleted_is_seen(folder) -> None:
@@ -89,14 +81,14 @@ def test_change_behind_a_link_that_a_killed_job_deleted_is_seen(folder) -> None:
     (folder / "second.json").unlink()  # Snakemake deletes an output before its job starts
     with recorded(folder / "first.json", 1, []):
         write_json(folder / "first.json", {"kind": "remade"})
-    assert reasons(artefacts) == {"third.json": "was made from another first.json"}
+    assert outdated(artefacts) == {"third.json": "was made from another first.json"}
 
 
 def test_changed_settings_of_what_is_not_here_are_seen(folder) -> None:
     chain(folder)
     (folder / "first.json").unlink()
     (folder / "second.json").unlink()
-    assert reasons(chained(2)) == {"third.json": "was made from a first.json of other settings"}
+    assert outdated(chained(2)) == {"third.json": "was made from a first.json of other settings"}
 
 
 def test_join_hands_on_origins_but_not_its_parts(folder) -> None:
@@ -170,47 +162,3 @@ def test_metrics_are_of_one_training_though_another_gave_equal_weights(folder) -
     assert artefact.outdated() is None
     write_json(folder / "train.json", {**run, "key": "b"})
     assert artefact.outdated() == "was made from another train.json"
-
-
-def test_review_puts_times_right_in_order_and_keeps_what_is_outdated(folder) -> None:
-    with recorded(folder / "last.json", None, ["out.json"], beside=["last.md"]):
-        write_json(folder / "last.json", {})
-        (folder / "last.md").write_text("table")
-    for name, moment in (("in.json", 300), ("out.json", 200), ("last.json", 100), ("last.md", 50)):
-        os.utime(folder / name, (moment, moment))
-    found = Outdated()
-    found.review([out(), Artefact(["last.json", "last.md"], None, ["out.json"])])
-    assert os.stat("out.json").st_mtime == 200  # a dry run ends here
-    found.date()
-    times = [os.stat(name).st_mtime_ns for name in ("in.json", "out.json", "last.json")]
-    assert found.reasons == {} and times == sorted(set(times))
-    assert os.stat("last.md").st_mtime_ns > times[1]
-    found.review([out({"x": 3})])
-    assert found.reasons == {"out.json": "was made with other settings"} and os.stat("out.json").st_mtime_ns == times[1]
-
-
-def test_what_lies_behind_an_absent_file_is_older_too(folder) -> None:
-    """Snakemake would make the absent file, and all after it, if what it is made from were younger."""
-    with recorded(folder / "last.json", None, ["out.json"]):
-        write_json(folder / "last.json", {})
-    os.utime("in.json", (300, 300))
-    os.utime("last.json", (100, 100))
-    (folder / "out.json").unlink()
-    found = Outdated()
-    found.review([out(), Artefact(["last.json"], None, ["out.json"])])
-    found.date()
-    assert found.reasons == {} and os.stat("last.json").st_mtime > 300
-
-
-def test_clock_that_was_ahead_dates_nothing_into_the_future(folder) -> None:
-    future = time.time() + 1e8
-    os.utime("in.json", (future, future))
-    found = Outdated()
-    found.review([out(), Artefact(["absent.json"], {}, ["in.json"])])
-    found.date()
-    assert found.reasons == {} and os.stat("in.json").st_mtime < os.stat("out.json").st_mtime < time.time() + 1
-
-
-def test_long_lists_are_cut() -> None:
-    lines = Outdated({f"{n}.json": "is damaged" for n in range(9)}).told()
-    assert len(lines) == 6 and lines[0] == "0.json is damaged" and lines[-1] == "... and 4 more"

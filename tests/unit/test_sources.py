@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmd2.core import sources
 from dmd2.core.files import content_of, read_json, write_json
-from dmd2.core.provenance import Artefact, Outdated, recorded
+from dmd2.core.provenance import Artefact, outdated, recorded
 from dmd2.core.sources import source_listing
 from dmd2.data.sets import main
 
@@ -41,9 +41,7 @@ def prepared(tmp_path, monkeypatch) -> Path:
 
 
 def reasons() -> dict[str, str]:
-    found = Outdated()
-    found.review([Artefact([SET], CONFIG, []), Artefact(["below.json"], {}, [SET])])
-    return found.reasons
+    return outdated([Artefact([SET], CONFIG, []), Artefact(["below.json"], {}, [SET])])
 
 
 OTHER = {SET: "was made from another listing of pictures"}

@@ -3,6 +3,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -10,6 +11,7 @@ from dmd2.core.files import digest_of, read_json
 from dmd2.experiment.run_inputs import (
     Inputs, measured_with, pair_inputs, pipeline_manifest, pipeline_settings, prompt_set, prompt_settings,
 )
+from dmd2.core.provenance import Artefact
 from dmd2.core.run import RunId
 
 CONFIGS = [*EXPERIMENT.bases.values(), *RUNS.values()]
@@ -36,21 +38,18 @@ def recorded_in(path):
         return None
 
 
-def pairs_config(cfg):
+def pairs_settings(cfg):
     """What pairs depend on, and nothing else of the rows that use them."""
-    sections = cfg.settings(include={"data": True, "teacher": True, "regression": {"pairs"}})
-    return json.dumps(sections, sort_keys=True)
+    return cfg.settings(include={"data": True, "teacher": True, "regression": {"pairs"}})
 
 
-def teacher_config(cfg):
+def teacher_settings(cfg):
     return [cfg.data.settings(), cfg.teacher.settings()]
 
 
-TEACHERS = shared(lambda cfg: cfg.teacher.name, teacher_config, "data/teachers/{}/manifest.json".format)
+TEACHERS = shared(lambda cfg: cfg.teacher.name, teacher_settings, "data/teachers/{}/manifest.json".format)
 PAIR_SETS = shared(
-    lambda cfg: cfg.pair_set if cfg.needs_pairs else None,
-    lambda cfg: json.loads(pairs_config(cfg)),
-    "data/pairs/{}/shard-00000.json".format,
+    lambda cfg: cfg.pair_set if cfg.needs_pairs else None, pairs_settings, "data/pairs/{}/shard-00000.json".format
 )
 DETECTORS = {cfg.eval.detector for cfg in CONFIGS} | {cfg.eval.clip for cfg in CONFIGS if cfg.eval.clip}
 # Moments by name: detector, reference and geometry.
@@ -118,18 +117,36 @@ def device_of(kind):
     return getattr(CLUSTER.jobs, kind).device
 
 
-def outdated(pattern):
-    """Input function: a file that is always new, where the output exists but is not what would be made now."""
+KINDS = []
+
+
+def artefact(*outputs, of, settings, inputs=lambda w: {}):
+    """Input of a rule whose first output records what it was made from (dmd2/core/provenance.py).
+
+    outputs: their patterns. of: wildcards of those that the tables could ask for. settings: what an output depends on
+    besides its inputs, given its wildcards, as JSON values. inputs: files by name, or lists of files, given its wildcards.
+    """
+    KINDS.append((outputs, of, settings, inputs))
 
     def found(w):
         settle()
-        return [CHANGED] if pattern.format(**dict(w.items())) in OUTDATED.reasons else []
+        changed = {"changed": CHANGED} if outputs[0].format(**dict(w.items())) in OUTDATED else {}
+        return inputs(w) | changed
 
-    return found
+    return unpack(found)
+
+
+def artefacts():
+    """Every artefact that the tables could ask for, inputs before what is made from them: the order of the rules."""
+    for outputs, of, settings, inputs in KINDS:
+        for wildcards in of:
+            w = SimpleNamespace(**wildcards)
+            files = [file for value in inputs(w).values() for file in ([value] if isinstance(value, str) else value)]
+            yield Artefact([output.format(**wildcards) for output in outputs], settings(w), files)
 
 
 def as_json(section):
-    """A config section as canonical JSON: what Snakemake tracks is what runs."""
+    """A config section on a job's command line."""
     return json.dumps(section.settings(), sort_keys=True)
 
 

@@ -1,7 +1,11 @@
 # Real data, detectors and their reference statistics, teachers, pairs.
 rule real_data:
     input:
-        outdated("data/real/{data}/manifest.json"),
+        artefact(
+            "data/real/{data}/manifest.json",
+            of=[{"data": name} for name, data in DATA.items() if not data.text],
+            settings=lambda w: DATA[w.data].settings(),
+        ),
     output:
         "data/real/{data}/manifest.json",
     params:
@@ -18,9 +22,7 @@ rule real_data:
 def detector_inputs(w):
     """A per-dataset classifier is trained on its data; any other detector has published weights, or ships with them."""
     data = w.detector.removesuffix("-classifier").removesuffix("-clip")
-    if data in DATA:
-        return {"real": f"data/real/{data}/manifest.json"}
-    return {"weights": WEIGHTS_OF[w.detector]} if w.detector in WEIGHTS_OF else {}
+    return {"real": f"data/real/{data}/manifest.json"} if data in DATA else {}
 
 
 # On the login node, which has internet where compute nodes have not. A file that you put there yourself is used as it is.
@@ -36,8 +38,13 @@ rule weights:
 
 rule detector:
     input:
-        outdated("data/weights/{detector}/manifest.json"),
-        unpack(detector_inputs),
+        artefact(
+            "data/weights/{detector}/manifest.json",
+            of=[{"detector": name} for name in DETECTORS],
+            settings=lambda w: w.detector,
+            inputs=detector_inputs,
+        ),
+        lambda w: WEIGHTS_OF.get(w.detector, []),
     output:
         "data/weights/{detector}/manifest.json",
     params:
@@ -61,8 +68,12 @@ def reference_inputs(w):
 
 rule reference:
     input:
-        outdated("data/refs/{statistics}/manifest.json"),
-        unpack(reference_inputs),
+        artefact(
+            "data/refs/{statistics}/manifest.json",
+            of=[{"statistics": name} for name in STATISTICS],
+            settings=lambda w: [STATISTICS[w.statistics][0], STATISTICS[w.statistics][2]],
+            inputs=reference_inputs,
+        ),
     output:
         "data/refs/{statistics}/manifest.json",
     params:
@@ -80,15 +91,20 @@ rule reference:
         " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
-def teacher_inputs(cfg):
-    """What a teacher trained here is made from; of text, the pipeline is part of the real set."""
-    return [real_manifest(cfg)] if cfg.teacher.train else []
+def teacher_inputs(w):
+    """The real set, for a teacher that is trained here."""
+    cfg = TEACHERS[w.teacher]
+    return {"real": real_manifest(cfg)} if cfg.teacher.train else {}
 
 
 rule teacher:
     input:
-        outdated("data/teachers/{teacher}/manifest.json"),
-        lambda w: teacher_inputs(TEACHERS[w.teacher]),
+        artefact(
+            "data/teachers/{teacher}/manifest.json",
+            of=[{"teacher": name} for name in TEACHERS],
+            settings=lambda w: teacher_settings(TEACHERS[w.teacher]),
+            inputs=teacher_inputs,
+        ),
     output:
         "data/teachers/{teacher}/manifest.json",
     params:
@@ -96,7 +112,7 @@ rule teacher:
         deterministic="--deterministic" if CLUSTER.training.deterministic else "",
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
-        real=lambda w: f"--real {real_manifest(TEACHERS[w.teacher])}" if TEACHERS[w.teacher].teacher.train else "",
+        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: threads_of("teacher")
     resources:
         **hardware("teacher"),
@@ -108,20 +124,25 @@ rule teacher:
 
 
 def pairs_shards(name):
-    shards = range(PAIR_SETS[name].regression.pairs.shards)
-    return [f"data/pairs/{name}/shard-{shard:05d}.json" for shard in shards]
+    return [f"{shard:05d}" for shard in range(PAIR_SETS[name].regression.pairs.shards)]
 
 
 rule pairs_shard:
     input:
-        outdated("data/pairs/{pairs}/shard-{shard}.json"),
-        lambda w: map(str, pair_inputs(PAIR_SETS[w.pairs].data)),
-        teacher=lambda w: teacher_manifest(PAIR_SETS[w.pairs]),
+        artefact(
+            "data/pairs/{pairs}/shard-{shard}.json",
+            of=[{"pairs": name, "shard": shard} for name in PAIR_SETS for shard in pairs_shards(name)],
+            settings=lambda w: pairs_settings(PAIR_SETS[w.pairs]),
+            inputs=lambda w: {
+                "teacher": teacher_manifest(PAIR_SETS[w.pairs]),
+                "conditions": list(map(str, pair_inputs(PAIR_SETS[w.pairs].data))),
+            },
+        ),
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
     params:
         device=device_of("pairs"),
-        config=lambda w: pairs_config(PAIR_SETS[w.pairs]),
+        config=lambda w: json.dumps(pairs_settings(PAIR_SETS[w.pairs]), sort_keys=True),
     threads: threads_of("pairs")
     resources:
         **hardware("pairs"),
@@ -133,8 +154,12 @@ rule pairs_shard:
 
 rule pairs:
     input:
-        outdated("data/pairs/{pairs}/manifest.json"),
-        shards=lambda w: pairs_shards(w.pairs),
+        artefact(
+            "data/pairs/{pairs}/manifest.json",
+            of=[{"pairs": name} for name in PAIR_SETS],
+            settings=lambda w: None,
+            inputs=lambda w: {"shards": [f"data/pairs/{w.pairs}/shard-{shard}.json" for shard in pairs_shards(w.pairs)]},
+        ),
     output:
         "data/pairs/{pairs}/manifest.json",
     localrule: True

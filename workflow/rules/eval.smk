@@ -31,10 +31,17 @@ rule evaluate_part:
 
 rule evaluate:
     input:
-        outdated("results/runs/{base}/{run}/seed{seed}/metrics.json"),
-        unpack(lambda w: eval_inputs(RUNS[w.base, w.run])),
+        artefact(
+            "results/runs/{base}/{run}/seed{seed}/metrics.json",
+            "results/runs/{base}/{run}/seed{seed}/grid.png",
+            of=WANTED_RUNS,
+            settings=lambda w: RUNS[w.base, w.run].settings(),
+            inputs=lambda w: {
+                **eval_inputs(RUNS[w.base, w.run]),
+                "train": f"results/runs/{w.base}/{w.run}/seed{w.seed}/train.json",
+            },
+        ),
         unpack(lambda w: parts(RUNS[w.base, w.run], f"results/runs/{w.base}/{w.run}/seed{w.seed}")),
-        train="results/runs/{base}/{run}/seed{seed}/train.json",
     output:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
         grid="results/runs/{base}/{run}/seed{seed}/grid.png",
@@ -71,8 +78,17 @@ rule evaluate_teacher_part:
 
 rule evaluate_teacher:
     input:
-        outdated("results/teachers/{base}/{sampler}/metrics.json"),
-        unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
+        artefact(
+            "results/teachers/{base}/{sampler}/metrics.json",
+            "results/teachers/{base}/{sampler}/grid.png",
+            of=[
+                {"base": base, "sampler": sampler}
+                for base, cfg in EXPERIMENT.bases.items()
+                for sampler in cfg.eval.teacher_samplers
+            ],
+            settings=lambda w: EXPERIMENT.bases[w.base].settings(),
+            inputs=lambda w: eval_inputs(EXPERIMENT.bases[w.base]),
+        ),
         unpack(lambda w: parts(EXPERIMENT.bases[w.base], f"results/teachers/{w.base}/{w.sampler}")),
     output:
         metrics="results/teachers/{base}/{sampler}/metrics.json",

@@ -8,8 +8,12 @@ def requested_tables():
 
 rule table:
     input:
-        outdated("results/tables/{table}.json"),
-        lambda w: EXPERIMENT.measured(w.table),
+        artefact(
+            *(f"results/tables/{{table}}.{suffix}" for suffix in ("json", *BESIDE)),
+            of=[{"table": name} for name in TABLES],
+            settings=lambda w: EXPERIMENT.shown(w.table),
+            inputs=lambda w: {"metrics": EXPERIMENT.measured(w.table)},
+        ),
     output:
         multiext("results/tables/{table}", ".json", *(f".{suffix}" for suffix in BESIDE)),
     localrule: True
@@ -19,17 +23,18 @@ rule table:
         "python -m eval.report.tables {wildcards.table}"
 
 
-def outdated_report(w):
-    """As `outdated`; which tables the page should show is known only once targets are."""
-    page = Artefact(["results/report.html"], None, [f"results/tables/{name}.json" for name in requested_tables()])
-    OUTDATED.review([page])
-    return outdated("results/report.html")(w)
+def report_inputs(w):
+    """As `artefact`; which tables the page should show is known only once targets are."""
+    tables = [f"results/tables/{name}.json" for name in requested_tables()]
+    reason = outdated([Artefact(["results/report.html"], None, tables)])
+    tell("out of date", reason)
+    settle()
+    return {"tables": tables} | ({"changed": CHANGED} if reason else {})
 
 
 rule report:
     input:
-        outdated_report,
-        tables=lambda w: expand("results/tables/{table}.json", table=requested_tables()),
+        unpack(report_inputs),
     output:
         "results/report.html",
     localrule: True

@@ -4,7 +4,11 @@ ruleorder: real_text > real_data
 
 rule pipeline:
     input:
-        outdated("data/pipelines/{pipeline}/manifest.json"),
+        artefact(
+            "data/pipelines/{pipeline}/manifest.json",
+            of=[{"pipeline": name} for name in PIPELINES],
+            settings=lambda w: pipeline_settings(PIPELINES[w.pipeline]),
+        ),
     output:
         "data/pipelines/{pipeline}/manifest.json",
     params:
@@ -20,14 +24,21 @@ rule pipeline:
         "{PYTHON} -m dmd2.data.make_pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
+TEXT_DATA = {name: data for name, data in DATA.items() if data.text}
+
+
 def real_parts(data):
-    return [f"data/real/{data.name}/part-{part:05d}.json" for part in range(data.text.jobs)]
+    return [f"{part:05d}" for part in range(data.text.jobs)]
 
 
 rule real_part:
     input:
-        outdated("data/real/{data}/part-{shard}.json"),
-        pipeline=lambda w: str(pipeline_manifest(DATA[w.data])),
+        artefact(
+            "data/real/{data}/part-{shard}.json",
+            of=[{"data": name, "shard": part} for name, data in TEXT_DATA.items() for part in real_parts(data)],
+            settings=lambda w: DATA[w.data].settings(),
+            inputs=lambda w: {"pipeline": str(pipeline_manifest(DATA[w.data]))},
+        ),
     output:
         "data/real/{data}/part-{shard}.json",
     params:
@@ -44,14 +55,18 @@ rule real_part:
 
 rule real_text:
     input:
-        outdated("data/real/{data}/manifest.json"),
-        parts=lambda w: real_parts(DATA[w.data]),
+        artefact(
+            "data/real/{data}/manifest.json",
+            of=[{"data": name} for name in TEXT_DATA],
+            settings=lambda w: DATA[w.data].settings(),
+            inputs=lambda w: {"parts": [f"data/real/{w.data}/part-{part}.json" for part in real_parts(DATA[w.data])]},
+        ),
     output:
         "data/real/{data}/manifest.json",
     params:
         config=lambda w: as_json(DATA[w.data]),
     wildcard_constraints:
-        data="|".join(name for name, data in DATA.items() if data.text) or "none",
+        data="|".join(TEXT_DATA) or "none",
     localrule: True
     message:
         "real data {wildcards.data}"
@@ -59,12 +74,20 @@ rule real_text:
         "python -m dmd2.data.encode join {output} {input.parts} --config {params.config:q}"
 
 
+def prompts_inputs(w):
+    """A source that is not there yet is left out: a dry run plans all the same, and the job says what to put where."""
+    data, source = PROMPT_SETS[w.prompts]
+    return {"pipeline": str(pipeline_manifest(data)), "source": source if Path(source).exists() else []}
+
+
 rule prompts:
     input:
-        outdated("data/prompts/{prompts}/manifest.json"),
-        pipeline=lambda w: str(pipeline_manifest(PROMPT_SETS[w.prompts][0])),
-        # Where it is not there yet, a dry run plans all the same, and the job says in a sentence what to put where.
-        source=lambda w: PROMPT_SETS[w.prompts][1] if Path(PROMPT_SETS[w.prompts][1]).exists() else [],
+        artefact(
+            "data/prompts/{prompts}/manifest.json",
+            of=[{"prompts": name} for name in PROMPT_SETS],
+            settings=lambda w: prompt_settings(PROMPT_SETS[w.prompts][0]),
+            inputs=prompts_inputs,
+        ),
     output:
         "data/prompts/{prompts}/manifest.json",
     params:

@@ -1,8 +1,26 @@
 # One training per row and seed; a released student is only converted. Hardware is no param: another micro-batch or device must not restart a finished run.
 # Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
 def train_inputs(w):
-    cfg = RUNS[w.base, w.run]
-    return [str(path) for path in Inputs.of(RunId(w.base, w.run, w.seed), cfg).paths()]
+    return {"read": [str(path) for path in Inputs.of(RunId(w.base, w.run, w.seed), RUNS[w.base, w.run]).paths()]}
+
+
+def starts_before(base, run):
+    """How many trainings a run's weights have behind them."""
+    origin = RUNS[base, run].train.init_from
+    return 0 if origin is None else 1 + starts_before(base, origin)
+
+
+def wanted_runs():
+    """Wildcards of every run of the tables; one that another starts from comes first."""
+    seeds = {}
+    for name, table in TABLES.items():
+        for row in EXPERIMENT.rows[name]:
+            seeds.setdefault((table.base, row.run), set()).update(table.seeds)
+    ordered = sorted(RUNS, key=lambda key: starts_before(*key))
+    return [{"base": base, "run": run, "seed": seed} for base, run in ordered for seed in seeds[base, run]]
+
+
+WANTED_RUNS = wanted_runs()
 
 
 def lpips_weights(w):
@@ -13,8 +31,12 @@ def lpips_weights(w):
 
 rule train:
     input:
-        outdated("results/runs/{base}/{run}/seed{seed}/train.json"),
-        train_inputs,
+        artefact(
+            "results/runs/{base}/{run}/seed{seed}/train.json",
+            of=WANTED_RUNS,
+            settings=lambda w: RUNS[w.base, w.run].training().settings(),
+            inputs=train_inputs,
+        ),
         lpips_weights,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",
