@@ -25,7 +25,7 @@ IMAGES = 4000
 
 def images(part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(n, 28, 28)`` uint8 and labels of ``train`` or ``t10k``."""
-    return tuple(read_idx(SOURCE / f"{part}-{kind}-ubyte.gz", "fashion") for kind in ("images-idx3", "labels-idx1"))
+    return tuple(read_idx(SOURCE / f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
 
 
 def spoiled(test: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:

@@ -54,8 +54,6 @@ def read_prompts(path: Path) -> list[str]:
         UserError: missing, unreadable, a pickle, or without prompts.
     """
     prompts = _read(path, skip_blank=True)
-    if path.suffix.lower() not in TABLES:
-        prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
@@ -79,6 +77,7 @@ def captions_of(manifest: Path) -> list[str]:
 
 
 def _read(path: Path, skip_blank: bool) -> list[str]:
+    """Captions as they are in a file, blank ones too unless their lines are to be skipped."""
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UserError(
@@ -86,26 +85,16 @@ def _read(path: Path, skip_blank: bool) -> list[str]:
             "\"import json, pickle, sys; [print(json.dumps({'caption': p})) for p in pickle.load(sys.stdin.buffer)]\" "
             f"< {path.name} > {path.stem}.jsonl"
         )
-    return _column(path, skip_blank) if suffix in TABLES else _lines(path)
-
-
-def _lines(path: Path) -> list[str]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line.rstrip("\n") for line in file]  # splitlines() would cut at other separators, too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable UTF-8 text of captions ({error})") from None
-
-
-def _column(path: Path, skip_blank: bool) -> list[str]:
-    try:
-        table = TABLES[path.suffix.lower()](path, skip_blank)
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsers raise kinds of ValueError
-        raise UserError(f"{path} is not a readable table of captions ({str(error).splitlines()[0]})") from None
-    try:
-        return texts(table)
+        if suffix in TABLES:
+            return texts(TABLES[suffix](path, skip_blank))
+        with open(path, encoding="utf-8-sig") as file:  # splitlines() would cut at other separators, too
+            return [line.rstrip("\n") for line in file if line.strip() or not skip_blank]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsers raise kinds of ValueError
+        form = "table" if suffix in TABLES else "UTF-8 text"
+        raise UserError(f"{path} is not a readable {form} of captions ({str(error).splitlines()[0]})") from None
 
 
 def texts(table: pd.DataFrame) -> list[str]:

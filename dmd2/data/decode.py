@@ -5,9 +5,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,69 +17,53 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.data_config import Data
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-BLOCK, BLOCK_BYTES = 500, 1 << 26  # at most so many images, and bytes of their pixels, are decoded at a time
+BLOCK_IMAGES, BLOCK_BYTES = 500, 1 << 26  # at most so many images, and bytes of their pixels, are decoded at a time
+EMOJI_BLOCK_IMAGES = 256  # the noise of latents is drawn by block, so another number would make other latents
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 Encoded = tuple[str, bytes, Any]  # name and content of an image, and its label or caption
+Block = tuple[np.ndarray, list[Any]]  # images (n, C, H, W), and their labels or captions
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """What the images of a set are made into: ``channels`` x ``size`` x ``size``.
-
-    name: of the set. crop: whether images of another size are resized from their central square, instead of refused.
-    white: whether transparent images are composited on white, instead of refused.
-    """
-
-    name: str
-    channels: int
-    size: int
-    crop: bool
-    white: bool = False
-
-    @classmethod
-    def labelled(cls, data: Data) -> Self:
-        """Images as the config says; a transparent one is refused."""
-        return cls(data.name, data.channels, data.resolution, data.source.resize == "center-crop")
-
-    @classmethod
-    def captioned(cls, data: Data, size: int) -> Self:
-        """RGB images; pictures of the web are shown on white where they are transparent."""
-        return cls(data.name, 3, size, data.source.resize == "center-crop", white=True)
-
-    @property
-    def block(self) -> int:
-        """Images decoded at a time."""
-        return max(1, min(BLOCK, BLOCK_BYTES // (self.channels * self.size**2)))
-
-
-def decoded(images: Iterable[Encoded], wanted: Pixels) -> Iterator[tuple[np.ndarray, list[Any]]]:
-    """Blocks of pixels and their labels or captions, decoded by as many threads as torch uses.
-
-    Pillow lets them run side by side.
-    """
-    images = iter(images)
+def decoded(images: Iterable[Encoded], data: Data, size: int) -> Iterator[Block]:
+    """Blocks of decoded images of ``size`` x ``size``; as many threads as torch uses decode side by side."""
+    images, emoji = iter(images), data.source.kind == "emoji"
+    most = BLOCK_BYTES // ((data.channels if data.text is None else 3) * size**2)
+    length = max(1, min(EMOJI_BLOCK_IMAGES if emoji else BLOCK_IMAGES, most))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        while block := list(islice(images, wanted.block)):
+        while block := list(islice(images, length)):
             names, contents, labels = zip(*block, strict=True)
-            yield np.stack(list(pool.map(decode, contents, names, [wanted] * len(block)))), list(labels)
+            yield np.stack(list(pool.map(partial(decode, data=data, size=size), contents, names))), list(labels)
 
 
-def decode(content: bytes, name: str, wanted: Pixels) -> np.ndarray:
-    """Pixels uint8 ``(C, H, W)`` of one image; palettes become RGB, grey becomes RGB in a set of 3 channels.
+def decode(content: bytes, name: str, data: Data, size: int) -> np.ndarray:
+    """Pixels uint8 ``(C, size, size)`` of one image; palettes become RGB, grey becomes RGB in a set of 3 channels.
+
+    Images with captions become RGB, on white where they are transparent.
 
     Raises:
-        UserError: unreadable, more than 8 bits, transparent, or of other size or channels than wanted.
+        UserError: unreadable, more than 8 bits, of other size or channels than the config says, or transparent in a
+            set with labels.
     """
+    grey = data.text is None and data.channels == 1
     try:
-        image = _without_alpha(eight_bits(content), wanted.white)
-        if wanted.channels == 1 and image.mode not in ("L", "1"):
+        image = _without_alpha(eight_bits(content), white=data.text is not None)
+        if grey and image.mode not in ("L", "1"):
             raise UserError(f"is {image.mode}, but data.channels is 1: convert it to grey or set data.channels: 3")
-        image = image.convert("L" if wanted.channels == 1 else "RGB")
-        return _sized(image, wanted).transpose(2, 0, 1)
+        image = image.convert("L" if grey else "RGB")
+        if data.source.resize == "center-crop" or data.source.kind == "emoji":
+            side = min(image.size)
+            left, top = ((length - side) // 2 for length in image.size)
+            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        if image.size != (size, size):
+            raise UserError(
+                f"is {image.width}x{image.height} instead of {size}x{size}: set data.source.resize: center-crop, or "
+                "make a set of that size (EDM's dataset_tool.py --resolution)"
+            )
+        return np.asarray(image).reshape(size, size, 1 if grey else 3).transpose(2, 0, 1)
     except UserError as error:
-        raise UserError(f"data {wanted.name}: {name} {error}") from None
+        raise UserError(f"{name} {error}") from None
     except (*BROKEN, Image.DecompressionBombError) as error:
-        raise UserError(f"data {wanted.name}: {name} is not a readable image ({error}); make it again") from None
+        raise UserError(f"{name} is not a readable image ({error}); make it again") from None
 
 
 def eight_bits(content: bytes) -> Image.Image:
@@ -105,18 +89,3 @@ def _without_alpha(image: Image.Image, white: bool) -> Image.Image:
     if not white:
         raise UserError("is transparent: composite it on a background first")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), whole).convert("RGB")
-
-
-def _sized(image: Image.Image, wanted: Pixels) -> np.ndarray:
-    """Pixels uint8 ``(H, W, C)``."""
-    size = wanted.size
-    if wanted.crop:
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    if image.size != (size, size):
-        raise UserError(
-            f"is {image.width}x{image.height} instead of {size}x{size}: set data.source.resize: center-crop, or make a "
-            "set of that size (EDM's dataset_tool.py --resolution)"
-        )
-    return np.asarray(image).reshape(size, size, wanted.channels)

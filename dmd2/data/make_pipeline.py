@@ -16,7 +16,7 @@ from dmd2.core.files import listing, read_json, write_json
 from dmd2.core.precision import strict_float32
 from dmd2.core.provenance import recorded
 from dmd2.data.pipelines import NULL, Pipeline, belongs
-from dmd2.data.readers import read_captioned
+from dmd2.data.readers import read
 from dmd2.data.sets import save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.data_config import Pipeline as Spec
@@ -39,7 +39,7 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
         copy_encoder(spec, folder)
     if spec.autoencoder is not None:
         factor = 2 ** (len(spec.autoencoder.network["block_out_channels"]) - 1)
-        blocks = [images for images, _ in read_captioned(data, data.resolution * factor, 0, 1)]
+        blocks = [images for images, _ in read(data, data.resolution * factor)]
         images = torch.from_numpy(np.concatenate(blocks))
         extra["autoencoder"] = train_autoencoder(spec.autoencoder, images, folder / "vae", device)
     found = [part for part in PARTS if (folder / part).is_dir()]

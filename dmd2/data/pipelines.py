@@ -16,6 +16,7 @@ from torch import Tensor
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, verified
 from dmd2.data.sets import load_shard
+from dmd2.experiment.data_config import Data
 from dmd2.networks.condition import Condition
 
 # Text encoders whose states are understood; others would be read wrongly without an error.
@@ -152,6 +153,10 @@ class Pipeline:
     def factor(self) -> int:
         """Pixels per side of a latent."""
         return 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
+
+    def image_size(self, data: Data) -> int:
+        """Pixels per side of the images behind the tensors of a set."""
+        return data.resolution * (self.factor if data.latents else 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -29,12 +28,7 @@ class EvalPrompts:
             UserError: the manifest or a file of it is missing or changed.
         """
         manifest = eval_prompts(cfg)
-        return None if manifest is None else EvalPrompts.load(manifest)
-
-    @staticmethod
-    def load(manifest: Path) -> EvalPrompts:
-        """The prompts that a manifest lists."""
-        return EvalPrompts(captions_of(manifest), load_set(manifest))
+        return None if manifest is None else EvalPrompts(captions_of(manifest), load_set(manifest))
 
     def condition(self, seeds: list[int], device: torch.device | str = "cpu") -> Condition:
         """Conditions of sample seeds."""

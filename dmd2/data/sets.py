@@ -1,10 +1,9 @@
-"""Tensor sets on disk: real images and teacher pairs, as safetensors shards behind a checksummed manifest."""
+"""Tensor sets on disk: real images, teacher pairs and prompts, as safetensors shards behind a checksummed manifest."""
 
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +21,9 @@ from dmd2.data.readers import read
 from dmd2.experiment.config import Data
 from dmd2.networks.condition import Condition
 
-SHARD_BYTES = 1 << 28  # of images: what preparing a set holds in memory
+SHARD_BYTES = 1 << 28
 CONDITIONS = ("labels", "text", "pooled", "time_ids")
+Rows = dict[str, Tensor]  # tensors of equal length by name
 
 
 class TensorSet:
@@ -31,11 +31,11 @@ class TensorSet:
     prompts has conditions only.
 
     Args:
-        shards: the same tensors by name, one part of the rows after the other; never joined here, so that shards
-            mapped from files stay on disk.
+        shards: the same tensors by name, some of the rows in each, in order; never joined here, so that shards mapped
+            from files stay on disk.
     """
 
-    def __init__(self, *shards: dict[str, Tensor]) -> None:
+    def __init__(self, *shards: Rows) -> None:
         self.shards = shards
         self.ends = torch.tensor([len(next(iter(shard.values()))) for shard in shards]).cumsum(0)
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1]])
@@ -44,7 +44,7 @@ class TensorSet:
         return int(self.ends[-1])
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Rows:
         """Whole tensors; those of several shards are copied into memory, so only for small sets."""
         if len(self.shards) == 1:
             return self.shards[0]
@@ -67,19 +67,23 @@ class TensorSet:
         images = self.tensor("images", indices, device)
         return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
 
+    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Condition]:
+        """Images and conditions of the same rows."""
+        return self.images(indices, device), self.condition(indices, device)
+
     def condition(self, indices: Tensor, device: torch.device | str = "cpu") -> Condition:
         """Conditions of the same rows."""
         rows = {name: self.tensor(name, indices, device) for name in CONDITIONS if name in self.shards[0]}
         return Condition(**{name: row.float() if row.is_floating_point() else row for name, row in rows.items()})
 
 
-def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_shard(path: Path, tensors: Rows) -> None:
     """Write tensors as one safetensors file, atomically."""
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def load_shard(path: Path) -> dict[str, Tensor]:
+def load_shard(path: Path) -> Rows:
     """Read a safetensors file.
 
     Raises:
@@ -104,76 +108,97 @@ def load_set(manifest: Path) -> TensorSet:
     listed = [entry for entry in read_json(manifest)["files"] if entry["path"].endswith(".safetensors")]
     paths = [verified(manifest.parent, entry) for entry in listed]
     shards = [load_shard(path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        if _rows_of(shard) != _rows_of(shards[0]):
-            raise UserError(f"{path} holds {_rows_of(shard)}, but {paths[0].name} {_rows_of(shards[0])}: make it again")
+    rows = [{name: (str(t.dtype), list(t.shape[1:])) for name, t in sorted(shard.items())} for shard in shards]
+    for path, found in zip(paths, rows, strict=True):
+        if found != rows[0]:
+            raise UserError(f"{path} holds {found}, but {paths[0].name} {rows[0]}: make it again")
     return TensorSet(*shards)
 
 
-def _rows_of(shard: dict[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
-    return {name: (str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(shard.items())}
+class ShardWriter:
+    """Gathers rows into files ``NAME-NNNNN.safetensors`` beside their manifest; holds about two files in memory.
+
+    Args:
+        manifest: that of an earlier set is removed before the first file is written, since it may list this file.
+        rows: of a file; without it a file is written after the block of rows that reaches `SHARD_BYTES`.
+    """
+
+    def __init__(self, manifest: Path, name: str, rows: int | None = None) -> None:
+        self.manifest, self.name, self.rows = manifest, name, rows
+        self.paths: list[Path] = []
+        self.waiting: list[Rows] = []
+        self.count = 0
+
+    def add(self, rows: Rows) -> None:
+        """Take rows, and write a file when there are enough."""
+        end = None if self.rows is None else self.rows - self.count % self.rows
+        first, rest = ({name: tensor[part] for name, tensor in rows.items()} for part in (slice(end), slice(end, None)))
+        self.waiting.append(first)
+        self.count += _length(first)
+        size = sum(tensor.nbytes for part in self.waiting for tensor in part.values())
+        if size >= SHARD_BYTES if self.rows is None else self.count % self.rows == 0:
+            self._write()
+        if end is not None and _length(rest):
+            self.add(rest)
+
+    def finish(self) -> list[Path]:
+        """Write what is waiting and remove other files of that name; returns the files."""
+        if self.waiting:
+            self._write()
+        for stale in set(self.manifest.parent.glob(f"{self.name}-[0-9][0-9][0-9][0-9][0-9].safetensors")):
+            if stale not in self.paths:
+                stale.unlink()
+        return self.paths
+
+    def _write(self) -> None:
+        self.manifest.unlink(missing_ok=True)
+        self.paths.append(self.manifest.with_name(f"{self.name}-{len(self.paths):05d}.safetensors"))
+        save_shard(self.paths[-1], {name: torch.cat([part[name] for part in self.waiting]) for name in self.waiting[0]})
+        self.waiting = []
+
+
+def _length(rows: Rows) -> int:
+    return len(next(iter(rows.values())))
 
 
 def prepare(data: Data, folder: Path) -> Path:
     """Bring a source of real images into shards and, last of all, ``folder/manifest.json``.
 
-    The same source gives the same bytes. Memory: one shard and one block of the reader, whatever the set's size.
+    The same source gives the same bytes. Memory: two shards and one block of the reader, whatever the set's size.
 
     Raises:
         UserError: the source is missing or damaged, of a kind this version cannot read, or not what the config says.
     """
     manifest = folder / "manifest.json"
     counts = np.zeros(data.classes, np.int64)
-    shards: list[Path] = []
-    for images, labels in _filled(read(data), data):
-        counts += np.bincount(labels, minlength=data.classes)
-        manifest.unlink(missing_ok=True)  # that of an earlier set, whose shards are replaced from here on
-        shards.append(folder / f"shard-{len(shards):05d}.safetensors")
-        save_shard(shards[-1], {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
-        print(f"real data {data.name}  {counts.sum()} images in {len(shards)} shards", file=sys.stderr, flush=True)
-    if not shards:
-        raise UserError(f"data {data.name}: {data.source.path} holds no images")
-    for stale in set(folder.glob("shard-[0-9][0-9][0-9][0-9][0-9].safetensors")) - set(shards):
-        stale.unlink()
-    write_json(manifest, {
-        "kind": "real", "name": data.name, "count": int(counts.sum()),
-        "shape": [data.channels, data.resolution, data.resolution], "classes": data.classes,
-        "class_counts": counts.tolist(), "source": data.source.settings(), "files": listing(shards, folder),
-    })  # fmt: skip
-    return manifest
-
-
-def _filled(blocks: Iterator[tuple[np.ndarray, np.ndarray]], data: Data) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of a reader, checked, as full shards; a shard is valid until the next one is asked for."""
-    shape = (data.channels, data.resolution, data.resolution)
-    rows = max(SHARD_BYTES // math.prod(shape), 1)
-    images, labels, filled, done = np.empty((rows, *shape), np.uint8), np.empty(rows, np.int64), 0, 0
-    for some_images, some_labels in blocks:
-        if some_images.shape[1:] != shape:
-            raise UserError(f"data {data.name}: images are {some_images.shape[1:]} but the config says {shape}")
-        if len(wrong := np.flatnonzero((some_labels < 0) | (some_labels >= data.classes))):
+    shards = ShardWriter(manifest, "shard", max(SHARD_BYTES // math.prod(data.shape), 1))
+    for images, numbers in read(data):
+        labels = np.array(numbers, np.int64)
+        if images.shape[1:] != data.shape:
+            raise UserError(f"data {data.name}: images are {images.shape[1:]} but the config says {data.shape}")
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
             raise UserError(
-                f"data {data.name}: image {done + wrong[0]} has label {some_labels[wrong[0]]}, but data.classes is "
+                f"data {data.name}: image {shards.count + wrong[0]} has label {labels[wrong[0]]}, but data.classes is "
                 f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
             )
-        start, done = 0, done + len(some_images)
-        while start < len(some_images):
-            part = slice(start, start + rows - filled)
-            stop = filled + len(some_images[part])
-            images[filled:stop], labels[filled:stop] = some_images[part], some_labels[part]
-            start, filled = part.stop, stop
-            if filled == rows:
-                yield images, labels
-                filled = 0
-    if filled:
-        yield images[:filled], labels[:filled]
+        counts += np.bincount(labels, minlength=data.classes)
+        shards.add({"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
+        print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
+    if not shards.count:
+        raise UserError(f"data {data.name}: {data.source.path} holds no images")
+    files = listing(shards.finish(), folder)
+    write_json(manifest, {
+        "kind": "real", "name": data.name, "count": shards.count, "shape": list(data.shape), "classes": data.classes,
+        "class_counts": counts.tolist(), "source": data.source.settings(), "files": files,
+    })  # fmt: skip
+    return manifest
 
 
 def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path) -> None:
     """Prepare real data: write OUT (a manifest.json) and its shards."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
     with readable_errors():
-        data = Data.model_validate(json.loads(config))
+        data = Data.model_validate_json(config)
         with recorded(out, json.loads(config), sources=[data.source.path]):
             prepare(data, out.parent)
 

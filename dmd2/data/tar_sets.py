@@ -23,69 +23,60 @@ from dmd2.experiment.data_config import Data
 IMAGES = ("jpg", "jpeg", "png", "webp")
 KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # a sample's key ends at the first dot of the name
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
-Member = tuple[str, str, bytes]  # key, extension and content
 
 
 def webdataset(data: Data, part: int, parts: int) -> Iterator[Encoded]:
-    """Share `part` of `parts` of the images of tar files, sorted by path, with their captions.
+    """The images in part `part` of `parts` of the tar files, sorted by path, with their captions.
 
     A sample is a run of files with one key; its caption is the .txt, or the key `data.source.caption` (by default
-    caption) of the .json. A share is one of whole tar files. Files of other kinds, pickles among them, are passed over
-    unread; so are samples without an image.
+    caption) of the .json. Files of other kinds, pickles among them, are passed over unread; so are samples without an
+    image.
 
     Raises:
-        UserError: nothing there, fewer tar files than shares, a truncated one, or a sample without caption.
+        UserError: nothing there, fewer tar files than parts, a truncated one, or a sample without caption.
     """
-    tars = _tars(data)
+    pattern = data.source.path or ""
+    places = Path(pattern).glob("*.tar") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    tars = sorted(path for path in places if path.is_file())
+    if not tars:
+        raise UserError(f"there are no tar files at {pattern}: give a folder, or a pattern like a/*.tar")
     if len(tars) < parts:
         raise UserError(
-            f"data {data.name}: the {len(tars)} tar files at {data.source.path} cannot be shared by {parts} jobs: set "
-            f"data.text.jobs to at most {len(tars)}"
+            f"the {len(tars)} tar files at {pattern} cannot be shared by {parts} jobs: set data.text.jobs to at most "
+            f"{len(tars)}"
         )
     for i in share(len(tars), parts, part):
-        yield from _samples(data, tars[i])
+        yield from _samples(tars[i], data.source.caption)
 
 
-def _tars(data: Data) -> list[Path]:
-    pattern = data.source.path or ""
-    tars = Path(pattern).glob("*.tar") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    found = sorted(path for path in tars if path.is_file())
-    if not found:
-        raise UserError(
-            f"data {data.name}: there are no tar files at {pattern}: give a folder, or a pattern like a/*.tar"
-        )
-    return found
-
-
-def _samples(data: Data, tar: Path) -> Iterator[Encoded]:
+def _samples(tar: Path, caption: str | None) -> Iterator[Encoded]:
     empty = True
-    for key, members in groupby(_members(data, tar), lambda member: member[0]):
+    for key, members in groupby(_members(tar), lambda member: member[0]):
         files: dict[str, bytes] = {}
         for _, extension, content in members:
             if extension in files:
-                raise UserError(f"data {data.name}: {tar}/{key}.{extension} is there twice: write the tar file again")
+                raise UserError(f"{tar}/{key}.{extension} is there twice: write the tar file again")
             files[extension] = content
         images = [extension for extension in files if extension in IMAGES]
         if len(images) > 1:
-            raise UserError(f"data {data.name}: {tar}/{key} has {len(images)} images: {', '.join(images)}; keep one")
+            raise UserError(f"{tar}/{key} has {len(images)} images: {', '.join(images)}; keep one")
         if images:
-            empty = False
+            empty, name = False, f"{tar}/{key}.{images[0]}"
             try:
-                caption = _caption(files, data.source.caption)
+                yield name, files[images[0]], _caption(files, caption)
             except UserError as error:
-                raise UserError(f"data {data.name}: {tar}/{key}.{images[0]} has no caption: {error}") from None
-            yield f"{tar}/{key}.{images[0]}", files[images[0]], caption
+                raise UserError(f"{name} has no caption: {error}") from None
     if empty:
-        raise UserError(f"data {data.name}: {tar} holds no images ({', '.join(IMAGES)})")
+        raise UserError(f"{tar} holds no images ({', '.join(IMAGES)})")
 
 
-def _members(data: Data, path: Path) -> Iterator[Member]:
-    """The files of a tar file that matter, in its order."""
-    name = ""
+def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Key, extension and content of the images and captions in a tar file, in its order."""
+    where = ""
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                name = f"/{member.name}"
+                where = f", in or after {member.name}"
                 match = KEY.fullmatch(member.name)
                 if match and member.isfile() and match[2].lower() in (*IMAGES, "txt", "json"):
                     file = tar.extractfile(member)
@@ -98,10 +89,7 @@ def _members(data: Data, path: Path) -> Iterator[Member]:
                 raise EOFError("there is no end mark")
     except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-        where = f", in or after {name[1:]}" if name else ""
-        raise UserError(
-            f"data {data.name}: {path} is truncated, damaged or no tar archive{where} ({reason}); fetch it again"
-        ) from None
+        raise UserError(f"{path} is truncated, damaged or no tar archive{where} ({reason}); fetch it again") from None
 
 
 def _caption(files: dict[str, bytes], key: str | None) -> str:
@@ -110,9 +98,7 @@ def _caption(files: dict[str, bytes], key: str | None) -> str:
         if "txt" in files and key is None:
             return files["txt"].decode("utf-8-sig").strip()
         if "json" not in files:
-            raise UserError(
-                "there is no .txt or .json of the same name beside it" if key is None else "there is no .json"
-            )
+            raise UserError("there is no .json" if key else "there is no .txt or .json of the same name beside it")
         row = json.loads(files["json"])
     except ValueError as error:  # also UnicodeDecodeError
         raise UserError(f"its text cannot be read ({error})") from None

@@ -74,11 +74,10 @@ class Batches:
 
     def _real(self, draws: Draws, name: str) -> tuple[Tensor, Condition]:
         assert self.real is not None
-        indices = draws.shuffled(name, len(self.real))
-        return self.real.images(indices, self.device), self.real.condition(indices, self.device)
+        return self.real.batch(draws.shuffled(name, len(self.real)), self.device)
 
     def _pairs(self, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
         assert self.pairs is not None
         indices = draws.shuffled("regression/pairs", len(self.pairs))
         noise = self.pairs.tensor("noise", indices, self.device).float()
-        return noise, self.pairs.images(indices, self.device), self.pairs.condition(indices, self.device)
+        return noise, *self.pairs.batch(indices, self.device)

@@ -89,7 +89,7 @@ def _denoising_step(
     denoiser: Denoiser, real: TensorSet, draws: Draws, null: Condition | None, spec: TeacherTraining
 ) -> torch.Tensor:
     indices = draws.shuffled("teacher/real", len(real))
-    x, cond = real.images(indices, draws.device), real.condition(indices, draws.device)
+    x, cond = real.batch(indices, draws.device)
     if spec.label_dropout > 0 and null is not None:
         dropped = draws.integers("teacher/dropout", 0, 9999) < spec.label_dropout * 10000
         cond = cond.where(dropped, null)

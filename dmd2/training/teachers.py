@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, verified
 from dmd2.core.rng import stream
-from dmd2.data.encode import image_size
 from dmd2.data.pipelines import Pipeline, time_ids
 from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import pipeline_manifest
@@ -97,4 +96,4 @@ def unconditional(data: Data) -> Condition:
         return Condition(labels=torch.tensor([data.classes]))
     pipeline = Pipeline.load(manifest)
     null = pipeline.null
-    return null if null.pooled is None else replace(null, time_ids=time_ids(image_size(data, pipeline))[None])
+    return null if null.pooled is None else replace(null, time_ids=time_ids(pipeline.image_size(data))[None])

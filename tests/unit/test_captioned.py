@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dmd2.core.errors import UserError
-from dmd2.data.readers import read_captioned
+from dmd2.data.readers import read
 from dmd2.experiment.config import Data
 
 SIZE, COUNT = 8, 5
@@ -31,7 +31,7 @@ def data(kind, path, latents=False, channels=3, **source):
 
 def whole(config, parts=1, pixels=SIZE):
     """All images and captions of a source, part after part."""
-    blocks = [block for part in range(parts) for block in read_captioned(config, pixels, part, parts)]
+    blocks = [block for part in range(parts) for block in read(config, pixels, part, parts)]
     assert all(len(images) == len(captions) for images, captions in blocks)
     return np.concatenate([images for images, _ in blocks]), [c for _, captions in blocks for c in captions]
 
@@ -218,7 +218,7 @@ def test_webp_and_jpeg_are_resized_from_their_central_square(tmp_path):
 def test_blocks_are_bounded_by_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("dmd2.data.decode.BLOCK_BYTES", 3 * PIXELS[0].nbytes)
     write_tar(tmp_path / "0.tar", samples(range(COUNT)))
-    assert [len(captions) for _, captions in read_captioned(data("webdataset", tmp_path), SIZE, 0, 1)] == [3, 2]
+    assert [len(captions) for _, captions in read(data("webdataset", tmp_path), SIZE)] == [3, 2]
     assert_read(data("webdataset", tmp_path))
 
 
@@ -295,7 +295,7 @@ def test_a_zip_is_read(tmp_path):
         ({"metadata.csv": b"file_name,text\nc.png,a\n", **dict(tables("csv", "text"))},
          r"metadata\.csv lists c\.png, which .* lacks \(1 such\)"),
         (dict(tables("jsonl", "title")), r"a/metadata\.jsonl cannot be used \(there is no column caption, only file_name, title"),
-        ({"metadata.jsonl": b'{"text": "a"}'}, r"/metadata\.jsonl has no column file_name"),
+        ({"metadata.jsonl": b'{"text": "a"}'}, r"/metadata\.jsonl cannot be used \(there is no column file_name"),
         ({"metadata.jsonl": b"{"}, r"/metadata\.jsonl cannot be used"),
     ],
 )  # fmt: skip
@@ -356,12 +356,12 @@ def write_lmdb(place, changes=None):
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_latents_and_prompts_are_read_and_shared(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr("dmd2.data.lmdb_sets.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.lmdb_sets.BLOCK_ROWS", 2)
     assert_read(write_lmdb(tmp_path / "set"), LATENTS, parts=parts)
 
 
 def test_latents_can_be_made_a_tensor_without_a_copy(tmp_path):
-    latents, _ = next(read_captioned(write_lmdb(tmp_path / "set"), 32, 0, 1))
+    latents, _ = next(read(write_lmdb(tmp_path / "set"), 32))
     assert latents.flags.writeable  # torch warns of memory that is not
 
 

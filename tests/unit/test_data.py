@@ -189,7 +189,7 @@ def test_labels_outside_the_classes_are_told_and_leave_no_manifest(shards, sourc
 
 
 def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd2.data.decode.BLOCK", 2)
+    monkeypatch.setattr("dmd2.data.decode.BLOCK_IMAGES", 2)
     (tmp_path / "pngs/a").mkdir(parents=True)
     for i in range(3):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"pngs/a/{i}.png")
@@ -290,7 +290,7 @@ def test_a_broken_idx_file_is_named(tmp_path, name):
     path = tmp_path / IMAGES
     path.write_bytes(BROKEN[name])
     with pytest.raises(UserError, match=IMAGES):
-        read_idx(path, "set")
+        read_idx(path)
 
 
 def test_counts_that_differ_are_told(source, tmp_path):
@@ -311,7 +311,7 @@ def test_images_that_do_not_fit_the_resolution_are_told(source, tmp_path, resolu
 
 
 def test_a_source_without_reader_says_where_to_put_shards(tmp_path):
-    with pytest.raises(UserError, match="no reader for source latents .* put safetensors shards"):
+    with pytest.raises(UserError, match="no reader for source latents: put safetensors shards"):
         prepare(data("latents", "x"), tmp_path / "out")
 
 

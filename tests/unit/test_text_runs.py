@@ -1,7 +1,5 @@
 """What conditions a text run: the emoji, dropped captions, drawn prompts, and what is read for them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,8 @@ from pydantic import ValidationError
 
 from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
-from dmd2.data.emoji import FONT, emoji
+from dmd2.data.emoji import FONT
+from dmd2.data.readers import read
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import Inputs, eval_prompts, pair_prompts
@@ -21,9 +20,10 @@ from tests import tiny
 needs_font = pytest.mark.skipif(not FONT.exists(), reason=f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
 
 
-def drawn(part=0, parts=1, pixels=16, path=None):
-    data = SimpleNamespace(name="emoji", source=SimpleNamespace(path=path))
-    blocks = list(emoji(data, pixels, part, parts))
+def drawn(part=0, parts=1, pixels=16, **source):
+    text = {"pipeline": {"name": "p"}, "latents": False}
+    data = Data(name="set", source={"kind": "emoji", **source}, resolution=8, channels=3, classes=0, text=text)
+    blocks = list(read(data, pixels, part, parts))
     return np.concatenate([images for images, _ in blocks]), [name for _, names in blocks for name in names]
 
 
