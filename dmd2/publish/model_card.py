@@ -9,11 +9,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dmd2.core.files import read_json
 from dmd2.experiment.config import digest
-from dmd2.publish.table_text import excerpt, label
-from dmd2.publish.template import template
+from dmd2.publish.table_text import NONE, cells, label, stand_in
+from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.snapshot import Snapshot
 
-TEMPLATES, TABLES = Path(__file__).with_name("templates"), Path("results/tables")
+TABLES = Path("results/tables")
+ENDS = ("low", "high")
 LICENCES = (  # identifiers a model card's `license` may have; anything else is `other` with a name
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m",
@@ -84,30 +85,21 @@ def _long_name(metric: str, snapshot: Snapshot) -> str:
 
 def measured_lines(snapshot: Snapshot) -> list[list[str]]:
     """Cells per metric: name, value, standard error, bias, interval, number of images."""
-    if snapshot.measured is None:
-        return []
     lines = []
-    for metric, e in snapshot.measured["estimates"].items():
-        interval = "–" if e["low"] is None else f"[{e['low']:.4g}, {e['high']:.4g}]"
-        numbers = ["–" if e[key] is None else f"{e[key]:.4g}" for key in ("value", "se", "bias")]
-        lines.append([label(metric), *numbers, interval, str(e["n"])])
+    for metric, e in (snapshot.measured or {"estimates": {}})["estimates"].items():
+        value, se, bias, low, high = (NONE if e[k] is None else f"{e[k]:.4g}" for k in ("value", "se", "bias", *ENDS))
+        lines.append([label(metric), value, se, bias, NONE if low == NONE else f"[{low}, {high}]", str(e["n"])])
     return lines
 
 
-def table_rows(snapshot: Snapshot) -> list[dict[str, str]]:
-    """The run's row in each table of results/tables that was made from this very training, as Markdown."""
+def table_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """Each table of results/tables that was made from this very training, with the cells of the run's row."""
     found, run, seed = [], snapshot.run, str(snapshot.run.seed)
     made_from = (snapshot.record["seconds"], snapshot.record["commit"])
     for table in map(read_json, sorted(TABLES.glob("*.json"))):
         row = next((row for row in table["rows"] if row["run"] == run.name and seed in row["seconds"]), None)
-        if table["base"] != run.base or row is None:
-            continue
-        if (row["seconds"][seed], row["commits"][seed]) == made_from:
-            relation = _relation(row["step"], seed, snapshot.step)
-            found.append({"title": table["title"], "text": excerpt(table, run.name), "relation": relation})
+        if table["base"] == run.base and row and (row["seconds"][seed], row["commits"][seed]) == made_from:
+            heads, lines = cells(table)
+            line = lines[table["rows"].index(row)]
+            found.append({"table": table, "cells": (heads, [line]), "steps": row["step"], "stand_in": stand_in(table)})
     return found
-
-
-def _relation(steps: dict[str, int], seed: str, step: int) -> str:
-    text = f"its seeds are {', '.join(steps)} and this student is seed {seed}"
-    return text + (":" if steps[seed] == step else f", but at step {step} while the table takes step {steps[seed]}:")

@@ -1,6 +1,9 @@
-"""The text of a table, made from its JSON: cells and sentences, for its Markdown, the report and the model card."""
+"""The text of a table of results, made from its JSON, for its Markdown, the report and the model card.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+Cells and numbers are made here; the sentences are in ``templates/sentences.j2``.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -8,57 +11,55 @@ from typing import Any
 import numpy as np
 
 from dmd2.experiment.metrics import BETTER, FRECHET, LABELS, NUMBERS
+from dmd2.publish.template import TEMPLATES, template
 
 # The paper's metric that ours stands in for.
 PAPER_NAME = {name: number.paper for name, number in NUMBERS.items() if number.paper}
 NONE = "–"
+SENTENCES: Any = template(TEMPLATES / "sentences.j2").module
 
-Table = dict[str, Any]  # as in results/tables/NAME.json
-Row = dict[str, Any]  # one of its rows
+TableRecord = dict[str, Any]  # a table of results, as in results/tables/NAME.json
+RowRecord = dict[str, Any]  # one of its rows
 Cells = tuple[list[str], list[list[str]]]  # heads, and the texts of every row
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head, what it shows ("run", "tick", "paper", "text" or a metric's name), and its text for a row."""
+    """A column: its head, what it shows ("run", "tick", "paper", "text" or a metric's name), and a text per row."""
 
     head: str
     kind: str
-    text: Callable[[Row], str]
+    texts: list[str]
 
 
-def columns(table: Table) -> list[Column]:
+def columns(table: TableRecord) -> list[Column]:
     """The columns of a table, in order."""
     first, *rest = table["metrics"]
-    gpu = any(cost["gpu_hours"] for row in table["rows"] for cost in row["cost"].values())
+    rows: list[RowRecord] = table["rows"]
+    gpu = any(cost["gpu_hours"] for row in rows for cost in row["cost"].values())
     hours = "gpu_hours" if gpu else "cpu_hours"
     gap_to = "the paper" if to_paper(table) else f"`{table['reference_row'] or 'none'}`"
     return [
-        Column("run", "run", lambda row: f"`{row['run']}`"),
-        *map(_tick_column, table["columns"]),
-        Column(label(first), first, lambda row: mean_sd(row["values"][first].values())),
-        Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", lambda row: _paper(paper_value(row, first))),
-        Column(f"gap to {gap_to}", "text", lambda row: gap(table, row)),
-        *map(_metric_column, [*rest, "brightness_std"]),
-        Column("student updates", "text", _updates),
-        Column("training time", "text", _training_time),
-        Column("GPU-hours" if gpu else "CPU-hours", "text",
-               lambda row: mean(cost[hours] for cost in row["cost"].values()) if row["cost"] else NONE),
-    ]  # fmt: skip
+        Column("run", "run", [f"`{row['run']}`" for row in rows]),
+        *(Column(name, "tick", ["✓" * row["ticks"].get(name, False) for row in rows]) for name in table["columns"]),
+        Column(label(first), first, [mean_sd(row["values"][first].values()) for row in rows]),
+        Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", [_paper(row, first) for row in rows]),
+        Column(f"gap to {gap_to}", "text", [gap(table, row) for row in rows]),
+        *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
+        Column("student updates", "text", [_updates(row) for row in rows]),
+        Column("training time", "text", [_training_time(row) for row in rows]),
+        Column(
+            "GPU-hours" if gpu else "CPU-hours",
+            "text",
+            [mean(cost[hours] for cost in row["cost"].values()) if row["cost"] else NONE for row in rows],
+        ),
+    ]
 
 
-def _tick_column(name: str) -> Column:
-    return Column(name, "tick", lambda row: "✓" if row["ticks"].get(name) else "")
-
-
-def _metric_column(metric: str) -> Column:
-    return Column(label(metric), metric, lambda row: other(row, metric))
-
-
-def cells(table: Table) -> Cells:
+def cells(table: TableRecord) -> Cells:
     """Heads and texts of the columns."""
     found = columns(table)
-    return [column.head for column in found], [[column.text(row) for column in found] for row in table["rows"]]
+    return [column.head for column in found], [list(texts) for texts in zip(*(c.texts for c in found), strict=True)]
 
 
 def label(metric: str) -> str:
@@ -66,26 +67,27 @@ def label(metric: str) -> str:
     return LABELS.get(metric, metric)
 
 
-def paper_value(row: Row, metric: str) -> float | None:
+def paper_value(row: RowRecord, metric: str) -> float | None:
     """The paper's number for a metric, or for the one ours stands in for."""
     return row["paper"].get(metric, row["paper"].get(PAPER_NAME.get(metric, metric)))
 
 
-def _paper(value: float | None) -> str:
+def _paper(row: RowRecord, metric: str) -> str:
+    value = paper_value(row, metric)
     return NONE if value is None else f"{value:.{_decimals(value)}f}"
 
 
 def _decimals(paper: float) -> int:
-    """Of a number of the paper: FID has two, scores below one have three."""
+    """Decimals of a number of the paper: FID has two, scores below one have three."""
     return 2 if abs(paper) >= 1 else 3
 
 
-def to_paper(table: Table) -> bool:
+def to_paper(table: TableRecord) -> bool:
     """Whether the column of gaps is to the paper, which has numbers of the first metric itself."""
     return any(row["paper"].get(table["metrics"][0]) is not None for row in table["rows"])
 
 
-def gap(table: Table, row: Row) -> str:
+def gap(table: TableRecord, row: RowRecord) -> str:
     """Difference to the paper's number where the metric is the paper's own, else both ratios to the reference row."""
     metric = table["metrics"][0]
     value = _mean(row, metric)
@@ -100,7 +102,7 @@ def gap(table: Table, row: Row) -> str:
     return f"×{value / _mean(reference, metric):.2f}{ratio}"
 
 
-def other(row: Row, metric: str) -> str:
+def other(row: RowRecord, metric: str) -> str:
     """A further metric of a row, with the paper's number beside it where the paper has one."""
     if metric not in row["values"]:
         return NONE
@@ -108,22 +110,24 @@ def other(row: Row, metric: str) -> str:
     return mean_sd(row["values"][metric].values()) + ("" if paper is None else f" (paper {paper:g})")
 
 
-def _mean(row: Row, metric: str) -> float:
+def _mean(row: RowRecord, metric: str) -> float:
     return float(np.mean([*row["values"][metric].values()]))
 
 
-def _updates(row: Row) -> str:
+def _updates(row: RowRecord) -> str:
     return str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
 
 
-def _training_time(row: Row) -> str:
+def _training_time(row: RowRecord) -> str:
     seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
     return f"{fmean(seconds):.0f} s" if seconds else NONE
 
 
-def certainty(table: Table) -> Cells:
-    """The second table: how sure the first metric is, and the paired differences."""
+def certainty(table: TableRecord) -> Cells | None:
+    """The second table: how sure the first metric is, and the paired differences; of a Frechet distance only."""
     metric, base = table["metrics"][0], table["reference_row"]
+    if metric not in FRECHET:
+        return None
     heads = ["run", label(metric), "SE of the images", "bias at this n", f"{label(metric)} without bias"]
     lines = []
     for row in table["rows"]:
@@ -138,18 +142,7 @@ def certainty(table: Table) -> Cells:
     return heads + ([f"minus `{base}`, paired, 95 %"] if base else []), lines
 
 
-def explained(table: Table) -> str:
-    """What the intervals of the second table cover."""
-    seeds = len(table["seeds"])
-    noise = (f"a t-interval over {seeds} training seeds, so it covers the noise of training, and that of sampling but "
-             "for what the same sample seeds do to every training alike"
-             if seeds > 1 else "of one run: it covers the finite sample of images, not another training")  # fmt: skip
-    return ("SE and bias are those of the finite number of images at one training seed (root mean square over "
-            "seeds). Differences are taken at equal training seeds, sample seeds and labels; the interval is "
-            f"{noise}.")  # fmt: skip
-
-
-def published(table: Table) -> str:
+def published(table: TableRecord) -> str:
     """Numbers of other methods on the same data, best of the first metric first; empty if there are none."""
     first, *rest = table["metrics"]
     known = [(numbers, name) for name, numbers in table.get("published", {}).items() if first in numbers]
@@ -157,60 +150,33 @@ def published(table: Table) -> str:
         return ""
     known.sort(key=lambda pair: (pair[0][first], pair[1]), reverse=BETTER.get(first) == "higher")
     metrics = [first, *(metric for metric in rest if any(metric in numbers for numbers, _ in known))]
-    methods = [f"{name} " + " / ".join(f"{numbers[m]:g}" if m in numbers else NONE for m in metrics)
-               for numbers, name in known]  # fmt: skip
-    return f"Published {' / '.join(map(label, metrics))} of other methods: {', '.join(methods)}."
+    values = [" / ".join(f"{numbers[m]:g}" if m in numbers else NONE for m in metrics) for numbers, _ in known]
+    methods = ", ".join(f"{name} {text}" for (_, name), text in zip(known, values, strict=True))
+    return f"Published {' / '.join(map(label, metrics))} of other methods: {methods}."
 
 
-def stand_in(table: Table) -> bool:
+def stand_in(table: TableRecord) -> bool:
     """Whether a metric of the table only stands in for the paper's."""
     return any(metric in PAPER_NAME for metric in table["metrics"])
 
 
-def measured_how(table: Table) -> list[str]:
-    """Paragraphs below the table: its seeds and protocol, and what FD is not."""
-    protocol, seeds = table["rows"][0]["protocol"], table["seeds"]
-    spread = "One seed" if len(seeds) == 1 else f"Mean ± SD over seeds {', '.join(map(str, seeds))}"
-    chosen = "the last snapshot" if table["select"] == "last" else "the best snapshot by the reported metric itself"
-    draws = f", mean of {protocol['draws']} draws" if protocol.get("draws", 1) > 1 else ""
-    text = [
-        f"{spread}; {chosen}; {protocol['images']} images per number{draws}, labels {protocol['labels']}, rounding "
-        f"{protocol['rounding']}, sampled in {protocol.get('precision', 'fp32')}; detector {protocol['detector']}; "
-        f"reference {protocol['reference']}. Brightness SD: fixed noise, over training without its first 20 %."
-    ]
-    if stand_in(table):
-        text.append("FD is the Fréchet distance in this detector's features: it is not FID, and the paper's numbers "
-                    "are FID on its own dataset, in its column and in parentheses, so only ratios and orders can be "
-                    "compared.")  # fmt: skip
-    return text
-
-
-def markdown(table: Table) -> str:
+def markdown(table: TableRecord) -> str:
     """The page of a table with its protocol, claims and warnings."""
-    sure = [grid(*certainty(table)), explained(table)] if table["metrics"][0] in FRECHET else []
-    warnings = "\n".join(f"**Warning:** {warning}." for warning in table["warnings"])
-    claims = [[f"{c['id']}: {c['claim']}", c["paper"], f"**{c['verdict']}**", c["evidence"]] for c in table["claims"]]
-    verdicts = grid(["claim", "paper", "verdict", "evidence"], claims) if claims else ""
-    parts = [f"# {table['title']}", grid(*cells(table)), *measured_how(table), *sure, published(table), table["notes"]]
-    return "\n\n".join(part for part in (*parts, warnings, verdicts) if part) + "\n"
-
-
-def excerpt(table: Table, run: str) -> str:
-    """One row of the table as Markdown, with what is said of all rows."""
-    heads, lines = cells(table)
-    return "\n\n".join([grid(heads, [line for line in lines if line[0] == f"`{run}`"]), *measured_how(table)])
-
-
-def grid(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(x)} |" for x in lines)])
+    text = template(TEMPLATES / "table.md.j2").render(
+        table=table,
+        cells=cells(table),
+        certainty=certainty(table),
+        published=published(table),
+        stand_in=stand_in(table),
+    )
+    return text.rstrip("\n") + "\n"
 
 
 def mean_sd(values: Iterable[float]) -> str:
     """``mean ± SD`` of a value per seed, or the one value; large numbers without exponent."""
     known = np.array([*values])
     if len(known) < 2:
-        return _number(float(known[0]), 3)
+        return _number(float(known[0]), 3) if len(known) else NONE
     return f"{_number(known.mean(), 3)} ± {_number(known.std(ddof=1), 2)}"
 
 

@@ -6,7 +6,7 @@ and stderr has a sentence per row that got worse, cannot be compared or is gone;
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isclose
 from pathlib import Path
@@ -20,7 +20,7 @@ from dmd2.core.files import write_json, write_text
 from dmd2.experiment.metrics import BETTER
 from dmd2.experiment.metrics import measured as numbers_of
 from dmd2.publish.table_text import difference_text, label
-from eval.compare.contrasts import Contrast, Pair, Seeds, judge
+from eval.compare.contrasts import MatchedRow, verdict_on
 from eval.compare.page import html, markdown
 from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_rows, read_tables
 from eval.pixels.grid import sample_side
@@ -40,17 +40,24 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
         UserError: a file is damaged or is not what an evaluation writes, or no row is on both sides.
     """
     tables = read_tables(a), read_tables(b)
-    published = read_tables(a, "reference"), read_tables(b, "reference")  # their claims are not compared
-    known = tables[0] | (published[0] | tables[0]), tables[1] | (published[1] | tables[1])
+    # The claims of published tables are not compared; a newer table of the same name replaces them.
+    known = [{**read_tables(side, "reference"), **found} for side, found in zip((a, b), tables, strict=True)]
     rows = read_rows(a, known[0].values()), read_rows(b, known[1].values())
     both = sorted(rows[0].keys() & rows[1].keys())
     if not both:
         names = [", ".join("/".join(row) for row in sorted(side)) or "none" for side in rows]
         raise UserError(f"no row is on both sides: A ({a.name}) has {names[0]}; B ({b.name}) has {names[1]}")
+    configs: dict[str, list[dict[str, Any]]] = {base: [] for base, _ in both}
+    for side in reversed(rows):
+        for (base, _), seeds in side.items():
+            configs.get(base, []).extend(each.config for each in seeds.values())
+    listed = {base: _metrics(base, configs[base], known) for base in configs}
+    # A teacher's evaluation does not repeat the data section of its base.
+    data = {base: next((c["data"] for c in found if "data" in c), dict[str, Any]()) for base, found in configs.items()}
     return {
         "kind": "comparison", "margin": margin,
         "a": {"name": a.name, "what": a.what}, "b": {"name": b.name, "what": b.what},
-        "rows": [_row(base, run, (a, b), rows, _metrics(base, rows, known), margin) for base, run in both],
+        "rows": [_row(base, run, (a, b), rows, listed[base], data[base], margin) for base, run in both],
         "only_a": ["/".join(row) for row in sorted(rows[0].keys() - rows[1].keys())],
         "only_b": ["/".join(row) for row in sorted(rows[1].keys() - rows[0].keys())],
         "claims": _claims(*tables),
@@ -61,66 +68,53 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _metrics(base: str, configs: list[dict[str, Any]], tables: Sequence[Tables]) -> list[str]:
+    """Metrics of a base in the order of its evaluation, else of its tables; empty if neither says them."""
+    sections = [config.get("eval", {}).get("metrics") for config in configs]
+    sections += [table["metrics"] for side in reversed(tables) for table in side.values() if table["base"] == base]
+    return numbers_of(next((metrics for metrics in sections if metrics), []))
+
+
 def _row(
-    base: str, run: str, sides: tuple[Side, Side], rows: tuple[Rows, Rows], metrics: list[str], margin: float
+    base: str,
+    run: str,
+    sides: tuple[Side, Side],
+    rows: tuple[Rows, Rows],
+    metrics: list[str],
+    data: dict[str, Any],
+    margin: float,
 ) -> dict[str, Any]:
+    """One row of the comparison; `metrics` come first, `data` is the section of its base, empty where unknown."""
     a, b = (side[base, run] for side in rows)
-    data = _data(base, rows)
-    first = next(iter(b.values()))
-    pair = Pair(sides, a, b, data.get("classes") if first.protocol.get("labels") == "cyclic" else None)
-    refused = pair.refusal()
-    found = {metric: Contrast(metric, {}, {}, None, refused) if refused else _contrast(pair, metric)
-             for metric in _measured(metrics, a, b)}  # fmt: skip
-    primary = next((metric for metric in metrics if metric in BETTER), metrics[0])
-    main = found.get(primary) or Contrast(primary, {}, {}, None, f"neither side has {primary}")
+    cyclic = next(iter(b.values())).protocol.get("labels") == "cyclic"
+    row = MatchedRow(sides, a, b, data.get("classes") if cyclic else None)
+    measured = dict.fromkeys(metric for side in (a, b) for each in side.values() for metric in each.values)
+    found: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
+    for metric in dict.fromkeys([*metrics, *measured]):
+        try:
+            if metric in measured:
+                found[metric] = row.contrast(metric)
+        except UserError as error:
+            reasons[metric] = str(error)
+    named = metrics or [*measured]
+    primary = next((metric for metric in named if metric in BETTER), named[0])
     better = BETTER.get(primary)
+    if primary in found:
+        unknown = found[primary]["difference"] is None
+        reasons[primary] = "the finite sample has no standard error" if unknown else ""
+    main = found.pop(primary, {"a": {}, "b": {}, "difference": None})
+    reason = reasons.get(primary, f"neither side has {primary}")
+    seeds = [row.shared[0]] * 2 if row.shared else [min(a), min(b)]
+    grids = [f"{side[seed].folder}/grid.png" for side, seed in zip((a, b), seeds, strict=True)]
+    paths = [grid if grid in side.files else None for grid, side in zip(grids, sides, strict=True)]
     return {
         "row": f"{base}/{run}", "base": base, "run": run, "metric": primary, "better": better,
-        "label": label(primary), "verdict": judge(main.found, better, margin),
-        "reason": main.reason or ("" if better else f"{primary} has no better direction"), "seeds": pair.seeds(),
-        "a": main.a, "b": main.b, "difference": main.found,
-        "others": {m: {"a": c.a, "b": c.b, "difference": c.found} for m, c in found.items() if m != primary and c.a},
-        **pair.changes(), "grids": _grids(pair), "resolution": sample_side(data) if data else None,
+        "label": label(primary), "verdict": verdict_on(main["difference"], better, margin),
+        "reason": reason or ("" if better else f"{primary} has no better direction"), "seeds": row.seeds(), **main,
+        "others": found, **row.changes(), "grids": {"seeds": seeds, "paths": paths},
+        "resolution": sample_side(data) if data else None,
     }  # fmt: skip
-
-
-def _contrast(pair: Pair, metric: str) -> Contrast:
-    try:
-        return pair.contrast(metric)
-    except UserError as damaged:
-        return Contrast(metric, {}, {}, None, str(damaged))
-
-
-def _data(base: str, rows: tuple[Rows, Rows]) -> dict[str, Any]:
-    """The data section of the base's students; a teacher's evaluation does not repeat it."""
-    return next((config["data"] for config in _configs(base, rows) if "data" in config), {})
-
-
-def _configs(base: str, rows: tuple[Rows, Rows]) -> list[dict[str, Any]]:
-    return [s.config for side in reversed(rows) for (b, _), seeds in side.items() if b == base for s in seeds.values()]
-
-
-def _metrics(base: str, rows: tuple[Rows, Rows], tables: tuple[Tables, Tables]) -> list[str]:
-    """Metrics of a base in the order of its evaluation, else of its tables, else as measured."""
-    sections = [config.get("eval", {}).get("metrics") for config in _configs(base, rows)]
-    sections += [t["metrics"] for side in reversed(tables) for t in side.values() if t["base"] == base]
-    known = numbers_of(next((metrics for metrics in sections if metrics), []))
-    return known or [m for (b, _), seeds in rows[1].items() if b == base for m in next(iter(seeds.values())).values]
-
-
-def _measured(metrics: list[str], a: Seeds, b: Seeds) -> list[str]:
-    """Those metrics and the other ones that either side has, in order."""
-    names = [*metrics, *(m for side in (a, b) for s in side.values() for m in s.values)]
-    have = {m for side in (a, b) for s in side.values() for m in s.values}
-    return [name for name in dict.fromkeys(names) if name in have]
-
-
-def _grids(pair: Pair) -> dict[str, Any]:
-    """Seeds whose sample grids are shown, and the grids' paths on their sides; None where there is none."""
-    seeds = [pair.shared[0]] * 2 if pair.shared else [min(pair.a), min(pair.b)]
-    paths = [f"{rows[s].folder}/grid.png" for rows, s in zip((pair.a, pair.b), seeds, strict=True)]
-    found = [path if path in side.files else None for path, side in zip(paths, pair.sides, strict=True)]
-    return {"seeds": seeds, "paths": found}
 
 
 def _claims(a: Tables, b: Tables) -> list[dict[str, Any]]:
@@ -155,15 +149,15 @@ def _stale(side: str, tables: Tables, rows: Rows) -> Iterator[str]:
                 break
 
 
-def failures(document: Mapping[str, Any]) -> list[str]:
+def failures(comparison: Mapping[str, Any]) -> list[str]:
     """One sentence per row that must not pass: got worse, cannot be compared, or is gone."""
     found = []
-    for row in document["rows"]:
+    for row in comparison["rows"]:
         if row["verdict"] == "worse":
             found.append(f"{row['row']} got worse: {row['label']} {difference_text(row['difference']).strip('*')}")
         elif row["verdict"] == "not comparable":
             found.append(f"{row['row']} cannot be compared: {row['reason']}")
-    return found + [f"{row} is gone: only A ({document['a']['name']}) has it" for row in document["only_a"]]
+    return found + [f"{row} is gone: only A ({comparison['a']['name']}) has it" for row in comparison["only_a"]]
 
 
 @contextmanager
@@ -189,15 +183,15 @@ def main(
     """Say how the results of B differ from those of A: values, configs, claims and images."""
     with _usage_errors(), TemporaryDirectory() as scratch:
         sides = open_side(a, Path(scratch) / "a"), open_side(b, Path(scratch) / "b")
-        document = compare(*sides, margin)
-        text = markdown(document)
+        comparison = compare(*sides, margin)
+        text = markdown(comparison)
         if markdown_file:
             write_text(markdown_file, text)
         if html_file:
-            write_text(html_file, html(document, *sides))
+            write_text(html_file, html(comparison, *sides))
         if json_file:
-            write_json(json_file, document)
+            write_json(json_file, comparison)
     print(text, end="")
-    if fail_if_worse and (bad := failures(document)):
+    if fail_if_worse and (bad := failures(comparison)):
         print("\n".join(bad), file=sys.stderr)
         raise typer.Exit(1)

@@ -1,12 +1,12 @@
 """One side of a comparison: a folder, the workspace, a git revision or a DVC experiment, and the rows it measured.
 
-Of a revision only the files that are asked for are copied out of git, the DVC cache or the DVC remote.
+Copies only the requested files of a revision out of git, the DVC cache or the DVC remote.
 """
 
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,12 +54,12 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Seed:
+class Evaluation:
     """What is known of a row's last snapshot with one training seed (a teacher's only one is 0).
 
     `errors` are standard errors of the finite sample, None where unknown; `about` maps facts of the training and the
     evaluation (commits, device) to texts; `key` identifies the training's config, inputs and seed; `folder` holds the
-    evaluation's files; `metrics` is the record of the evaluation, empty if only a table is left of it.
+    evaluation's files; `metrics` is its record, empty if only a table is left of it.
     """
 
     values: dict[str, float]
@@ -68,12 +68,12 @@ class Seed:
     protocol: dict[str, Any]
     config: dict[str, Any]
     about: dict[str, str]
+    folder: str
     key: str | None = None
-    folder: str | None = None
-    metrics: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
-Rows = dict[tuple[str, str], dict[int, Seed]]  # (base, run) to seeds
+Rows = dict[tuple[str, str], dict[int, Evaluation]]  # (base, run) to training seeds
 
 
 def open_side(name: str, scratch: Path) -> Side:
@@ -200,49 +200,54 @@ def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
     return rows
 
 
-def _measured(side: Side, name: str) -> Seed:
-    metrics = side.json(name)
+def _measured(side: Side, name: str) -> Evaluation:
+    """What a metrics.json says, and the train.json beside it."""
+    metrics, folder = side.json(name), name.removesuffix("/metrics.json")
+    train = side.json(f"{folder}/train.json") or {}
     try:
         last = metrics["snapshots"][-1]
-        values = {k: v for k, v in last.items() if k not in NOT_METRICS}
-        values |= {k: metrics[k] for k in ("brightness_std",) if k in metrics}
+        values = _values(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
         config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
         step, protocol = last["step"], of_record(metrics)
     except (KeyError, IndexError, TypeError) as missing:
         raise UserError(f"{name} of {side.name} has no {missing}: evaluate the run again with Snakemake") from None
-    folder = name.removesuffix("/metrics.json")
-    train = side.json(f"{folder}/train.json") or {}
-    about = {"trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
-             "trained on": metrics.get("device"), "trained with torch": train.get("torch")}  # fmt: skip
-    known = {fact: text for fact, text in about.items() if text}
-    return Seed(values, _errors(last), step, protocol, config, known, train.get("key"), folder, metrics)
+    about = _known({
+        "trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
+        "trained on": metrics.get("device"), "trained with torch": train.get("torch"),
+    })  # fmt: skip
+    return Evaluation(values, _errors(last), step, protocol, config, about, folder, train.get("key"), metrics)
 
 
-def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[int, Seed]:
+def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[int, Evaluation]:
     """A row of a table: its reported values, or the last snapshot where the table chose the best one."""
-    seeds = {}
+    found = {}
     try:
-        for text, commit in row["commits"].items():
-            chosen = {metric: values[text] for metric, values in row["values"].items()}
-            last = row["curves"][text][-1] if row["curves"] else {"step": row["step"][text]}
-            values = chosen | {k: v for k, v in last.items() if k not in NOT_METRICS}
-            estimates = {"estimates": row["estimates"][text]} | last
-            teacher = row["kind"] == "teacher"
-            config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
-            about = {"evaluated at commit" if teacher else "trained at commit": commit, "trained on": row["device"]}
-            known = {fact: value for fact, value in about.items() if value}
-            folder = "/".join(row["grid"][text].split("/")[:-1])
-            seeds[int(text)] = Seed(
-                values, _errors(estimates), last["step"], of_record(row), config, known, None, folder
-            )
+        teacher = row["kind"] == "teacher"
+        config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
+        for seed, commit in row["commits"].items():
+            last = row["curves"][seed][-1] if row["curves"] else {"step": row["step"][seed]}
+            values = {metric: numbers[seed] for metric, numbers in row["values"].items()} | _values(last)
+            errors = _errors({"estimates": row["estimates"][seed]} | last)
+            about = _known({"evaluated at commit" if teacher else "trained at commit": commit,
+                            "trained on": row["device"]})  # fmt: skip
+            folder = str(PurePosixPath(row["grid"][seed]).parent)
+            found[int(seed)] = Evaluation(values, errors, last["step"], of_record(row), config, about, folder)
     except (KeyError, TypeError) as missing:
         place = f"table {table['name']} of {side.name}, row {row.get('run')}"
         raise UserError(f"{place}, has no {missing}: make the table again with Snakemake") from None
-    return seeds
+    return found
+
+
+def _values(snapshot: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in snapshot.items() if name not in NOT_METRICS}
 
 
 def _errors(snapshot: dict[str, Any]) -> dict[str, float | None]:
     return {metric: estimate["se"] for metric, estimate in snapshot.get("estimates", {}).items()}
+
+
+def _known(facts: dict[str, str | None]) -> dict[str, str]:
+    return {fact: text for fact, text in facts.items() if text}
 
 
 def inputs(side: Side, config: dict[str, Any]) -> dict[str, str]:

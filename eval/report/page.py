@@ -16,13 +16,12 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
-from dmd2.experiment.metrics import BETTER, FRECHET, SETTLED, best_first
+from dmd2.experiment.metrics import BETTER, SETTLED, best_first
 from dmd2.publish.table_text import (
-    NONE,
-    Table,
+    SENTENCES,
+    TableRecord,
     certainty,
     columns,
-    explained,
     label,
     mean,
     mean_sd,
@@ -34,13 +33,13 @@ from eval.pixels.grid import sample_grid, sample_side
 from eval.report import figures
 from eval.report.rules import MIN_SEEDS
 
-TEMPLATES = Path(__file__).parent / "templates"
-NEEDED = ("name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select",
-          "notes", "reference_row")  # fmt: skip
+TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
+NEEDED = {"name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select", "notes",
+          "reference_row"}  # fmt: skip
 MARKS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 
 
-def read_bundle(path: Path) -> Table:
+def read_table(path: Path) -> TableRecord:
     """A table as `eval.report.tables` wrote it.
 
     Raises:
@@ -48,89 +47,66 @@ def read_bundle(path: Path) -> Table:
     """
     if not path.exists():
         raise UserError(f"{path} is missing: make it with snakemake --profile local results/tables/{path.stem}.md")
-    bundle = read_json(path)
-    missing = [key for key in NEEDED if key not in bundle] if isinstance(bundle, dict) else ["rows"]
+    table = read_json(path)
+    missing = NEEDED - table.keys() if isinstance(table, dict) else {"rows"}
     if missing:
-        raise UserError(
-            f"{path} is no table bundle, it has no {missing[0]}: make it with python -m eval.report.tables NAME"
-        )
-    if not figures.students(bundle):
+        raise UserError(f"{path} is no table, it has no {min(missing)}: make it with python -m eval.report.tables NAME")
+    if not figures.rows_of(table, "student"):
         raise UserError(f"{path} has no trained row: give the table rows in workflow/tables/{path.stem}.yaml")
-    return bundle
+    return table
 
 
 def render(paths: list[Path]) -> str:
-    """The whole page for these bundles.
+    """The whole page for the tables in these files.
 
     Raises:
-        UserError: a bundle or one of its sample grids is missing or unreadable.
+        UserError: a table or one of its sample grids is missing or unreadable.
     """
-    page = template(TEMPLATES / "report.html.j2", code=code, yaml=_yaml, value=setting, costs=costs)
-    bundles = [read_bundle(path) for path in paths]
-    return page.render(
-        tables=[view(bundle) for bundle in bundles],
+    filters = {"code": code, "yaml": _yaml, "value": setting, "costs": costs, "mean_sd": mean_sd}
+    tables = [read_table(path) for path in paths]
+    return template(TEMPLATE, **filters).render(
+        tables=[view(table) for table in tables],
         sources=[(path, sha256(path)[:12]) for path in paths],
         commit=commit(),
         date=_commit_date(),
         arms=figures.ARMS,
         marks=MARKS,
         min_seeds=MIN_SEEDS,
-        stand_in=any(map(stand_in, bundles)),
+        settled=SETTLED,
+        better=BETTER,
+        stand_in=any(map(stand_in, tables)),
     )
 
 
-def view(bundle: Table) -> dict[str, Any]:
-    """What the template shows of one table, computed."""
-    styles = figures.styles(bundle)
-    anchors = {run: f"key-{bundle['name']}-{run}" for run in styles}
-    first, data = bundle["metrics"][0], figures.students(bundle)[0]["config"]["data"]
+def view(table: TableRecord) -> dict[str, Any]:
+    """A table with what the template shows of it besides, computed."""
+    students, styles, metric = figures.rows_of(table, "student"), figures.styles(table), table["metrics"][0]
+    anchors = {run: f"key-{table['name']}-{run}" for run in styles}
+    curves = {row["run"]: figures.curve(row, "step", metric) for row in students}
+    side = sample_side(students[0]["config"]["data"])
     return {
-        **bundle,
+        **table,
         "anchors": anchors,
         "symbols": [figures.key(anchors[run], style) for run, style in styles.items()],
-        "metric": label(first),
-        "header": header(bundle),
-        "certainty": certainty(bundle) if first in FRECHET else None,
-        "explained": explained(bundle),
-        "others": published(bundle),
-        "lines": lines(bundle),
-        "verdicts": [(mark, sum(c["verdict"] == mark for c in bundle["claims"])) for mark in MARKS],
-        "curves": figures.training_curves(bundle),
-        "behind": behind(bundle),
-        "brightness": figures.brightness(bundle),
-        "settled": SETTLED,
-        "grids": [
-            (row, sample_grid(Path(next(iter(row["grid"].values()))), sample_side(data))) for row in bundle["rows"]
-        ],
+        "metric": label(metric),
+        "shown": columns(table)[1:],
+        "best": {metric: best_runs(table, metric) for metric in BETTER},
+        "certainty": certainty(table),
+        "explained": SENTENCES.explained(table["seeds"]),
+        "others": published(table),
+        "verdicts": [(mark, sum(claim["verdict"] == mark for claim in table["claims"])) for mark in MARKS],
+        "curves": figures.training_curves(table),
+        "behind": curves,  # the numbers behind the first of them
+        "steps": sorted({step for points in curves.values() for step in points}),
+        "brightness": figures.brightness(table),
+        "grids": [(row, sample_grid(Path(next(iter(row["grid"].values()))), side)) for row in table["rows"]],
     }
 
 
-def header(bundle: Table) -> list[dict[str, str]]:
-    """Column heads with the direction that is better."""
-    return [
-        {"text": column.head, "kind": column.kind, "better": f"{way} is better" if way else ""}
-        for column in columns(bundle)
-        for way in [BETTER.get(column.kind)]
-    ]
-
-
-def lines(bundle: Table) -> list[dict[str, Any]]:
-    """The table's rows: text cells as in the Markdown, each with its kind and whether it is the best student's."""
-    best = {metric: best_runs(bundle, metric) for metric in BETTER}
-    found = []
-    for row in bundle["rows"]:
-        shown = []
-        for column in columns(bundle)[1:]:
-            text, _, aside = column.text(row).partition(" (")
-            is_best = row["run"] in best.get(column.kind, ())
-            shown.append({"text": text, "aside": aside and f"({aside}", "kind": column.kind, "best": is_best})
-        found.append({"run": row["run"], "kind": row["kind"], "cells": shown})
-    return found
-
-
-def best_runs(bundle: Table, metric: str) -> list[str]:
+def best_runs(table: TableRecord, metric: str) -> list[str]:
     """The student rows with the best mean; none where there is nothing to compare."""
-    means = {r["run"]: fmean(r["values"][metric].values()) for r in figures.students(bundle) if metric in r["values"]}
+    students = [row for row in figures.rows_of(table, "student") if metric in row["values"]]
+    means = {row["run"]: fmean(row["values"][metric].values()) for row in students}
     finite = {run: mean for run, mean in means.items() if isfinite(mean)}
     if len(set(finite.values())) < 2:
         return []
@@ -138,23 +114,14 @@ def best_runs(bundle: Table, metric: str) -> list[str]:
     return [run for run, mean in finite.items() if mean == best]
 
 
-def behind(bundle: Table) -> dict[str, Any]:
-    """The numbers behind the training curves: for every snapshot's step, each student's value over seeds."""
-    curves = {r["run"]: figures.curve(r, "step", bundle["metrics"][0]) for r in figures.students(bundle)}
-    steps = sorted({step for points in curves.values() for step in points})
-    shown = [[mean_sd(points[step]) if step in points else NONE for points in curves.values()] for step in steps]
-    return {"runs": list(curves), "lines": list(zip(steps, shown, strict=True))}
-
-
 def costs(per_seed: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What the training of each seed cost, and who counted it."""
-    return {seed: _cost(cost) for seed, cost in per_seed.items()}
-
-
-def _cost(cost: dict[str, Any]) -> str:
-    gpus = f"{mean([cost['gpu_hours']])} GPU-hours and " if cost["gpu_hours"] else ""
-    starts = f", {cost['starts']} start{'' if cost['starts'] == 1 else 's'}" if "starts" in cost else ""
-    return f"{gpus}{mean([cost['cpu_hours']])} CPU-hours by {cost['source']}{starts}"
+    told = {}
+    for seed, cost in per_seed.items():
+        gpus = f"{mean([cost['gpu_hours']])} GPU-hours and " if cost["gpu_hours"] else ""
+        starts = f", {cost['starts']} start{'' if cost['starts'] == 1 else 's'}" if "starts" in cost else ""
+        told[seed] = f"{gpus}{mean([cost['cpu_hours']])} CPU-hours by {cost['source']}{starts}"
+    return told
 
 
 def code(text: str) -> Markup:
@@ -181,7 +148,7 @@ def _commit_date() -> str:
 
 
 def main(
-    tables: Annotated[list[Path], typer.Argument(help="bundles written by eval.report.tables", show_default=False)],
+    tables: Annotated[list[Path], typer.Argument(help="JSON written by eval.report.tables", show_default=False)],
     out: Annotated[Path, typer.Option(help="the page")] = Path("results/report.html"),
 ) -> None:
     """Write one HTML page over TABLES: numbers beside the paper's, verdicts, curves and samples."""

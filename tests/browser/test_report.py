@@ -78,7 +78,7 @@ def test_missing_or_foreign_bundle_is_named(place: Path, tmp_path: Path):
         report.render([Path("results/tables/nowhere.json")])
     foreign = tmp_path / "metrics.json"
     foreign.write_text('{"kind": "metrics"}')
-    with pytest.raises(UserError, match=r"metrics.json is no table bundle, it has no name: .*eval.report.tables"):
+    with pytest.raises(UserError, match=r"metrics.json is no table, it has no base: .*eval.report.tables"):
         report.render([foreign])
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from dmd2.core.files import read_json, write_json
 from eval.compare import command as compare
-from eval.compare.contrasts import judge
+from eval.compare.contrasts import verdict_on
 from tests.eval.compare_places import psi, student, teacher
 
 APP = Typer()
@@ -268,7 +268,7 @@ def test_what_got_better_passes(places: tuple[Path, Path]) -> None:
     ],
 )  # fmt: skip
 def test_verdicts(low: float, high: float, better: str | None, margin: float, verdict: str) -> None:
-    assert judge({"low": low, "high": high}, better, margin) == verdict
+    assert verdict_on({"low": low, "high": high}, better, margin) == verdict
 
 
 def test_the_first_metric_with_a_direction_decides(places: tuple[Path, Path]) -> None:

@@ -1,6 +1,7 @@
 """What a table prints is so whatever its first metric: directions, gaps, calls, times, warnings."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -12,9 +13,10 @@ import yaml
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import SAMPLERS, RunId
+from dmd2.experiment.metrics import LABELS
 from dmd2.experiment.tables import Table, load_experiment
 from dmd2.publish.table_text import cells, markdown, other, published
-from eval.report.page import best_runs, header, lines, render
+from eval.report.page import best_runs, render
 from eval.report.rules import lower
 from eval.report.tables import build, measurements
 from eval.runs.evaluate import brightness_stability
@@ -191,10 +193,13 @@ def test_the_gap_is_to_the_paper_where_it_has_the_metric_and_to_one_thing_only(p
 )
 def test_bold_and_arrows_follow_the_direction(metric: str, best: str | None, better: str, place: Path) -> None:
     bundle = first_metric(metric, {"dmd": 0.2, "dmd2": 0.3}, {"dmd": None, "dmd2": None})
-    told = {column["kind"]: column["better"] for column in header(bundle)}
-    assert told[metric] == (f"{better} is better" if better else "")
-    bold = [line["run"] for line in lines(bundle) for cell in line["cells"] if cell["kind"] == metric and cell["best"]]
-    assert bold == ([best] if best else [])
+    write_json(place, bundle)
+    main = re.search(r'<table class="main">.*?</table>', render([place]), re.S)[0]
+    heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', main)
+    at = next(i for i, head in enumerate(heads) if re.split("&nbsp;", head)[0] == LABELS[metric])
+    assert (f"({better} is better)" in heads[at]) == bool(better) and ("↑" in heads[at]) == (better == "higher")
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in main.split("<tr")[2:]]
+    assert ["<strong>" in cells[at - 1] for cells in rows] == [best == "dmd", best == "dmd2"]
     assert best is None or best_runs(bundle, metric) == [best]
 
 

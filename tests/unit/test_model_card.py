@@ -133,8 +133,11 @@ def test_a_real_students_card_and_script(finished: Workspace, tmp_path):
     assert results.keys() == {"fd", "accuracy"} and results["fd"][0] == estimates["fd"]["value"]
     assert "FID" not in results["fd"][1] and "| FID |" not in card.text and "it is not FID" in card.text
     assert re.search(rf"^\| FD \| {estimates['fd']['value']:.4g} \|", card.text, re.M)
-    row = next(line for line in (place.path / "results/tables/demo.md").read_text().splitlines() if "`dmd2`" in line)
-    assert row in card.text and "`dmd`" not in card.text
+    lines = (place.path / "results/tables/demo.md").read_text().splitlines()
+    row = next(line for line in lines if "`dmd2`" in line)
+    said = next(line for line in lines if line.startswith("One seed; the last snapshot;"))
+    assert "\n".join([*lines[2:4], row]) in card.text and said in card.text and "`dmd`" not in card.text
+    assert "its seeds are 0 and this student is seed 0:\n" in card.text
     assert card.data.library_name == "diffusers" and card.data.license == "mit"
     assert (card.data.pipeline_tag, card.data.model_name) == ("unconditional-image-generation", "digits-dmd2-seed0")
 
