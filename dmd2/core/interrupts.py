@@ -88,7 +88,7 @@ def leave_to_another_job(folder: Path) -> None:
         UserError: it does.
     """
     own, other = os.environ.get("SLURM_JOB_ID"), _holder(folder / LOCK).get("job")
-    if own is None or other in (None, own) or not locked(folder):
+    if own is None or other in (None, own) or not is_being_trained(folder):
         return
     try:
         lives = is_live(state_of(other))
@@ -98,7 +98,7 @@ def leave_to_another_job(folder: Path) -> None:
         raise UserError(f"{folder}: Slurm job {other} trains this run already; job {own} leaves it alone and ends")
 
 
-def locked(folder: Path) -> bool:
+def is_being_trained(folder: Path) -> bool:
     """Whether a process trains the run: it holds the lock exclusively.
 
     Asked for by a shared lock, since two overviews at once would take each other's exclusive ones for a training.

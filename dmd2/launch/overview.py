@@ -6,12 +6,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.files import read_json
@@ -21,18 +19,18 @@ from dmd2.experiment.tables import Experiment, load_experiment
 from dmd2.launch.state import is_published, run_state
 
 SILENCE = 600.0  # seconds without a sign of life after which a running job is worth a look
-OTHER_COLUMNS = 114  # characters beside the name of the run, the foldable columns on several lines
+COLUMNS = ("run", "state", "step", "it/s", "ETA", "node", "restarts", "last losses", "Slurm job")
+FOLDED = ("state", "node", "last losses")  # columns that may take several lines
+OTHER_COLUMNS = 114  # characters beside the name of the run, the folded columns on several lines
 PIPED_WIDTH = 1000  # characters; more than any line needs, so that grep finds whole lines
 NONE = "–"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the overview, as text apart from the run itself."""
+class RunLine(NamedTuple):
+    """One run in the overview: the cells of `COLUMNS`."""
 
     run: RunId
-    state: str
-    detail: str = ""  # in parentheses after the state
+    state: str  # with details in parentheses
     step: str = NONE
     rate: str = NONE
     eta: str = NONE
@@ -40,11 +38,6 @@ class Row:
     restarts: str = NONE
     losses: str = NONE
     job: str = NONE
-
-    def cells(self) -> list[str]:
-        """In the order of the table's columns."""
-        state = f"{self.state} ({self.detail})" if self.detail else self.state
-        return [str(self.run), state, self.step, self.rate, self.eta, self.node, self.restarts, self.losses, self.job]
 
 
 def chosen_runs(names: list[str]) -> list[RunId]:
@@ -84,37 +77,26 @@ def print_overview(runs: list[RunId]) -> None:
     """Print the table of these runs, how many are in which state, and why states are unknown if they are."""
     jobs, note = live_jobs(runs)
     now = time.time()
-    rows = [overview_row(run, jobs, now) for run in runs]
-    console = _console(rows)
-    if rows:
-        console.print(_grid(rows))
-    counts = Counter(row.state for row in rows)
+    lines = [run_line(run, jobs, now) for run in runs]
+    console = Console(markup=False, highlight=False, emoji=False)
+    # A terminal is used as wide as it is, but rich would cut off text of a narrower table.
+    needed = max((len(str(line.run)) for line in lines), default=0) + OTHER_COLUMNS
+    console.width = max(needed, console.width if sys.stdout.isatty() else PIPED_WIDTH)
+    if lines:
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in COLUMNS:
+            side: Literal["left", "right"] = "left" if name in ("run", *FOLDED) else "right"
+            grid.add_column(name, justify=side, no_wrap=name not in FOLDED, overflow="fold")
+        for line in lines:
+            grid.add_row(*map(str, line))
+        console.print(grid)
+    counts = Counter(line.state.partition(" (")[0] for line in lines)
     told = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    console.print(f"{len(rows)} run{'' if len(rows) == 1 else 's'}{': ' if told else ''}{told}")
+    console.print(f"{len(lines)} run{'' if len(lines) == 1 else 's'}{': ' if told else ''}{told}")
     if counts["ended"]:
         console.print("ended: complete, and the next snakemake call publishes it")
     if note:
         console.print(f"states are unknown: {note}")
-
-
-def _console(rows: list[Row]) -> Console:
-    """Where to print: whole lines into a pipe; as wide as the terminal, but never so narrow that rich cuts text off."""
-    console = Console(markup=False, highlight=False, emoji=False)
-    needed = max((len(str(row.run)) for row in rows), default=0) + OTHER_COLUMNS
-    console.width = max(console.width, needed) if sys.stdout.isatty() else max(needed, PIPED_WIDTH)
-    return console
-
-
-def _grid(rows: list[Row]) -> Grid:
-    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("run", "state", "step", "it/s", "ETA", "node", "restarts", "last losses", "Slurm job"):
-        if name in ("state", "node", "last losses"):
-            grid.add_column(name, overflow="fold")
-        else:
-            grid.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*row.cells())
-    return grid
 
 
 def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
@@ -122,7 +104,9 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
 
     Slurm is asked once, and only if one of these runs may have a job.
     """
-    if not any((run.folder / "job.json").exists() and not is_published(run.folder, _train(run)) for run in runs):
+    if not any(
+        (run.folder / "job.json").exists() and not is_published(run.folder, _read(run, "train.json")) for run in runs
+    ):
         return {}, ""
     if shutil.which("sbatch") is None:
         return None, NO_SLURM
@@ -133,7 +117,7 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
     return {entry.name: entry for entry in sorted(entries, key=lambda e: e.state == "RUNNING") if not entry.ended}, ""
 
 
-def overview_row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
+def run_line(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> RunLine:
     """What a run's folder and its Slurm job say about it at the time `now`. Damaged files are a state of the run.
 
     Args:
@@ -142,22 +126,24 @@ def overview_row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Ro
         now: seconds since the epoch.
     """
     try:
-        return _row(run, jobs, now)
+        return _run_line(run, jobs, now)
     except UserError as error:
-        return Row(run, "damaged", str(error))
+        return RunLine(run, f"damaged ({error})")
     except (AttributeError, KeyError, TypeError, ValueError):
-        return Row(run, "damaged", "progress.json or job.json holds something else than a job writes: delete it")
+        told = "progress.json or job.json holds something else than a job writes: delete it"
+        return RunLine(run, f"damaged ({told})")
 
 
-def _row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
-    progress, submitted = _read(run.folder / "progress.json"), _read(run.folder / "job.json")
+def _run_line(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> RunLine:
+    progress, submitted = _read(run, "progress.json", {}), _read(run, "job.json", {})
     ids = submitted.get("jobs", [])
     # By name: a launcher killed right after sbatch left a job that job.json does not have, and the job.json of a copied
     # workspace has the original's.
     entry = (jobs or {}).get(job_name(run))
-    state = run_state(run.folder, _train(run), progress, entry, unknown=jobs is None and bool(ids))
+    state = run_state(run.folder, _read(run, "train.json"), progress, entry, unknown=jobs is None and bool(ids))
     detail = entry.reason if entry and state == "pending" and entry.reason != "None" else ""
-    began = _process_began(run.folder)
+    lock = run.folder / ".lock"  # which the newest process of the run opened for writing when it started
+    began = lock.stat().st_mtime if lock.exists() else 0.0
     rate = eta = node = NONE
     if state == "running":
         node = (entry and entry.nodes) or progress.get("node", NONE)
@@ -166,32 +152,23 @@ def _row(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> Row:
         sign = max(progress.get("time", 0.0), began)
         if sign and now - sign > SILENCE:
             detail = f"silent for {(now - sign) / 60:.0f} min"
-    restarts = progress.get("restarts", 0) + max(0, len(ids) - 1)
-    return Row(
-        run, state, detail, f"{progress['step']}/{progress['total']}" if progress else NONE, rate, eta, node,
-        str(restarts) if progress or ids else NONE, _losses(progress.get("values", {})),
-        entry.job if entry else ids[-1] if ids else NONE,
-    )  # fmt: skip
+    values = progress.get("values", {})
+    return RunLine(
+        run=run,
+        state=f"{state} ({detail})" if detail else state,
+        step=f"{progress['step']}/{progress['total']}" if progress else NONE,
+        rate=rate,
+        eta=eta,
+        node=node,
+        restarts=str(progress.get("restarts", 0) + max(0, len(ids) - 1)) if progress or ids else NONE,
+        losses="  ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in values.items()) or NONE,
+        job=entry.job if entry else ids[-1] if ids else NONE,
+    )
 
 
-def _train(run: RunId) -> dict[str, Any] | None:
-    path = run.folder / "train.json"
-    return read_json(path) if path.exists() else None
-
-
-def _process_began(folder: Path) -> float:
-    """When the newest process of a run started: it opened the lock for writing; 0 if there was none."""
-    path = folder / ".lock"
-    return path.stat().st_mtime if path.exists() else 0.0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _losses(values: Mapping[str, float]) -> str:
-    """``denoise 0.123  gan 0.69``: the part of the name that says what it is."""
-    return "  ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in values.items()) or NONE
+def _read(run: RunId, name: str, otherwise: Any = None) -> Any:
+    path = run.folder / name
+    return read_json(path) if path.exists() else otherwise
 
 
 def _duration(seconds: float) -> str:

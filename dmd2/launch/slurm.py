@@ -20,7 +20,7 @@ from submitit.helpers import clean_env
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import write_json, write_text, writing
-from dmd2.core.interrupts import locked
+from dmd2.core.interrupts import is_being_trained
 from dmd2.core.retraining import When, is_due, make_anew
 from dmd2.core.run import Goal, RunId
 from dmd2.core.slurm_queue import NO_SLURM, STUCK, NoAnswer, is_live, job_name, slurm, squeue, state_of, submissions
@@ -31,10 +31,15 @@ from dmd2.launch.job import TrainingJob
 from dmd2.launch.wait import SETTLE, log_path, say
 
 PATIENCE = 120.0  # seconds that sbatch may take
-OWN = {
+SBATCH = {  # options of sbatch by key of jobs.train
+    "slurm_partition": "partition", "slurm_account": "account", "qos": "qos", "constraint": "constraint",
+    "gpu": "gpus-per-node", "gres": "gres", "cpus_per_gpu": "cpus-per-gpu", "mem_mb": "mem",
+    "mem_mb_per_cpu": "mem-per-cpu",
+}  # fmt: skip
+GIVEN_BY = {  # options of sbatch that slurm_extra may not have, and why
     "time": "is the key runtime", "nodes": "is training.nodes", "ntasks-per-node": "is training.processes",
     "cpus-per-task": "is the key threads", "signal": "is training.signal_seconds",
-    **{name: "is needed to find the job again" for name in ("job-name", "output", "error", "open-mode")},
+    **dict.fromkeys(("job-name", "output", "error", "open-mode"), "is needed to find the job again"),
 }  # fmt: skip
 
 
@@ -57,37 +62,34 @@ class SlurmTraining:
         """Job name, by which a job whose id was lost is found."""
         return job_name(self.run)
 
-    def executor(self) -> SlurmExecutor:
-        """submitit's executor with the cluster file's resources."""
+    def script(self) -> str:
+        """The batch script that would be sent, written by submitit. It has all that the job needs.
+
+        Raises:
+            UserError: there is no Slurm here, or slurm_extra cannot be read.
+        """
         if None in (shutil.which("sbatch"), shutil.which("srun")):
             raise UserError(NO_SLURM)
-        resources, training = self.cluster.jobs.train, self.cluster.training
-        cpus = None if resources.cpus_per_gpu else resources.threads  # Slurm refuses both
-        # srun does not take over sbatch's CPUs per task since Slurm 22.05: without the repetition a task gets one CPU.
-        srun_args = ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-        executor = SlurmExecutor(self.run.folder / "jobs", python=self.cluster.python)
+        wanted, training, python = self.cluster.jobs.train, self.cluster.training, self.cluster.python
+        given = {SBATCH[key]: value for key, value in wanted.snakemake().items() if key in SBATCH}
+        options = {name: f"{value}M" if name.startswith("mem") else value for name, value in given.items()}
+        cpus = None if wanted.cpus_per_gpu else wanted.threads  # Slurm refuses both
+        executor = SlurmExecutor(self.run.folder / "jobs", python=python)
         executor.update_parameters(
-            job_name=self.name, time=resources.runtime, nodes=training.nodes, ntasks_per_node=self.cluster.processes,
-            cpus_per_task=cpus, signal_delay_s=training.signal_seconds, setup=self.cluster.setup,
-            srun_args=srun_args, additional_parameters=self.options(),
-        )  # fmt: skip
-        return executor
-
-    def options(self) -> dict[str, Any]:
-        """The other options of sbatch, by their long names."""
-        r = self.cluster.jobs.train
-        options: dict[str, Any] = {
-            "partition": r.slurm_partition, "account": r.slurm_account, "qos": r.qos, "constraint": r.constraint,
-            "gpus-per-node": r.gpu, "gres": r.gres, "cpus-per-gpu": r.cpus_per_gpu,
-            "mem": r.mem_mb and f"{r.mem_mb}M", "mem-per-cpu": r.mem_mb_per_cpu and f"{r.mem_mb_per_cpu}M",
-        }  # fmt: skip
-        return {k: v for k, v in options.items() if v is not None} | {"requeue": True} | extra_options(r.slurm_extra)
-
-    def script(self) -> str:
-        """The batch script that would be sent. It has all that the job needs."""
+            job_name=self.name,
+            time=wanted.runtime,
+            nodes=training.nodes,
+            ntasks_per_node=self.cluster.processes,
+            cpus_per_task=cpus,
+            signal_delay_s=training.signal_seconds,
+            setup=self.cluster.setup,
+            # srun does not take over sbatch's CPUs per task since Slurm 22.05: a task would get one CPU.
+            srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
+            additional_parameters=options | {"requeue": True} | extra_options(wanted.slurm_extra),
+        )
         job = TrainingJob(self.run, self.cfg, self.cluster.hardware)
-        command = f"{self.cluster.python} -u -m dmd2.launch.job {shlex.quote(job.text())}"
-        return self.executor()._make_submission_file_text(command, "")
+        command = f"{python} -u -m dmd2.launch.job {shlex.quote(job.text())}"
+        return executor._make_submission_file_text(command, "")
 
     def submit_or_attach(self) -> str | None:
         """Id of the live job of this run, submitted now if there was none; None if the training is finished.
@@ -101,21 +103,21 @@ class SlurmTraining:
         anew = is_due(self.goal, self.again)
         if not anew and submissions(self.run)["config"] in (None, self.goal.config) and self.goal.reached():
             return None  # whatever Slurm may still have to clear away
-        silent = ""
+        silent = False
         with self._submission_lock() as lock:
             while True:
                 try:
-                    if live := self._attached(after_silence=bool(silent), anew=anew):
+                    if live := self._attached(after_silence=silent, anew=anew):
                         return live
                     if anew:
                         make_anew(self.goal)
-                        self._record([])  # what the old training cost is told by its train.json
+                        self._record([])  # the train.json of the old training says what that cost
                         anew = False
-                    return self._submitted(lock)
+                    return None if self.goal.reached() else self._submitted(lock)
                 except NoAnswer as error:
                     if not silent:
                         say(self.run, f"{error}; waiting until it does")
-                    silent = str(error)
+                    silent = True
                     time.sleep(max(SETTLE, self.cluster.training.poll_seconds))
 
     @contextmanager
@@ -133,12 +135,15 @@ class SlurmTraining:
                 flock(lock, LOCK_EX)  # two launchers at once: the second finds the first one's job
             yield lock
 
+    def _record(self, jobs: list[str]) -> None:
+        write_json(self.run.folder / "job.json", {"name": self.name, "config": self.goal.config, "jobs": jobs})
+
     def _attached(self, after_silence: bool, anew: bool) -> str | None:
         """Id of the live job of this run, which job.json then names."""
         known = submissions(self.run)
-        if not (live := self.live_job(known)) and after_silence:
+        if not (live := self._live_job(known)) and after_silence:
             time.sleep(SETTLE)  # a sbatch that got no answer may still be carried out
-            live = self.live_job(known)
+            live = self._live_job(known)
         if not live:
             return None
         stop = f"wait for it, or stop it by `python -m dmd2.launch cancel {self.run}`"
@@ -151,28 +156,7 @@ class SlurmTraining:
         say(self.run, f"attached to Slurm job {live}")
         return live
 
-    def _submitted(self, lock: TextIO) -> str | None:
-        """Id of the job that is submitted now; None if the training is finished."""
-        if self.goal.reached():
-            return None
-        known = submissions(self.run)
-        jobs = known["jobs"] if known["config"] == self.goal.config else []
-        self._record(jobs)
-        job = self.submit(lock)
-        try:
-            self._record([*jobs, job])
-        except UserError as error:
-            raise UserError(
-                f"{self.run}: Slurm job {job} was submitted and is left to run, and the same command will find it; but "
-                f"{error}"
-            ) from None
-        say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
-        return job
-
-    def _record(self, jobs: list[str]) -> None:
-        write_json(self.run.folder / "job.json", {"name": self.name, "config": self.goal.config, "jobs": jobs})
-
-    def live_job(self, known: dict[str, Any]) -> str | None:
+    def _live_job(self, known: dict[str, Any]) -> str | None:
         """Id of this run's job that is waiting or running; the first that runs if there are several.
 
         One that is just ending is waited for, but not longer than it may take once its processes are gone.
@@ -180,36 +164,45 @@ class SlurmTraining:
         Raises:
             UserError: it does not end.
         """
-        began: float | None = None
+        until: float | None = None
         while True:
             named = [entry for entry in squeue("--name", self.name).values() if entry.name == self.name]
             entries = [entry for entry in named if not entry.ended]
             if live := [entry for entry in entries if entry.live]:
                 return min(live, key=lambda entry: (entry.state != "RUNNING", int(entry.job))).job
-            if not entries:
-                return self._not_shown(known)
-            job, now = entries[-1].job, time.monotonic()
-            if began is None:
-                began = now
-                say(self.run, f"job {job} is COMPLETING on {entries[-1].nodes}; waiting until it is cleared away")
-            if now - began >= STUCK:
-                if locked(self.run.folder):
+            if not entries:  # squeue may not show a job of this workspace that lives
+                jobs = known["jobs"] if known["name"] == self.name else []
+                return jobs[-1] if jobs and is_live(state_of(jobs[-1])) else None
+            job, nodes = entries[-1].job, entries[-1].nodes
+            if until is None:
+                until = time.monotonic() + STUCK
+                say(self.run, f"job {job} is COMPLETING on {nodes}; waiting until it is cleared away")
+            if time.monotonic() >= until:
+                if is_being_trained(self.run.folder):
                     raise UserError(
                         f"{self.run}: Slurm job {job} has been COMPLETING for {STUCK / 60:.0f} min and still holds the "
-                        f"run: let an administrator look at {entries[-1].nodes}, and run again"
+                        f"run: let an administrator look at {nodes}, and run again"
                     )
                 say(self.run, f"job {job} is COMPLETING still, but its training has ended: going on without it")
                 return None
             time.sleep(1)
 
-    def _not_shown(self, known: dict[str, Any]) -> str | None:
-        """The last job of this workspace, if it lives although squeue does not show it."""
-        if known["name"] != self.name or not known["jobs"] or not is_live(state_of(known["jobs"][-1])):
-            return None
-        return known["jobs"][-1]
+    def _submitted(self, lock: TextIO) -> str:
+        """Id of the job that is submitted now, which job.json then names."""
+        known = submissions(self.run)
+        jobs = known["jobs"] if known["config"] == self.goal.config else []
+        self._record(jobs)
+        job = self._sent(lock)
+        try:
+            self._record([*jobs, job])
+        except UserError as error:
+            left = "was submitted and is left to run, and the same command will find it"
+            raise UserError(f"{self.run}: Slurm job {job} {left}; but {error}") from None
+        say(self.run, f"submitted Slurm job {job}; log: {log_path(self.run, job)}")
+        return job
 
-    def submit(self, lock: TextIO) -> str:
-        """Send the job. sbatch inherits the lock: if this process is killed, the next launcher waits for its end."""
+    def _sent(self, lock: TextIO) -> str:
+        """Id that sbatch gave. It inherits the lock: if this process is killed, the next launcher waits for its end."""
         kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
         path = self.run.folder / "jobs/submission.sh"
         write_text(path, self.script())
@@ -238,8 +231,8 @@ def extra_options(text: str | None) -> dict[str, Any]:
     for i, word in enumerate(words):
         if word.startswith("--"):
             name, sign, value = word[2:].partition("=")
-            if name in OWN:
-                raise UserError(f"slurm_extra: --{name} {OWN[name]}")
+            if name in GIVEN_BY:
+                raise UserError(f"slurm_extra: --{name} {GIVEN_BY[name]}")
             following = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("-") else True
             options[name] = value if sign else following
         elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmd2.core.interrupts import locked
+from dmd2.core.interrupts import is_being_trained
 from dmd2.core.retraining import replaced
 from dmd2.core.slurm_queue import Entry
 
@@ -36,7 +36,7 @@ def run_state(
         return "finished"
     if job is not None:
         return job.state.lower()
-    if locked(folder):
+    if is_being_trained(folder):
         return "running"
     if unknown:
         return "unknown"

@@ -12,7 +12,7 @@ import typer
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import digest_of, read_json
-from dmd2.core.interrupts import locked, single_writer
+from dmd2.core.interrupts import is_being_trained, single_writer
 from dmd2.core.provenance import sole_maker
 from dmd2.core.retraining import replaced
 from dmd2.core.run import RunId
@@ -44,7 +44,7 @@ def prunable(dry_run: bool = False) -> Iterator[Prunable]:
     for run in chosen_runs([]):
         if not any(KEYED.fullmatch(path.name) for path in run.folder.iterdir()):
             continue
-        if locked(run.folder):
+        if is_being_trained(run.folder):
             yield Prunable(run.folder, [], "a process trains it")
             continue
         try:

@@ -13,7 +13,7 @@ from pandas.testing import assert_frame_equal
 from dmd2.core.files import read_json, write_json
 from dmd2.core.interrupts import single_writer
 from dmd2.core.progress import Progress
-from dmd2.launch.overview import overview_row
+from dmd2.launch.overview import run_line
 from eval.catalogue.read import catalogue
 from tests.eval.catalogue_workspace import RUN, RUNS, STEPS, edit, of
 
@@ -122,6 +122,4 @@ def test_folders_that_are_no_run_are_named(place: Path, capsys) -> None:
 def test_a_training_made_anew_is_in_the_state_that_status_shows(place: Path) -> None:
     write_json(RUN.folder / "again.json", {read_json(RUN.folder / "train.json")["key"]: "0123abcd"})
     Progress("x", STEPS, folder=RUN.folder).update(2, {})
-    assert (
-        of(RUN).state.tolist() == ["outdated"] * 3 + ["stopped"] == ["outdated"] * 3 + [overview_row(RUN, {}, 0).state]
-    )
+    assert of(RUN).state.tolist() == ["outdated"] * 3 + ["stopped"] == ["outdated"] * 3 + [run_line(RUN, {}, 0).state]

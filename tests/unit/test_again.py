@@ -24,7 +24,7 @@ from dmd2.core.run import Goal, RunId
 from dmd2.experiment.cluster import Cluster, Jobs
 from dmd2.experiment.run_inputs import Inputs, goal_of
 from dmd2.launch import command as launch
-from dmd2.launch.overview import overview_row
+from dmd2.launch.overview import run_line
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
@@ -113,7 +113,7 @@ def test_training_anew_that_is_stopped_goes_on_and_the_old_record_stays_until_it
         stopped.setattr(launch, "TrainingJob", Stopped)
         launch.train_here(RUN, config(), CLUSTER, "always")
     assert read_json(RUN.folder / "finished.json")["key"] == first["key"]
-    assert overview_row(RUN, {}, 0.0).state != "finished"
+    assert run_line(RUN, {}, 0.0).state != "finished"
     second = train()
     assert second["key"] != first["key"]
 

@@ -14,7 +14,7 @@ from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import Entry, job_name
 from dmd2.launch import command as launch
 from dmd2.launch import overview
-from dmd2.launch.overview import Row, chosen_runs, overview_row, print_overview
+from dmd2.launch.overview import RunLine, chosen_runs, print_overview, run_line
 
 RUN = RunId("digits", "dmd2", 0)
 NOW = 1_000_000.0
@@ -50,20 +50,16 @@ def wrote(run: RunId = RUN, progress: dict | None = None, jobs: list[str] | None
     return run
 
 
-def state_of(row: Row) -> str:
-    return row.cells()[1]
-
-
 def test_a_run_without_folder_is_not_started_and_the_look_leaves_no_trace(place: Path) -> None:
-    assert overview_row(RUN, {}, NOW) == Row(RUN, "not started")
+    assert run_line(RUN, {}, NOW) == RunLine(RUN, "not started")
     RUN.folder.mkdir(parents=True)
-    assert overview_row(RUN, {}, NOW) == Row(RUN, "not started")
+    assert run_line(RUN, {}, NOW) == RunLine(RUN, "not started")
     assert list(RUN.folder.iterdir()) == []
 
 
 def test_a_running_job_shows_all_its_progress(place: Path) -> None:
-    row = overview_row(wrote(RUN, PROGRESS, ["5", "7"]), job("RUNNING", nodes="gpu[1-2]"), NOW)
-    assert row == Row(RUN, "running", "", "300/1500", "12.3", "3h 05m", "gpu[1-2]", "3", "denoise 0.123", "7")
+    row = run_line(wrote(RUN, PROGRESS, ["5", "7"]), job("RUNNING", nodes="gpu[1-2]"), NOW)
+    assert row == RunLine(RUN, "running", "300/1500", "12.3", "3h 05m", "gpu[1-2]", "3", "denoise 0.123", "7")
 
 
 @pytest.mark.parametrize(
@@ -81,14 +77,14 @@ def test_a_running_job_shows_all_its_progress(place: Path) -> None:
 def test_only_a_running_job_has_rate_time_left_and_node(
     place: Path, jobs: Callable[[], dict[str, Entry] | None], state: str
 ) -> None:
-    row = overview_row(wrote(RUN, PROGRESS, ["5", "7"]), jobs(), NOW)
-    assert state_of(row) == state
+    row = run_line(wrote(RUN, PROGRESS, ["5", "7"]), jobs(), NOW)
+    assert row.state == state
     assert (row.step, row.rate, row.eta, row.node, row.restarts) == ("300/1500", "–", "–", "–", "3")
 
 
 def test_a_job_that_its_launcher_could_not_record_is_found_by_its_name(place: Path) -> None:
-    row = overview_row(wrote(RUN, None, []), {job_name(RUN): Entry("9", job_name(RUN), "PENDING", "Priority", "")}, NOW)
-    assert (state_of(row), row.job) == ("pending (Priority)", "9")
+    row = run_line(wrote(RUN, None, []), {job_name(RUN): Entry("9", job_name(RUN), "PENDING", "Priority", "")}, NOW)
+    assert (row.state, row.job) == ("pending (Priority)", "9")
 
 
 @pytest.mark.parametrize(
@@ -105,53 +101,53 @@ def test_a_job_that_its_launcher_could_not_record_is_found_by_its_name(place: Pa
 def test_states_without_a_live_job(
     place: Path, records: list[str], progress: dict | None, state: str, jobs: list[str] | None
 ) -> None:
-    assert state_of(overview_row(wrote(RUN, progress, jobs, *records), {}, NOW)) == state
+    assert run_line(wrote(RUN, progress, jobs, *records), {}, NOW).state == state
 
 
 def test_a_live_job_trains_again_what_finished_json_has_of_an_older_config(place: Path) -> None:
-    assert state_of(overview_row(wrote(RUN, PROGRESS, ["7"], "finished.json"), job("RUNNING"), NOW)) == "running"
+    assert run_line(wrote(RUN, PROGRESS, ["7"], "finished.json"), job("RUNNING"), NOW).state == "running"
 
 
 def test_a_local_run_is_running_while_its_lock_is_held(place: Path) -> None:
     run = wrote(RUN, PROGRESS)
     with open(run.folder / ".lock", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        row = overview_row(run, {}, NOW)
+        row = run_line(run, {}, NOW)
         assert (row.state, row.rate, row.eta, row.node, row.job) == ("running", "12.3", "3h 05m", "here", "–")
-    assert overview_row(run, {}, NOW).state == "stopped"
+    assert run_line(run, {}, NOW).state == "stopped"
 
 
 def test_two_overviews_at_once_do_not_take_each_other_for_a_training(place: Path) -> None:
     run = wrote(RUN, PROGRESS)
     with open(run.folder / ".lock", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert overview_row(run, {}, NOW).state == "stopped"
+        assert run_line(run, {}, NOW).state == "stopped"
 
 
 def test_a_held_lock_is_known_even_if_slurm_is_not(place: Path) -> None:
     run = wrote(RUN, PROGRESS, ["7"])
     with open(run.folder / ".lock", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert overview_row(run, None, NOW).state == "running"
+        assert run_line(run, None, NOW).state == "running"
 
 
 @pytest.mark.parametrize(("seconds", "state"), [(599, "running"), (660, "running (silent for 11 min)")])
 def test_a_running_job_without_news_for_ten_minutes_is_called_silent(place: Path, seconds: float, state: str) -> None:
     run = wrote(RUN, {**PROGRESS, "time": NOW - seconds}, ["7"])
-    assert state_of(overview_row(run, job("RUNNING"), NOW)) == state
+    assert run_line(run, job("RUNNING"), NOW).state == state
 
 
 def test_a_restarted_job_is_not_silent_and_has_no_rate_yet(place: Path) -> None:
     run = wrote(RUN, {**PROGRESS, "time": NOW - 9000}, ["7"])
     os.utime(run.folder / ".lock", (NOW - 30, NOW - 30))
-    row = overview_row(run, job("RUNNING"), NOW)
-    assert (state_of(row), row.step, row.rate, row.eta) == ("running", "300/1500", "–", "–")
+    row = run_line(run, job("RUNNING"), NOW)
+    assert (row.state, row.step, row.rate, row.eta) == ("running", "300/1500", "–", "–")
 
 
 def test_a_job_silent_since_its_start_is_noticed_but_not_before_its_process_began(place: Path) -> None:
-    assert state_of(overview_row(wrote(RUN, None, ["7"]), job("RUNNING"), NOW)) == "running (silent for 60 min)"
+    assert run_line(wrote(RUN, None, ["7"]), job("RUNNING"), NOW).state == "running (silent for 60 min)"
     (RUN.folder / ".lock").unlink()
-    assert state_of(overview_row(RUN, job("RUNNING"), NOW)) == "running"
+    assert run_line(RUN, job("RUNNING"), NOW).state == "running"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +155,7 @@ def test_a_job_silent_since_its_start_is_noticed_but_not_before_its_process_bega
 )
 def test_time_left_in_two_units(place: Path, seconds: int, text: str) -> None:
     run = wrote(RUN, {**PROGRESS, "eta_seconds": seconds}, ["7"])
-    assert overview_row(run, job("RUNNING"), NOW).eta == text
+    assert run_line(run, job("RUNNING"), NOW).eta == text
 
 
 @pytest.fixture
