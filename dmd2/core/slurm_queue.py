@@ -13,17 +13,20 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import digest_of, read_json, write_json
 from dmd2.core.run import RUNS, RunId
 
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL", "PREEMPTED",
-         "BOOT_FAIL", "REVOKED"}  # fmt: skip
-
 NO_SLURM = (
     "there is no Slurm on this machine (sbatch is not on PATH): run this on the cluster's login node, or use "
     "--profile local"
 )
+ENDED = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
+    "REVOKED",
+}  # fmt: skip
 STUCK = 300.0  # seconds after which a COMPLETING job is one that Slurm cannot clean up after
 # What Slurm's commands say when the controller is away or too busy, which passes.
-SILENT = ("unable to contact", "unable to establish", "connection failure", "connection refused", "timed out",
-          "zero bytes", "in standby", "temporarily unavailable", "communication")  # fmt: skip
+SILENT = (
+    "unable to contact", "unable to establish", "connection failure", "connection refused", "timed out", "zero bytes",
+    "in standby", "temporarily unavailable", "communication",
+)  # fmt: skip
 
 
 class NoAnswer(UserError):

@@ -1,7 +1,5 @@
 """Named protocols: everything a published number depends on besides the images, as data (protocols.yaml)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -9,24 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.eval_config import Patch
+from dmd2.experiment.section import Strict
 
 RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
 # What a base takes from its protocol; metrics are the base's own, by the names of the paper's tables.
-IN_A_BASE = ("detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch",
-             "clip")  # fmt: skip
+IN_A_BASE = {"detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch", "clip"}
 
 
-class NamedProtocol(BaseModel):
+class NamedProtocol(Strict):
     """One entry of protocols.yaml; labels and classes are None where images follow captions.
 
     `patch` and `clip` are what a base measures beside the distance: that over patches, and the CLIP score.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
     detector: str
@@ -54,7 +50,7 @@ class NamedProtocol(BaseModel):
 
     def for_a_base(self) -> dict[str, Any]:
         """Values of the eval section of a base that names this protocol."""
-        values = self.model_dump(mode="json", include=set(IN_A_BASE), exclude_none=True)
+        values = self.model_dump(mode="json", include=IN_A_BASE, exclude_none=True)
         return {"protocol": self.name, **values, "labels": self.labels or "cyclic"}
 
 
@@ -70,15 +66,10 @@ def ranks_of(rule: str) -> int:
 
 
 @cache
-def protocols() -> dict[str, NamedProtocol]:
+def known_protocols() -> dict[str, NamedProtocol]:
     """Every protocol by name."""
     listed = yaml.safe_load(Path(__file__).with_name("protocols.yaml").read_text(encoding="utf-8"))
     return {name: NamedProtocol(name=name, **values) for name, values in listed.items()}
-
-
-def names() -> list[str]:
-    """Names of all protocols."""
-    return list(protocols())
 
 
 def named(name: str) -> NamedProtocol:
@@ -87,7 +78,7 @@ def named(name: str) -> NamedProtocol:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in protocols():
-        hint = did_you_mean(name, names(), f": choose one of {', '.join(names())}")
+    if name not in known_protocols():
+        hint = did_you_mean(name, known_protocols(), f": choose one of {', '.join(known_protocols())}")
         raise UserError(f"there is no protocol {name}{hint}")
-    return protocols()[name]
+    return known_protocols()[name]

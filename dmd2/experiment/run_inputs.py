@@ -15,21 +15,14 @@ WEIGHTS, REFS = Path("data/weights"), Path("data/refs")
 PIPELINES, PROMPTS = Path("data/pipelines"), Path("data/prompts")
 
 
+def _manifest(folder: Path, name: str | None) -> Path | None:
+    """Manifest of the artefact `name`; None without a name."""
+    return folder / name / "manifest.json" if name else None
+
+
 def pipeline_manifest(data: Data) -> Path | None:
     """Manifest of the pipeline that encodes a set's prompts, None where there is no text."""
-    return None if data.text is None else PIPELINES / data.text.pipeline.name / "manifest.json"
-
-
-def prompt_set(data: Data, source: str) -> str:
-    """Name of the encoded prompts of the file `source`: the same file is encoded once for all bases that agree."""
-    key = digest_of([source, prompt_settings(data)])
-    assert data.text is not None
-    return f"{data.text.pipeline.name}-{Path(source).stem}-{key}"
-
-
-def prompt_settings(data: Data) -> dict[str, Any]:
-    """What encoded prompts depend on besides their file: the pipeline, and the image size that SDXL is told."""
-    return {"pipeline": pipeline_settings(data), "resolution": data.resolution}
+    return None if data.text is None else _manifest(PIPELINES, data.text.pipeline.name)
 
 
 def pipeline_settings(data: Data) -> dict[str, Any]:
@@ -41,22 +34,27 @@ def pipeline_settings(data: Data) -> dict[str, Any]:
     return settings
 
 
-def prompts_manifest(data: Data, source: str) -> Path:
-    """Manifest of the encoded prompts of the file `source`."""
-    return PROMPTS / prompt_set(data, source) / "manifest.json"
+def prompt_settings(data: Data) -> dict[str, Any]:
+    """What encoded prompts depend on besides their file: the pipeline, and the image size that SDXL is told."""
+    return {"pipeline": pipeline_settings(data), "resolution": data.resolution}
 
 
-def training_prompts(cfg: TrainConfig) -> Path | None:
-    """Manifest of the prompts a student is trained on, None where its conditions are labels or captions."""
-    return None if cfg.prompts is None else prompts_manifest(cfg.data, cfg.prompts)
+def prompt_set(data: Data, source: str) -> str:
+    """Name of the encoded prompts of the file `source`: the same file is encoded once for all bases that agree."""
+    assert data.text is not None
+    return f"{data.text.pipeline.name}-{Path(source).stem}-{digest_of([source, prompt_settings(data)])}"
+
+
+def _prompts_or_captions(data: Data, source: str | None) -> Path | None:
+    """Manifest of the encoded prompts of the file `source`, or of the real set with its captions; None for labels."""
+    if data.text is None:
+        return None
+    return _manifest(PROMPTS, prompt_set(data, source)) if source else _manifest(REAL, data.name)
 
 
 def pair_prompts(data: Data) -> Path | None:
     """Manifest of the prompts that teacher pairs are drawn for, None where they are labels."""
-    if data.text is None:
-        return None
-    source = data.text.prompts
-    return prompts_manifest(data, source) if source else REAL / data.name / "manifest.json"
+    return None if data.text is None else _prompts_or_captions(data, data.text.prompts)
 
 
 def pair_inputs(data: Data) -> list[Path]:
@@ -66,10 +64,12 @@ def pair_inputs(data: Data) -> list[Path]:
 
 def eval_prompts(cfg: RunConfig) -> Path | None:
     """Manifest of the prompts of an evaluation, None for classes; by default the real set, whose captions they are."""
-    if cfg.data.text is None:
-        return None
-    source = cfg.eval.prompts
-    return prompts_manifest(cfg.data, source) if source else REAL / cfg.data.name / "manifest.json"
+    return _prompts_or_captions(cfg.data, cfg.eval.prompts)
+
+
+def _teacher(cfg: TrainConfig) -> Path | None:
+    """Manifest of the teacher, None for a released student of classes, which needs none."""
+    return None if cfg.released_whole else _manifest(TEACHERS, cfg.teacher.name)
 
 
 OF_EVERY_RUN = ("teacher", "real", "pairs", "init")
@@ -89,14 +89,14 @@ class Inputs:
     @staticmethod
     def of(run: RunId, cfg: TrainConfig) -> "Inputs":
         """The conventional places for `cfg`."""
-        init = cfg.train.init_from and RunId(run.base, cfg.train.init_from, run.seed).folder / "train.json"
+        origin = cfg.train.init_from
         return Inputs(
-            None if cfg.released_whole else TEACHERS / cfg.teacher.name / "manifest.json",
-            REAL / cfg.data.name / "manifest.json" if cfg.needs_real else None,
-            PAIRS / cfg.pair_set / "manifest.json" if cfg.needs_pairs else None,
-            Path(init) if init else None,
-            pipeline_manifest(cfg.data),
-            training_prompts(cfg),
+            teacher=_teacher(cfg),
+            real=_manifest(REAL, cfg.data.name) if cfg.needs_real else None,
+            pairs=_manifest(PAIRS, cfg.pair_set) if cfg.needs_pairs else None,
+            init=RunId(run.base, origin, run.seed).folder / "train.json" if origin else None,
+            pipeline=pipeline_manifest(cfg.data),
+            prompts=_prompts_or_captions(cfg.data, cfg.prompts) if cfg.prompts else None,
         )
 
     def identity(self) -> dict[str, str | None]:
@@ -124,15 +124,14 @@ def goal_of(run: RunId, cfg: TrainConfig) -> Goal:
 
 
 def measured_with(cfg: RunConfig) -> dict[str, Path]:
-    """Manifests that an evaluation reads besides what it evaluates; a released student of classes needs no teacher."""
-    spec = cfg.eval
+    """Manifests that an evaluation reads besides what it evaluates."""
     found = {
-        "teacher": None if cfg.released_whole else TEACHERS / cfg.teacher.name / "manifest.json",
-        "detector": WEIGHTS / spec.detector / "manifest.json",
-        "reference": REFS / spec.statistics / "manifest.json",
+        "teacher": _teacher(cfg),
+        "detector": _manifest(WEIGHTS, cfg.eval.detector),
+        "reference": _manifest(REFS, cfg.eval.statistics),
         "pipeline": pipeline_manifest(cfg.data),
         "prompts": eval_prompts(cfg),
-        "patch_reference": REFS / spec.patch_statistics / "manifest.json" if spec.patch_statistics else None,
-        "clip": WEIGHTS / spec.clip / "manifest.json" if spec.clip else None,
+        "patch_reference": _manifest(REFS, cfg.eval.patch_statistics),
+        "clip": _manifest(WEIGHTS, cfg.eval.clip),
     }
     return {name: path for name, path in found.items() if path is not None}

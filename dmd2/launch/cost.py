@@ -2,12 +2,42 @@
 
 import re
 import time
+from contextlib import suppress
 from typing import Any
 
 from dmd2.core.errors import UserError
-from dmd2.core.slurm_queue import sacct
+from dmd2.core.files import read_json, write_json
+from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import sacct, submissions
 
 LAG = 20.0  # seconds the accounting may run behind
+
+
+def training_cost(run: RunId, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Cost of a finished run by Slurm's accounting, as it says now or said before, or else by the wall clock.
+
+    The second value is a sentence where the accounting should know the cost and does not say it.
+    """
+    known = submissions(run)
+    if not (jobs := known["jobs"]):
+        return wall_clock_cost(record), ""
+    if cost := slurm_cost(jobs):
+        # Kept where Snakemake does not delete it.
+        write_json(run.folder / "job.json", {**known, "cost": {"jobs": jobs, "value": cost}})
+        return cost, ""
+    kept = known.get("cost") or {}
+    before = kept["value"] if kept.get("jobs") == jobs else _published_cost(run, record)
+    now = "what it said before is kept" if before else "train.json has hours by the wall clock"
+    return before or wall_clock_cost(record), f"sacct does not say what the jobs cost; {now}"
+
+
+def _published_cost(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
+    """What the accounting said of exactly this training when it was published before."""
+    with suppress(UserError, AttributeError):
+        published = read_json(run.folder / "train.json")
+        same = all(published.get(key) == value for key, value in record.items())
+        return published["cost"] if same and published.get("cost", {}).get("source") == "sacct" else None
+    return None
 
 
 def wall_clock_cost(record: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import read_json, write_json
+from dmd2.core.files import write_json
 from dmd2.core.provenance import signed
 from dmd2.core.run import Goal, RunId
-from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, sacct, slurm, state_of, submissions
-from dmd2.launch.cost import slurm_cost, wall_clock_cost
+from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, sacct, slurm, state_of
+from dmd2.launch.cost import training_cost
 
 SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
 GRACE = {
@@ -57,7 +57,7 @@ class Watch:
 
     def __init__(self, run: RunId, job: str) -> None:
         self.run, self.job = run, job
-        self.shown = ""
+        self.said = ""
         self.hidden = False  # whether squeue does not show it although it lives
         self.ended_at: float | None = None  # when it was first seen to be over, by the clock of the snapshots
         self.releases = 0
@@ -65,21 +65,31 @@ class Watch:
         self.started = time.time()
 
     def over(self, entry: Entry | None, seen_at: float) -> bool:
-        """Whether the job is over for good, given its entry in a snapshot of that time."""
+        """Whether the job is over for good, given its entry in a snapshot of that time.
+
+        Raises:
+            UserError: Slurm holds it after one failed launch after another.
+        """
         if seen_at < self.started:
             return False  # a snapshot from before the job was submitted
-        self.show(entry)
+        if entry is None:
+            if not self.hidden:
+                self.tell("has left the queue")
+        elif entry.nodes:
+            self.tell(f"{entry.state} on {entry.nodes}")
+        else:
+            self.tell(entry.state + (f" ({entry.reason})" if entry.reason not in ("None", "") else ""))
         if entry is not None and entry.held_after_failed_launch and seen_at > self.released_at:
-            self.release()
+            self._release()
             self.released_at = seen_at
         if entry is not None and entry.live:
             self.ended_at, self.hidden = None, False
             return False
         self.ended_at = seen_at if self.ended_at is None else self.ended_at
         patience = SETTLE if entry is None else GRACE.get(entry.state, SETTLE)
-        return seen_at - self.ended_at >= patience and (entry is not None or self.gone())
+        return seen_at - self.ended_at >= patience and (entry is not None or self._gone())
 
-    def gone(self) -> bool:
+    def _gone(self) -> bool:
         """Whether a job that squeue does not show is gone by the controller's record of it and the accounting, too."""
         try:
             state = state_of(self.job)
@@ -91,64 +101,42 @@ class Watch:
         self.tell(f"is not shown by squeue, but it is {state}; still waiting for it")
         return False
 
-    def show(self, entry: Entry | None) -> None:
-        """Say a state that is new."""
-        if entry is None:
-            if not self.hidden:
-                self.tell("has left the queue")
-        elif entry.nodes:
-            self.tell(f"{entry.state} on {entry.nodes}")
-        else:
-            self.tell(entry.state + (f" ({entry.reason})" if entry.reason not in ("None", "") else ""))
-
     def tell(self, text: str) -> None:
         """Say something about the job, unless it is what was said last."""
-        if text != self.shown:
+        if text != self.said:
             say(self.run, f"job {self.job} {text}")
-        self.shown = text
+        self.said = text
 
-    def release(self) -> None:
-        """Let a job start that Slurm holds after a failed launch.
-
-        Raises:
-            UserError: it happened again and again.
-        """
+    def _release(self) -> None:
+        """Let a job start that Slurm holds after a failed launch."""
         if self.releases == RELEASES:
             raise UserError(
                 f"{self.run}: Slurm job {self.job} is held after {RELEASES + 1} failed launches: look at "
                 f"`scontrol show job {self.job}`, then `scontrol release {self.job}` and run again"
             )
-        try:
+        with suppress(NoAnswer):  # the next snapshot shows it held still
             slurm("scontrol", "release", self.job)
-        except NoAnswer:
-            return  # the next snapshot shows it held still
-        self.releases += 1
-        say(self.run, f"job {self.job} was held after a failed launch and is released")
+            self.releases += 1
+            say(self.run, f"job {self.job} was held after a failed launch and is released")
 
 
 def obituary(run: RunId, job: str) -> str:
-    """What is known about a job that ended without result."""
+    """What is known about a job that ended without result, with the last 20 lines of its log."""
     try:
         *_, (state, code, nodes, elapsed) = sacct([job], "State,ExitCode,NodeList,Elapsed")
         fate = f"{state} with exit code {code} on {nodes} after {elapsed}"
     except (UserError, ValueError):
         fate = "ended without a result (sacct has no record of it)"
-    tail = log_tail(log_path(run, job))
-    again = "the same command continues from the newest checkpoint"
-    return f"{run}: Slurm job {job} {fate}; {again}. Log {log_path(run, job)}{tail}"
+    path, tail = log_path(run, job), " was never written: the job did not start"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+        tail = " ends with:\n" + "\n".join(f"    {line}" for line in lines)
+    return f"{run}: Slurm job {job} {fate}; the same command continues from the newest checkpoint. Log {path}{tail}"
 
 
 def log_path(run: RunId, job: str) -> Path:
     """Where process 0 of the job writes its messages."""
     return run.folder / "jobs" / f"{job}_0_log.err"
-
-
-def log_tail(path: Path, lines: int = 20) -> str:
-    """The last lines of a log, indented under a colon, or a note that there are none."""
-    if not path.exists():
-        return " was never written: the job did not start"
-    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return " ends with:\n" + "\n".join(f"    {line}" for line in text)
 
 
 def say(run: RunId, text: str) -> None:
@@ -158,33 +146,10 @@ def say(run: RunId, text: str) -> None:
 
 def publish(goal: Goal, record: dict[str, Any]) -> None:
     """Write train.json, the node of the DAG that says this run is complete, with what it cost and was made from."""
-    cost = cost_of(goal.run, record)
+    cost, missing = training_cost(goal.run, record)
+    if missing:
+        say(goal.run, missing)
     write_json(goal.run.folder / "train.json", signed({**record, "cost": cost}, goal.made))
-
-
-def cost_of(run: RunId, record: dict[str, Any]) -> dict[str, Any]:
-    """Cost by Slurm's accounting: as it says now, else as it said before, else by the wall clock."""
-    known = submissions(run)
-    if not known["jobs"]:
-        return wall_clock_cost(record)
-    if cost := slurm_cost(known["jobs"]):
-        # Kept where Snakemake does not delete it.
-        write_json(run.folder / "job.json", {**known, "cost": {"jobs": known["jobs"], "value": cost}})
-        return cost
-    kept = known.get("cost") or {}
-    before = kept["value"] if kept.get("jobs") == known["jobs"] else _published_cost(run, record)
-    now = "what it said before is kept" if before else "train.json has hours by the wall clock"
-    say(run, f"sacct does not say what the jobs cost; {now}")
-    return before or wall_clock_cost(record)
-
-
-def _published_cost(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None:
-    """What the accounting said of exactly this training when it was published before."""
-    with suppress(UserError, AttributeError):
-        published = read_json(run.folder / "train.json")
-        same = all(published.get(key) == value for key, value in record.items())
-        return published["cost"] if same and published.get("cost", {}).get("source") == "sacct" else None
-    return None
 
 
 def main(name: str, job: str, key: str, made: str, poll_seconds: str) -> None:
@@ -200,8 +165,8 @@ def main(name: str, job: str, key: str, made: str, poll_seconds: str) -> None:
             except UserError as error:
                 raise UserError(f"{run} is trained, but {error}") from None
         except KeyboardInterrupt:
-            say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, "
-                     f"`python -m dmd2.launch cancel {run}` stops it")  # fmt: skip
+            stop = f"`python -m dmd2.launch cancel {run}` stops it"
+            say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, {stop}")
             raise
 
 

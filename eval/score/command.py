@@ -17,7 +17,7 @@ import typer
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import write_json, write_text
 from dmd2.experiment.metrics import options as metric_options
-from dmd2.experiment.protocols import named, names
+from dmd2.experiment.protocols import known_protocols
 from dmd2.experiment.run_inputs import WEIGHTS
 from eval.detectors.reference import FEATURES, part_of, save_moments
 from eval.score.call import Call, differences, engine_of
@@ -172,7 +172,7 @@ def stats(
 def protocols() -> None:
     """List the protocols that --protocol knows."""
     rows = []
-    for protocol in map(named, names()):
+    for protocol in known_protocols().values():
         labels = f"{protocol.labels} of {protocol.classes}" if protocol.labels else "prompts"
         quirk = f"ones x {protocol.ranks}" if protocol.ranks else "right"
         rows.append({

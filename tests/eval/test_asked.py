@@ -6,7 +6,7 @@ import pytest
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.metrics import options as metric_options
-from dmd2.experiment.protocols import NamedProtocol, names
+from dmd2.experiment.protocols import NamedProtocol, known_protocols
 from eval.score import options as module
 from eval.score.options import Asked, Inputs
 
@@ -59,7 +59,7 @@ def test_without_a_protocol_the_defaults_hold() -> None:
     assert (asked.metrics, asked.geometry, asked.title(), asked.about()) == (("fd",), "none", None, None)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", known_protocols())
 def test_every_named_protocol_is_usable(name) -> None:
     asked = Asked.of(METRICS, name, None)
     assert asked.detector and asked.images and asked.title() == name
@@ -71,7 +71,7 @@ def test_unknown_metrics_and_protocols_are_refused_with_the_known_ones() -> None
         Asked.of(METRICS, None, "fd,fvd")
     with pytest.raises(UserError, match="no metric prdc"):
         Asked.of(PAIRED, None, "prdc")
-    with pytest.raises(UserError, match=names()[0]):
+    with pytest.raises(UserError, match=next(iter(known_protocols()))):
         Asked.of(METRICS, "nothing", None)
 
 

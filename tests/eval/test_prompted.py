@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import eval.score.command as command
-from dmd2.experiment.protocols import NamedProtocol, names
+from dmd2.experiment.protocols import NamedProtocol, known_protocols
 from dmd2.networks.lpips import Lpips
 from eval.detectors import features
 from eval.detectors.clip import ClipImages, ClipScore
@@ -228,7 +228,7 @@ def test_stats_of_a_protocol_makes_its_reference(run, monkeypatch) -> None:
 
 def test_protocols_are_listed(run) -> None:
     shown = run("protocols").stdout
-    assert all(name in shown for name in names()) and "reference" in shown
+    assert all(name in shown for name in known_protocols()) and "reference" in shown
 
 
 def test_sampling_of_the_reference_widens_the_interval(run) -> None:

@@ -10,7 +10,7 @@ import torch
 from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels
 from dmd2.experiment.metrics import OF_RUNS, options
-from dmd2.experiment.protocols import named, names, ranks_of
+from dmd2.experiment.protocols import known_protocols, named, ranks_of
 from dmd2.experiment.tables import BASES, load_base, load_experiment
 from eval.detectors import features
 from eval.detectors.networks import NETWORKS
@@ -26,7 +26,7 @@ from tests.tiny import config
 PAPER_BASES = {"imagenet64": "in64-dmd2", "sd15": "coco30k", "sdxl": "coco10k"}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", known_protocols())
 def test_protocol_names_things_that_exist(name) -> None:
     protocol = named(name)
     assert protocol.detector in NETWORKS and Geometry(protocol.geometry).name == protocol.geometry
