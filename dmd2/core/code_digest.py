@@ -1,7 +1,8 @@
-"""The code that makes the numbers of a training, in one digest per module; needs no torch.
+"""A digest of each module whose code makes the numbers of a training; needs no torch.
 
-It is found by following imports from `START` and digested as syntax: comments, docstrings, annotations, formatting, the
-wording of errors and the places that names are imported from do not count, so that moving a file changes nothing.
+The modules are found by following imports from `START`. The digest is of their syntax without comments, docstrings,
+annotations, formatting, the wording of errors and the places that names are imported from, so that moving a file
+changes nothing.
 """
 
 import ast
@@ -15,9 +16,8 @@ from typing import Any
 PACKAGE = __name__.partition(".")[0]
 ROOT = Path(str(sys.modules[PACKAGE].__file__)).parents[1]
 START = f"{PACKAGE}.training.trainer"
-# Reached by imports, but without part in the numbers: what brings files to disk and back (their content is part of a
-# run's key), what prepares sets, what checks settings or digests them, and what talks to people. By the last part of
-# the name.
+# Modules, by the last part of their name, that imports reach but that have no part in the numbers: they read and write
+# files (whose content is part of a run's key), prepare sets, check or digest settings, or print.
 NO_PART = {
     "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode", "dotted_keys", "emoji",
     "errors", "eval_config", "files", "hub_sets", "image_files", "inert_pickle", "interfaces", "interrupts",
@@ -32,7 +32,7 @@ Modules = Mapping[str, str]
 
 @cache
 def modules_of(start: str = START) -> dict[str, str]:
-    """Digest of every module that has a part in what `start` computes, by dotted name."""
+    """Digest of every module that has a part in the numbers of `start`, by dotted name."""
     found: dict[str, str] = {}
     waiting = [start]
     while waiting:
@@ -47,7 +47,7 @@ def modules_of(start: str = START) -> dict[str, str]:
 
 
 def digest_of_code(tree: ast.Module) -> str:
-    """Eight hex digits of what code does; the same in every version of Python that reads it the same."""
+    """Eight hex digits of the syntax of a module, equal in all versions of Python that parse it alike."""
     words: list[str] = []
     _spell(tree, words)
     words += sorted(set(_names(tree)))
@@ -55,7 +55,7 @@ def digest_of_code(tree: ast.Module) -> str:
 
 
 def differing(old: Modules, new: Modules) -> list[str]:
-    """Files of the modules that are not the same code in both; one that only moved is the same."""
+    """Files of the modules whose code differs between two records; a module that only moved does not differ."""
     ours, theirs = set(old.values()), set(new.values())
     names = {name for name, digest in old.items() if digest not in theirs}
     names |= {name for name, digest in new.items() if digest not in ours}
@@ -63,7 +63,7 @@ def differing(old: Modules, new: Modules) -> list[str]:
 
 
 def _without_part(module: str) -> bool:
-    """Whether it has no part in the numbers; `RENAMED` are names in records of earlier versions."""
+    """Whether a module has no part in the numbers; `RENAMED` maps names in records of earlier versions."""
     name = module.rpartition(".")[2]
     return RENAMED.get(name, name) in NO_PART
 
@@ -85,7 +85,7 @@ def _imported(tree: ast.Module) -> set[str]:
 
 
 def _names(tree: ast.Module) -> list[str]:
-    """What is imported, without the place of what is ours."""
+    """The names that are imported, with their module only where it is not ours."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -121,12 +121,12 @@ def _spell(value: Any, words: list[str]) -> None:
 
 
 def _silent(node: Any) -> bool:
-    """Imports, which count by name, and strings that stand alone."""
+    """Whether a statement adds nothing here: an import (see `_names`) or a string that stands alone."""
     alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     return alone or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def _methods(body: list[ast.stmt]) -> list[ast.stmt]:
-    """What a class of settings computes: its keys and their checks are told by the digest of a run's settings."""
+    """Methods of a class of settings but its validators: the digest of a run's settings covers keys and checks."""
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     return [node for node in functions if not any("validator" in ast.dump(d) for d in node.decorator_list)]

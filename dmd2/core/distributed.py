@@ -1,7 +1,7 @@
 """Data-parallel training in plain torch.distributed: every process computes its rows of the global batch.
 
-Gradients are summed, not averaged, because each process weights its losses by its share of the global batch; so the
-update is that of one process up to the order of the sum. Without a process group everything here is the identity.
+Gradients are summed, not averaged, because each process weights its losses by its share of the global batch. The update
+thus equals that of one process up to the order of the sum. Without a process group all functions are the identity.
 """
 
 import json
@@ -21,7 +21,8 @@ from dmd2.core.files import held, trust
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
 BUCKET = 1 << 24  # elements summed in one message
-TIMEOUT, PATIENCE = timedelta(minutes=30), timedelta(days=1)  # of a collective; of waiting for process 0 to verify
+TIMEOUT = timedelta(minutes=30)  # of a collective
+PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
 
 
 def rank() -> int:
@@ -39,11 +40,12 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     """Join the processes that the environment names (torchrun's variables); nothing to join when there is one.
 
     Args:
-        device: of this process. verify: what process 0 does before collectives begin and can time out; meanwhile the
-            others wait, for a day if need be, and then trust the files that it verified (see `dmd2.core.files.held`).
+        device: of this process.
+        verify: process 0 calls it before the first collective, which could time out; the others wait for up to a day
+            and then trust the files that it verified (see `dmd2.core.files.held`).
 
     Raises:
-        UserError: from `verify`, in process 0; the others are told that it ended.
+        UserError: from `verify`, in process 0; the others raise one that says that process 0 ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -76,7 +78,7 @@ def verify_first(store: Any, me: int, verify: Callable[[], None]) -> None:
     try:
         store.wait(["verified"], PATIENCE)
         files = json.loads(store.get("verified"))
-    except RuntimeError:  # the store was process 0's
+    except RuntimeError:  # the store ended with process 0
         files = None
     if files is None:
         raise UserError("process 0 of this training ended before it began; its message says why")
@@ -136,7 +138,7 @@ def sum_over(value: Tensor) -> Tensor:
 
 
 def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The JSON object of every process, in their order, on every process; also a point at which all wait."""
+    """The JSON objects of all processes, in their order, on every process. All processes wait for each other here."""
     if world_size() == 1:
         return [value]
     found: list[dict[str, Any]] = [{}] * world_size()

@@ -1,7 +1,7 @@
-"""Atomic writes and checksummed artefacts.
+"""Atomic writes, and manifests with checksums.
 
-A DAG node is a small JSON manifest; the heavy files lie beside it and are listed in it with size and sha256, so a
-truncated or foreign file is named instead of used.
+Every node of the DAG is a small JSON manifest that lists the large files beside it with size and SHA-256. A truncated
+or foreign file is thus found, and named, before it is used.
 """
 
 import errno
@@ -85,11 +85,11 @@ def atomic_folder(target: Path, replaceable: bool, refusal: str) -> Iterator[Pat
 
 
 def writer() -> str:
-    """A name for one write, in no other use on any node of a shared file system: host, process and a random part."""
+    """A name that no other write on a shared file system uses: host, process and a random part."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-REFUSALS = {  # what it means that a write was refused, and what helps
+REFUSALS = {  # why the system refuses a write, and what the user can do
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("the quota is used up", "free some space"),
     errno.EROFS: ("the file system is read-only", "have it mounted for writing"),
@@ -99,7 +99,7 @@ REFUSALS = {  # what it means that a write was refused, and what helps
 
 
 def refused(path: Path, error: Exception) -> CannotWriteError:
-    """The sentence about a write that the system refused, with the advice that fits the reason."""
+    """The error for a write that the system refused: the reason, and what to do about it."""
     # torch's and safetensors' exceptions have the reason in their text only.
     named = (code for code in REFUSALS if os.strerror(code) in str(error))
     code = getattr(error, "errno", None) or next(named, None)
@@ -113,7 +113,7 @@ def refused(path: Path, error: Exception) -> CannotWriteError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a refused write in the block into a sentence about `path`."""
+    """Raise CannotWriteError about `path` where a write in the block is refused."""
     try:
         yield
     except OSError as error:
@@ -178,7 +178,7 @@ def sha256(path: Path) -> str:
 
 
 def content_of(manifest: Path) -> str:
-    """Identity of what a manifest lists: a hash of its files' checksums, independent of when it was made."""
+    """Twelve hex digits over the checksums that a manifest lists; they do not depend on when it was made."""
     return content_digest(read_json(manifest)["files"])
 
 
@@ -194,7 +194,7 @@ def listing(paths: list[Path], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-# Files whose checksum held, by path, time of change, size and checksum: 16 GB take ten seconds to read again.
+# Files that were verified, by path, time of change, size and checksum. To read 16 GB again would take ten seconds.
 _held: set[tuple[str, int, int, str]] = set()
 
 
@@ -204,7 +204,7 @@ def held() -> list[tuple[str, int, int, str]]:
 
 
 def trust(files: Iterable[Sequence[Any]]) -> None:
-    """Take the word of another process, its `held`, for files that are unchanged since."""
+    """Count files as verified that another process has verified (its `held`) and that are unchanged since."""
     _held.update((path, time, size, checksum) for path, time, size, checksum in files)
 
 

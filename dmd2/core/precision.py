@@ -1,7 +1,7 @@
-"""In what floating-point arithmetic networks run: a named setting, never what a process or a GPU happens to allow.
+"""The floating-point arithmetic of networks: a named setting, never what a process or a GPU happens to allow.
 
-Of a GPU's float32 products (matrix products and convolutions) PyTorch computes some in TF32, ten bits of mantissa,
-unless it is told otherwise; others it runs by kernels that sum in an order that changes from run to run.
+On a GPU PyTorch computes some float32 products (matrix products, convolutions) in TF32, with ten bits of mantissa,
+unless told otherwise, and uses kernels whose order of summation changes from run to run.
 """
 
 import os
@@ -21,9 +21,9 @@ CPU_PRODUCTS: tuple[Any, ...] = (_mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn)
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Float32 products inside are of IEEE float32 for ``fp32``, and TF32 on a GPU for every other precision.
+    """Compute float32 products in IEEE float32 for ``fp32``, and in TF32 on a GPU for every other precision.
 
-    A CPU has no TF32: it computes them in float32. What the process allowed before holds again afterwards.
+    A CPU has no TF32 and always computes in float32. The process's earlier setting is restored afterwards.
     """
     before = [(place, place.fp32_precision) for place in GPU_PRODUCTS + CPU_PRODUCTS]
     try:
@@ -39,17 +39,17 @@ def float32_products(precision: str) -> Iterator[None]:
 
 @contextmanager
 def strict_float32(device: torch.device) -> Iterator[None]:
-    """IEEE float32 on `device` whatever the process allows: neither TF32 nor autocast."""
+    """Compute in IEEE float32 on `device`, without TF32 and autocast."""
     with float32_products("fp32"), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """If wanted, only kernels whose result is a function of their input: convolution, attention, cuBLAS, scatter.
+    """If wanted, use only kernels that give the same bits for the same input (convolution, attention, cuBLAS, scatter).
 
-    An operation that has no such kernel raises RuntimeError. Ask for it before the first product on the GPU: cuBLAS
-    reads its variable once.
+    An operation without such a kernel raises RuntimeError. Enter it before the first product on the GPU, because cuBLAS
+    reads its environment variable once.
     """
     if not wanted:
         yield

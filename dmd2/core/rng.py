@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OFFICIAL_BATCH = 128  # of the official ImageNet evaluator, on each process
+OFFICIAL_BATCH = 128  # of each process of the official ImageNet evaluator
 
 
 def stream(address: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -74,8 +74,8 @@ def sample_noise(seeds: list[int], shape: tuple[int, ...], name: str, device: to
 def sample_labels(seeds: list[int], classes: int, rule: str) -> Tensor:
     """Class of each sample seed: ``cyclic`` (seed mod classes) or ``random`` (uniform, addressed by the seed).
 
-    ``cyclic-on-P-ranks`` is the official evaluator on P processes: each of them walks the same list of labels, in
-    batches of 128 that are then gathered, so that classes are not balanced.
+    ``cyclic-on-P-ranks`` repeats the official evaluator on P processes: each walks the same list of labels in batches
+    of 128 that are then gathered, so that classes are not balanced.
     """
     if rule == "random":
         return torch.cat([torch.randint(classes, (1,), generator=stream(f"sample/{seed}/label")) for seed in seeds])

@@ -1,8 +1,8 @@
-"""What lies in the folder or file that a set was made from, in a digest that is cheap enough for every start.
+"""A digest of what lies in a user's folder or file, cheap enough for every start of Snakemake.
 
-It is of names and sizes. Times are left out, since a clone or a copy changes them, and so are contents: to read them is
-to prepare the set. A file that another one of its size replaces is therefore not seen. Of many files it is of the names
-alone, for which the folders are read and no file is looked at: 1.3 million take one to two seconds, with sizes fifteen.
+It covers names and sizes. Times are left out, because a clone or a copy changes them; contents, because reading them
+takes as long as preparing the set. A file that is replaced by another of the same size is therefore not noticed. Above
+20,000 files only names count: for 1.3 million files reading the folders takes one to two seconds, sizes take fifteen.
 """
 
 import glob
@@ -16,9 +16,9 @@ NO_CONTENT = ("lock.mdb", "__MACOSX")  # what readers of an LMDB leave beside it
 
 
 def source_listing(place: str) -> str | None:
-    """Digest of the files at a path or glob pattern, hidden ones apart; None where there are none or none to be read.
+    """Digest of the files at a path or glob pattern, without hidden ones; None if there are none to be read.
 
-    An empty folder counts as absent: it is what a disk that is not mounted looks like.
+    An empty folder counts as absent, since a disk that is not mounted looks like one.
     """
     try:
         names = sorted(_names(place))

@@ -105,8 +105,9 @@ def _distribution_matching(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig,
         fake = m.critic(x_t, t, batch.cond)
         factor = spread(m.teacher.schedule.alpha_sigma(t, real.dtype)[0], x) if cfg.dm.alpha_factor else None
         g = distribution_matching_gradient(x, real, fake, cfg.dm.normaliser_eps, factor)
-    signals = {"g_abs": g.abs().mean(), "g_mean": g.mean(), "g_std": g.std(), "real_mean": real.mean(),
-               "real_std": real.std(), "fake_mean": fake.mean(), "fake_std": fake.std()}  # fmt: skip
+    signals = {"g_abs": g.abs().mean()}
+    for name, value in (("g", g), ("real", real), ("fake", fake)):
+        signals |= {f"{name}_mean": value.mean(), f"{name}_std": value.std()}
     _add(logs, batch.share, {f"dm/{name}": value.float() for name, value in signals.items()})
     return distribution_matching_loss(x, g)
 
@@ -147,10 +148,8 @@ def _logits(m: Models, images: Tensor, cond: Condition, batch: Batch, name: str,
         name = SHARED_NOISE.get(name, name)
     network = m.critic if cfg.features_from == "critic" else m.teacher
     if cfg.noise_range is None:
-        images_tau, tau = (
-            images,
-            network.schedule.time(torch.zeros(len(images), dtype=torch.long, device=images.device)),
-        )
+        least = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        images_tau, tau = images, network.schedule.time(least)
     else:
         images_tau, tau = _noised(network, images, batch, name, cfg.noise_range)
     return m.head(network.features(images_tau, tau, cond))

@@ -30,8 +30,8 @@ def build_models(
 ) -> Models:
     """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
 
-    Networks stay mapped from the teacher's file until `place` puts each, by its name, where it is trained (by default
-    on `device`) in memory of its own and in a dtype if there is one, before there is an optimiser of it.
+    Networks stay mapped from the teacher's file until `place(name, network, dtype)` gives each memory of its own where
+    it is trained, by default on `device`. That comes before the optimisers, which keep references to the parameters.
     """
     assert inputs.teacher is not None
     precision = cfg.train.precision
@@ -60,14 +60,17 @@ def build_models(
         _load_critic(inputs.init, critic)
     null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
-        student, teacher, critic, head,
+        student,
+        teacher,
+        critic,
+        head,
         student_optimiser=Optimiser([student], cfg.optim, cfg.optim.lr),
         critic_optimiser=Optimiser(
             [critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic
         ),
         null=None if null is None else null.to(device),
         distance=regression_distance(cfg, device) if cfg.needs_pairs else None,
-    )  # fmt: skip
+    )
 
 
 def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -87,9 +90,9 @@ def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Ten
 
 
 def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
-    """A head fitting the denoiser's bottleneck, its initial weights a function of the seed.
+    """A head that fits the denoiser's bottleneck; its initial weights depend on `seed` only.
 
-    The bottleneck of every class of network is as wide as its last level and as small.
+    The bottleneck has the width and the resolution of the network's last level, in every class of network.
     """
     config = denoiser.network.config
     width = config["block_out_channels"][-1]
@@ -100,14 +103,14 @@ def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.de
 
 
 def _load_student(train_json: Path, student: Denoiser) -> None:
-    """Weights only, as the paper's second stage: those of the last snapshot, mapped from its file."""
+    """Take the weights of a run's last snapshot, mapped from its file; the paper's second stage takes no more."""
     entry = read_json(train_json)["files"][-1]
     weights, _ = split(load_shard(verified(train_json.parent, entry)))
     student.network.load_state_dict(weights, assign=True)
 
 
 def _load_critic(train_json: Path, critic: Denoiser) -> None:
-    """The critic of the newest checkpoint, of which nothing else is read, into its place."""
+    """Copy the critic of the newest checkpoint of a run into `critic`; nothing else is read of that checkpoint."""
     checkpoints = Checkpoints.of(train_json.parent, read_json(train_json)["key"])
     step = checkpoints.newest_good()
     if step is None:

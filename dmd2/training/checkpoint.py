@@ -1,6 +1,7 @@
 """Checkpoints that survive kills, full disks and bit rot: atomic, checksummed, newest good one wins.
 
-One of a sharded training lies in parts, one a process, which any number of processes can read (`checkpoint_parts`).
+A sharded training writes each checkpoint in parts, one per process; any number of processes can read them
+(`checkpoint_parts`).
 """
 
 import shutil
@@ -32,15 +33,16 @@ class Checkpoints:
 
     @staticmethod
     def of(run: Path, key: str) -> "Checkpoints":
-        """Those of the training `key` in the folder of a run."""
+        """Checkpoints of the training `key` in the folder of a run."""
         return Checkpoints(run / f"checkpoints-{key}")
 
     def save(self, step: int, state: dict[str, Any], spans: Spans | None = None) -> None:
         """Write the state after `step` iterations; it counts only once the checksums of its files are listed.
 
         Args:
-            step: iterations done. state: all of it; of a sharded training the rows of this process.
-            spans: of a sharded training, every process of which calls this, which rows these are.
+            step: iterations done.
+            state: the complete state; in a sharded training, this process's rows of it.
+            spans: which rows these are, in a sharded training; every process then calls this.
 
         Raises:
             UserError: it could not be written (disk full); older checkpoints are untouched.
@@ -65,12 +67,12 @@ class Checkpoints:
             old.with_suffix(".pt").unlink(missing_ok=True)
             shutil.rmtree(old.with_suffix(""), ignore_errors=True)
             old.unlink()
-        for left in self.folder.glob("*/"):  # parts of a save that was killed, and listed nowhere
+        for left in self.folder.glob("*/"):  # parts of a save that was killed, which no manifest lists
             if not left.with_suffix(".json").exists():
                 shutil.rmtree(left, ignore_errors=True)
 
     def newest_good(self, at_most: int | None = None) -> int | None:
-        """Step of the newest checkpoint of at most so many steps whose checksum holds; those passed over are named."""
+        """Step (up to `at_most`) of the newest checkpoint whose checksums hold; prints which ones it passes over."""
         for manifest in reversed(self._up_to(at_most)):
             try:
                 with ThreadPoolExecutor(READERS) as pool:
@@ -83,11 +85,12 @@ class Checkpoints:
         return None
 
     def load(self, step: int, spans: Spans | None = None, only: str = "") -> dict[str, Any]:
-        """The state of one step, mapped from its files: copy it where it belongs and let it go.
+        """The state of one step. Its tensors are mapped from files: copy them and drop them.
 
         Args:
-            step: one that has a checkpoint. spans: rows that are wanted, else whole tensors. only: beginning of the
-                paths that are wanted; others may be missing.
+            step: one that has a checkpoint.
+            spans: the rows that are wanted; None for whole tensors.
+            only: beginning of the paths that are wanted; others may be missing.
         """
         manifest = read_json(self.folder / f"{step:08d}.json")
         paths = [self.folder / entry["path"] for entry in manifest["files"]]
@@ -107,7 +110,7 @@ class Checkpoints:
         return max((int(path.stem) for path in self._up_to(None)), default=0)
 
     def _up_to(self, step: int | None) -> list[Path]:
-        """Manifests in order of steps; a shortened training must neither resume nor prune longer ones."""
+        """Manifests of at most so many steps, in order: a training that was shortened leaves longer ones alone."""
         found = sorted(path for path in self.folder.glob("*.json") if path.stem.isdecimal())
         return found if step is None else [path for path in found if int(path.stem) <= step]
 

@@ -1,7 +1,7 @@
-"""A checkpoint in parts: every process writes the rows it owns, and any number of processes read theirs back.
+"""Checkpoints in parts: every process writes the rows that it owns, and any number of processes read theirs back.
 
-Parts are safetensors files, whose header says which rows of which tensor they hold: reading them runs no code, unlike
-the pickled index of torch.distributed.checkpoint.
+A part is a safetensors file whose header says which rows of which tensors it holds. torch.distributed.checkpoint has a
+pickled index instead, and reading a pickle can run code.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from dmd2.core.files import atomic
 from dmd2.training import quantised
 
-Spans = Mapping[str, tuple[int, int]]  # rows of this process by the path of a tensor, or of the dict that holds it
+Spans = Mapping[str, tuple[int, int]]  # this process's rows, by the path of a tensor or of the dict that holds it
 Rows = Tensor | tuple[Tensor, ...]  # a tensor, or pieces of its rows in order, each mapped from its file
 CODES, SCALE = "/codes", "/scale"
 
@@ -40,7 +40,7 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
-    """What `flat` flattened, less empty dicts; keys of digits are numbers, as in the state of an optimiser."""
+    """The inverse of `flat`, without empty dicts. Keys of digits become numbers, as in an optimiser's state."""
     tree: dict[Any, Any] = {}
     for path, value in leaves.items():
         *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -52,7 +52,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def write_part(path: Path, state: Mapping[str, Any], spans: Spans, whole: bool) -> None:
-    """Write this process's rows of all tensors in `state`, atomically; those in no span only if `whole`."""
+    """Write this process's rows of the tensors in `state`, atomically; tensors without a span only if `whole`."""
     tensors: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, int]] = {}
     for name, value in flat(state):
@@ -68,8 +68,8 @@ def write_part(path: Path, state: Mapping[str, Any], spans: Spans, whole: bool) 
 def read_parts(paths: list[Path], spans: Spans | None = None, only: str = "") -> dict[str, Rows | dict[str, Tensor]]:
     """Tensors by path, mapped from the parts: whole ones, or the rows that `spans` asks for; see `fill`.
 
-    `only` is the beginning of the paths that are wanted. A quantised moment is ``{codes, scale}`` if a part holds just
-    these rows, and float32 in memory otherwise.
+    Tensors whose path does not begin with `only` are left out. A quantised moment is ``{codes, scale}`` if one part
+    holds exactly the wanted rows, and float32 otherwise.
     """
     with ExitStack() as stack:
         pieces: dict[str, list[_Piece]] = {}
@@ -105,7 +105,7 @@ def fill(live: Tensor, saved: Rows) -> None:
 
 
 def cut(state: Mapping[str, Any], spans: Spans) -> dict[str, Any]:
-    """Only the rows that `spans` asks for, as views of a whole `state`; quantised moments become float32 copies."""
+    """The rows of a whole `state` that `spans` asks for, as views; quantised moments become float32 copies."""
     whole: dict[str, Any] = {}
     for name, value in flat(state):
         found = _span(name.removesuffix(CODES), value, spans)
@@ -122,7 +122,7 @@ def cut(state: Mapping[str, Any], spans: Spans) -> dict[str, Any]:
 
 
 def _span(name: str, value: Any, spans: Spans) -> tuple[int, int] | None:
-    """Rows of a tensor: as named itself, or as the dict of an optimiser's moments; a count of steps has none."""
+    """Rows of the tensor at a path: `spans` names it or its dict of moments; None for a count of steps."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return None
     parent = name.rpartition("/")[0]

@@ -38,10 +38,10 @@ def train_teacher(
 ) -> Path:
     """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
 
-    Checkpoints belong to the settings and to the content of what is read: images, their conditions, and what stands in
-    the place of dropped ones.
-
     EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
+
+    Its checkpoints are named by the settings and by the content of all that it reads: images, their conditions, and the
+    unconditional condition that replaces dropped ones.
     """
     spec = teacher.train
     assert spec is not None and teacher.network is not None
@@ -52,9 +52,15 @@ def train_teacher(
     denoiser.train()
     ema.requires_grad_(False)
     optim = Optim(
-        lr=spec.lr, batch=spec.batch, warmup=spec.warmup, ticks_per_iteration=1, clip=1.0, weight_decay=0.0,
-        betas=(0.9, 0.999), ema=None,
-    )  # fmt: skip
+        lr=spec.lr,
+        batch=spec.batch,
+        warmup=spec.warmup,
+        ticks_per_iteration=1,
+        clip=1.0,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        ema=None,
+    )
     optimiser = Optimiser([denoiser], optim, spec.lr)
     real, pipeline = load_set(real_manifest), pipeline_manifest(data)
     read = [content_of(real_manifest), data.classes, None if pipeline is None else content_of(pipeline)]
@@ -104,7 +110,7 @@ def _denoising_step(
 def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> Path:
     """Write the manifest of the diffusers UNet at ``folder/unet``: the user's, or converted from ``teacher.source``.
 
-    A source that is such a folder already, as of a pipeline, is used where it lies.
+    A source that is a diffusers folder already, for example the UNet of a pipeline, is used where it lies.
 
     Raises:
         UserError: neither is there, or the network is not what ``teacher.network`` says or is not of `data`.
@@ -130,7 +136,10 @@ def adopt_teacher(teacher: Teacher, folder: Path, data: Data | None = None) -> P
 
 
 def _convert(name: str, source: Path, folder: Path) -> dict[str, Any]:
-    """Convert `source` to ``folder/unet`` unless that is the user's or of this very file; returns what it is of."""
+    """Convert `source` to ``folder/unet``, unless the user put that there or it was converted from this very file.
+
+    Returns the source's path and checksum for the manifest; nothing for the user's own network.
+    """
     unet, note = folder / "unet", folder / "converted.json"
     there = (unet / "config.json").exists()
     known = read_json(note) if there and note.exists() else {}

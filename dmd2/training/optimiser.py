@@ -17,9 +17,9 @@ from dmd2.training.sharding import local, span
 class Optimiser:
     """Updates the parameters of some modules; decay applies to all of them, as in the paper's runs.
 
-    A process updates the rows that it owns of sharded parameters, as plain tensors sharing their memory. The learning
-    rate at iteration `it` is ``lr * min(1, it * ticks / warmup)``: exactly 0 at iteration 0, and counted in iterations
-    even for the student, which is not updated in each.
+    Of sharded parameters a process updates only the rows that it owns, as plain tensors that share their memory. The
+    learning rate at iteration `it` is ``lr * min(1, it * ticks / warmup)``: 0 at iteration 0. Iterations count for the
+    student, too, which is not updated in each of them.
 
     Raises:
         UserError: 8-bit states are asked for, and their package is missing.
@@ -63,7 +63,7 @@ class Optimiser:
         return norm
 
     def _joint_norm(self) -> Tensor:
-        """Norm of the gradients over all processes, which afterwards hold the same sum or their rows of it."""
+        """Norm of the gradients summed over all processes; every process then holds the sum, or its rows of it."""
         if not self.sharded:
             sum_gradients(self.parameters)
             return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -73,13 +73,15 @@ class Optimiser:
         return sum_over(mine.square()).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of AdamW, for the rows that this process owns of sharded parameters."""
+        """AdamW's moments; of sharded parameters, those of the rows that this process owns."""
         moments = self.adamw.state_dict()["state"]
         return {"state": quantised.packed(moments) if self.cfg.states == "8bit" else moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy what `state_dict` returned into the moments, in place; those of an optimiser that has not stepped yet
-        are made once, on the device of their parameters."""
+        """Copy what `state_dict` returned into the moments, in place.
+
+        An optimiser that has not stepped yet has no moments: they are made first, on the device of their parameters.
+        """
         eight = self.cfg.states == "8bit"
         for number, parameter in enumerate(self.owned):
             saved, live = state["state"].get(number), self.adamw.state[parameter]
@@ -92,7 +94,7 @@ class Optimiser:
                 (quantised.fill if eight and name in quantised.SIGNED else fill)(live[name], value)
 
     def _empty(self, name: str, parameter: Tensor) -> Tensor:
-        """Memory for a part of AdamW's state, where and in the form that its own update makes it."""
+        """Memory for one entry of AdamW's state, of the device and kind that its own update would choose."""
         if name in quantised.SIGNED:
             return quantised.empty(name, parameter) if self.cfg.states == "8bit" else torch.empty_like(parameter)
         return torch.zeros((), device="cpu" if self.cfg.states == "8bit" else parameter.device)

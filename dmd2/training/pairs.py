@@ -22,18 +22,18 @@ from dmd2.networks.condition import Condition
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
-ELEMENTS = 1 << 18  # of the large networks of text: 16 latents of 512 pixels at once, 4 of 1024
+ELEMENTS = 1 << 18  # latent values that a text-to-image network samples at once: 16 images of 512 pixels, 4 of 1024
 CPU = torch.device("cpu")
 
 
 class PairSource(Section):
-    """The part of a regression section that makes pairs."""
+    """The part of a regression section that pairs depend on."""
 
     pairs: Pairs
 
 
 class PairsConfig(Section):
-    """All that pairs depend on: a row's loss weights or length neither change nor remake them."""
+    """All that pairs depend on. Other settings of a row, such as loss weights, do not make them again."""
 
     data: Data
     teacher: Teacher

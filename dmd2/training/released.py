@@ -1,4 +1,4 @@
-"""A student that its authors published: its weights become a run that was never trained here."""
+"""Students that their authors published: their weights become the snapshot of a run that was never trained here."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from dmd2.training.teachers import build_network, unet_folder
 def publish_released(run: RunId, cfg: TrainConfig) -> Path:
     """Write the run's train.json and its one snapshot from the file that ``train.released`` names.
 
-    The snapshot's number and the count of student updates are those of the authors' training, as ``train.steps`` and
-    ``critic.ratio`` tell them; seconds and cost are unknown. On text the network is that of the teacher in its place,
-    onto whose weights a LoRA is merged.
+    The snapshot's number and the count of student updates are those of the authors' training: ``train.steps`` and
+    ``critic.ratio`` give them. Seconds and cost are unknown. A text-to-image student has the teacher's network; a
+    published LoRA is merged onto the teacher's weights.
 
     Raises:
         UserError: the file or the teacher is missing, or the weights are not those of a student of its architecture.
@@ -39,11 +39,20 @@ def publish_released(run: RunId, cfg: TrainConfig) -> Path:
     snapshot = run.folder / f"snapshots-{key}" / f"{cfg.train.steps:07d}.safetensors"
     save_shard(snapshot, state)
     record = {
-        "kind": "run", "run": str(run), "key": key,
-        "steps": cfg.train.steps, "student_updates": cfg.critic.student_updates(cfg.train.steps), "seconds": None,
-        "device": "released", "commit": "released", "cost": {}, "released": {"path": str(source), "sha256": checksum},
-        "imported_at": commit(), "config": cfg.model_dump(mode="json"), "last": {},
+        "kind": "run",
+        "run": str(run),
+        "key": key,
+        "steps": cfg.train.steps,
+        "student_updates": cfg.critic.student_updates(cfg.train.steps),
+        "seconds": None,
+        "device": "released",
+        "commit": "released",
+        "cost": {},
+        "released": {"path": str(source), "sha256": checksum},
+        "imported_at": commit(),
+        "config": cfg.model_dump(mode="json"),
+        "last": {},
         "files": listing([snapshot], run.folder),
-    }  # fmt: skip
+    }
     write_json(run.folder / "train.json", signed(record, made_from(cfg.settings(), inputs, [str(source)])))
     return run.folder / "train.json"

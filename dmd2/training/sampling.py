@@ -16,7 +16,7 @@ from dmd2.networks.denoisers import Denoiser
 from dmd2.training.teachers import null_condition
 
 DECODED = 1 << 22  # pixels that the autoencoder decodes at once: four images of 1024 x 1024
-PROBES, LATENT_PROBES = list(range(100)), 16  # seeds by which a training is followed; as many where each is decoded
+PROBES, LATENT_PROBES = list(range(100)), 16  # seeds by which a training is followed; the first 16 of latents
 
 
 def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
@@ -39,9 +39,9 @@ def student_sample(
     labels: str = "cyclic",
     cond: Condition | None = None,
 ) -> Tensor:
-    """What the student makes of `seeds` in its number of steps, float32 ``(len(seeds), C, H, W)``: images or latents.
+    """Samples of the student in its number of steps, images or latents, float32 ``(len(seeds), C, H, W)``.
 
-    Conditions follow from the seeds by the rule `labels`, unless given.
+    Without `cond`, classes follow from the seeds by the rule `labels`.
     """
     shape, schedule = cfg.data.shape, student.schedule
     times = schedule.step_times(cfg.generator.steps, cfg.generator.time)
@@ -55,7 +55,10 @@ def student_sample(
 def probe_images(
     student: Denoiser, cfg: TrainConfig, batches: Batches, to_images: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Images ``(100, C, H, W)`` in [-1, 1], of latents 16; a text run takes the first prompts that it is trained on."""
+    """Images of fixed seeds in [-1, 1], ``(100, C, H, W)``, or 16 where latents are decoded.
+
+    A text run takes the first prompts that it is trained on.
+    """
     prompts, size, images = batches.prompts or batches.real, batches.micro_batch, []
     chosen = PROBES[:LATENT_PROBES] if cfg.data.latents else PROBES
     for start in range(0, len(chosen), size):  # no more at once than training has
@@ -75,7 +78,7 @@ def sample_teacher(
     device: torch.device,
     cond: Condition | None = None,
 ) -> Tensor:
-    """The same of the teacher, from the same seeds, hence the same starting noise and conditions as the students'."""
+    """Samples of the teacher; equal seeds give the same starting noise and conditions as in `student_sample`."""
     shape = cfg.data.shape
     null = null_condition(cfg.data, spec.guidance)
     return teacher_sample(
@@ -89,7 +92,7 @@ def sample_teacher(
 
 
 def to_images(cfg: TrainConfig, device: torch.device, decoder: str = "vae") -> Callable[[Tensor], Tensor]:
-    """From what a run diffuses to images in [-1, 1] ``(B, 3, H, W)``: the pipeline's decoder for latents, few at once.
+    """The function from what a run diffuses to images in [-1, 1]: the identity, or for latents the pipeline's decoder.
 
     Raises:
         UserError: the pipeline or its autoencoder is missing.

@@ -29,18 +29,19 @@ UNITS = (BasicTransformerBlock, ResnetBlock2D, song_unet.Block)  # gathered one 
 
 
 def sharing(module: nn.Module) -> Any:
-    """A copy of a module whose tensors share memory with it until `materialise` or `shard` gives them their own.
+    """A copy of a module that shares its tensors' memory until `materialise` or `shard_module` gives the copy its own.
 
-    So copies of a network whose weights are mapped from a file take no host memory.
+    Copies of a network whose weights are mapped from a file thus take no host memory.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
     return deepcopy(module, memo | {id(buffer): buffer.detach() for buffer in module.buffers()})
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, own: bool = True) -> None:
-    """Put the tensors of a module on `device` one after the other, floating ones as `dtype`, in memory of their own.
+    """Put the tensors of a module on `device`, one after the other; those of floating point become `dtype`.
 
-    Unless `own`, those that are right already stay where they are: enough for weights that nothing changes.
+    With `own` each gets memory of its own. Without, one of the right device and dtype stays where it is, which is
+    enough for weights that nothing changes.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
@@ -48,7 +49,7 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype | No
             tensor.data = tensor.data.to(device, kind, copy=own)
 
 
-def shard(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def shard_module(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Split the parameters of a `Denoiser` or head over all processes, in place, and put them on `device` as `dtype`.
 
     Gradients are summed over the processes, not averaged, since each weights its losses by its share of the batch.
@@ -59,7 +60,7 @@ def shard(module: nn.Module, device: torch.device, dtype: torch.dtype | None = N
     for unit in (*units(module), module):
         materialise(unit, device, dtype)
         _wrap(unit, mesh)
-    # The bottleneck alone is a forward pass of its own, which gathers what `Denoiser.features` reads of the root.
+    # FSDP gathers the root's parameters for `forward` only; `Denoiser.features` is a second entry.
     if hasattr(module, "features"):
         register_fsdp_forward_method(module, "features")
 
@@ -82,12 +83,12 @@ def _wrap(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that this process owns, sharing memory with `tensor`: all of them unless it is sharded."""
+    """The rows of `tensor` that this process owns (all unless it is sharded), sharing its memory."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def span(tensor: Tensor) -> tuple[int, int] | None:
-    """First of these rows and the one after the last; None where the tensor is whole in every process."""
+    """Range ``(first, stop)`` of the rows that this process owns; None for a tensor that is whole in every process."""
     if not isinstance(tensor, DTensor):
         return None
     size = -(-tensor.shape[0] // world_size())
@@ -136,9 +137,10 @@ def equal_passes(batch: int, micro_batch: int) -> bool:
 
 
 def recompute_activations(network: Any, again: Callable[[], Any] = nullcontext) -> None:
-    """Keep only the inputs of a UNet's blocks for backward, which runs the blocks a second time.
+    """Keep only the inputs of a UNet's blocks for backward, which computes the blocks a second time.
 
-    `again`, called in the first pass, makes a context for the second.
+    Args:
+        again: called in the first pass, makes the context in which the second one runs.
 
     Raises:
         UserError: the network's class has no such blocks.
@@ -150,9 +152,10 @@ def recompute_activations(network: Any, again: Callable[[], Any] = nullcontext) 
 
 
 def _recomputed(again: Callable[[], Any], module: nn.Module, *args: Any) -> Any:
-    """``module(*args)``, computed again in backward with the very parameters trained that were in the first pass.
+    """``module(*args)``, computed again in backward with the same parameters frozen as in the first pass.
 
-    A critic that judges the student is frozen in the first pass only; computed again unfrozen it would save more.
+    The critic is frozen only while the student's loss is computed. Computed again unfrozen, it would keep activations
+    for gradients that nobody asks for.
     """
     trained, around = [p.requires_grad for p in module.parameters()], again()
 
@@ -168,10 +171,8 @@ def _recomputed(again: Callable[[], Any], module: nn.Module, *args: Any) -> Any:
             _set(parameters, now)
 
     # No block has dropout, so there is no generator state to keep.
-    return checkpoint(
-        module.__call__, *args, use_reentrant=False, preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), as_before()),
-    )  # fmt: skip
+    contexts: Any = lambda: (nullcontext(), as_before())  # noqa: E731 - of the first pass and of the second
+    return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _set(parameters: list[nn.Parameter], trained: list[bool]) -> None:

@@ -1,4 +1,4 @@
-"""One snapshot of a finished run: which one, its network, and what was measured of it."""
+"""One snapshot of a finished run: how it is chosen, its network, and its measurements."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Snapshot:
 
 
 def network_of(manifest: Path) -> Network:
-    """The network that a teacher's manifest describes: a UNet of text without memory for its weights.
+    """The network that a teacher's manifest describes; a text-to-image UNet without memory for its weights.
 
     Raises:
         UserError: the manifest or the config.json that it lists is missing, or the latter was changed.

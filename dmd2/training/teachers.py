@@ -18,9 +18,7 @@ from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
 from dmd2.networks.song_unet import SongUNet
 
-NETWORKS: dict[str, type[Network]] = {
-    "UNet2DModel": UNet2DModel, "SongUNet": SongUNet, "UNet2DConditionModel": UNet2DConditionModel
-}  # fmt: skip
+NETWORKS: dict[str, type[Network]] = {kind.__name__: kind for kind in (UNet2DModel, SongUNet, UNet2DConditionModel)}
 
 
 def wrap(network: Network, parameterisation: str, precision: Any = "fp32") -> Denoiser:

@@ -40,7 +40,7 @@ from dmd2.training.sharding import (
     local_state,
     materialise,
     recompute_activations,
-    shard,
+    shard_module,
     sharing,
     spans_of,
 )
@@ -91,7 +91,7 @@ class Training:
         if name in ("student", "critic") and self.hardware.checkpointing:
             recompute_activations(network.network)
         if self.sharded:
-            shard(network, self.device, dtype)
+            shard_module(network, self.device, dtype)
         else:
             materialise(network, self.device, dtype, own=name != "teacher")
 
@@ -121,7 +121,7 @@ class Training:
                 self.seconds += time.monotonic() - started
                 if self.leads:
                     progress.update(self.step, self.last_logged())
-                if self.sharded:  # all save, and process 0 is the one that signals count for
+                if self.sharded:  # every process saves its part; process 0 decides whether a signal asks for it
                     self.save(force=bool(distributed.agreed(len(received), self.device)))
                 elif self.leads:
                     self.save(force=bool(received))
@@ -165,7 +165,7 @@ class Training:
             return
         line: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 2)}
         line |= {name: float(value) for name, value in values.items()}
-        line["probe/brightness"] = float(brightness(self.probe()))  # of a sharded student all must take part
+        line["probe/brightness"] = float(brightness(self.probe()))  # all processes sample a sharded student
         if not self.leads:
             return
         self.log.append(line)
@@ -223,7 +223,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; randomness is addressed, so there is no generator state.
 
-        Sharded tensors are there with the rows of this process, those of `spans`.
+        It holds only this process's rows of sharded tensors; `spans` says which.
         """
         state: dict[str, Any] = {name: local_state(module) for name, module in self.trained.items()}
         state |= {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
@@ -241,10 +241,10 @@ class Training:
         return found
 
     def resume(self) -> None:
-        """Load the newest good checkpoint of this run, the same in every process, and set all else back to it.
+        """Load the newest good checkpoint of this run, the same in every process; snapshots and log go back to it.
 
-        Later snapshots are of weights that are lost: on a GPU those that come may differ, and none may be due there.
-        A training that was shortened may end here, where none was due.
+        Snapshots after it are deleted: the iterations that made them are repeated, and on a GPU may give other weights.
+        A training whose `train.steps` was lowered to a checkpoint is complete here, and its last snapshot is written.
         """
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
         step = distributed.agreed(newest or 0, self.device)
@@ -272,15 +272,24 @@ class Training:
         """Write finished.json, the record of a complete training, with the `code` that trained each part of it."""
         files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
         record = {
-            "kind": "run", "run": str(self.run_id), "key": self.key, "steps": self.step,
-            "student_updates": self.cfg.critic.student_updates(self.step), "seconds": round(self.seconds, 1),
+            "kind": "run",
+            "run": str(self.run_id),
+            "key": self.key,
+            "steps": self.step,
+            "student_updates": self.cfg.critic.student_updates(self.step),
+            "seconds": round(self.seconds, 1),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-            "processes": distributed.world_size(), "threads": self.hardware.threads, "torch": torch.__version__,
+            "processes": distributed.world_size(),
+            "threads": self.hardware.threads,
+            "torch": torch.__version__,
             "deterministic": self.hardware.deterministic or self.device.type == "cpu",
-            "commit": commit(), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "config": self.cfg.model_dump(mode="json"), "settings": digest_of(self.cfg.settings()),
-            "last": self.log[-1] if self.log else {}, "code": code,
+            "commit": commit(),
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "config": self.cfg.model_dump(mode="json"),
+            "settings": digest_of(self.cfg.settings()),
+            "last": self.log[-1] if self.log else {},
+            "code": code,
             "files": listing(files, self.folder),
-        }  # fmt: skip
+        }
         write_json(self.folder / "finished.json", record)
         return self.folder / "finished.json"
