@@ -8,7 +8,6 @@ what we think is checked by its attributes.
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,11 @@ ATTRIBUTES: dict[str, dict[str, float]] = {
 }
 
 
-@dataclass(frozen=True)
-class EdmNetwork:
-    """A network of EDM.
+def read_edm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The network of a pickle: what it says of itself, and its tensors named as in ``ema``.
 
-    model_type: ``DhariwalUNet`` (ADM) or ``SongUNet``. resolution, channels: of its images. label_dim: number of
-    classes, 0 for none. augmented: whether it has a layer for augmentation labels. recorded: the arguments it was built
-    with, as far as they were given (``model_channels``, ``dropout``, ...). state: tensors, named as in ``ema``.
-    """
-
-    model_type: str
-    resolution: int
-    channels: int
-    label_dim: int
-    sigma_data: float
-    augmented: bool
-    recorded: dict[str, Any]
-    state: dict[str, Tensor]
-
-
-def read_edm(path: Path) -> EdmNetwork:
-    """The network of a pickle.
+    The former are ``model_type`` (``DhariwalUNet``, which is ADM, or ``SongUNet``), ``img_resolution``,
+    ``img_channels`` and ``label_dim`` (0 for none), each whatever the file holds.
 
     Raises:
         UserError: see `read_pickle`; or there is no network, or it is not of a kind that we can convert.
@@ -55,33 +38,31 @@ def read_edm(path: Path) -> EdmNetwork:
     if not isinstance(holds, dict):
         raise UserError(f"{path} holds a {_kind(holds)} and not the dict of EDM's training with the network under ema")
     if "ema" not in holds:
-        raise UserError(f"{path} has no key ema: it holds {', '.join(map(shown, holds)) or 'nothing'}; name a snapshot "
-                        "of a network")  # fmt: skip
-    ema = holds["ema"]
+        found = ", ".join(map(shown, holds)) or "nothing"
+        raise UserError(f"{path} has no key ema: it holds {found}; name a snapshot of a network")
+    ema, only = holds["ema"], "which we cannot convert: only"
     if not isinstance(ema, Record) or ema.kind != "EDMPrecond":
-        raise UserError(f"{path}: ema is a {_kind(ema)}, which we cannot convert: only networks trained with EDM's "
-                        "own preconditioning, EDMPrecond")  # fmt: skip
+        own = "networks trained with EDM's own preconditioning, EDMPrecond"
+        raise UserError(f"{path}: ema is a {_kind(ema)}, {only} {own}")
     model = _dict(path, "ema", ema.state, "_modules").get("model")
     if not isinstance(model, Record) or model.kind not in ATTRIBUTES:
-        raise UserError(
-            f"{path}: ema.model is a {_kind(model)}, which we cannot convert: only {' or '.join(ATTRIBUTES)}"
-        )
+        raise UserError(f"{path}: ema.model is a {_kind(model)}, {only} {' or '.join(ATTRIBUTES)}")
     state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in _modules(path, "", ema, seen):
+    for name, module in _modules(path, "", ema, set()):
         _check(path, name, module, model.kind)
         hidden = module.state.get("_non_persistent_buffers_set", ())
-        for key in ("_parameters", "_buffers"):
-            for own, value in _dict(path, name, module.state, key).items():
-                if value is not None and not (key == "_buffers" and own in hidden):
-                    state[f"{name}.{own}".lstrip(".")] = _as_tensor(path, f"{name}.{own}", value)
-    sigma_data = ema.state.get("sigma_data")
-    if sigma_data != SIGMA_DATA:
-        raise UserError(f"{path}: ema.sigma_data is {sigma_data}, our preconditioning has {SIGMA_DATA}")
-    sizes = [_count(path, ema, key) for key in ("img_resolution", "img_channels", "label_dim")]
-    recorded = ema.state.get("_init_kwargs")
-    return EdmNetwork(model.kind, sizes[0], sizes[1], sizes[2], sigma_data, "model.map_augment.weight" in state,
-                      recorded if isinstance(recorded, dict) else {}, state)  # fmt: skip
+        tensors = _dict(path, name, module.state, "_parameters") | {
+            own: value for own, value in _dict(path, name, module.state, "_buffers").items() if own not in hidden
+        }
+        for own, value in tensors.items():
+            if value is not None:
+                if not isinstance(value, Tensor):
+                    raise UserError(f"{path}: {name}.{own} is a {_kind(value)} and not a tensor")
+                state[f"{name}.{own}".lstrip(".")] = value
+    if (sigma_data := ema.state.get("sigma_data")) != SIGMA_DATA:
+        raise UserError(f"{path}: ema.sigma_data is {shown(sigma_data)}, our preconditioning has {SIGMA_DATA}")
+    said = {key: ema.state.get(key) for key in ("img_resolution", "img_channels", "label_dim")}
+    return {"model_type": model.kind, **said}, state
 
 
 def read_pickle(path: Path) -> Any:
@@ -111,23 +92,10 @@ def _kind(value: Any) -> str:
     return value.kind if isinstance(value, Record) else type(value).__name__
 
 
-def _count(path: Path, ema: Record, key: str) -> int:
-    value = ema.state.get(key)
-    if type(value) is not int or value < 0:
-        raise UserError(f"{path}: ema.{key} is {shown(value)} and no number")
-    return value
-
-
 def _dict(path: Path, name: str, state: dict[str, Any], key: str) -> dict[Any, Any]:
     value = state.get(key, {})
     if not isinstance(value, dict) or not all(isinstance(own, str) and own.isprintable() for own in value):
         raise UserError(f"{path}: {name}.{key} is a {_kind(value)} and not a dict with names")
-    return value
-
-
-def _as_tensor(path: Path, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise UserError(f"{path}: {name} is a {_kind(value)} and not a tensor")
     return value
 
 

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd2.convert.edm_names import AUGMENTATION, EdmAble, State, empty, from_edm, infer, to_edm
-from dmd2.convert.edm_pickle import EdmNetwork, read_edm
+from dmd2.convert.edm_names import AUGMENTATION, EdmAble, State, check_fits, empty, from_edm, infer, to_edm
+from dmd2.convert.edm_pickle import read_edm
 from dmd2.convert.kohya import from_kohya, is_kohya, merge
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import atomic_folder, read_json, sha256
-from dmd2.data.inert_pickle import foreign
+from dmd2.data.inert_pickle import foreign, shown
 from dmd2.data.sets import save_shard
 from dmd2.networks.song_unet import SongUNet
 
@@ -47,20 +47,34 @@ def convert(source: Path, folder: Path, base: Path | None = None) -> Path:
     else:
         network = empty_unet(base)
         network.load_state_dict(student_state(source, network, base), assign=True)
-    with atomic_folder(
-        folder, _is_conversion(folder), "exists and is no network folder: name a new folder"
-    ) as temporary:
+    ours = folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}
+    with atomic_folder(folder, ours, "exists and is no network folder: name a new folder") as temporary:
         network.save_pretrained(temporary, safe_serialization=True, max_shard_size="100GB")
     return folder
 
 
 def _edm_network(source: Path) -> EdmAble:
-    state, edm = _read(source)
+    """The network in a file of EDM's, after comparing what a pickle says of it with what its tensors are."""
+    state, said = _read(source)
     bare = _bare(state)
     config = infer(bare, source)
-    if edm is not None:
-        _compare(edm, config, source)
-    network = _filled(config, bare, source)
+    found = {
+        "model_type": {"UNet2DModel": "DhariwalUNet"}.get(config["_class_name"], config["_class_name"]),
+        "img_resolution": config["sample_size"],
+        "img_channels": config["in_channels"],
+        "label_dim": config["num_class_embeds"] or 0,
+    }
+    for name, value in said.items():
+        if type(value) is not type(found[name]) or value != found[name]:
+            its = f"its tensors are those of {found[name]}: the file is not whole"
+            raise UserError(f"{source}: ema.{name} is {shown(value)} but {its}")
+    if said and config["in_channels"] != config["out_channels"]:
+        raise UserError(f"{source}: the network makes {config['out_channels']} channels of {config['in_channels']}")
+    try:
+        network = empty(config)
+    except ValueError as error:
+        raise UserError(f"{source}: there is no network of these shapes ({error})") from None
+    network.load_state_dict(from_edm(bare, network, source), assign=True)
     if AUGMENTATION in bare:
         print(f"{source}: {AUGMENTATION} is left out: it adds nothing without augmentation labels", file=sys.stderr)
     return network
@@ -99,12 +113,7 @@ def student_state(source: Path, network: nn.Module, base: Path | None = None) ->
         return from_edm(_bare(state), network, source)
     if any(".lora_A." in name for name in state):
         raise UserError(f"{source} is a checkpoint of a LoRA training: take the file in kohya's format made of it")
-    if odd := sorted(own.keys() ^ state.keys()):
-        what = "is missing" if odd[0] in own else f"does not belong to a {type(network).__name__} of its settings"
-        raise UserError(f"{source}: {odd[0]} {what}: the file is not whole, or of another network")
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape:
-            raise UserError(f"{source}: {name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}")
+    check_fits(state, own, network, source)
     return state
 
 
@@ -126,24 +135,26 @@ def export_edm(folder: Path, file: Path) -> Path:
         network = empty({**config, "sample_size": int(config["sample_size"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} is not the config of a network that EDM has ({error})") from None
-    own = network.state_dict()
-    if odd := sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]:
-        raise UserError(f"{folder / WEIGHTS}: {odd[0]} does not fit {CONFIG}: the folder is not whole")
+    check_fits(weights, network.state_dict(), network, folder / WEIGHTS)
     network.load_state_dict(weights, assign=True)
     state = to_edm(network, folder)
-    _same_network(network, empty(infer(state, folder)), folder)
+    for key, value in empty(infer(state, folder)).config.items():  # of EDM's network with these tensors
+        found, wanted = network.config.get(key), value
+        if isinstance(value, list | tuple) and isinstance(found, list | tuple):
+            found, wanted = list(found), list(value)
+        if found != wanted and key != "dropout" and not key.startswith("_"):
+            raise UserError(f"{folder / CONFIG}: {key} is {found}, in a network that EDM has it would be {wanted}")
     save_shard(file, {f"{PREFIX}{name}": tensor for name, tensor in state.items()})
     return file
 
 
-def _read(source: Path) -> tuple[State, EdmNetwork | None]:
-    """Tensors of a file, float32 and finite, each with memory of its own; of a pickle also the network's settings."""
+def _read(source: Path) -> tuple[State, dict[str, Any]]:
+    """Tensors of a file, float32 and finite, each with memory of its own; of a pickle also what it says of itself."""
     if not source.is_file():
         raise UserError(f"{source} is {'no file' if source.exists() else 'missing'}: give a file of kind {KINDS}")
-    edm = None
+    said: dict[str, Any] = {}
     if source.suffix == ".pkl":
-        edm = read_edm(source)
-        state: Any = edm.state
+        said, state = read_edm(source)
     elif source.suffix in (".bin", ".pt", ".pth"):
         state = _torch_file(source)
     elif source.suffix == ".safetensors":
@@ -156,7 +167,7 @@ def _read(source: Path) -> tuple[State, EdmNetwork | None]:
     pointers: set[int] = set()
     for name, tensor in state.items():
         state[name] = _clean(source, name, tensor, pointers)
-    return state, edm
+    return state, said
 
 
 def _torch_file(source: Path) -> dict[str, Any]:
@@ -196,48 +207,6 @@ def _bare(state: State) -> State:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()} if prefixed else state
 
 
-def _compare(edm: EdmNetwork, config: dict[str, Any], source: Path) -> None:
-    """What the pickle says of its network against what its tensors are."""
-    kind = {"DhariwalUNet": "UNet2DModel", "SongUNet": "SongUNet"}[edm.model_type]
-    found = {
-        "model_type": (edm.model_type, edm.model_type if config["_class_name"] == kind else "another one"),
-        "img_resolution": (edm.resolution, config["sample_size"]),
-        "img_channels": (edm.channels, config["in_channels"]),
-        "label_dim": (edm.label_dim, config["num_class_embeds"] or 0),
-    }  # fmt: skip
-    for name, (said, is_so) in found.items():
-        if said != is_so:
-            raise UserError(
-                f"{source}: ema.{name} is {said} but its tensors are those of {is_so}: the file is not whole"
-            )
-    if config["in_channels"] != config["out_channels"]:
-        raise UserError(f"{source}: the network makes {config['out_channels']} channels of {config['in_channels']}")
-
-
-def _filled(config: dict[str, Any], bare: State, source: Path) -> EdmAble:
-    try:
-        network = empty(config)
-    except ValueError as error:
-        raise UserError(f"{source}: there is no network of these shapes ({error})") from None
-    network.load_state_dict(from_edm(bare, network, source), assign=True)
-    return network
-
-
-def _same_network(network: EdmAble, wanted: EdmAble, folder: Path) -> None:
-    """Whether a network computes what EDM's network of the same tensors does."""
-    for key, value in wanted.config.items():
-        if key.startswith("_") or key == "dropout":
-            continue
-        found = network.config[key]
-        equal = list(found) == list(value) if isinstance(value, list | tuple) else found == value
-        if not equal:
-            raise UserError(f"{folder / CONFIG}: {key} is {found}, in a network that EDM has it would be {value}")
-
-
-def _is_conversion(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}
-
-
 def main(
     source: Annotated[Path, typer.Argument(help=f"network: {KINDS}; with --to-edm a diffusers folder")],
     folder: Annotated[Path | None, typer.Argument(help="diffusers folder to write")] = None,
@@ -253,13 +222,12 @@ def main(
         if (folder is None) == (to_edm_file is None):
             raise UserError("name the folder to write, or with --to-edm the file, and not both")
         if folder is not None:
-            weights = convert(source, folder, base) / WEIGHTS
-            made = folder
+            network, made = convert(source, folder, base), folder
+            weights = made / WEIGHTS
         else:
             assert to_edm_file is not None
-            weights = made = export_edm(source, to_edm_file)
-        written = source if folder is None else folder
-        config = read_json(written / CONFIG)
-        network = empty(config) if base is None else empty_unet(written)
-        count = sum(parameter.numel() for parameter in network.parameters())
+            network, weights = source, export_edm(source, to_edm_file)
+            made = weights
+        config = read_json(network / CONFIG)
+        count = sum(p.numel() for p in (empty(config) if base is None else empty_unet(network)).parameters())
         print(f"{made}: {config['_class_name']}, {count:,} parameters, sha256 {sha256(weights)}")

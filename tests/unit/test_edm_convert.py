@@ -177,6 +177,7 @@ def test_another_filter_and_another_type_of_number_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"label_dim": 6}, "ema.label_dim is 6"), ({"img_resolution": 16}, "ema.img_resolution is 16"),
+     ({"img_resolution": "8"}, "ema.img_resolution is 8 but"), ({"label_dim": [[]]}, "ema.label_dim is list"),
      ({"img_channels": 1}, "ema.img_channels is 1")],
 )  # fmt: skip
 def test_settings_that_contradict_the_tensors_are_named(tmp_path, options, said):

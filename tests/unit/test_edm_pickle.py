@@ -49,11 +49,10 @@ class Call:
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_tensors_and_settings_come_out_of_every_protocol(tmp_path, protocol):
-    network = read_edm(edm.write(tmp_path / "net.pkl", edm.VP, STATE, protocol))
-    assert network.state.keys() == STATE.keys()
-    assert all(torch.equal(network.state[name], STATE[name]) for name in STATE)
-    assert (network.model_type, network.resolution, network.channels) == ("SongUNet", 8, 3)
-    assert (network.label_dim, network.sigma_data, network.augmented) == (5, 0.5, True)
+    said, state = read_edm(edm.write(tmp_path / "net.pkl", edm.VP, STATE, protocol))
+    assert state.keys() == STATE.keys()
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+    assert said == {"model_type": "SongUNet", "img_resolution": 8, "img_channels": 3, "label_dim": 5}
 
 
 def test_plain_values_are_those_of_pickle(tmp_path):
@@ -239,7 +238,6 @@ def test_a_zip_and_a_missing_file_are_told(tmp_path):
         ({"kind": "VEPrecond"}, "ema is a VEPrecond, which we cannot convert"),
         ({"kind": "iDDPMPrecond"}, "ema is a iDDPMPrecond, which we cannot convert"),
         ({"sigma_data": 0.6}, "ema.sigma_data is 0.6"),
-        ({"img_resolution": "8"}, "ema.img_resolution"),
     ],
 )
 def test_another_file_of_nvlabs_is_told(tmp_path, options, said):
