@@ -51,33 +51,21 @@ class Batches:
             yield self._slice(Draws(self.seed, iteration, total, start, stop, self.device))
 
     def _slice(self, draws: Draws) -> Batch:
-        cfg, source, cond = self.cfg, None, None
-        conditions_real = cfg.generator.conditions == "real"
-        real = self._real(draws, "gan/real") if cfg.gan.on or conditions_real else None
-        if real is not None and conditions_real:
+        cfg, real, source, pairs = self.cfg, None, None, None
+        assert self.real is not None or not cfg.needs_real
+        if self.real is not None and (cfg.gan.on or cfg.generator.conditions == "real"):
+            real = self.real.batch(draws.shuffled("gan/real", len(self.real)), self.device)
+        if real is not None and cfg.generator.conditions == "real":
             source, cond = real
         elif self.prompts is not None:
             cond = self.prompts.condition(draws.shuffled("student/prompts", len(self.prompts)), self.device)
-        elif cfg.generator.input != "noise" or cfg.data.text is not None:
+        elif self.real is not None and (cfg.generator.input != "noise" or cfg.data.text is not None):
             # Multi-step runs, and text-conditioned ones without prompts, take their conditions from the real set.
-            source, cond = self._real(draws, "source")
+            source, cond = self.real.batch(draws.shuffled("source", len(self.real)), self.device)
         else:
             cond = Condition(labels=draws.integers("student/labels", 0, cfg.data.classes - 1))
-        return Batch(
-            draws,
-            share=(draws.stop - draws.start) / draws.total,
-            cond=cond,
-            real=real,
-            source=source,
-            pairs=self._pairs(draws) if cfg.needs_pairs else None,
-        )
-
-    def _real(self, draws: Draws, name: str) -> tuple[Tensor, Condition]:
-        assert self.real is not None
-        return self.real.batch(draws.shuffled(name, len(self.real)), self.device)
-
-    def _pairs(self, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
-        assert self.pairs is not None
-        indices = draws.shuffled("regression/pairs", len(self.pairs))
-        noise = self.pairs.tensor("noise", indices, self.device).float()
-        return noise, *self.pairs.batch(indices, self.device)
+        if self.pairs is not None and cfg.needs_pairs:
+            indices = draws.shuffled("regression/pairs", len(self.pairs))
+            noise = self.pairs.tensor("noise", indices, self.device).float()
+            pairs = (noise, *self.pairs.batch(indices, self.device))
+        return Batch(draws, (draws.stop - draws.start) / draws.total, cond, real, source, pairs)
