@@ -44,7 +44,7 @@ Rows: TypeAlias = Annotated[
 ]
 
 
-# Their tests are in eval/report/claims.py.
+# What they say and their tests are in eval/report/claims.yaml.
 ClaimName = Literal[
     "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16"
 ]

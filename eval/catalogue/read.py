@@ -39,7 +39,7 @@ from eval.catalogue.columns import (
     explained,
     write_parquet,
 )
-from eval.catalogue.records import Folder, Row, student_rows, teacher_rows
+from eval.catalogue.records import Folder, Line, student_lines, teacher_lines
 
 
 def catalogue(root: Path | str = ".") -> pd.DataFrame:
@@ -54,15 +54,20 @@ def catalogue(root: Path | str = ".") -> pd.DataFrame:
     Raises:
         UserError: `root` has no results.
     """
-    root, rows = Path(root), list[Row]()
+    root, lines = Path(root), list[Line]()
     runs, others = _runs(root)
     for path in others:
         print(f"warning: {path} is no run folder (base/row/seedN) and is left out", file=sys.stderr)
     for run, path in runs.items():
-        rows += student_rows(run, Folder(path))
+        lines += student_lines(run, Folder(path))
     for path in sorted(p for p in (root / SAMPLERS).glob("*/*") if p.is_dir()):
-        rows += teacher_rows(path.parent.name, path.name, Folder(path))
-    return _frame(rows)
+        lines += teacher_lines(path.parent.name, path.name, Folder(path))
+    found = {name: None for line in lines for name in line if name not in SCHEMA}
+    settings = [name for name in found if name.startswith(tuple(PREFIXES))]  # after the metrics, kind by kind
+    settings.sort(key=lambda name: next(i for i, prefix in enumerate(PREFIXES) if name.startswith(prefix)))
+    names = [*SCHEMA, *(name for name in found if name not in settings), *settings]
+    columns = describe(names)
+    return pd.DataFrame({name: _series([line.get(name) for line in lines], columns[name].type) for name in names})
 
 
 def _runs(root: Path) -> tuple[dict[RunId, Path], list[Path]]:
@@ -70,15 +75,6 @@ def _runs(root: Path) -> tuple[dict[RunId, Path], list[Path]]:
     if not any((root / place).is_dir() for place in (RUNS, SAMPLERS)):
         raise UserError(f"{root.absolute()} has no {RUNS} or {SAMPLERS}: give the folder of a workspace")
     return run_folders(root)
-
-
-def _frame(rows: list[Row]) -> pd.DataFrame:
-    later = tuple(PREFIXES)  # metrics come first
-    found = {name: None for row in rows for name in row if name not in SCHEMA}
-    ordered = sorted(found, key=lambda name: next((i for i, p in enumerate(later) if name.startswith(p)), -1))
-    names = [*SCHEMA, *ordered]
-    columns = describe(names)
-    return pd.DataFrame({name: _series([row.get(name) for row in rows], columns[name].type) for name in names})
 
 
 def _series(values: list[Any], kind: str) -> pd.Series:
@@ -113,13 +109,15 @@ def training_logs(root: Path | str = ".") -> pd.DataFrame:
             codes.extend(names.setdefault(name, len(names)) for name in line)
             values.extend(line.values())
         counts.append(len(values) - before)
-    labels = pd.Index(list(map(str, runs)), dtype=str)
-    return pd.DataFrame({
-        "run": pd.Categorical.from_codes(np.repeat(np.arange(len(runs)), counts), labels),
-        "step": np.array(steps, dtype=np.int64),
-        "name": pd.Categorical.from_codes(np.array(codes, dtype=np.int64), pd.Index(names, dtype=str)),
-        "value": np.array(values, dtype=np.float64),
-    })  # fmt: skip
+    of_run = np.repeat(np.arange(len(runs)), counts)
+    return pd.DataFrame(
+        {
+            "run": pd.Categorical.from_codes(of_run, pd.Index([*map(str, runs)], dtype=str)),
+            "step": np.array(steps, dtype=np.int64),
+            "name": pd.Categorical.from_codes(np.array(codes, dtype=np.int64), pd.Index([*names], dtype=str)),
+            "value": np.array(values, dtype=np.float64),
+        }
+    )
 
 
 def _log(path: Path) -> Iterator[tuple[int, dict[str, float]]]:

@@ -12,15 +12,12 @@ from dmd2.experiment.dotted_keys import leaves
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.protocols import of_record
 from dmd2.launch.state import is_published, run_state
-from eval.catalogue.columns import IN_JSON, MAX_INT, SUFFIXES, describe
+from eval.catalogue.columns import IN_JSON, MAX_INT, SCHEMA, SUFFIXES, describe
+from eval.compare.versions import numbers_of
 
-Row = dict[str, Any]
-RECORDED = {  # key of a record and its column
-    "key": "digest", "steps": "steps", "student_updates": "student_updates", "seconds": "seconds", "device": "device",
-    "processes": "processes", "threads": "threads", "restarts": "restarts", "torch": "torch", "commit": "train_commit",
-    "train_commit": "train_commit",
-}  # fmt: skip
-COST = {"source": "cost_source", "gpu_hours": "gpu_hours", "cpu_hours": "cpu_hours", "starts": "starts"}
+Line = dict[str, Any]  # values by column
+Record = dict[str, Any]  # what a JSON file of the folder holds
+COLUMN = {key: name for name, column in SCHEMA.items() for key in column.record}  # of each key of a record
 
 
 class Folder:
@@ -29,7 +26,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path, self.damaged = path, False
 
-    def read(self, name: str) -> Row:
+    def read(self, name: str) -> Record:
         """A record; empty if there is none or it is damaged."""
         try:
             value = read_json(self.path / name) if (self.path / name).exists() else {}
@@ -45,82 +42,82 @@ class Folder:
         self.damaged = True
         print(f"warning: {text}", file=sys.stderr)
 
+    def sound(self, name: str, make: Callable[[], list[Line]]) -> list[Line]:
+        """What `make` makes of a file; nothing, after a warning, if the file holds something else than it should."""
+        try:
+            lines = make()
+            _check(lines)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            self.tell(f"{self.path / name} is damaged ({reason}): delete it and run Snakemake again")
+            return []
+        return lines
+
     def key(self) -> str | None:
         """Key of the training that wrote here last, by its checkpoints and snapshots."""
         folders = [*self.path.glob("checkpoints-*"), *self.path.glob("snapshots-*")]
         newest = max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
         return newest.name.partition("-")[2] if newest else None
 
+    def finished(self, identity: Line, lines: list[Line]) -> list[Line]:
+        """The lines with the columns that name their run; what is damaged has no other state."""
+        damage = {"state": "unreadable"} if self.damaged else {}
+        return [{**identity, **line, **damage} for line in lines]
 
-def student_rows(run: RunId, folder: Folder) -> list[Row]:
+
+def _check(lines: list[Line]) -> None:
+    """Raise ValueError if a value is not of its column's type, before it spoils the column of all runs."""
+    columns = describe({name: None for line in lines for name in line})
+    for line in lines:
+        for name, value in line.items():
+            if name not in columns:
+                raise ValueError(f"{name} is not expected there")
+            kinds = IN_JSON.get(columns[name].type)
+            if kinds and (type(value) not in kinds or (type(value) is int and abs(value) > MAX_INT)):
+                raise ValueError(f"{name} is {value!r}, not {columns[name].type}")
+
+
+def student_lines(run: RunId, folder: Folder) -> list[Line]:
     """Lines of the metrics of a run, and one of its training where there are none or none of this training."""
     identity = {"base": run.base, "row": run.name, "seed": run.seed, "kind": "student", "run": str(run)}
     train, metrics = folder.read("train.json"), folder.read("metrics.json")
     record = train or folder.read("finished.json")
     about = "train.json" if train else "finished.json" if record else "progress.json"
-    training = _sound(folder, about, lambda: [_training(str(run), folder, train, record)])
+    training = folder.sound(about, lambda: [_training(str(run), folder, train, record)])
     if not training:
         training, record = [{"is_last": False}], {}
-    measured = _sound(folder, "metrics.json", lambda: _measured(str(run), record, metrics)) if metrics else []
+    same = not record or record.get("key") == metrics.get("key")  # no record is no contradiction
+    # The record adds what the metrics do not repeat.
+    measured = folder.sound(
+        "metrics.json",
+        lambda: _snapshots(_facts(record) if same and record else {}, metrics, _weights(run, record) if same else {}),
+    )
     newer = training[0]
     if newer.get("state") in ("trained", "ended"):
-        outdated = bool(measured) and not _same(record, metrics)
+        outdated = bool(measured) and not same
     else:  # a training that was begun after these metrics were made
         outdated = newer.get("state") == "running" or (newer.get("step") or 0) < (newer.get("steps") or 0)
-    for row in measured:
-        row["state"] = "outdated" if outdated else "evaluated"
-    return _finished(identity, folder, measured + training if outdated or not measured else measured)
+    for line in measured:
+        line["state"] = "outdated" if outdated else "evaluated"
+    return folder.finished(identity, measured + training if outdated or not measured else measured)
 
 
-def teacher_rows(base: str, sampler: str, folder: Folder) -> list[Row]:
-    """Lines of a teacher's sampler."""
+def teacher_lines(base: str, sampler: str, folder: Folder) -> list[Line]:
+    """Lines of a teacher's sampler, whose record calls the time of the evaluation seconds."""
     name, metrics = f"teacher-{sampler}", folder.read("metrics.json")
     identity = {"base": base, "row": name, "kind": "teacher", "run": f"{base}/{name}"}
-    measured = _sound(folder, "metrics.json", lambda: _of_sampler(metrics)) if metrics else []
-    return _finished(identity, folder, measured or [{"state": "trained", "is_last": True}])
+    if metrics:
+        metrics["eval_seconds"] = metrics.pop("seconds", None)
+
+    def measured() -> list[Line]:
+        calls = Sampler.model_validate(metrics["sampler"]).network_calls
+        return _snapshots({"state": "evaluated", "network_calls": calls}, metrics, {})
+
+    lines = folder.sound("metrics.json", measured) if metrics else []
+    return folder.finished(identity, lines or [{"state": "trained", "is_last": True}])
 
 
-def _finished(identity: Row, folder: Folder, rows: list[Row]) -> list[Row]:
-    damage = {"state": "unreadable"} if folder.damaged else {}
-    return [{**identity, **row, **damage} for row in rows]
-
-
-def _sound(folder: Folder, name: str, make: Callable[[], list[Row]]) -> list[Row]:
-    """What `make` makes of a file; nothing, after a warning, if the file holds something else than it should."""
-    try:
-        rows = make()
-        _check(rows)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        folder.tell(f"{folder.path / name} is damaged ({reason}): delete it and run Snakemake again")
-        return []
-    return rows
-
-
-def _check(rows: list[Row]) -> None:
-    """Raise ValueError if a value is not of its column's type, before it spoils the column of all runs."""
-    columns = describe({name: None for row in rows for name in row})
-    if unknown := [name for row in rows for name in row if name not in columns]:
-        raise ValueError(f"{unknown[0]} is not expected there")
-    typed = {name: (about.type, IN_JSON[about.type]) for name, about in columns.items() if about.type in IN_JSON}
-    for row in rows:
-        for name, (wanted, kinds) in typed.items():
-            value = row.get(name)
-            if type(value) not in kinds or (type(value) is int and abs(value) > MAX_INT):
-                raise ValueError(f"{name} is {value!r}, not {wanted}")
-
-
-def _measured(run: str, record: Row, metrics: Row) -> list[Row]:
-    """Lines of a student's metrics; the record adds what they do not repeat, if it is of the same training."""
-    same = _same(record, metrics)
-    common = {
-        **(_facts(record) if same and record else {}), **_facts(metrics),
-        "brightness_std": metrics.get("brightness_std"), "eval_seconds": metrics.get("eval_seconds"),
-    }  # fmt: skip
-    return _snapshots(common, metrics, _weights(run, record) if same else {})
-
-
-def _training(run: str, folder: Folder, train: Row, record: Row) -> Row:
+def _training(run: str, folder: Folder, train: Record, record: Record) -> Line:
     """What the folder says about its present training, without asking Slurm."""
     progress = {} if is_published(folder.path, train or None) else folder.read("progress.json")
     state = run_state(folder.path, train or None, progress).replace("finished", "trained")
@@ -131,52 +128,37 @@ def _training(run: str, folder: Folder, train: Row, record: Row) -> Row:
     return {"state": state, "digest": folder.key(), "step": step, "steps": total, "is_last": False}
 
 
-def _same(record: Row, metrics: Row) -> bool:
-    """Whether these are the metrics of this training; no record is no contradiction."""
-    return not record or record.get("key") == metrics.get("key")
-
-
-def _of_sampler(metrics: Row) -> list[Row]:
-    """Lines of the metrics of a teacher's sampler; its record calls the time of the evaluation seconds."""
-    common = {
-        "state": "evaluated", "eval_seconds": metrics.get("seconds"),
-        "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
-        **leaves(metrics["sampler"], "sampler"),
-    }  # fmt: skip
-    return _snapshots(common, metrics, {})
-
-
-def _snapshots(common: Row, metrics: Row, weights: dict[int, Row]) -> list[Row]:
+def _snapshots(common: Line, metrics: Record, weights: dict[int, Line]) -> list[Line]:
     """A line per snapshot of a metrics.json."""
-    common = {
-        **common, "eval_commit": metrics.get("eval_commit"),
-        **{f"protocol_{name}": value for name, value in of_record(metrics).items()},
-    }  # fmt: skip
-    last, rows = max((s["step"] for s in metrics["snapshots"]), default=0), []
+    if not metrics:
+        return []
+    common = {**common, **_facts(metrics)}
+    common |= {f"protocol_{name}": value for name, value in of_record(metrics).items()}
+    last, lines = max((s["step"] for s in metrics["snapshots"]), default=0), []
     for snapshot in metrics["snapshots"]:
-        values = {name: value for name, value in snapshot.items() if name != "estimates"}
-        step, updates = values.pop("step"), values.pop("student_updates")
-        row = {**common, "step": step, "student_updates": updates, "is_last": step == last, **weights.get(step, {})}
-        for name, value in values.items():
-            estimate = snapshot.get("estimates", {}).get(name, {})
-            row |= {name: value} | {f"{name}_{suffix}": estimate.get(suffix) for suffix in SUFFIXES}
-        rows.append(row)
-    return rows
+        step, estimates = snapshot["step"], snapshot.get("estimates", {})
+        line = {**common, "step": step, "student_updates": snapshot["student_updates"], "is_last": step == last}
+        for name, value in numbers_of(snapshot).items():
+            line |= {name: value} | {f"{name}_{end}": estimates.get(name, {}).get(end) for end in SUFFIXES}
+        lines.append({**line, **weights.get(step, {})})
+    return lines
 
 
-def _facts(record: Row) -> Row:
-    """What train.json and finished.json record about a training, and metrics.json repeats in part."""
-    facts = {column: record[key] for key, column in RECORDED.items() if key in record}
-    cost = {COST[key]: value for key, value in record.get("cost", {}).items() if key in COST}
-    return facts | cost | leaves(record["config"], "config")
+def _facts(record: Record) -> Line:
+    """What a record says about a training or an evaluation, by column, and its settings."""
+    known = {key: value for key, value in record.items() if key in COLUMN} | leaves(record.get("cost", {}), "cost")
+    settings = "sampler" if "sampler" in record else "config"
+    facts = {COLUMN[key]: value for key, value in known.items() if key in COLUMN}
+    return facts | leaves(record[settings], settings)
 
 
-def _weights(run: str, record: Row) -> dict[int, Row]:
+def _weights(run: RunId | str, record: Record) -> dict[int, Line]:
     """Where the snapshots lie, by step."""
     return {
         int(Path(entry["path"]).stem): {
-            "weights_path": str(RUNS / run / entry["path"]), "weights_sha256": entry["sha256"],
+            "weights_path": str(RUNS / str(run) / entry["path"]),
+            "weights_sha256": entry["sha256"],
             "weights_bytes": entry["bytes"],
         }
         for entry in record.get("files", [])
-    }  # fmt: skip
+    }

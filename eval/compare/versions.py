@@ -206,7 +206,7 @@ def _measured(side: Side, name: str) -> Evaluation:
     train = side.json(f"{folder}/train.json") or {}
     try:
         last = metrics["snapshots"][-1]
-        values = _values(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
+        values = numbers_of(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
         config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
         step, protocol = last["step"], of_record(metrics)
     except (KeyError, IndexError, TypeError) as missing:
@@ -226,7 +226,7 @@ def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[i
         config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
         for seed, commit in row["commits"].items():
             last = row["curves"][seed][-1] if row["curves"] else {"step": row["step"][seed]}
-            values = {metric: numbers[seed] for metric, numbers in row["values"].items()} | _values(last)
+            values = {metric: numbers[seed] for metric, numbers in row["values"].items()} | numbers_of(last)
             errors = _errors({"estimates": row["estimates"][seed]} | last)
             about = _known({"evaluated at commit" if teacher else "trained at commit": commit,
                             "trained on": row["device"]})  # fmt: skip
@@ -238,7 +238,8 @@ def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[i
     return found
 
 
-def _values(snapshot: dict[str, Any]) -> dict[str, float]:
+def numbers_of(snapshot: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a snapshot of a metrics.json."""
     return {name: value for name, value in snapshot.items() if name not in NOT_METRICS}
 
 

@@ -150,3 +150,6 @@ def _both(x: np.ndarray, y: np.ndarray, a: str, b: str) -> str:
     """Both runs with their values; a repeated single one is shown once."""
     runs = ((a, x), (b, y))
     return ", ".join(f"{name} {mean_sd(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)
+
+
+RULES = {"lower": lower, "faster": faster, "equivalent": equivalent, "no_gain": no_gain}  # as claims.yaml names them
