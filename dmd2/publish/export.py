@@ -19,13 +19,12 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import atomic_folder
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
-from dmd2.experiment.config import TrainConfig
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, Network
 from dmd2.networks.quantise import quantise
 from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
 from dmd2.networks.song_unet import SongUNet
-from dmd2.publish.model_card import TEMPLATES, model_card
-from dmd2.publish.template import template
+from dmd2.publish.model_card import model_card
+from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import Snapshot, find_snapshot
 
@@ -67,6 +66,8 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     sized = "sizes" in arguments
     text = cfg.data.text is not None
     stock = cfg.data.text is not None and cfg.data.latents and cfg.data.text.pipeline.encoder is None
+    # Of its teacher with factors, not of another run's student with them.
+    lora = text and cfg.generator.lora is not None and cfg.train.init_from is None
     conditions = ["labels"] * labelled + ["text"] * text + ["pooled", "time_ids"] * sized
     return {
         "edm": edm, "labelled": labelled, "text": text, "sized": sized, "arguments": arguments,
@@ -80,13 +81,8 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "tensors": ", ".join(["noise", *fresh, *conditions]),
         "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
         "encoder": cfg.data.text.pipeline.name if cfg.data.text is not None else None,
-        "single": SINGLE if text else None, "lora": LORA if text and _is_own_lora(cfg) else None,
+        "single": SINGLE if text else None, "lora": LORA if lora else None,
     }  # fmt: skip
-
-
-def _is_own_lora(cfg: TrainConfig) -> bool:
-    """Whether the student is its teacher with factors, and not another run's student with them."""
-    return cfg.generator.lora is not None and cfg.train.init_from is None
 
 
 def _arguments(network: Network, labelled: bool) -> str:
@@ -99,8 +95,8 @@ def _arguments(network: Network, labelled: bool) -> str:
     return f", encoder_hidden_states={text}{labels}{added}"
 
 
-def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> str:
-    """Sample the grid with the written script, compare with our sampler, save it as samples.png; the finding as text.
+def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sample the grid with the written script, compare with our sampler, save it as samples.png; what the card tells.
 
     Raises:
         UserError: the images differ by more than rounding.
@@ -109,19 +105,15 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
     seeds = plain["SEEDS"]
     theirs = plain["sample"](*plain["load"](), plain["draw"](seeds))
     ours = student_sample(student, snapshot.cfg, seeds, torch.device("cpu"), sampling["labels"])
-    difference = float((theirs - ours).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
+    difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(f"{snapshot.run}: the script's images differ from ours by {difference:g}; nothing was exported")
-    found = f"largest difference {difference:.2g} where the largest value is {float(ours.abs().max()):.3g}"
+    found = {"samples": len(seeds), "difference": difference, "largest": largest, "values": ours.numel()}
     if sampling["pixels"]:
         plain["save_grid"](theirs, script.with_name("samples.png"))
-        changed = int((quantise(theirs, sampling["rounding"]) != quantise(ours, sampling["rounding"])).sum())
-        found += f", {changed} of {ours.numel()} 8-bit values differ"
-    grid = "`python sample.py` makes this grid. " if sampling["pixels"] else ""
-    columns = "One column a class. " if sampling["pixels"] and sampling["labels"] == "cyclic" else ""
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, CPU"
-    return f"{grid}{columns}At export, {len(seeds)} samples of `sample.py` were compared with those of the training " \
-           f"code at the same noise: {found} ({versions})."  # fmt: skip
+        a, b = (quantise(images, sampling["rounding"]) for images in (theirs, ours))
+        found["changed"] = int((a != b).sum())
+    return {**found, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
@@ -145,7 +137,7 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
         script = template(TEMPLATES / "sample.py.j2").render(sampling)
         (folder / "sample.py").write_text(script, encoding="utf-8")
-        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else ""
+        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else None
         model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,67 +27,64 @@ RESTARTS = "A training that is made longer now starts anew, since its checkpoint
 
 @dataclass(frozen=True)
 class Prunable:
-    """What is in the way in the folder of one training, or why nothing is touched."""
+    """What may be deleted in the folder of one training, or why nothing is touched."""
 
     folder: Path
     folders: list[Path]
     kept: str | None = None
-
-    def size(self) -> int:
-        """Bytes that are freed."""
-        return sum(path.stat().st_size for folder in self.folders for path in folder.rglob("*") if path.is_file())
 
 
 def prunable(dry_run: bool = False) -> Iterator[Prunable]:
     """Every training that has something to delete or to keep. While one of a run is yielded, its lock is held."""
     experiment = load_experiment()
     for run in chosen_runs([]):
-        if not any(KEYED.fullmatch(path.name) for path in run.folder.iterdir()):
+        if not _keyed(run.folder):
             continue
         if is_being_trained(run.folder):
             yield Prunable(run.folder, [], "a process trains it")
             continue
         try:
             with nullcontext() if dry_run else single_writer(run.folder):
-                yield _of_run(run, experiment)
+                reason = _needed(run, experiment)
+                yield Prunable(run.folder, [] if reason else _unlisted(run.folder), reason)
         except UserError as error:
             yield Prunable(run.folder, [], str(error))
     for manifest in sorted(TEACHERS.glob("*/manifest.json")):
         try:
             with nullcontext() if dry_run else sole_maker(manifest):
-                yield Prunable(manifest.parent, _keyed(manifest.parent, set()))
+                yield Prunable(manifest.parent, _keyed(manifest.parent))
         except UserError as error:
             yield Prunable(manifest.parent, [], str(error))
 
 
-def _of_run(run: RunId, experiment: Experiment) -> Prunable:
-    """What a run, which nobody trains now, could do without."""
+def _needed(run: RunId, experiment: Experiment) -> str | None:
+    """Why a run, which nobody trains now, may still need its checkpoints; None if it does not."""
     record, cfg = run.folder / "train.json", experiment.runs.get((run.base, run.name))
     if not record.exists():
-        return Prunable(run.folder, [], "it is not finished")
+        return "it is not finished"
     train = read_json(record)
     config, submitted = train.get("made_from", {}).get("config"), submissions(run)["config"]
     if cfg is not None and config != digest_of(cfg.training().settings()):
-        return Prunable(run.folder, [], "it is to be trained with other settings, and may continue from there")
+        return "it is to be trained with other settings, and may continue from there"
     if replaced(run.folder, train["key"]):
-        return Prunable(run.folder, [], "it is being trained again, and its snapshots are in use until that ends")
+        return "it is being trained again, and its snapshots are in use until that ends"
     if submitted not in (None, config):
-        return Prunable(run.folder, [], "a Slurm job was sent for another training of it")
+        return "a Slurm job was sent for another training of it"
     if any((other.train.init_from, base) == (run.name, run.base) for (base, _), other in experiment.runs.items()):
-        return Prunable(run.folder, [], "other runs start from it (train.init_from) and take its critic")
-    return Prunable(run.folder, _keyed(run.folder, _listed(run.folder, train)))
+        return "other runs start from it (train.init_from) and take its critic"
+    return None
 
 
-def _listed(folder: Path, train: dict[str, Any]) -> set[str]:
-    """Folders of the files that the run's records list."""
-    ended = folder / "finished.json"
-    records = [train, *([read_json(ended)] if ended.exists() else [])]
-    return {Path(entry["path"]).parts[0] for record in records for entry in record["files"]}
+def _unlisted(folder: Path) -> list[Path]:
+    """Folders of checkpoints and snapshots without a file that a record of the run lists."""
+    records = [read_json(path) for name in ("train.json", "finished.json") if (path := folder / name).exists()]
+    listed = {Path(entry["path"]).parts[0] for record in records for entry in record["files"]}
+    return [path for path in _keyed(folder) if path.name not in listed]
 
 
-def _keyed(folder: Path, needed: set[str]) -> list[Path]:
-    """Folders of checkpoints and snapshots that are not needed."""
-    return sorted(path for path in folder.iterdir() if KEYED.fullmatch(path.name) and path.name not in needed)
+def _keyed(folder: Path) -> list[Path]:
+    """Folders of checkpoints and snapshots."""
+    return sorted(path for path in folder.iterdir() if KEYED.fullmatch(path.name))
 
 
 def main(
@@ -100,7 +97,7 @@ def main(
             if found.kept:
                 print(f"{found.folder} is kept: {found.kept}")
             for path in found.folders:
-                size = Prunable(found.folder, [path]).size()
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 print(f"{'would delete' if dry_run else 'deleted'} {path}, {size / 1e6:.1f} MB")
                 freed += size
                 if not dry_run:

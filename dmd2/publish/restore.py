@@ -1,7 +1,8 @@
 """Bring versioned results back, and read every byte of them: ``python -m dmd2.publish.restore``.
 
-DVC takes what a remote or its cache gives, and its database of states hides what is damaged later. So after the pull
-each file is compared with what dvc.lock, which lies in git, and the manifests say.
+DVC takes what a remote or its cache gives, a damaged listing of a folder included, and its database of states hides
+what is damaged later: ``dvc data status`` calls such files unchanged. So after the pull each file is compared with what
+dvc.lock, which lies in git, and the manifests say.
 """
 
 import json
@@ -10,16 +11,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import md5, sha256
+from hashlib import file_digest, md5
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 from rich.progress import track
 
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import read_json
+from dmd2.core.files import read_json, sha256
 from dmd2.core.provenance import altered
 
 LOCK, CACHE = Path("dvc.lock"), Path(".dvc/cache")
@@ -28,7 +30,6 @@ MANIFESTS = ("data/*/*/manifest.json", "data/pairs/*/*/manifest.json", "data/pai
              "results/runs/*/*/seed*/train.json", "results/runs/*/*/seed*/metrics.json",
              "results/teachers/*/*/metrics.json", "results/tables/*.json")  # fmt: skip
 THREADS = 8
-CHUNK = 1 << 20  # bytes
 
 
 @dataclass
@@ -38,21 +39,6 @@ class Listed:
     md5: str | None = None
     sha256: str | None = None
     manifest: Path | None = None
-
-
-def pull(remote: str | None, targets: list[str], jobs: int | None = None) -> bool:
-    """Run ``dvc pull``; whether it went through. What it says goes to the terminal.
-
-    Raises:
-        UserError: DVC is not installed.
-    """
-    options = [*(["--remote", remote] if remote else []), *(["--jobs", str(jobs)] if jobs else [])]
-    command = [sys.executable, "-m", "dvc", "pull", *options, *targets]
-    try:
-        import dvc  # noqa: F401
-    except ImportError:
-        raise UserError("DVC is not installed: pip install dvc, or dvc-s3 or dvc-ssh for such a remote") from None
-    return subprocess.run(command, check=False).returncode == 0
 
 
 def cache_folder() -> Path:
@@ -72,23 +58,17 @@ def locked(targets: list[str], cache: Path) -> dict[Path, Listed]:
         raise UserError("dvc.lock is missing: nothing was versioned here yet (dvc repro does it)")
     stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
     found: dict[Path, Listed] = {}
-    for target in targets or [""]:
+    for target in targets or ["."]:
         before = len(found)
         for name, stage in stages.items():
-            for out in stage.get("outs", []):
-                path = Path(out["path"])
-                if target in ("", name, name.partition("@")[0]) or _related(Path(target), path):
-                    files = _files(path, out["md5"], cache)
-                    within = _related(Path(target), path) and Path(target) != path
-                    found |= {f: Listed(h) for f, h in files if not within or _related(Path(target), f)}
-        if target and len(found) == before:
+            is_stage = target in (name, name.partition("@")[0])
+            for path, digest in ((Path(out["path"]), out["md5"]) for out in stage.get("outs", [])):
+                if is_stage or path.is_relative_to(target) or Path(target).is_relative_to(path):
+                    files = _files(path, digest, cache)
+                    found |= {file: Listed(md5) for file, md5 in files if is_stage or file.is_relative_to(target)}
+        if targets and len(found) == before:
             raise UserError(f"{target} is no stage and no versioned file or folder in dvc.lock")
     return found
-
-
-def _related(target: Path, path: Path) -> bool:
-    """Whether one lies in the other, or they are the same."""
-    return target == path or target in path.parents or path in target.parents
 
 
 def _files(path: Path, digest: str, cache: Path) -> Iterator[tuple[Path, str]]:
@@ -99,10 +79,9 @@ def _files(path: Path, digest: str, cache: Path) -> Iterator[tuple[Path, str]]:
     listing = _cached(cache, digest)
     if not listing.exists():
         raise UserError(f"{listing}, the list of what {path} holds, is missing: dvc pull did not bring it")
-    raw = listing.read_bytes()
-    if md5(raw, usedforsecurity=False).hexdigest() != digest.removesuffix(".dir"):
+    if _md5(listing) != digest.removesuffix(".dir"):
         raise UserError(f"{listing}, the list of what {path} holds, is damaged: delete it and restore again")
-    for entry in json.loads(raw):
+    for entry in json.loads(listing.read_bytes()):
         yield path / entry["relpath"], entry["md5"]
 
 
@@ -110,29 +89,27 @@ def _cached(cache: Path, digest: str) -> Path:
     return cache / "files" / "md5" / digest[:2] / digest[2:]
 
 
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest()
+
+
 def with_manifests(listed: dict[Path, Listed], partial: bool) -> dict[Path, Listed]:
-    """Add the SHA-256 of every manifest that is here.
+    """Add the SHA-256 of every manifest that is here and can be read (`judged` tells of others).
 
     Files that a partial pull left out, or that were not versioned with their manifest (.dvcignore), are no damage.
     """
     versioned = set(listed)
     for manifest in sorted(path for pattern in MANIFESTS for path in Path().glob(pattern)):
-        for entry in _entries(manifest):
-            path = manifest.parent / entry["path"]
+        try:
+            entries = [(manifest.parent / entry["path"], entry["sha256"]) for entry in read_json(manifest)["files"]]
+        except (UserError, KeyError, TypeError):
+            continue
+        for path, checksum in entries:
             if path in listed or path.exists() or not (partial or manifest in versioned):
                 about = listed.setdefault(path, Listed())
-                about.sha256, about.manifest = entry["sha256"], manifest
+                about.sha256, about.manifest = checksum, manifest
     return listed
-
-
-def _entries(manifest: Path) -> list[dict[str, Any]]:
-    """Files that a manifest lists; none if it cannot be read, which `judged` tells."""
-    try:
-        value = read_json(manifest)
-    except UserError:
-        return []
-    files = value.get("files", []) if isinstance(value, dict) else []
-    return [entry for entry in files if isinstance(entry, dict) and {"path", "sha256"} <= entry.keys()]
 
 
 def judged(path: Path, listed: Listed, cache: Path) -> str | None:
@@ -147,12 +124,13 @@ def judged(path: Path, listed: Listed, cache: Path) -> str | None:
     if not path.exists():
         where = LOCK if listed.md5 else listed.manifest
         return f"{path} is missing although {where} lists it: " + _again(None, copy)
-    by_md5, by_sha256 = _digests(path)
-    if listed.md5 and by_md5 != listed.md5:
+    if listed.md5 and _md5(path) != listed.md5:
         return f"{path} is not what dvc.lock lists: if you made it anew, run dvc repro; else " + _again(path, copy)
-    if listed.sha256 and by_sha256 != listed.sha256:
-        return (f"{path} does not match the checksum in {listed.manifest}, as it was versioned: delete both and let "
-                "Snakemake make them again")  # fmt: skip
+    if listed.sha256 and sha256(path) != listed.sha256:
+        return (
+            f"{path} does not match the checksum in {listed.manifest}, as it was versioned: delete both and let "
+            "Snakemake make them again"
+        )
     if path.suffix == ".json" and altered(path):
         return f"{path} was changed after it was made: delete it and let Snakemake make it again"
     return None
@@ -162,21 +140,11 @@ def _again(path: Path | None, copy: Path | None) -> str:
     """How to get a file back."""
     if copy is None:
         return "delete that and let Snakemake make both again"
-    bad = copy.exists() and _digests(copy)[0] != "".join(copy.parts[-2:])
+    bad = copy.exists() and _md5(copy) != "".join(copy.parts[-2:])
     files = " and ".join(str(file) for file in (path, copy if bad else None) if file)
-    return (f"delete {files} and restore again" if files else "restore again") + (
-        "; if it comes back so, the remote holds it damaged: push it again from where it was made" if bad else ""
-    )
-
-
-def _digests(path: Path) -> tuple[str, str]:
-    """MD5 and SHA-256 of a file, read once."""
-    hashes = md5(usedforsecurity=False), sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            for each in hashes:
-                each.update(chunk)
-    return hashes[0].hexdigest(), hashes[1].hexdigest()
+    text = f"delete {files} and restore again" if files else "restore again"
+    lasting = "; if it comes back so, the remote holds it damaged: push it again from where it was made"
+    return text + (lasting if bad else "")
 
 
 def verify(targets: Iterable[str] = ()) -> tuple[int, list[str]]:
@@ -202,7 +170,10 @@ def main(
 ) -> None:
     """Pull TARGETS from the DVC remote and compare every file with its checksums; exit 1 names what is damaged."""
     with readable_errors():
-        arrived = check or pull(remote, targets or [])
+        if not check and find_spec("dvc") is None:
+            raise UserError("DVC is not installed: pip install dvc, or dvc-s3 or dvc-ssh for such a remote")
+        pull = [sys.executable, "-m", "dvc", "pull", *(["--remote", remote] if remote else []), *(targets or [])]
+        arrived = check or subprocess.run(pull, check=False).returncode == 0
         count, damage = verify(targets or [])
         for sentence in damage:
             print(f"error: {sentence}", file=sys.stderr)

@@ -138,7 +138,7 @@ def certainty(table: TableRecord) -> Cells | None:
         bias = None if None in biases else float(np.mean(biases))
         numbers = [centre, error, bias, None if bias is None else centre - bias]
         difference = [difference_text(row["difference"])] if base else []
-        lines.append([f"`{row['run']}`", *(NONE if x is None else f"{x:.3g}" for x in numbers), *difference])
+        lines.append([f"`{row['run']}`", *(digits(x, 3) for x in numbers), *difference])
     return heads + ([f"minus `{base}`, paired, 95 %"] if base else []), lines
 
 
@@ -189,10 +189,15 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
+def digits(value: float | None, count: int) -> str:
+    """A number, if there is one, with so many significant digits."""
+    return NONE if value is None else f"{value:.{count}g}"
+
+
 def difference_text(found: Mapping[str, Any] | None) -> str:
     """``+1.2 [-0.3, +2.7]``; bold where the interval excludes 0."""
     if found is None:
         return NONE
-    digits = max(0, 2 - int(np.floor(np.log10(max(abs(found["value"]), found["high"] - found["low"], 1e-9)))))
-    value, low, high = (f"{found[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    decimals = max(0, 2 - int(np.floor(np.log10(max(abs(found["value"]), found["high"] - found["low"], 1e-9)))))
+    value, low, high = (f"{found[key]:+.{decimals}f}" for key in ("value", "low", "high"))
     return f"**{value} [{low}, {high}]**" if found["low"] > 0 or found["high"] < 0 else f"{value} [{low}, {high}]"
