@@ -6,7 +6,7 @@ Copies only the requested files of a revision out of git, the DVC cache or the D
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,8 +58,8 @@ class Evaluation:
     """What is known of a row's last snapshot with one training seed (a teacher's only one is 0).
 
     `errors` are standard errors of the finite sample, None where unknown; `about` maps facts of the training and the
-    evaluation (commits, device) to texts; `key` identifies the training's config, inputs and seed; `folder` holds the
-    evaluation's files; `metrics` is its record, empty if only a table is left of it.
+    evaluation (commits, device) to texts; `folder` holds the evaluation's files; `key` identifies the config, inputs
+    and seed of the training; `metrics` is the metrics.json, or what a table tells of it.
     """
 
     values: dict[str, float]
@@ -69,8 +69,30 @@ class Evaluation:
     config: dict[str, Any]
     about: dict[str, str]
     folder: str
-    key: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    key: str | None
+    metrics: dict[str, Any]
+
+    @staticmethod
+    def of(metrics: dict[str, Any], train: dict[str, Any], folder: str) -> "Evaluation":
+        """What metrics.json and train.json say.
+
+        Raises:
+            KeyError, IndexError, TypeError: the former lacks what an evaluation writes.
+        """
+        last = metrics["snapshots"][-1]
+        values = numbers_of(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
+        errors = {metric: estimate["se"] for metric, estimate in last.get("estimates", {}).items()}
+        config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
+        about = {"trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
+                 "trained on": metrics.get("device"), "trained with torch": train.get("torch")}  # fmt: skip
+        known = {fact: text for fact, text in about.items() if text}
+        key, protocol = train.get("key"), of_record(metrics)
+        return Evaluation(values, errors, last["step"], protocol, config, known, folder, key, metrics)
+
+
+def numbers_of(snapshot: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a snapshot of a metrics.json."""
+    return {name: value for name, value in snapshot.items() if name not in NOT_METRICS}
 
 
 Rows = dict[tuple[str, str], dict[int, Evaluation]]  # (base, run) to training seeds
@@ -85,11 +107,16 @@ def open_side(name: str, scratch: Path) -> Side:
     folder = Path("." if name == WORKSPACE else name)
     if folder.is_file():
         raise UserError(f"{name} is a file: give the folder that holds tables/ or results/, or a git revision")
-    if not folder.is_dir():
-        return _revision(name, scratch)
-    if name not in (WORKSPACE, ".") and "/" not in name and _is_revision(name):
+    if folder.is_dir() and name not in (WORKSPACE, ".") and "/" not in name and _is_revision(name):
         raise UserError(f"{name} is a folder and a git revision: write ./{name} or refs/heads/{name}")
-    return _folder(name, folder)
+    side = _folder(name, folder) if folder.is_dir() else _revision(name, scratch)
+    if not any(path.startswith("results/") and not path.endswith((".png", "train.json")) for path in side.files):
+        raise UserError(
+            f"{side.name} ({side.what}) has no results: neither results/runs/*/*/seed*/metrics.json nor "
+            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.json; "
+            "make some with Snakemake, or name another side"
+        )
+    return side
 
 
 def _is_revision(name: str) -> bool:
@@ -115,7 +142,7 @@ def _folder(name: str, folder: Path) -> Side:
         if pattern.startswith(f"{place}/")
         for path in root.glob(pattern.removeprefix(f"{place}/"))
     }
-    return _checked(Side(name, f"{what} in {folder.resolve()}", frozenset(found), found.__getitem__))
+    return Side(name, f"{what} in {folder.resolve()}", frozenset(found), found.__getitem__)
 
 
 def _revision(name: str, scratch: Path) -> Side:
@@ -153,23 +180,13 @@ def _revision(name: str, scratch: Path) -> Side:
         return out
 
     files = {p for place in ("results", "data") for p in listed(place) if any(map(PurePosixPath(p).match, PATTERNS))}
-    return _checked(Side(name, f"revision {commit[:9]}", frozenset(files), fetch))
+    return Side(name, f"revision {commit[:9]}", frozenset(files), fetch)
 
 
 def _recorded(about: dict[str, Any]) -> bool:
     """Whether a file of a revision is in git or in dvc.lock, and not only an output that dvc.yaml names."""
     entry = about.get("dvc_info", {}).get("entry")
     return entry is None or bool(entry.hash_info)
-
-
-def _checked(side: Side) -> Side:
-    if not any(name.startswith("results/") and not name.endswith((".png", "train.json")) for name in side.files):
-        raise UserError(
-            f"{side.name} ({side.what}) has no results: neither results/runs/*/*/seed*/metrics.json nor "
-            "results/teachers/*/*/metrics.json nor tables/*.json nor results/reference/*.json; "
-            "make some with Snakemake, or name another side"
-        )
-    return side
 
 
 def read_tables(side: Side, folder: str = "tables") -> dict[str, dict[str, Any]]:
@@ -185,70 +202,46 @@ def read_rows(side: Side, tables: Iterable[dict[str, Any]]) -> Rows:
         UserError: a file lacks what an evaluation writes.
     """
     rows: Rows = {}
-    for name in side.matching("results/runs/*/*/seed*/metrics.json"):
-        _, _, base, run, seed, _ = name.split("/")
-        if (number := seed.removeprefix("seed")).isdecimal():  # not a copy that someone laid aside
-            rows.setdefault((base, run), {})[int(number)] = _measured(side, name)
-    for name in side.matching("results/teachers/*/*/metrics.json"):
-        _, _, base, sampler, _ = name.split("/")
-        rows[base, f"teacher-{sampler}"] = {0: _measured(side, name)}
+    for pattern in ("results/runs/*/*/seed*/metrics.json", "results/teachers/*/*/metrics.json"):
+        for name in side.matching(pattern):
+            folder = name.removesuffix("/metrics.json")
+            _, _, base, run, *seed = folder.split("/")
+            number = seed[0].removeprefix("seed") if seed else "0"
+            if number.isdecimal():  # not a copy that someone laid aside
+                train = side.json(f"{folder}/train.json") or {}
+                try:
+                    found = Evaluation.of(side.json(name), train, folder)
+                except (KeyError, IndexError, TypeError) as missing:
+                    told = f"{name} of {side.name} has no {missing}: evaluate the run again with Snakemake"
+                    raise UserError(told) from None
+                rows.setdefault((base, run if seed else f"teacher-{run}"), {})[int(number)] = found
     evaluated = {base for base, _ in rows}
     for table in tables:
         for row in table["rows"]:
             if table["base"] not in evaluated and (table["base"], row["run"]) not in rows:
-                rows[table["base"], row["run"]] = _tabulated(side, table, row)
+                try:
+                    rows[table["base"], row["run"]] = _tabulated(row)
+                except (KeyError, TypeError) as missing:
+                    place = f"table {table['name']} of {side.name}, row {row.get('run')}"
+                    raise UserError(f"{place}, has no {missing}: make the table again with Snakemake") from None
     return rows
 
 
-def _measured(side: Side, name: str) -> Evaluation:
-    """What a metrics.json says, and the train.json beside it."""
-    metrics, folder = side.json(name), name.removesuffix("/metrics.json")
-    train = side.json(f"{folder}/train.json") or {}
-    try:
-        last = metrics["snapshots"][-1]
-        values = numbers_of(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
-        config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
-        step, protocol = last["step"], of_record(metrics)
-    except (KeyError, IndexError, TypeError) as missing:
-        raise UserError(f"{name} of {side.name} has no {missing}: evaluate the run again with Snakemake") from None
-    about = _known({
-        "trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
-        "trained on": metrics.get("device"), "trained with torch": train.get("torch"),
-    })  # fmt: skip
-    return Evaluation(values, _errors(last), step, protocol, config, about, folder, train.get("key"), metrics)
-
-
-def _tabulated(side: Side, table: dict[str, Any], row: dict[str, Any]) -> dict[int, Evaluation]:
+def _tabulated(row: dict[str, Any]) -> dict[int, Evaluation]:
     """A row of a table: its reported values, or the last snapshot where the table chose the best one."""
-    found = {}
-    try:
-        teacher = row["kind"] == "teacher"
-        config = {"sampler": row["config"]} if teacher and row["config"] else row["config"]
-        for seed, commit in row["commits"].items():
-            last = row["curves"][seed][-1] if row["curves"] else {"step": row["step"][seed]}
-            values = {metric: numbers[seed] for metric, numbers in row["values"].items()} | numbers_of(last)
-            errors = _errors({"estimates": row["estimates"][seed]} | last)
-            about = _known({"evaluated at commit" if teacher else "trained at commit": commit,
-                            "trained on": row["device"]})  # fmt: skip
-            folder = str(PurePosixPath(row["grid"][seed]).parent)
-            found[int(seed)] = Evaluation(values, errors, last["step"], of_record(row), config, about, folder)
-    except (KeyError, TypeError) as missing:
-        place = f"table {table['name']} of {side.name}, row {row.get('run')}"
-        raise UserError(f"{place}, has no {missing}: make the table again with Snakemake") from None
+    found, teacher = {}, row["kind"] == "teacher"
+    for seed, commit in row["commits"].items():
+        last = row["curves"][seed][-1] if row["curves"] else {"step": row["step"][seed]}
+        values = {metric: numbers[seed] for metric, numbers in row["values"].items()}
+        metrics = {
+            "snapshots": [{**values, "estimates": row["estimates"][seed], **last}],
+            "protocol": row["protocol"],
+            "sampler" if teacher and row["config"] else "config": row["config"],
+            "eval_commit" if teacher else "train_commit": commit,
+            "device": row["device"],
+        }
+        found[int(seed)] = Evaluation.of(metrics, {}, str(PurePosixPath(row["grid"][seed]).parent))
     return found
-
-
-def numbers_of(snapshot: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a snapshot of a metrics.json."""
-    return {name: value for name, value in snapshot.items() if name not in NOT_METRICS}
-
-
-def _errors(snapshot: dict[str, Any]) -> dict[str, float | None]:
-    return {metric: estimate["se"] for metric, estimate in snapshot.get("estimates", {}).items()}
-
-
-def _known(facts: dict[str, str | None]) -> dict[str, str]:
-    return {fact: text for fact, text in facts.items() if text}
 
 
 def inputs(side: Side, config: dict[str, Any]) -> dict[str, str]:

@@ -95,20 +95,16 @@ def _below(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Finding
     if len(gaps) < MIN_SEEDS:
         return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
     deviation = sqrt(np.mean([values.var(ddof=1) for values in spread.values()]))
-    clear = abs(gaps.mean()) > 2 * deviation
     evidence += f"; mean gap {gaps.mean():.3g}, {sd} {deviation:.2g}"
-    if clear and (gaps > 0).all():
-        return Finding("supported", evidence, rule)
-    if clear and (gaps < 0).all():
-        return Finding("refuted", evidence, rule)
-    return Finding("undecided", evidence, rule)
+    agree, clear = (gaps > 0).all() or (gaps < 0).all(), abs(gaps.mean()) > 2 * deviation
+    verdict: Verdict = "undecided" if not (agree and clear) else "supported" if gaps[0] > 0 else "refuted"
+    return Finding(verdict, evidence, rule)
 
 
 def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
     rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
-    evidence, interval, margin = _interval(m, metric, a, b, MARGIN)
-    low, high = interval or (-inf, inf)
+    evidence, (low, high), margin = _interval(m, metric, a, b, MARGIN)
     inside, outside = -margin < low and high < margin, low > margin or high < -margin
     return Finding("supported" if inside else "refuted" if outside else "undecided", evidence, rule)
 
@@ -119,20 +115,17 @@ def no_gain(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN)
         f"90 % paired t-interval of the {metric} difference {a} minus {b} above -{share:.0%} of {b}, at least "
         f"{MIN_SEEDS} seeds; refuted if all of it is below that"
     )
-    evidence, interval, margin = _interval(m, metric, a, b, share)
-    low, high = interval or (-inf, inf)
+    evidence, (low, high), margin = _interval(m, metric, a, b, share)
     return Finding("supported" if low > -margin else "refuted" if high < -margin else "undecided", evidence, rule)
 
 
-def _interval(
-    m: Measurements, metric: str, a: str, b: str, share: float
-) -> tuple[str, tuple[float, float] | None, float]:
-    """Evidence, the paired 90 % t-interval of ``a - b`` (None with too few seeds), and the margin on its scale."""
+def _interval(m: Measurements, metric: str, a: str, b: str, share: float) -> tuple[str, tuple[float, float], float]:
+    """Evidence, the paired 90 % t-interval of ``a - b`` (boundless with too few seeds), and the margin on its scale."""
     x, y = m.pair(metric, a, b)
     margin, gaps = share * float(y.mean()), x - y
     evidence = f"{_both(x, y, a, b)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
     if len(gaps) < MIN_SEEDS:
-        return f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", None, margin
+        return f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", (-inf, inf), margin
     _, low, high = mean_interval(gaps, 0.9)
     return f"{evidence}, interval {low:+.3g} to {high:+.3g}", (low, high), margin
 
