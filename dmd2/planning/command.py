@@ -9,8 +9,8 @@ from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import Lora, RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.planning.memory import Setup
-from dmd2.planning.page import CARDS, Page
-from dmd2.planning.plan import Counts, Plan, TablePlan
+from dmd2.planning.page import CARDS, plan_page, show, table_page
+from dmd2.planning.plan import Plan, TablePlan, counting
 from dmd2.planning.rates import given
 
 
@@ -62,17 +62,16 @@ def main(
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
         cfg = varied(cfg, lora, states)
         seeds, rows = rows_of(base, table) if table else (0, {})
-        counts, rate = Counts(Setup(gpus if shard else 1, checkpointing)), None
+        counted, rate = counting(Setup(gpus if shard else 1, checkpointing)), None
         if seconds_per_iteration:
-            rate = given(seconds_per_iteration, gpus, counts.flops(cfg) * cfg.optim.batch)
-        plan, page = Plan.of(base, run or base, cfg, counts, rate), Page(gpus)
-        page.head(base, plan)
-        page.memory(plan, CARDS if gpu_memory is None else (gpu_memory,), micro_batch)
-        page.time(plan)
-        page.disk(plan)
-        if cluster is not None or (CLUSTERS / "slurm.yaml").exists():
-            page.host(plan, load_cluster(cluster or "slurm"), cluster or "slurm")
+            rate = given(seconds_per_iteration, gpus, counted(cfg).image_flops * cfg.optim.batch)
+        plan = Plan.of(base, run or base, cfg, counted, rate)
+        name = cluster or ("slurm" if (CLUSTERS / "slurm.yaml").exists() else None)
+        machine = None if name is None else (name, load_cluster(name))
+        show(plan_page(base, plan, gpus, CARDS if gpu_memory is None else (gpu_memory,), micro_batch, machine))
         if table is not None:
-            found = TablePlan(table, seeds, [Plan.of(base, *row, counts, rate) for row in rows.items()])
-            if small := page.table(found, gpu_memory, micro_batch):
+            found = TablePlan(table, seeds, [Plan.of(base, *row, counted, rate) for row in rows.items()])
+            text, small = table_page(found, gpus, gpu_memory, micro_batch)
+            show(text)
+            if small:
                 raise UserError(f"--gpu-memory {gpu_memory:g}: {', '.join(small)} of table {table} does not fit")

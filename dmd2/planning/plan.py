@@ -4,6 +4,7 @@ Nothing of full size is allocated, and no data, teacher or GPU is needed (see dm
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,23 +28,20 @@ SAVED = ("student", "critic", "head", "EMA")  # networks of a checkpoint
 GPU_PROCESS, CPU_PROCESS = 3 * 2**30, 2**30  # bytes; interpreter and libraries, with those of CUDA or without
 
 
-class Counts:
-    """Networks on the meta device by config; a config is counted once."""
+Counting = Callable[[TrainConfig], Counted]
 
-    def __init__(self, setup: Setup = WHOLE) -> None:
-        self.setup = setup
-        self._known: dict[str, Counted] = {}
 
-    def of(self, cfg: TrainConfig) -> Counted:
-        """The networks of a run."""
+def counting(setup: Setup = WHOLE) -> Counting:
+    """A function that counts the networks of a run on the meta device, those of equal configs once."""
+    known: dict[str, Counted] = {}
+
+    def counted(cfg: TrainConfig) -> Counted:
         key = digest(cfg)
-        if key not in self._known:
-            self._known[key] = Counted(cfg, self.setup)
-        return self._known[key]
+        if key not in known:
+            known[key] = Counted(cfg, setup)
+        return known[key]
 
-    def flops(self, cfg: TrainConfig) -> float:
-        """Operations of one image in one iteration."""
-        return self.of(cfg).image_flops
+    return counted
 
 
 class Disk(NamedTuple):
@@ -128,9 +126,9 @@ class Plan:
     rate: Rate
 
     @staticmethod
-    def of(base: str, run: str, cfg: RunConfig, counts: Counts, rate: Rate | None = None) -> "Plan":
+    def of(base: str, run: str, cfg: RunConfig, counted: Counting, rate: Rate | None = None) -> "Plan":
         """Count a run, at `rate` or at the best that is known."""
-        return Plan(run, cfg, counts.of(cfg), rate or rate_of(base, run, cfg, counts.flops))
+        return Plan(run, cfg, counted(cfg), rate or rate_of(base, run, cfg, lambda other: counted(other).image_flops))
 
     @cached_property
     def memory(self) -> Memory:

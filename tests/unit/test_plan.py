@@ -13,9 +13,9 @@ from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.method.step import train_step
 from dmd2.planning import rates
 from dmd2.planning.command import main
-from dmd2.planning.memory import Memory
+from dmd2.planning.memory import Counted, Memory
 from dmd2.planning.page import GIB, available, fit
-from dmd2.planning.plan import KEPT, Counts, Plan, TablePlan, disk_of, snapshots
+from dmd2.planning.plan import KEPT, Plan, TablePlan, counting, disk_of, snapshots
 from dmd2.planning.rates import Rate
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import make_shard
@@ -128,35 +128,39 @@ def test_a_measured_rate_wins_over_a_published_one_and_the_same_row_over_a_newer
     cfg = config()
     other = config(gan__lambda_g=0.0, gan__lambda_d=0.0)
     monkeypatch.setattr(rates, "RUNS", tmp_path / "results/runs")
-    counts = Counts()
-    assert rates.rate_of("tiny", "dmd2", cfg, counts.flops).kind == "assumed"
+    counted = counting()
+
+    def flops(cfg):
+        return counted(cfg).image_flops
+
+    assert rates.rate_of("tiny", "dmd2", cfg, flops).kind == "assumed"
     written(tmp_path, "tiny/no-gan/seed0", record(other, 40.0), clock=2000)
-    rate = rates.rate_of("tiny", "dmd2", cfg, counts.flops)
+    rate = rates.rate_of("tiny", "dmd2", cfg, flops)
     assert rate.kind == "measured" and "tiny/no-gan/seed0, 2 s per iteration on 2 x NVIDIA A100" in rate.source
-    assert rate.flops == pytest.approx(counts.flops(other) * 4 / 2 / 2)
+    assert rate.flops == pytest.approx(counted(other).image_flops * 4 / 2 / 2)
     written(tmp_path, "tiny/dmd2/seed0", record(cfg, 60.0), clock=1000)
-    planned = Plan.of("tiny", "dmd2", cfg, counts)
+    planned = Plan.of("tiny", "dmd2", cfg, counted)
     assert "tiny/dmd2/seed0, 3 s per iteration" in planned.rate.source
     assert planned.hours()["training"] == pytest.approx(2 * 3 * cfg.train.steps / 3600)
     written(tmp_path, "tiny/dmd2/seed1", record(cfg, 80.0, "cpu"), clock=3000)
-    rate = rates.rate_of("tiny", "dmd2", cfg, counts.flops)
+    rate = rates.rate_of("tiny", "dmd2", cfg, flops)
     assert rate.unit == "CPU" and rate.source.endswith("on 2 x cpu with 1 thread")
     released = {**record(cfg, 0.0), "seconds": None}  # was not trained here, so it says nothing about speed
     written(tmp_path, "tiny/dmd2/seed2", released, clock=4000)
-    assert rates.rate_of("tiny", "dmd2", cfg, counts.flops) == rate
+    assert rates.rate_of("tiny", "dmd2", cfg, flops) == rate
 
 
 def test_a_given_rate_is_that_of_all_gpus_together():
-    counts, cfg = Counts(), config()
-    rate = rates.given(0.5, 8, counts.flops(cfg) * cfg.optim.batch)
-    assert Plan.of("tiny", "dmd2", cfg, counts, rate).hours()["training"] == pytest.approx(
+    counted, cfg = counting(), config()
+    rate = rates.given(0.5, 8, counted(cfg).image_flops * cfg.optim.batch)
+    assert Plan.of("tiny", "dmd2", cfg, counted, rate).hours()["training"] == pytest.approx(
         8 * 0.5 * cfg.train.steps / 3600
     )
 
 
 def test_sampling_costs_its_network_calls():
     cfg = config(eval__images=10, train__steps=25, regression__weight=1.0)
-    planned = Plan("r", cfg, Counts().of(cfg), Rate(3600.0, "GPU", "given"))
+    planned = Plan("r", cfg, Counted(cfg), Rate(3600.0, "GPU", "given"))
     forward, hours = planned.counted.forward_flops / 3600 / 3600, planned.hours()
     assert hours["snapshots' images"] == pytest.approx(3 * 10 * forward)  # snapshots of steps 10, 20 and 25
     assert hours["teacher's images"] == pytest.approx(10 * 7 * forward)
@@ -165,8 +169,8 @@ def test_sampling_costs_its_network_calls():
 
 def test_a_table_makes_its_shared_work_once():
     full, pairs = config(), config(regression__weight=1.0)
-    rate, counts = Rate(1.0, "GPU", "given"), Counts()
-    rows = [Plan(name, cfg, counts.of(cfg), rate) for name, cfg in [("a", full), ("b", pairs), ("c", pairs)]]
+    rate, counted = Rate(1.0, "GPU", "given"), counting()
+    rows = [Plan(name, cfg, counted(cfg), rate) for name, cfg in [("a", full), ("b", pairs), ("c", pairs)]]
     hours, each = TablePlan("t", 3, rows).hours(), [row.hours() for row in rows]
     assert each[0]["pairs"] == 0 < each[1]["pairs"]
     assert hours["training"] == pytest.approx(3 * sum(row["training"] for row in each))
@@ -192,28 +196,28 @@ def test_a_checkpoint_is_as_large_as_its_tensors(changes):
     parts = (models.student, models.critic, models.head, models.student_optimiser, models.critic_optimiser)
     tensors = leaves([part.state_dict() for part in parts if part is not None])
     size = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
-    assert disk_of(cfg, Counts().of(cfg)).checkpoint == pytest.approx(size, rel=0.01)
+    assert disk_of(cfg, Counted(cfg)).checkpoint == pytest.approx(size, rel=0.01)
 
 
 def test_pairs_and_features_are_as_large_as_they_are_written(tmp_path):
     tiny.network("edm", seed=5).save_pretrained(tmp_path / "unet")
     cfg = config(regression__weight=1.0, eval__detector="lite0-320@32")
     make_shard(cfg, adopt_teacher(cfg.teacher, tmp_path), 0, tmp_path / "shard.json")
-    disk = disk_of(cfg, Counts().of(cfg))
+    disk = disk_of(cfg, Counted(cfg))
     assert disk.pairs == sum(t.nbytes for t in load_shard(tmp_path / "shard.safetensors").values())
     assert disk.features == 2 * 8 * 320 * 4
-    assert disk_of(config(), Counts().of(config())).pairs == 0
+    assert disk_of(config(), Counted(config())).pairs == 0
 
 
 def test_the_ema_is_in_the_checkpoint_without_moments():
     cfg, averaged = config(), config(optim__ema=0.9)
-    plain, more = (disk_of(c, Counts().of(c)).checkpoint for c in (cfg, averaged))
-    assert more - plain == 4 * Counts().of(cfg).parameters["student"]
+    plain, more = (disk_of(c, Counted(c)).checkpoint for c in (cfg, averaged))
+    assert more - plain == 4 * Counted(cfg).parameters["student"]
 
 
 def test_imagenet64_on_paper():
     cfg = load_base("imagenet64")
-    disk = disk_of(cfg, Counts().of(cfg))
+    disk = disk_of(cfg, Counted(cfg))
     assert snapshots(cfg) == 20
     assert disk.snapshots == 20 * 4 * 295_899_267
     assert disk.real == 1_281_167 * (3 * 64 * 64 + 8)

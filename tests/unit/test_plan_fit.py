@@ -7,8 +7,9 @@ import pytest
 from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.tables import load_base
 from dmd2.planning import plan
-from dmd2.planning.page import MB, Page
-from dmd2.planning.plan import Counts, Plan, disk_of, host_memory, requested_memory
+from dmd2.planning.memory import Counted
+from dmd2.planning.page import MB, plan_page
+from dmd2.planning.plan import Plan, disk_of, host_memory, requested_memory
 from dmd2.planning.rates import Rate
 from tests import tiny
 from tests.conftest import ROOT
@@ -36,32 +37,31 @@ def test_text_sets_are_priced_as_float16_with_their_text_states(tmp_path, monkey
     cfg = load_base("sdxl", ROOT / "workflow/base")
     monkeypatch.setattr(plan, "PUBLISHED_IMAGES", {cfg.data.name: 10, config().data.name: 10})
     weighted = cfg.model_copy(update={"regression": cfg.regression.model_copy(update={"weight": 1.0})})
-    disk, text = disk_of(weighted, Counts().of(weighted)), 77 * 2048 * 2 + 1280 * 2 + 6 * 4
+    disk, text = disk_of(weighted, Counted(weighted)), 77 * 2048 * 2 + 1280 * 2 + 6 * 4
     assert disk.real == 10 * (4 * 128 * 128 * 2 + text)
     assert disk.pairs == cfg.regression.pairs.count * (2 * 4 * 4 * 128 * 128 + text)
-    assert disk_of(config(), Counts().of(config())).real == 10 * (tiny.SIZE**2 + 8)
+    assert disk_of(config(), Counted(config())).real == 10 * (tiny.SIZE**2 + 8)
 
 
-def told(capsys, planned, machine):
-    Page(1).host(planned, machine, "slurm")
-    return " ".join(capsys.readouterr().out.split())
+def told(planned, machine):
+    return plan_page("tiny", planned, 1, (), 0, ("slurm", machine))
 
 
-def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_and_one_snapshot(capsys):
-    planned = Plan("r", config(), Counts().of(config()), Rate(1.0, "GPU", "given"))
+def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_and_one_snapshot():
+    planned = Plan("r", config(), Counted(config()), Rate(1.0, "GPU", "given"))
     found = host_memory(planned.counted, cluster({"gpu": 8}), peak=10**15)
     assert found == (8 * 3 * 2**30, 4 * planned.counted.parameters["student"])
     small, enough = -(-sum(found) // MB) - 1, -(-sum(found) // MB)
     assert f"jobs.train asks for {small} MB of memory of a node; set mem_mb to {enough}" in told(
-        capsys, planned, cluster({"gpu": 8, "mem_mb": small})
+        planned, cluster({"gpu": 8, "mem_mb": small})
     )
     for machine in (cluster({"gpu": 8, "mem_mb": enough}), cluster({"gpu": 8})):
-        assert "Too small" not in told(capsys, planned, machine)
+        assert "Too small" not in told(planned, machine)
     assert requested_memory(cluster({"gpu": 8, "threads": 2, "mem_mb_per_cpu": 1000})) == 16000
 
 
 def test_host_memory_on_cpus_and_of_split_networks():
-    counted = Counts().of(config())
+    counted = Counted(config())
     assert host_memory(counted, cluster({}), peak=5e9)[0] == 2**30 + 5e9
     _, split = host_memory(counted, cluster({"gpu": 4}, shard=True, nodes=2), 0)
     state = 4 * sum(counted.parameters[name] for name in ("student", "critic", "head")) + counted.moments
