@@ -96,9 +96,14 @@ class Denoiser(nn.Module):
         with self.autocast(x_t):
             return call_network(self.network, sample, time, cond.cast(sample.dtype)).float()
 
+    @property
+    def lowered(self) -> bool:
+        """Whether a pass that starts now runs in bfloat16."""
+        return self.precision.startswith("bf16")
+
     def autocast(self, x_t: Tensor) -> torch.autocast:
-        """Bfloat16 when asked for."""
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision.startswith("bf16"))
+        """Bfloat16 where it is asked for."""
+        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.lowered)
 
 
 class EdmDenoiser(Denoiser):
@@ -143,10 +148,10 @@ class EpsDenoiser(Denoiser):
         alpha, sigma = self.schedule.alpha_sigma(t, torch.float64)
         return (x_t.double() - spread(sigma, x_t) * self.body(x_t, t, cond).double()) / spread(alpha, x_t)
 
-    def autocast(self, x_t: Tensor) -> torch.autocast:
-        """Bfloat16 where a gradient is taken (its authors saw autocast and no-grad interfere), or in all passes."""
-        wanted = self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
-        return torch.autocast(x_t.device.type, torch.bfloat16, enabled=wanted)
+    @property
+    def lowered(self) -> bool:
+        """Where a gradient is taken (its authors saw autocast and no-grad interfere), or in all passes."""
+        return self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:

@@ -1,6 +1,7 @@
 """LPIPS regression distance through piq, with every weight read from local files (algorithm: DMD Sec. 4.2)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from dmd2.core.errors import UserError
 
 # torchvision's vgg16.features index of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 LAYERS = ("3", "8", "15", "22", "29")
+CHANNELS = (64, 128, 256, 512, 512)  # of these layers
 # In data/weights/NAME/, as eval/detectors/weights.yaml lists them
 NAME, VGG_FILE, LINEAR_FILE = "lpips-vgg16", "vgg16-397923af.pth", "lpips_weights.pt"
 
@@ -20,21 +22,23 @@ class Lpips(nn.Module):
     """Mean LPIPS (VGG16, average pooling, inputs in [0, 1]) of images in [-1, 1], upsampled to at least 224.
 
     Args:
-        weights: parent of the folder ``lpips-vgg16`` with the two weight files.
+        weights: parent of the folder ``lpips-vgg16`` with the two weight files; None to count what it takes.
 
     Raises:
         UserError: a file is missing or not of these networks.
     """
 
-    def __init__(self, weights: Path = Path("data/weights")) -> None:
+    def __init__(self, weights: Path | None = Path("data/weights")) -> None:
         super().__init__()
-        vgg = vgg16(weights=None)
-        state = _load(weights / NAME / VGG_FILE, "torchvision's VGG16 weights")
-        linear = _load(weights / NAME / LINEAR_FILE, "piq's LPIPS weights, release v0.4.0")
-        try:
-            vgg.load_state_dict(state)
-        except RuntimeError:
-            raise UserError(f"{weights / NAME / VGG_FILE} holds another network than torchvision's VGG16") from None
+        vgg, linear = vgg16(weights=None), [torch.empty(1, channels, 1, 1) for channels in CHANNELS]
+        if weights is not None:
+            folder = weights / NAME
+            state = _load(folder / VGG_FILE, "torchvision's VGG16 weights")
+            linear = _load(folder / LINEAR_FILE, "piq's LPIPS weights, release v0.4.0")
+            try:
+                vgg.load_state_dict(state)
+            except RuntimeError:
+                raise UserError(f"{folder / VGG_FILE} holds another network than torchvision's VGG16") from None
         self.loss = ContentLoss(
             vgg.features, layers=LAYERS, weights=linear, replace_pooling=True, normalize_features=True
         ).requires_grad_(False)
@@ -51,7 +55,7 @@ def _prepare(images: Tensor) -> Tensor:
     return images
 
 
-def _load(path: Path, what: str) -> dict[str, Tensor] | list[Tensor]:
+def _load(path: Path, what: str) -> Any:
     if not path.exists():
         raise UserError(
             f"LPIPS needs {path} ({what}), which is missing: put it there or run: "

@@ -11,7 +11,7 @@ from dmd2.core.rng import Draws
 from dmd2.experiment.config import Optim
 from dmd2.method.batches import Batch, Batches
 from dmd2.training.optimiser import Optimiser
-from dmd2.training.quantised import BLOCK, quantises
+from dmd2.training.quantised import CODES_PER_SCALE, quantises
 
 META = torch.device("meta")
 
@@ -60,4 +60,4 @@ def _moment(parameter: Tensor, states: str) -> list[Tensor]:
     if states == "fp32" or not quantises(parameter.shape):
         return [torch.empty_like(parameter)]
     codes = torch.empty_like(parameter, dtype=torch.uint8)
-    return [codes, torch.empty(parameter.numel() // BLOCK, device=META)]
+    return [codes, torch.empty(parameter.numel() // CODES_PER_SCALE, device=META)]

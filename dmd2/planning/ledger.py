@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-BLOCK = 512  # bytes; the CUDA allocator rounds every tensor up to it
+ALLOCATION = 512  # bytes; the CUDA allocator rounds every tensor up to a multiple of it
 
 # What CUDA's autocast runs in the lower precision and in float32, of the functions that diffusers' UNets call
 # (ATen/autocast_mode.h); all others take what they get.
@@ -25,7 +25,7 @@ RAISED = {"group_norm", "layer_norm", "rms_norm", "softmax", "interpolate", "exp
 
 def rounded(size: int) -> int:
     """Bytes that the CUDA allocator takes for `size` bytes."""
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // ALLOCATION) * ALLOCATION
 
 
 class Ledger(TorchDispatchMode):

@@ -20,9 +20,9 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.method.step import Models, train_step
 from dmd2.networks.condition import Condition
-from dmd2.networks.denoisers import Denoiser, EdmDenoiser
+from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.lora import add_lora
-from dmd2.networks.lpips import LAYERS, Lpips
+from dmd2.networks.lpips import Lpips
 from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
 from dmd2.planning.ledger import GpuFunctions, Ledger, rounded
 from dmd2.training.build import build_head
@@ -30,7 +30,6 @@ from dmd2.training.sharding import recompute_activations, units
 from dmd2.training.teachers import NETWORKS, build_network, wrap
 
 TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
-LPIPS_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16 at the five layers that LPIPS compares
 SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
 
 
@@ -122,14 +121,7 @@ class Counted:
 
     def _on_gpu(self, denoiser: Denoiser) -> Denoiser:
         """Give it the autocast that `Denoiser.autocast` is on a GPU."""
-        always = isinstance(denoiser, EdmDenoiser)
-
-        def autocast(x_t: Tensor) -> Any:
-            lowered = denoiser.precision == "bf16-all" or (
-                denoiser.precision == "bf16" and (always or torch.is_grad_enabled())
-            )
-            return self.functions.autocast(lowered)
-
+        autocast: Any = lambda _: self.functions.autocast(denoiser.lowered)  # noqa: E731
         denoiser.autocast = autocast  # type: ignore[method-assign]
         return denoiser
 
@@ -201,15 +193,12 @@ class Counted:
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         parts = self.setup.parts
         standing = [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
+        trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
         with Ledger(standing, parts) as ledger, self.functions:
-            scattered = [
-                p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad))  
-                for module in self.modules.values() if parts > 1
-                for p in module.parameters() if p.requires_grad
-            ]  # fmt: skip
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad)) for p in trained]
             train_step(self.models, batches.some(micro_batches), it, cfg)
-            for handle in scattered:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
         return Iteration(ledger.peak + self.transient, ledger.flops)
 
     def memory(self) -> Memory:
@@ -279,20 +268,11 @@ def architecture(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _distance(cfg: TrainConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The regression's distance; LPIPS with VGG16 on the meta device, for which no weights need to be there."""
+    """The regression's distance, without the weights of LPIPS."""
     if not cfg.needs_pairs or cfg.regression.distance == "l2":
         return nn.functional.mse_loss if cfg.needs_pairs else None
-    from piq.perceptual import ContentLoss
-    from torchvision.models import vgg16
-
-    distance = Lpips.__new__(Lpips)
-    nn.Module.__init__(distance)
     with META:
-        weights = [torch.empty(1, channels, 1, 1) for channels in LPIPS_CHANNELS]
-        vgg = vgg16(weights=None).features
-        loss = ContentLoss(vgg, layers=LAYERS, weights=weights, replace_pooling=True, normalize_features=True)
-    distance.loss = loss.requires_grad_(False)
-    return distance
+        return Lpips(None)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dmd2.core.errors import UserError
 
-BLOCK = 256  # codes that share a scale
+CODES_PER_SCALE = 256
 FEWEST = 4096  # values of a quantised tensor; smaller ones stay float32
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # whether the moment can be negative
 
@@ -24,12 +24,12 @@ def adamw(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimiz
         from torchao.optim import AdamW8bit
     except ImportError:
         raise UserError("optim.states 8bit needs torchao: install this package with [quantised], or torchao") from None
-    return AdamW8bit(parameters, block_size=BLOCK, **options)
+    return AdamW8bit(parameters, block_size=CODES_PER_SCALE, **options)
 
 
 def quantises(shape: torch.Size) -> bool:
     """Whether moments of that shape are kept in 8 bits."""
-    return shape.numel() >= FEWEST and shape.numel() % BLOCK == 0
+    return shape.numel() >= FEWEST and shape.numel() % CODES_PER_SCALE == 0
 
 
 def packed(moments: Moments) -> Moments:
@@ -50,7 +50,7 @@ def empty(name: str, parameter: Tensor) -> Tensor:
 
     if not quantises(parameter.shape):
         return torch.empty_like(parameter)
-    return OptimState8bit.zeros(parameter.shape, SIGNED[name], BLOCK, parameter.device, parameter.dtype)
+    return OptimState8bit.zeros(parameter.shape, SIGNED[name], CODES_PER_SCALE, parameter.device, parameter.dtype)
 
 
 def fill(moment: Tensor, saved: Any) -> None:
@@ -67,5 +67,5 @@ def floats(codes: Tensor, scale: Tensor, name: str) -> Tensor:
     """The moment `name` that the codes stand for, float32."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    table = OptimState8bit.zeros((BLOCK,), SIGNED[name], BLOCK).qmap
+    table = OptimState8bit.zeros((CODES_PER_SCALE,), SIGNED[name], CODES_PER_SCALE).qmap
     return OptimState8bit(codes, scale, table, SIGNED[name], torch.float32).dequantize()

@@ -8,8 +8,7 @@ from benchmarks.full_size import allocated_peak
 from dmd2.core.errors import UserError
 from dmd2.experiment.tables import load_base
 from dmd2.method.step import train_step
-from dmd2.planning import ledger as meta
-from dmd2.planning import memory
+from dmd2.planning import ledger, memory
 from dmd2.planning.command import varied
 from dmd2.planning.ledger import GpuFunctions, Ledger
 from dmd2.planning.memory import META, Counted, Memory, Setup, architecture
@@ -42,7 +41,7 @@ def test_imagenet64_is_counted_without_its_weights():
 @pytest.mark.parametrize("kind", ["edm", "edm-attention", "eps-text", "eps-sdxl"])
 @pytest.mark.parametrize(("count", "recomputed"), [(4, False), (16, False), (16, True)])
 def test_the_peak_is_that_of_the_allocator(kind, count, recomputed, monkeypatch):
-    monkeypatch.setattr(meta, "BLOCK", 1)  # the CPU's allocator does not round up
+    monkeypatch.setattr(ledger, "ALLOCATION", 1)  # the CPU's allocator does not round up
     monkeypatch.setattr(memory, "TOKENS", tiny.TOKENS)
     cfg = config(kind, optim__batch=count)
     models, batches = tiny.models(kind, cfg), tiny.batches(kind, cfg)
@@ -69,7 +68,7 @@ def test_recomputed_activations_take_less_memory_and_more_arithmetic():
 
 
 def test_a_gpu_holds_its_part_of_split_networks(monkeypatch):
-    monkeypatch.setattr(meta, "BLOCK", 1)  # tiny tensors would not get smaller
+    monkeypatch.setattr(ledger, "ALLOCATION", 1)  # tiny tensors would not get smaller
     cfg = config("eps-sdxl")
     alone, split = Counted(cfg), Counted(cfg, Setup(parts=4))
     assert split.memory().standing == {name: -(-size // 4) for name, size in alone.memory().standing.items()}
@@ -163,22 +162,22 @@ def test_autocast_does_what_cuda_does():
 
 def test_fused_attention_keeps_no_matrix_of_weights():
     query = torch.empty(1, 1, 4096, 8, device=META, requires_grad=True)
-    with Ledger([query]) as ledger, GpuFunctions():
+    with Ledger([query]) as counted, GpuFunctions():
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
-    assert ledger.peak < 4096 * 4096
-    assert ledger.flops == 7 * 2 * 4096 * 4096 * 8  # two products forward, five backward
+    assert counted.peak < 4096 * 4096
+    assert counted.flops == 7 * 2 * 4096 * 4096 * 8  # two products forward, five backward
 
 
 def test_the_ledger_counts_a_storage_once_and_forgets_it_when_it_goes():
     x = torch.empty(256, 4, device=META)
-    with Ledger([x]) as ledger:
+    with Ledger([x]) as counted:
         y = x.view(4, 256).t()
-        assert ledger.live == 4096
+        assert counted.live == 4096
         z = y @ x.view(4, 256)
-        assert (ledger.live, ledger.flops) == (4096 + 256 * 256 * 4, 2 * 256 * 256 * 4)
+        assert (counted.live, counted.flops) == (4096 + 256 * 256 * 4, 2 * 256 * 256 * 4)
         z.add_(1)
         del z
-        assert (ledger.live, ledger.peak) == (4096, 4096 + 256 * 256 * 4)
+        assert (counted.live, counted.peak) == (4096, 4096 + 256 * 256 * 4)
 
 
 def test_memory_between_and_beyond_what_was_counted():
