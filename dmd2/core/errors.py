@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read: a sentence saying what is wrong, where, and what to do."""
+"""The exception for users: its text is a sentence that says what is wrong, where, and what to do."""
 
 import difflib
 import sys
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input or a state the user must resolve; its text is one clear sentence."""
+    """Bad input, or a state that the user must resolve; its text is one clear sentence."""
 
 
 class CannotWriteError(UserError):
-    """The system refused a write: full, read-only, immutable, not allowed."""
+    """The system refused a write: the disk is full or read-only, or the write is not allowed."""
 
 
 def did_you_mean(wrong: object, known: Iterable[str], otherwise: str = "") -> str:
-    """How a sentence about an unknown name ends: with the nearest known one, or else with `otherwise`."""
+    """End of a sentence about an unknown name: the nearest known name, or else `otherwise`."""
     near = difflib.get_close_matches(str(wrong), list(known), n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else otherwise
 

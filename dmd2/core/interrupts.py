@@ -1,4 +1,4 @@
-"""What may come between two iterations: signals, and a second process that makes the same."""
+"""Signals, which are handled between two iterations, and locks against a second process that makes the same."""
 
 import json
 import os
@@ -23,13 +23,13 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-Actions = Mapping[int, Callable[[], None]]  # what to do about a signal once the state is saved
+Actions = Mapping[int, Callable[[], None]]  # by signal: what is done after the state was saved
 STOP: Actions = {signal.SIGINT: stop, signal.SIGTERM: stop}
 
 
 @contextmanager
 def collected(numbers: Actions) -> Iterator[list[int]]:
-    """Collect these signals in a list, so that the loop can act on them at a point where its state is whole."""
+    """Collect these signals in a list; the loop acts on them where its state is whole."""
     received: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
     try:
@@ -43,10 +43,14 @@ def collected(numbers: Actions) -> Iterator[list[int]]:
 def single_writer(
     folder: Path, patience: float = 0, name: str = LOCK, doing: str = "trains this run"
 ) -> Iterator[None]:
-    """Hold a lock of the folder, by default its run's; a second writer gets a sentence instead of a mixed-up folder.
+    """Hold a lock of the folder, so that no second process writes there, and delete what killed writers left.
 
-    A job that Slurm restarted may find the lock still held by its dying predecessor: it waits `patience` seconds, but
-    not for another job that lives. Temporary files of killed writers are deleted once the lock is held.
+    Args:
+        folder: of a run, or of an artefact.
+        patience: seconds to wait for another holder. A job that Slurm restarted may find its dying predecessor; it does
+            not wait for another job that lives.
+        name: file of the lock; by default the lock of the run's training.
+        doing: what the holder does, for the sentence about it.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
@@ -82,10 +86,10 @@ def single_writer(
 
 
 def leave_to_another_job(folder: Path) -> None:
-    """Leave, if this process belongs to a Slurm job and another one that lives trains the run.
+    """End this process if it belongs to a Slurm job while another Slurm job trains the run.
 
     Raises:
-        UserError: it does.
+        UserError: another job trains the run.
     """
     own, other = os.environ.get("SLURM_JOB_ID"), _holder(folder / LOCK).get("job")
     if own is None or other in (None, own) or not is_being_trained(folder):
@@ -99,9 +103,9 @@ def leave_to_another_job(folder: Path) -> None:
 
 
 def is_being_trained(folder: Path) -> bool:
-    """Whether a process trains the run: it holds the lock exclusively.
+    """Whether a process trains the run, which means that it holds the run's lock.
 
-    Asked for by a shared lock, since two overviews at once would take each other's exclusive ones for a training.
+    This function tries a shared lock: with exclusive ones, two overviews at once would take each other for a training.
     """
     try:
         with open(folder / LOCK, encoding="utf-8") as file:
@@ -129,7 +133,7 @@ def _named(path: Path) -> str:
 
 
 def _left_behind(folder: Path) -> Iterator[Path]:
-    """Temporary files of killed writers of what only the holder of the lock writes."""
+    """Temporary files that killed writers left, of the files that only the holder of the lock writes."""
     for name in ("finished.json", "log.jsonl", "progress.json"):
         yield from folder.glob(f".{name}.*.tmp")
     for kind in ("checkpoints", "snapshots"):

@@ -1,4 +1,4 @@
-"""How far a job is: a line every few seconds, readable in a terminal and in a log file alike, and a file to look at."""
+"""The progress of a job: a line every few seconds, for a terminal or a log file, and a file for other programs."""
 
 import os
 import socket
@@ -36,8 +36,8 @@ class Progress:
         line = f"{self.name}  {step:>{width}}/{self.total}  {rate:.1f} it/s  ETA {left // 60}:{left % 60:02d}  {shown}"
         print(line, file=sys.stderr, flush=True)
         if self.folder:
-            write_json(self.folder / "progress.json", {
-                "step": step, "total": self.total, "rate": rate, "eta_seconds": left, "values": numbers,
-                "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "time": time.time(),
-                "job": os.environ.get("SLURM_JOB_ID"), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            })  # fmt: skip
+            state = {"step": step, "total": self.total, "rate": rate, "eta_seconds": left, "values": numbers}
+            node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+            job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            place = {"node": node, "time": time.time(), "job": job, "restarts": restarts}
+            write_json(self.folder / "progress.json", state | place)

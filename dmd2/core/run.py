@@ -1,4 +1,4 @@
-"""What a run is called, where it lives, and the facts recorded about it."""
+"""The name and folder of a run, when its training is finished, and the commit of this code."""
 
 import json
 import re
@@ -16,7 +16,7 @@ RUNS, SAMPLERS = Path("results/runs"), Path("results/teachers")
 
 @dataclass(frozen=True, order=True)
 class RunId:
-    """``base/name/seed``; the folder is a function of it, never of the clock."""
+    """A run, which is called ``base/name/seedN``."""
 
     base: str
     name: str
@@ -27,7 +27,7 @@ class RunId:
 
     @property
     def folder(self) -> Path:
-        """Where everything of the run lies."""
+        """Folder with everything of the run."""
         return RUNS / str(self)
 
     @staticmethod
@@ -40,7 +40,7 @@ class RunId:
 
 
 def run_folders(root: Path = Path()) -> tuple[dict[RunId, Path], list[Path]]:
-    """Runs of a workspace with their folders, in order, and folders among them that are no run's."""
+    """Runs of a workspace with their folders, in order, and folders beside them that belong to no run."""
     runs, others = {}, []
     for path in sorted(path for path in (root / RUNS).glob("*/*/*") if path.is_dir()):
         with suppress(UserError):
@@ -54,7 +54,7 @@ def run_folders(root: Path = Path()) -> tuple[dict[RunId, Path], list[Path]]:
 
 @dataclass(frozen=True)
 class Goal:
-    """Exactly one training: a run, the key of its config and inputs, and the provenance that train.json will record."""
+    """One training: its run, the key of its config and inputs, and the provenance that its train.json records."""
 
     run: RunId
     key: str
@@ -66,11 +66,11 @@ class Goal:
         return self.made["config"]
 
     def reached(self) -> dict[str, Any] | None:
-        """Record of the completed training, if it is complete.
+        """Record of the training, or None if it is not complete.
 
-        The job writes it as finished.json. Snakemake knows train.json, which it deletes whenever it reruns the rule;
-        this file survives that, so a training that ended while nobody waited is not started again. Only if its log
-        is still there: one of another config may have been begun and given up since.
+        The job writes the record as finished.json, so that a training that ended while nobody waited is not repeated:
+        Snakemake deletes its own file, train.json, before it runs the rule again. The record counts only beside its own
+        log, since a training of another config may have been begun and given up since.
 
         Raises:
             UserError: finished.json is damaged.

@@ -1,4 +1,4 @@
-"""The user's Slurm jobs as squeue shows them, asked for once for all waiting launchers of a workspace."""
+"""Slurm's commands, and the user's jobs in its queue, which all waiting launchers of a workspace look up together."""
 
 import re
 import subprocess
@@ -21,8 +21,8 @@ ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
     "REVOKED",
 }  # fmt: skip
-STUCK = 300.0  # seconds after which a COMPLETING job is one that Slurm cannot clean up after
-# What Slurm's commands say when the controller is away or too busy, which passes.
+STUCK = 300.0  # seconds after which Slurm does not get rid of a COMPLETING job any more
+# Parts of what Slurm's commands say when the controller is away or too busy, which passes.
 SILENT = (
     "unable to contact", "unable to establish", "connection failure", "connection refused", "timed out", "zero bytes",
     "in standby", "temporarily unavailable", "communication",
@@ -30,16 +30,18 @@ SILENT = (
 
 
 class NoAnswer(UserError):
-    """Slurm did not answer; what it was asked to do may have been done."""
+    """Slurm did not answer. It may still have done what it was asked to do."""
 
 
 def job_name(run: RunId) -> str:
-    """Name of a run's jobs, unique per run and workspace: a copy of the workspace has no part in them."""
+    """Name of a run's jobs. It is unique for run and workspace, so that a copy of the workspace has other jobs."""
     return f"{run.base}.{run.name}.seed{run.seed}.{digest_of(str(run.folder.resolve()))}"
 
 
 def submissions(run: RunId) -> dict[str, Any]:
-    """What job.json says of a run: name and ids of its jobs, digest of their config (None if there was none).
+    """The jobs that were submitted for a run, by its job.json: their name and ids, and the digest of their config.
+
+    Name and config are None where no job was submitted.
 
     Raises:
         UserError: the file is damaged.
@@ -54,7 +56,7 @@ def submissions(run: RunId) -> dict[str, Any]:
 
 
 def slurm(*command: str, timeout: float = 60, inherited: tuple[int, ...] = ()) -> str:
-    """Output of a Slurm command, which inherits these file descriptors.
+    """Output of a Slurm command; `inherited` are file descriptors that it keeps open.
 
     Raises:
         NoAnswer: it took too long, or could not reach the controller.
@@ -77,7 +79,7 @@ def slurm(*command: str, timeout: float = 60, inherited: tuple[int, ...] = ()) -
 
 @dataclass(frozen=True)
 class Entry:
-    """One job: state as squeue prints it, Slurm's reason, the nodes it has."""
+    """One job as squeue prints it: id, name, state, reason of the state, nodes."""
 
     job: str
     name: str
@@ -87,17 +89,17 @@ class Entry:
 
     @property
     def ended(self) -> bool:
-        """Whether the job is over; a NODE_FAIL or PREEMPTED one may still be requeued."""
+        """Whether the job is over; Slurm may still requeue one that is NODE_FAIL or PREEMPTED."""
         return self.state in ENDED
 
     @property
     def live(self) -> bool:
-        """Whether the job waits or runs; one that is COMPLETING only has its remains cleared away."""
+        """Whether the job waits or runs. Of a COMPLETING job Slurm only clears away the remains."""
         return is_live(self.state)
 
     @property
     def held_after_failed_launch(self) -> bool:
-        """Slurm holds a job for ever after a launch that failed (a restart while the old step was still dying)."""
+        """Whether Slurm holds the job for ever after a failed launch (a restart while the old step was still dying)."""
         return self.state in ("PENDING", "SPECIAL_EXIT") and "launch failed" in self.reason
 
 
@@ -107,9 +109,9 @@ def is_live(state: str) -> bool:
 
 
 def state_of(job: str) -> str:
-    """State of one job as the controller has it, or else the accounting; empty if it is unknown.
+    """State of a job by the controller's record of it, or else by the accounting; empty if it is unknown.
 
-    For jobs that squeue does not show: an empty answer of squeue is not always the truth.
+    It is asked for jobs that squeue does not show, since an empty answer of squeue is not always the truth.
 
     Raises:
         NoAnswer: the controller does not answer.
@@ -129,7 +131,7 @@ def state_of(job: str) -> str:
 
 
 def sacct(jobs: list[str], fields: str, *options: str, timeout: float = 60) -> list[list[str]]:
-    """These fields of each start of jobs, as Slurm accounted them.
+    """Fields of each start of jobs in Slurm's accounting.
 
     Raises:
         UserError: see `slurm`.
@@ -139,7 +141,7 @@ def sacct(jobs: list[str], fields: str, *options: str, timeout: float = 60) -> l
 
 
 def squeue(*options: str) -> dict[str, Entry]:
-    """The user's jobs by id, those that ended a moment ago included."""
+    """The user's jobs by id, with those that ended a moment ago."""
     text = slurm("squeue", "--me", "--noheader", "--states=all", "--format=%i|%j|%T|%r|%N", *options)
     entries = [Entry(*line.split("|", 4)) for line in text.splitlines() if line.count("|") >= 4]
     return {entry.job: entry for entry in entries}
@@ -147,25 +149,25 @@ def squeue(*options: str) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of the user's jobs at a moment (seconds since the epoch)."""
+    """All of the user's jobs at a time (seconds since the epoch)."""
 
     time: float
     jobs: dict[str, Entry]
 
 
 class Queue:
-    """Snapshots at most `interval` seconds old, shared through a file: 500 launchers ask the controller once."""
+    """Snapshots that are at most `interval` seconds old. A file shares them: 500 launchers ask the controller once."""
 
     def __init__(self, interval: float, folder: Path = RUNS) -> None:
         self.interval, self.path = interval, folder / ".queue.json"
-        self.own: Snapshot | None = None  # where the file cannot be written
+        self.own: Snapshot | None = None  # used where the file cannot be written
 
     def look(self) -> Snapshot | None:
-        """The newest snapshot, before the first an empty one of time 0; None while the controller does not answer."""
+        """The newest snapshot; one of time 0 before there is any, and None while the controller does not answer."""
         known = self.own or self._read()
         if known and 0 <= time.time() - known.time < self.interval:
             return known
-        try:
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
                 try:
@@ -173,8 +175,7 @@ class Queue:
                 except BlockingIOError:
                     return known or Snapshot(0.0, {})  # another launcher is asking
                 return self._ask()
-        except OSError:
-            return self._ask()
+        return self._ask()
 
     def _ask(self) -> Snapshot | None:
         asked = time.time()

@@ -18,7 +18,7 @@ CLUSTERS = Path("workflow/cluster")
 
 
 class Resources(Strict):
-    """One kind of job, in the words of Snakemake's Slurm plugin; what is not set is not asked for."""
+    """What one kind of job asks for, by the names of Snakemake's Slurm plugin; what is not set is not asked for."""
 
     threads: Positive = 1
     device: Annotated[
@@ -45,15 +45,15 @@ class Resources(Strict):
         return value
 
     def snakemake(self) -> dict[str, Any]:
-        """As Snakemake resources (threads are a directive of their own, the device is an option of the job)."""
+        """The resources of a Snakemake rule, which has threads and the device elsewhere."""
         return self.model_dump(exclude={"threads", "device"}, exclude_none=True)
 
 
 class Training(Strict):
     """How a training runs inside its job; none of it changes the numbers beyond rounding.
 
-    deterministic: kernels that give the same bits every time, for the teacher's training, too. It is no part of a base,
-    since it chooses between roundings of one computation, as the kind of GPU does.
+    deterministic: also holds for the teacher's training. It is no part of a base, since it chooses between roundings of
+        one computation, as the kind of GPU does.
     """
 
     nodes: Positive = 1
@@ -80,7 +80,7 @@ class Training(Strict):
 
 @dataclass(frozen=True)
 class Hardware:
-    """How one process of a training runs, without any effect on what it computes beyond rounding; see `Training`."""
+    """How one process of a training runs; it changes nothing beyond rounding. See `Training`."""
 
     device: str = "cpu"
     threads: int = 1
@@ -91,7 +91,7 @@ class Hardware:
 
 
 class Jobs(Strict):
-    """Resources by kind of job: the rule names of the Snakefile."""
+    """Resources by kind of job, which are rules of the Snakefile."""
 
     real_data: Resources
     encode: Annotated[Resources, Field(description="prompts and latents of text runs")] = Resources()
@@ -127,7 +127,7 @@ class Cluster(Strict):
         runtime = self.jobs.train.runtime
         if self.launcher == "slurm" and runtime is None:
             raise ValueError("jobs.train.runtime (minutes) is missing: Slurm trainings are requeued at their limit")
-        # Slurm sends the signal up to a minute early, and a job that is only ever saving makes no progress.
+        # Slurm sends the signal up to a minute early, and a job must get on between two savings.
         if self.launcher == "slurm" and runtime and self.training.signal_seconds + 60 >= runtime * 60:
             raise ValueError(
                 f"training.signal_seconds {self.training.signal_seconds} leaves no time to train in jobs.train.runtime "
@@ -149,13 +149,13 @@ class Cluster(Strict):
         return f"{self.container} python" if self.container else shlex.quote(sys.executable)
 
     def command(self) -> str:
-        """`setup`, then Python: the start of every stateless job's command line."""
+        """Start of the command line of every job but trainings: `setup`, then Python."""
         python = f"{self.container} python" if self.container else "python"
         return " && ".join([*self.setup, python])
 
     @property
     def hardware(self) -> Hardware:
-        """Of a training's processes."""
+        """How each process of a training runs."""
         values = self.training.model_dump(include={"micro_batch", "shard", "checkpointing", "deterministic"})
         return Hardware(self.jobs.train.device, self.jobs.train.threads, **values)
 

@@ -1,6 +1,6 @@
-"""One run's configuration: frozen pydantic models, one complete base per dataset, no defaults hidden in code.
+"""The configuration of one run, in sections that are frozen pydantic models.
 
-Hardware is not here (see workflow/cluster): the same config gives the same weights on one GPU or eight.
+Hardware is not part of it (see workflow/cluster): the same config gives the same weights on one GPU or eight.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -15,18 +15,18 @@ from dmd2.experiment.teacher_config import Teacher
 
 
 class Lora(Section):
-    """Low-rank student: W + (alpha / rank) up down on every convolution and projection (dmd2.networks.lora)."""
+    """Low-rank student: W + (alpha / rank) up down for every convolution and projection (`dmd2.networks.lora`)."""
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
 
 
 class Generator(Section):
-    """What the student is fed: its input, number of steps and first time (a sigma for edm, a step for eps).
+    """The student's input, number of steps, and first time: a sigma of an edm teacher, a step of an eps teacher.
 
-    conditions: drawn apart from the GAN's real batch (labels uniformly, captions from the real set), or those of that
-    real batch, whose images then are also what ``noised_real`` starts from (FastGen).
-    lora: only low-rank factors on the teacher's weights are trained; the critic is trained whole.
+    conditions: ``drawn`` independently of the GAN's real batch (labels uniformly, captions from the real set), or those
+        of that ``real`` batch, whose images are then also noised for ``noised_real`` (FastGen).
+    lora: train low-rank factors on the teacher's weights instead of the weights; the critic is trained whole.
     """
 
     input: Literal["noise", "noised_real", "backward_simulation"]
@@ -43,7 +43,12 @@ class Generator(Section):
 
 
 class DistributionMatching(Section):
-    """L_DM: inclusive index range of its noise level, optional floor of the normaliser and alpha_t factor."""
+    """L_DM.
+
+    index_range: noise levels, both ends included.
+    normaliser_eps: smallest value of the normaliser.
+    alpha_factor: whether the gradient is multiplied by alpha_t.
+    """
 
     weight: Weight
     index_range: IndexRange
@@ -52,10 +57,10 @@ class DistributionMatching(Section):
 
 
 class Critic(Section):
-    """K: in each iteration one update, in every `ratio`-th one of the student too (TTUR), from iteration 0 on.
+    """The critic K: every iteration updates it, and every `ratio`-th one, from iteration 0 on, the student too (TTUR).
 
-    shares_iteration false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
-    index_range: noise levels of the denoising loss, inclusive.
+    shares_iteration: false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
+    index_range: noise levels of the denoising loss, both ends included.
     """
 
     ratio: Positive
@@ -84,10 +89,11 @@ class Critic(Section):
 
 
 class Gan(Section):
-    """Head on a denoiser's bottleneck; noise_range null classifies clean images.
+    """The GAN: a head on the bottleneck of the critic or the teacher.
 
-    shares_noise: the student's GAN term judges the very sample that L_DM noised, and the discriminator the student
-    images that L_K noised (FastGen); real images keep a draw of their own. Otherwise all are noised independently.
+    noise_range: noise levels of what it classifies; null: it classifies clean images.
+    shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
+        that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
     """
 
     lambda_g: Weight
@@ -105,7 +111,7 @@ class Gan(Section):
 
 
 class Pairs(Section):
-    """Teacher noise-image pairs, sampled in `precision` (see `Eval`)."""
+    """Pairs of noise and the teacher's image, sampled in `precision` (see `Eval`)."""
 
     count: Positive
     sampler: Sampler
@@ -122,9 +128,9 @@ class Pairs(Section):
 
 
 class Regression(Section):
-    """Regression of the student on teacher pairs; weight 0 is off and makes no pairs.
+    """Regression of the student on teacher pairs; with weight 0 no pairs are made.
 
-    decoder: what turns latents into the images that lpips compares, the pipeline's autoencoder or its tiny one (taesd).
+    decoder: turns latents into the images that lpips compares: the pipeline's autoencoder, or its tiny one (taesd).
     """
 
     weight: Weight
@@ -137,9 +143,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Section):
-    """AdamW. An iteration makes ticks_per_iteration of the warmup's ticks; ema is the decay per student update.
+    """AdamW.
 
-    clip bounds the gradient norm of the student and, unless clip_critic is false, that of critic and head together.
+    ticks_per_iteration: how many of the `warmup` ticks one iteration counts.
+    clip: largest gradient norm of the student and, unless clip_critic is false, of critic and head together.
+    ema: decay per update of the student.
     states: how AdamW keeps its moments; 8bit quantises them in blocks.
     """
 
@@ -156,12 +164,15 @@ class Optim(Section):
 
 
 class Train(Section):
-    """Length in iterations (the paper's count: critic updates), precision, another run's name to start weights from.
+    """Length, precision and origin of a training.
 
-    fp32 is IEEE float32. tf32 takes TF32 products on a GPU, and so do the others outside their bfloat16 autocast. bf16
-    is what the paper's runs do: on text, passes without a gradient stay float32 (`EpsDenoiser`); bf16-all takes
-    bfloat16 there, too, which is faster. `released` names a file with this student's weights as its authors published
-    them: nothing is trained then, and `steps` is what they trained.
+    steps: iterations, which the paper counts in updates of the critic.
+    precision: fp32 is IEEE float32. tf32 takes TF32 products on a GPU, and so do the others outside their bfloat16
+        autocast. bf16 is that of the paper's runs: on text, passes without a gradient stay float32 (`EpsDenoiser`).
+        bf16-all takes bfloat16 there, too, which is faster.
+    init_from: another run of the base, with whose weights the training starts.
+    released: file with the student's weights as its authors published them; nothing is trained then, and `steps` is
+        what they trained.
     """
 
     steps: Positive
@@ -179,12 +190,12 @@ class Train(Section):
         return self
 
 
-# What may change without making other weights: how long and how often, and everything that only looks at the result.
+# Keys that do not change the weights: how long a training is, how often it saves and logs, and how it is measured.
 NOT_IDENTITY: dict[str, Any] = {"eval": True, "train": {"steps", "snapshot_every", "checkpoint_every", "log_every"}}
 
 
 class TrainConfig(Section):
-    """All of a run that its training reads."""
+    """The sections of a run that its training reads."""
 
     data: Data
     teacher: Teacher
@@ -198,19 +209,19 @@ class TrainConfig(Section):
 
     @property
     def released_whole(self) -> bool:
-        """Whether the student is its authors' and needs no teacher's weights; a LoRA, of text runs, does."""
+        """Whether the student is a released one and needs no weights of a teacher, as a LoRA (of text runs) does."""
         return self.train.released is not None and self.data.text is None
 
     @property
     def trains_critic(self) -> bool:
-        """Whether the critic has a loss; a regression alone, as before SDXL's one-step run, needs none."""
+        """Whether the critic has a loss; a run of the regression alone needs none."""
         return self.critic.denoise_weight > 0 or self.gan.lambda_d > 0
 
     @property
     def prompts(self) -> str | None:
         """File of the prompts the student is trained on; None where conditions are labels or captions of real images.
 
-        Several steps start from the captions of the real set, with or without backward simulation, as in the paper's.
+        A student of several steps takes the captions of the real set, as in the paper.
         """
         text = self.data.text
         drawn = self.generator.input == "noise" and self.generator.conditions == "drawn"
@@ -218,7 +229,7 @@ class TrainConfig(Section):
 
     @property
     def needs_real(self) -> bool:
-        """Whether training reads the real set: for the GAN, for multi-step inputs, or for its conditions."""
+        """Whether training reads the real set: for the GAN, for the student's input, or for conditions."""
         if self.train.released is not None:
             return False
         conditions = self.generator.conditions == "real" or (self.data.text is not None and self.prompts is None)
@@ -231,7 +242,7 @@ class TrainConfig(Section):
 
     @property
     def pair_set(self) -> str:
-        """``TEACHER/SOLVERSTEPS-COUNT-KEY``, the pair set this run would use: shared by all runs that would make it."""
+        """``TEACHER/SOLVERSTEPS-COUNT-KEY``, the pair set this run would use; runs of equal settings share it."""
         key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.settings()})
         pairs = self.regression.pairs
         return f"{self.teacher.name}/{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"

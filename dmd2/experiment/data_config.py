@@ -1,4 +1,4 @@
-"""The data section of a run: what its real images are, where they come from, and what encodes prompts and latents."""
+"""The data section of a run: its real images, their source, and the pipeline that encodes prompts and latents."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -10,10 +10,10 @@ CAPTIONED = ("webdataset", "emoji")  # kinds that always have captions; folders,
 
 
 class Source(Section):
-    """Where real data comes from: a kind of source and, unless a package ships it, its path.
+    """Where real data comes from: the kind of source and, unless a package ships it, its path.
 
-    `split`, `image`, `label`, `caption`: part of a hub set and names of its columns, by default train, image, label,
-    text. `resize` makes images of any size square as EDM's dataset tool does: central square, then Lanczos.
+    split, image, label, caption: part of a hub set and names of its columns; by default train, image, label, text.
+    resize: makes images of any size square as EDM's dataset tool does: central square, then Lanczos.
     """
 
     kind: Literal["sklearn-digits", "idx", "lmdb", "image-folder", "cifar10", "hub", "webdataset", "emoji", "latents"]
@@ -48,16 +48,17 @@ class AutoencoderTraining(Section):
 
 
 class Autoencoder(Section):
-    """An AutoencoderKL to be trained here: its diffusers config and training."""
+    """An AutoencoderKL that is trained here: its diffusers config and its training."""
 
     network: dict[str, Any]
     train: AutoencoderTraining
 
 
 class Pipeline(Section):
-    """What encodes prompts and images: a diffusers pipeline folder at data/pipelines/`name`, put there or made here.
+    """What encodes prompts and images: the diffusers pipeline in data/pipelines/`name`, made here or put there.
 
-    One made here takes the text encoder that a package ships, cut to `tokens` tokens, and trains `autoencoder`.
+    encoder, tokens: make it here, with the text encoder that a package ships, cut to so many tokens.
+    autoencoder: trained for it.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -75,9 +76,11 @@ class Pipeline(Section):
 class Text(Section):
     """Prompts and what encodes them.
 
-    `latents`: whether images are diffused in the latent space of the pipeline's autoencoder. `prompts`: file of the
-    prompts a one-step student is trained on; by default, and for several steps, the captions of the real set. `jobs`
-    share the encoding of the real set. `keep_images` keeps the images beside their latents, to evaluate against them.
+    latents: whether images are diffused in the latent space of the pipeline's autoencoder.
+    prompts: file of the prompts of a one-step student's training; by default, and for several steps, the captions of
+        the real set.
+    jobs: how many share the encoding of the real set.
+    keep_images: keep the images beside their latents, to evaluate against them.
     """
 
     pipeline: Pipeline
@@ -88,8 +91,9 @@ class Text(Section):
 
 
 class Data(Section):
-    """Diffused tensors `channels` x `resolution` x `resolution`: images in [-1, 1], or latents times their scaling
-    factor. Conditioned on one of `classes`, or on `text`.
+    """Tensors that are diffused: images in [-1, 1], or latents times their scaling factor.
+
+    Their shape is `channels` x `resolution` x `resolution`; the condition is one of `classes`, or `text`.
     """
 
     name: str

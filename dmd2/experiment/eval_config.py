@@ -13,10 +13,12 @@ IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
 
 
 class Sampler(Section):
-    """A teacher sampler: churn, s_min, s_max, s_noise make Heun stochastic (EDM Algorithm 2), eta does so for DDIM.
+    """A sampler of a teacher.
 
-    ddpm is stochastic by itself. spacing of euler: SDXL's own scheduler has ``leading`` times (981, 961, ..., 1 of 50
-    steps), its authors' pairs were made with ``trailing`` ones (999, 979, ..., 19).
+    churn, s_min, s_max, s_noise: make Heun stochastic (EDM, Algorithm 2).
+    eta: makes DDIM stochastic; DDPM always is.
+    spacing: times of euler. SDXL's own scheduler has ``leading`` ones (981, 961, ..., 1 of 50 steps), the pairs of
+        DMD2's authors were made with ``trailing`` ones (999, 979, ..., 19).
     """
 
     solver: Literal["heun", "ddim", "ddpm", "pndm", "euler"]
@@ -60,28 +62,29 @@ class Sampler(Section):
 
 
 def _complete_or_protocol(schema: dict[str, Any]) -> None:
-    """An editor asks for the keys of a protocol only where none is named."""
+    """Change the JSON Schema: keys that a protocol gives are required only where none is named."""
     required = schema["required"]
     schema["required"] = [key for key in required if key not in IN_A_PROTOCOL]
     schema["anyOf"] = [{"required": ["protocol"]}, {"required": sorted(IN_A_PROTOCOL)}]
 
 
 class Patch(Section):
-    """The second Frechet distance, of pixels in the centre (patch_fid, patch_fd): its geometry and its reference."""
+    """Geometry and reference of the second Frechet distance, of patches of the images (patch_fid, patch_fd)."""
 
     geometry: Annotated[str, Field(pattern=GEOMETRIES)]
     reference: str
 
 
 class Eval(Section):
-    """What is measured, on how many images, by which detector, against which reference, with which protocol.
+    """How a run is measured.
 
-    `protocol` names an entry of dmd2/experiment/protocols.yaml, whose values stand where a base gives none. `shards`
-    jobs share the features of a run. The rules ``-on-P-ranks`` are the official evaluator's on P processes.
-    `precision` of all sampling, of students and teachers: fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
-    also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
-    On text: `prompts` is a file of captions, one an image (by default the captions of the real set, in their order and
-    over again), and `clip` the model in data/weights that compares images with them.
+    protocol: entry of dmd2/experiment/protocols.yaml that gives the values which a base leaves out.
+    precision: of all sampling by students and teachers. fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
+        also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
+    shards: jobs that share the features of a run.
+    labels, covariance_init: ``-on-P-ranks`` is the rule of the official evaluator on P processes.
+    prompts: of text runs, a file with a caption for each image; by default the captions of the real set, repeated.
+    clip: model in data/weights that compares images with captions.
     """
 
     model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
@@ -106,12 +109,12 @@ class Eval(Section):
 
     @property
     def statistics(self) -> str:
-        """Name of the reference's moments: they depend on the detector and on the geometry."""
+        """Name of the reference's moments, which depend on the detector and on the geometry."""
         return self._moments(self.reference, self.geometry)
 
     @property
     def patch_statistics(self) -> str | None:
-        """The same of the distance over patches."""
+        """Name of the moments of the patches' reference."""
         return None if self.patch is None else self._moments(self.patch.reference, self.patch.geometry)
 
     def _moments(self, reference: str, geometry: str) -> str:

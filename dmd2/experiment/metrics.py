@@ -1,7 +1,7 @@
-"""The metrics, each said once: what it is called and means, what it needs and which function computes it; no torch.
+"""The metrics: name and meaning of each, what it needs and which function computes it; imports no torch.
 
-A new metric is one entry of `METRICS` with its numbers in `NUMBERS`, and one function of the name that the entry gives:
-in `eval.metrics.measures`, from features, or, where it sees pixels, in `eval.metrics.appearance`.
+A new metric is one entry of `METRICS`, the numbers that it gives in `NUMBERS`, and one function with the name in the
+entry: in `eval.metrics.measures` where it is computed from features, in `eval.metrics.appearance` from pixels.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,15 @@ Need = Literal["reference", "reference images", "patch", "captions", "images per
 
 @dataclass(frozen=True)
 class Number:
-    """A number as metrics.json, tables and the catalogue know it.
+    """A number in metrics.json, tables and the catalogue.
 
-    `better` is None where good values are those of the data; `paper` names the paper's metric that it stands in for.
+    Args:
+        name: its key.
+        label: its name for readers.
+        better: direction of better values; None where good values are those of the data.
+        unit: of its value.
+        meaning: one phrase.
+        paper: the paper's metric that it stands in for, if it has another name.
     """
 
     name: str
@@ -33,18 +39,18 @@ class Metric:
     """What ``eval.metrics`` of a base, or ``--metrics`` on the command line, may name.
 
     Args:
-        name: in ``eval.metrics``.
-        sees: whose output it is computed from. The detector and the patch give features, the others one value an image
-            (or prompt, of LPIPS), of which the metric is the mean.
-        function: that computes it, of `eval.metrics.measures` or `eval.metrics.appearance`; empty: the mean alone.
-        numbers: names of its numbers in the order of the function's; by default its own.
-        option: its name on the command line; None: only of runs.
-        row: of the command line's table; ``{distance}`` is FID or FD (DETECTOR), ``{of}`` what follows FD in it,
-            ``{clip}`` the CLIP model and ``{number}`` the number.
+        name: its name in ``eval.metrics``.
+        sees: the model or pixels that it is computed from. The detector and the patch give features; the others give
+            one value for each image (LPIPS: for each prompt), of which the metric is the mean.
+        function: name of the function that computes it; empty where it is only that mean.
+        numbers: names of its numbers, in the function's order; by default its own name.
+        option: its name on the command line; None if that does not have it.
+        row: its line in the command line's table. ``{distance}`` is FID or FD (DETECTOR), ``{of}`` what follows FD in
+            that, ``{clip}`` the CLIP model and ``{number}`` the number.
         needs: what must be given besides images.
-        in_runs: whether a run is measured by it.
+        in_runs: whether ``eval.metrics`` may have it.
         is_paired: whether the command line measures differences by it.
-        has_influence: whether an evaluation keeps what every image adds to it, for paired differences of runs.
+        has_influence: whether an evaluation keeps each image's share of it, for paired differences of runs.
     """
 
     name: str
@@ -86,7 +92,7 @@ _NUMBERS = (
     Number("saturation", "Saturation", None, _SHARE, "mean of (max - min) / max of a pixel's channels"),
     Number("sharpness", "Sharpness", None, _SHARE,
            "root mean square of luma minus its 3x3 mean, averaged over images"),
-    # Of the log of a training, not of one snapshot's images: no metric gives it.
+    # No metric gives this one: it comes from the log of a training.
     Number("brightness_std", "Brightness SD", "lower", _SHARE, "SD over training of the fixed-noise brightness, "
            "without the first 20 % of the steps; one value per run, repeated for its snapshots"),
 )  # fmt: skip
@@ -113,7 +119,7 @@ _METRICS = (
 
 NUMBERS = {number.name: number for number in _NUMBERS}
 METRICS = {metric.name: metric for metric in _METRICS}
-SETTLED = 0.2  # brightness stability ignores this first share of training, while the student leaves its initial state
+SETTLED = 0.2  # first share of a training that brightness_std leaves out: the student leaves its initial state
 
 OF_RUNS = tuple(name for name, metric in METRICS.items() if metric.in_runs)  # what eval.metrics may name
 FRECHET = tuple(name for name, metric in METRICS.items() if (metric.function, metric.sees) == ("frechet", "detector"))
@@ -137,12 +143,12 @@ def options(paired: bool = False) -> tuple[str, ...]:
 
 
 def measured(metrics: list[str]) -> list[str]:
-    """The numbers that an evaluation of ``eval.metrics`` writes, in order; an unknown name stays."""
+    """Names of the numbers that an evaluation of ``eval.metrics`` writes, in order; an unknown metric stays."""
     return [number for name in metrics for number in (METRICS[name].gives if name in METRICS else (name,))]
 
 
 def best_first(metric: str, value: float) -> float:
-    """A sort key: the best value first, what is not finite last.
+    """Sort key that puts the best value first, and what is not finite last.
 
     Raises:
         KeyError: neither direction of the metric is better.

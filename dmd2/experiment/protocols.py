@@ -14,14 +14,14 @@ from dmd2.experiment.eval_config import Patch
 from dmd2.experiment.section import Strict
 
 RANKS = re.compile(r"-on-([1-9]\d*)-ranks$")
-# What a base takes from its protocol; metrics are the base's own, by the names of the paper's tables.
+# Keys that a base takes from its protocol. Its metrics are its own: they have the names of the paper's tables.
 IN_A_BASE = {"detector", "geometry", "reference", "images", "labels", "rounding", "covariance_init", "patch", "clip"}
 
 
 class NamedProtocol(Strict):
     """One entry of protocols.yaml; labels and classes are None where images follow captions.
 
-    `patch` and `clip` are what a base measures beside the distance: that over patches, and the CLIP score.
+    A base measures by `patch` and `clip` besides the distance: the distance of patches, and the CLIP score.
     """
 
     name: str
@@ -40,11 +40,11 @@ class NamedProtocol(Strict):
 
     @property
     def ranks(self) -> int:
-        """Processes of the official evaluator whose ones are in the covariance; 0: none, as is right."""
+        """Processes of the official evaluator that put ones into the covariance; 0 is the correct covariance."""
         return ranks_of(self.covariance_init)
 
     def title(self, changed: Mapping[str, Any]) -> str:
-        """Name of the protocol and what was changed of it: ``coco10k, but images 2000``."""
+        """Name of the protocol and the values that differ from it: ``coco10k, but images 2000``."""
         shown = [f"{k} {','.join(v) if isinstance(v, tuple) else v}" for k, v in changed.items()]
         return self.name + (f", but {', '.join(shown)}" if shown else "")
 
@@ -55,12 +55,12 @@ class NamedProtocol(Strict):
 
 
 def of_record(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The protocol that a metrics.json or a row of a table records; those that name no precision sampled in fp32."""
+    """The protocol in a metrics.json or in a row of a table; records without a precision were sampled in fp32."""
     return {"precision": "fp32", **metrics["protocol"]}
 
 
 def ranks_of(rule: str) -> int:
-    """P of a rule ``...-on-P-ranks``, 0 of any other."""
+    """P of a rule ``...-on-P-ranks``; 0 for any other rule."""
     match = RANKS.search(rule)
     return int(match[1]) if match else 0
 

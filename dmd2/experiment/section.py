@@ -28,15 +28,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-# What a key that is left out means, by section; see the file.
+# Values of keys that are left out, by section; see the file.
 DEFAULTS = yaml.safe_load(Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8"))
 
 
 class Section(Strict):
-    """A part of a run or table, whose values identify what is made from them.
+    """A part of a run or table. What is made from it is identified by its values.
 
     Raises:
-        TypeError: a class is defined whose defaults are not those of defaults.yaml.
+        TypeError: the defaults of a class that is defined are not those of defaults.yaml.
     """
 
     @classmethod
@@ -51,9 +51,9 @@ class Section(Strict):
                 )
 
     def settings(self, **which: Any) -> dict[str, Any]:
-        """The JSON values in which a config is digested and handed to jobs: those that differ from the defaults.
+        """The JSON values that differ from the defaults. Digests are made of them, and jobs are given them.
 
-        A later version's new switch therefore leaves everything made before it as it is. `which` is that of
+        A key that a later version adds therefore changes no digest of what was made before. `which` is handed to
         ``model_dump``: include, exclude.
         """
         return self.model_dump(mode="json", exclude_defaults=True, **which)

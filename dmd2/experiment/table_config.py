@@ -1,4 +1,4 @@
-"""Tables as they are written: their rows are their own, those of another table, or those with more of their own."""
+"""Tables as they are written. A table has rows of its own, those of another table, or both."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
@@ -13,9 +13,9 @@ NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 class Row(Section):
-    """One run of a table: its name, the change against the base, and what the paper reports for it.
+    """One run of a table: its name, the change against the base, and the paper's numbers of it.
 
-    `preset` names a file in workflow/presets whose change is applied before the row's own.
+    preset: file in workflow/presets with a change that is applied before the row's own.
     """
 
     run: Annotated[str, Field(pattern=NAME)]
@@ -25,7 +25,7 @@ class Row(Section):
 
 
 class Extension(Section):
-    """All rows of another table and some of one's own; the other table does not get these."""
+    """All rows of another table, and more of the table's own."""
 
     origin: Annotated[str, Field(alias="from")]
     add: Annotated[list[Row], Field(min_length=1)]
@@ -33,7 +33,7 @@ class Extension(Section):
 
 def _kind(value: Any) -> str:
     kind = "other" if isinstance(value, str) else "extension" if isinstance(value, dict | Extension) else "own"
-    return f"union:{kind}"  # pydantic puts the kind that it took into the path of an error
+    return f"union:{kind}"  # which pydantic puts into the path of an error
 
 
 Rows: TypeAlias = Annotated[
@@ -44,7 +44,7 @@ Rows: TypeAlias = Annotated[
 ]
 
 
-# What they say and their tests are in eval/report/claims.yaml.
+# eval/report/claims.yaml says what they are, with their tests.
 ClaimName = Literal[
     "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16"
 ]
@@ -61,7 +61,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 class Preset(Section):
-    """A recipe: a change with a name, for rows of any table."""
+    """A change with a name, for rows of any table."""
 
     title: str
     change: dict[str, Any]
@@ -70,9 +70,10 @@ class Preset(Section):
 class Table(Section):
     """One table or figure.
 
-    `rows` lists rows, names another table whose rows (with the paper's numbers) are taken, or does both: `{from: other
-    table, add: [rows]}`. `change` applies to all of them before their preset and their own change, `row_change` to
-    single ones after it; those of another table are not taken with its rows.
+    rows: a list of rows, the name of another table whose rows are taken with the paper's numbers, or both: `{from:
+        other table, add: [rows]}`.
+    change: applies to all rows, before their preset and their own change.
+    row_change: applies to single rows, after their own change. Neither is taken with the rows of another table.
     """
 
     title: str

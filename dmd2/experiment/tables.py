@@ -1,4 +1,4 @@
-"""Ablations as data: bases, tables and their rows become validated runs before any DAG exists."""
+"""Reads bases, tables and their rows, and makes validated configs of runs before there is a DAG."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ from dmd2.experiment.table_config import Preset, Row, Table, rows_of
 from dmd2.experiment.yaml_file import Place, read_yaml
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
-# Suffixes of what is written beside the JSON of a table.
+# Suffixes of the files that are written beside the JSON of a table.
 BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything the tables ask for: tables by name, rows of each, and one config per (base, run)."""
+    """Everything that the tables describe: tables and their rows by name of the table, configs by (base, run)."""
 
     tables: dict[str, Table] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Experiment:
         return self.runs[base, run]
 
     def shown(self, table: str) -> Any:
-        """All of a table that its text shows: an edited number of the paper remakes the table and nothing else."""
+        """What the text of a table depends on besides metrics: an edited number of the paper remakes only the table."""
         rows = [row.settings() for row in self.rows[table]]
         presets = {row.preset: self.presets[row.preset].change for row in self.rows[table] if row.preset is not None}
         return [self.tables[table].settings(), rows, presets]
@@ -54,7 +54,7 @@ class Experiment:
         return [str(folder / "metrics.json") for folder in [*runs, *(SAMPLERS / spec.base / s for s in spec.teachers)]]
 
     def ticks(self, table: str, run: str) -> dict[str, bool]:
-        """Column name to tick, computed from the run's config."""
+        """Ticks of a run by column, computed from its config."""
         spec = self.tables[table]
         return {name: holds(cond, self.runs[spec.base, run]) for name, cond in spec.columns.items()}
 

@@ -8,9 +8,9 @@ from dmd2.experiment.section import Positive, Precision, Section
 
 
 class TeacherTraining(Section):
-    """How a small teacher is trained from scratch (EDM loss with log-normal sigma; uniform t for eps).
+    """How a small teacher is trained from scratch: EDM's loss with log-normal sigma, or uniform t for eps.
 
-    precision: as `eval.precision`.
+    precision: see `Eval`.
     """
 
     steps: Positive
@@ -26,9 +26,9 @@ class TeacherTraining(Section):
 
 
 class Teacher(Section):
-    """The frozen denoiser R: made here by `train`, converted from `source`, or a diffusers UNet folder of the user.
+    """The frozen denoiser R: trained here (`train`), converted from the file `source`, or a diffusers UNet of the user.
 
-    `network` is its architecture (a diffusers config): what `train` builds, and what a loaded one must be.
+    network: its architecture as a diffusers config. `train` builds it; a network that is loaded must have it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Start, watch and stop trainings, here or on Slurm, as the cluster file (workflow/cluster) says."""
+"""Start, watch and stop trainings, on this machine or on Slurm, as the cluster file (workflow/cluster) says."""
 
 import json
 import os
@@ -52,11 +52,9 @@ def train(
         when: When = "always" if again else "changed" if changed_code == "retrain" else "never"
         cfg = run_config(run_id, config)
         if cfg.train.released:
-            from dmd2.training.released import (
-                publish_released,  # needs torch, which the launcher of a Slurm job does not
-            )
+            from dmd2.training import released  # not above: it imports torch, which a launcher on Slurm does not need
 
-            publish_released(run_id, cfg)
+            released.publish_released(run_id, cfg)
         elif machine.launcher == "slurm":
             train_on_slurm(SlurmTraining(run_id, cfg, machine, when))
         else:
@@ -64,7 +62,7 @@ def train(
 
 
 def train_on_slurm(training: SlurmTraining) -> None:
-    """Submit the run's Slurm job or find the live one, then become the small process that waits for it."""
+    """Submit the run's Slurm job or find the live one, then become the small process that waits for its end."""
     try:
         job, goal = training.submit_or_attach(), training.goal
     except CannotWriteError as error:

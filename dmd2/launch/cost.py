@@ -41,14 +41,14 @@ def _published_cost(run: RunId, record: dict[str, Any]) -> dict[str, Any] | None
 
 
 def wall_clock_cost(record: dict[str, Any]) -> dict[str, Any]:
-    """Training time of a finished run times its processes and threads; evaluation and waiting are not in it."""
+    """Training time of a finished run times its processes and threads, without evaluation and waiting."""
     hours = record["seconds"] * record["processes"] / 3600
     gpus = 0.0 if record["device"] == "cpu" else hours
     return {"source": "wall clock", "gpu_hours": gpus, "cpu_hours": hours * record["threads"]}
 
 
 def slurm_cost(jobs: list[str]) -> dict[str, Any] | None:
-    """Hours of all jobs of a run, every restart included; None where sacct cannot say."""
+    """Hours of all jobs of a run, with every restart; None where sacct does not tell them."""
     until = time.monotonic() + LAG
     while True:
         try:

@@ -1,7 +1,7 @@
-"""What runs inside a training job: on this machine, or in every task of a Slurm job.
+"""What runs in a training job: on this machine, or in every task of a Slurm job.
 
-A Slurm job is told all it needs on its command line, which Slurm keeps with the job: whatever becomes of its launcher,
-of sbatch's answer or of files on the disk, it can start, and start again.
+A Slurm job has all that it needs on its command line, which Slurm keeps. It can therefore start, and start again,
+without its launcher, sbatch's answer or files on the disk.
 """
 
 import json
@@ -23,20 +23,20 @@ LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training, which continues from what lies on the disk; a job is sent it as text."""
+    """A training, which continues from what lies on the disk. A Slurm job is given it as text."""
 
     run: RunId
     cfg: TrainConfig
     hardware: Hardware
 
     def text(self) -> str:
-        """All of it as JSON, for a job's command line."""
+        """The training as JSON, for a job's command line."""
         values = {"run": str(self.run), "config": self.cfg.settings(), **asdict(self.hardware)}
         return json.dumps(values, separators=(",", ":"))
 
     @staticmethod
     def read(text: str) -> "TrainingJob":
-        """What `text` returned."""
+        """The training that `text` wrote."""
         values = json.loads(text)
         run, config = RunId.parse(values.pop("run")), TrainConfig.model_validate(values.pop("config"))
         return TrainingJob(run, config, Hardware(**values))
@@ -44,9 +44,9 @@ class TrainingJob:
     def in_slurm(self) -> None:
         """Train in a Slurm task.
 
-        The warning before the time limit or a preemption (USR2) is acted on between two iterations: process 0 saves,
-        then lets Slurm requeue the job under the same id. After SIGTERM (scancel, requeue by hand) it saves and goes
-        on, since a job that ends by itself in a preemption's grace time would not be requeued.
+        After the warning before the time limit or a preemption (USR2), process 0 saves between two iterations and has
+        Slurm requeue the job under the same id. After SIGTERM (scancel, requeue by hand) it saves and goes on: Slurm
+        would not requeue a job that ends by itself in the grace time of a preemption.
         """
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -60,7 +60,7 @@ class TrainingJob:
             self.train({signal.SIGUSR2: self.requeue, signal.SIGTERM: lambda: None})
 
     def requeue(self) -> None:
-        """Let Slurm start this job again under its id, and leave; go on where Slurm does not answer."""
+        """Have Slurm start this job again under its id, and exit; return if Slurm refuses or does not answer."""
         job = os.environ["SLURM_JOB_ID"]
         print(f"Caught signal SIGUSR2: everything is saved, job {job} is requeued", file=sys.stderr, flush=True)
         try:
@@ -72,7 +72,7 @@ class TrainingJob:
             sys.exit(1)
 
     def train(self, actions: Actions = STOP) -> None:
-        """Train in this process, as one of those the environment names.
+        """Train in this process, which is one of those that the environment names.
 
         Raises:
             UserError: see `Training.run`.

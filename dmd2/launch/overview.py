@@ -1,4 +1,4 @@
-"""What `python -m dmd2.launch status` shows: one line per run, read from its folder and one look at the queue."""
+"""The table of `python -m dmd2.launch status`: one line for each run, from its folder and one look at the queue."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ class RunLine(NamedTuple):
 
 
 def chosen_runs(names: list[str]) -> list[RunId]:
-    """Runs that names of runs, of all seeds (``base/run``) or of tables stand for; without names, all with a folder.
+    """Runs by their names, by names of all their seeds (``base/run``), or by tables; without names, all with a folder.
 
     Raises:
         UserError: a name is none of these.
@@ -118,7 +118,7 @@ def live_jobs(runs: list[RunId]) -> tuple[dict[str, Entry] | None, str]:
 
 
 def run_line(run: RunId, jobs: Mapping[str, Entry] | None, now: float) -> RunLine:
-    """What a run's folder and its Slurm job say about it at the time `now`. Damaged files are a state of the run.
+    """The line of a run, from its folder and its Slurm job. Damaged files are a state of the run.
 
     Args:
         run: any run, started or not.

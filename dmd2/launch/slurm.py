@@ -1,7 +1,7 @@
-"""A training as a Slurm job, its batch script by submitit: submit it, or attach to the live one.
+"""A training as a Slurm job: submit it, or attach to the live one.
 
-The launcher owns nothing: Slurm runs the job, the job writes its folder. So a launcher may be killed, doubled or
-started again at any time; checkpoints and finished.json are the truth, job.json only remembers where to look.
+A launcher may be killed, doubled or started again at any time: Slurm runs the job, and the job writes its folder.
+Checkpoints and finished.json decide what is done; job.json only helps to find the job.
 """
 
 import os

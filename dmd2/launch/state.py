@@ -1,4 +1,4 @@
-"""The state of a training by what its folder holds: said here once, for `status` and for the run catalogue."""
+"""The state of a training by the files in its folder, for `status` and for the run catalogue."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ from dmd2.core.interrupts import is_being_trained
 from dmd2.core.retraining import replaced
 from dmd2.core.slurm_queue import Entry
 
-TRACES = ("job.json", "progress.json", "checkpoints-*", "snapshots-*")  # what a training that began leaves behind
+TRACES = ("job.json", "progress.json", "checkpoints-*", "snapshots-*")  # files of a training that began
 
 
 def is_published(folder: Path, train: Mapping[str, Any] | None) -> bool:
-    """Whether a run is complete, and not on its way to be trained again; `train` is its train.json, if there is one."""
+    """Whether a run is complete and is not being trained again; `train` is its train.json, if there is one."""
     return train is not None and not replaced(folder, train.get("key", ""))
 
 
@@ -30,7 +30,7 @@ def run_state(
         train: its train.json; None if there is none.
         progress: its progress.json; empty if there is none.
         job: its live Slurm job.
-        unknown: whether Slurm did not say if a job lives that was submitted.
+        unknown: whether a job was submitted and Slurm did not say if it lives.
     """
     if is_published(folder, train):
         return "finished"
@@ -40,7 +40,7 @@ def run_state(
         return "running"
     if unknown:
         return "unknown"
-    # A finished.json beside half a training is of an older config of the run.
+    # A finished.json beside half a training belongs to an older config of the run.
     complete = not progress or progress["step"] >= progress["total"]
     if complete and (folder / "finished.json").exists():
         return "ended"

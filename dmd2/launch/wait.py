@@ -1,7 +1,7 @@
-"""Wait for the Slurm job of a training, say what becomes of it, and publish its result.
+"""Wait for the Slurm job of a training, say how its state changes, and publish its result.
 
-Hundreds of these processes may wait on a login node, so this module needs little more than the standard library:
-``dmd2.launch.command train`` replaces itself by it once the job is submitted.
+``dmd2.launch train`` replaces itself by this program once the job is submitted. Hundreds of them may wait on a login
+node, so it imports little more than the standard library.
 """
 
 import json
@@ -19,7 +19,7 @@ from dmd2.core.run import Goal, RunId
 from dmd2.core.slurm_queue import STUCK, Entry, NoAnswer, Queue, is_live, job_name, sacct, slurm, state_of
 from dmd2.launch.cost import training_cost
 
-SETTLE = 5.0  # seconds between the end of a job and the verdict on it; longer where more may come:
+SETTLE = 5.0  # seconds for which a job must stay over; more seconds for these states:
 GRACE = {
     **dict.fromkeys(("NODE_FAIL", "PREEMPTED", "BOOT_FAIL"), 60.0),  # Slurm may restart it
     "COMPLETING": STUCK,
@@ -29,10 +29,10 @@ RELEASES = 3  # of a job held after a failed launch
 
 
 def wait(goal: Goal, job: str, poll_seconds: float) -> dict[str, Any]:
-    """Return the finished training's record. If the job leaves the run to another one, that is waited for.
+    """Wait for the record of the training. If another job of the run lives when this one ends, wait for that.
 
     Raises:
-        UserError: the job ended without finishing; the sentence has Slurm's word for it and the end of the log.
+        UserError: the job ended and the training is not finished; the sentence has its state and the end of its log.
     """
     queue, watch, name = Queue(poll_seconds), Watch(goal.run, job), job_name(goal.run)
     while True:
@@ -53,7 +53,7 @@ def wait(goal: Goal, job: str, poll_seconds: float) -> dict[str, Any]:
 
 
 class Watch:
-    """What one launcher has seen of its job: says what changes, releases it if held, decides when it is over."""
+    """Follows one job through snapshots of the queue: says new states, releases it if held, tells when it is over."""
 
     def __init__(self, run: RunId, job: str) -> None:
         self.run, self.job = run, job
@@ -121,7 +121,7 @@ class Watch:
 
 
 def obituary(run: RunId, job: str) -> str:
-    """What is known about a job that ended without result, with the last 20 lines of its log."""
+    """A sentence about a job that ended without a result, and the last 20 lines of its log."""
     try:
         *_, (state, code, nodes, elapsed) = sacct([job], "State,ExitCode,NodeList,Elapsed")
         fate = f"{state} with exit code {code} on {nodes} after {elapsed}"
@@ -145,7 +145,7 @@ def say(run: RunId, text: str) -> None:
 
 
 def publish(goal: Goal, record: dict[str, Any]) -> None:
-    """Write train.json, the node of the DAG that says this run is complete, with what it cost and was made from."""
+    """Write train.json, with which the run is complete for the DAG: its record, its cost and its provenance."""
     cost, missing = training_cost(goal.run, record)
     if missing:
         say(goal.run, missing)

@@ -11,7 +11,7 @@ import typer
 
 from dmd2.core.distributed import Device, local_device
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import content_of, listing, read_json, sha256, write_json
+from dmd2.core.files import content_of, digest_of, listing, read_json, sha256, write_json
 from dmd2.core.precision import deterministic_kernels, float32_products
 from dmd2.core.progress import Progress
 from dmd2.core.provenance import recorded
@@ -19,7 +19,7 @@ from dmd2.core.rng import Draws
 from dmd2.data.pipelines import belongs
 from dmd2.data.sets import TensorSet, load_set
 from dmd2.experiment.checks.network import network_problems
-from dmd2.experiment.config import Data, Optim, Teacher, digest_of
+from dmd2.experiment.config import Data, Optim, Teacher
 from dmd2.experiment.run_inputs import pipeline_manifest
 from dmd2.experiment.teacher_config import TeacherTraining
 from dmd2.method.losses import denoising_loss
