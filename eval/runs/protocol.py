@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.core.errors import UserError
 from dmd2.core.files import content_of, digest_of, listing
 from dmd2.core.rng import sample_labels
 from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import save_shard
-from dmd2.experiment.checks.measurement import metric_problems
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Eval
 from dmd2.experiment.metrics import FRECHET, METRICS
@@ -73,11 +71,10 @@ class Protocol:
         """Load what the run's eval section names.
 
         Raises:
-            UserError: a metric is unknown or misnamed, or a detector or reference is missing.
+            UserError: a detector or reference is missing.
         """
         spec, read = cfg.eval, measured_with(cfg)
         detector = load_detector(spec.detector, device=device)
-        check_metrics(cfg, detector)
         wanted = [METRICS[name] for name in spec.metrics]
         moments, images = read["reference"], REAL / spec.reference / "manifest.json"
         engine = Engine(detector, Geometry(spec.geometry), FEATURES, spec.batch)
@@ -181,16 +178,6 @@ class Protocol:
             quirk = from_ones(columns.features, self.reference, ranks).value
             found[distance] = replace(found[distance], value=quirk)
         return Measured(found, influence.pop(distance), influence)
-
-
-def check_metrics(cfg: RunConfig, detector: Detector) -> None:
-    """Refuse metrics that this run cannot have, before an image is drawn.
-
-    Raises:
-        UserError: the first that is unknown, misnamed, or lacks what it needs.
-    """
-    for key, *_, told in metric_problems(cfg, detector.is_fid):
-        raise UserError(f"{key}: {told}")
 
 
 def counted(moments: Path, reference: Reference) -> str:

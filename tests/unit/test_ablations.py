@@ -1,57 +1,10 @@
 """Tables and bases as the user writes them: what they mean, and one sentence for each mistake."""
 
-import re
-
 import pytest
-import yaml
 
-from dmd2.core.errors import UserError
-from dmd2.experiment.tables import apply_change, holds, load_base, load_experiment
+from dmd2.experiment.tables import apply_change, holds, load_experiment
 from tests import tiny
 from tests.conftest import ROOT
-
-BASES = sorted((ROOT / "workflow/base").glob("*.yaml"))
-TABLE = {"title": "t", "base": "tiny", "rows": [{"run": "a"}, {"run": "b", "change": {"critic.ratio": 1}}]}
-
-
-class Folder:
-    """A folder of bases and tables that a test fills and then loads."""
-
-    def __init__(self, path):
-        self.bases, self.tables = path / "base", path / "tables"
-        self.bases.mkdir()
-        self.tables.mkdir()
-        self.base("tiny", tiny.values("edm"))
-
-    def base(self, name, values):
-        (self.bases / f"{name}.yaml").write_text(values if isinstance(values, str) else yaml.safe_dump(values))
-
-    def table(self, name="one", text=None, **changes):
-        (self.tables / f"{name}.yaml").write_text(text or yaml.safe_dump({**TABLE, **changes}, sort_keys=False))
-
-    def load(self):
-        return load_experiment(self.tables, self.bases)
-
-    def error(self):
-        with pytest.raises(UserError) as caught:
-            self.load()
-        return str(caught.value)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return Folder(tmp_path)
-
-
-def base_text(pattern, replacement):
-    text = yaml.safe_dump(tiny.values("edm"), sort_keys=False)
-    changed = re.sub(pattern, replacement, text, count=1)
-    assert changed != text
-    return changed
-
-
-def line_of(path, needle):
-    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if needle in line)
 
 
 # What tables mean.
@@ -81,13 +34,6 @@ def test_a_table_can_extend_another_which_does_not_get_its_rows(folder):
     names = {name: [row.run for row in rows] for name, rows in experiment.rows.items()}
     assert names == {"one": ["a", "b"], "two": ["a", "b", "c"], "three": ["a", "b", "c"]}
     assert (experiment.runs["large", "c"].critic.ratio, experiment.runs["large", "c"].optim.lr) == (9, 0.5)
-
-
-def test_order_of_changes_is_table_then_row_then_row_change(folder):
-    rows = [{"run": "a", "change": {"optim.batch": 2, "optim.lr": 0.2}}]
-    folder.table(rows=rows, change={"optim.batch": 1, "optim.clip": 1.0}, row_change={"a": {"optim.lr": 0.3}})
-    optim = folder.load().runs["tiny", "a"].optim
-    assert (optim.batch, optim.clip, optim.lr) == (2, 1.0, 0.3)
 
 
 def test_equal_rows_of_two_tables_are_one_run(folder):
@@ -133,11 +79,6 @@ def test_condition(condition, expected):
 
 
 # The shipped files.
-@pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
-def test_shipped_base_is_complete_and_valid(path):
-    load_base(path.stem, path.parent)
-
-
 def test_shipped_tables_are_valid():
     experiment = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base")
     assert {"dmd2-table3", "dmd2-table4", "dmd2-fig9", "digits-table3"} <= set(experiment.tables)

@@ -6,14 +6,8 @@ import pytest
 
 import dmd2.launch.cost
 from dmd2.launch.cost import slurm_cost, wall_clock_cost
-from tests.fake_slurm import FakeSlurm
 
 RECORD = {"seconds": 1800.0, "processes": 4, "threads": 8, "device": "NVIDIA H100"}
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return FakeSlurm(tmp_path / "slurm", monkeypatch)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from tests.unit.test_ablations import Folder, folder, line_of  # noqa: F401
+from tests.experiment_folder import line_of
 
 TRAINING = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 0, "ema": 0.9, "p_mean": -1.1, "label_dropout": 0.1}
 NETWORK = {key: list(value) if isinstance(value, tuple) else value for key, value in tiny.KINDS["edm"][2].items()}
@@ -23,7 +23,7 @@ def base_with(**changes):
     ({"teacher__train": {**TRAINING, "p_mean": -1.0}}, "teacher.train.p_mean", "-1.1", "-1.0"),
     ({"data__name": "other"}, "data.name", "tiny", "other"),
 ], ids=["set", "teacher", "set of a teacher trained here"])  # fmt: skip
-def test_two_bases_may_not_define_one_name_otherwise(folder, change, key, there, here):  # noqa: F811
+def test_two_bases_may_not_define_one_name_otherwise(folder, change, key, there, here):
     folder.base("tiny", base_with())
     folder.base("other", base_with(**change))
     folder.table("one")
@@ -35,21 +35,21 @@ def test_two_bases_may_not_define_one_name_otherwise(folder, change, key, there,
     assert error.startswith(f"{second}:{line_of(second, needle)}: ") and f"{first}:{line_of(first, needle)} " in error
 
 
-def test_a_row_may_not_change_what_is_shared(folder):  # noqa: F811
+def test_a_row_may_not_change_what_is_shared(folder):
     folder.base("tiny", base_with())
     folder.table(rows=[{"run": "a"}, {"run": "b", "change": {"teacher.train.steps": 9}}])
     error, path = folder.error(), folder.tables / "one.yaml"
     assert error.startswith(f"{path}:{line_of(path, 'teacher.train.steps')}: row b: teacher tiny is defined as another")
 
 
-def test_a_row_may_name_another_teacher_and_change_guidance(folder):  # noqa: F811
+def test_a_row_may_name_another_teacher_and_change_guidance(folder):
     folder.base("tiny", base_with())
     named = {"teacher.name": "longer", "teacher.train.steps": 9}
     folder.table(rows=[{"run": "a", "change": {"teacher.guidance": 1.5}}, {"run": "b", "change": named}])
     assert folder.load().runs["tiny", "b"].teacher.train.steps == 9
 
 
-def test_a_base_that_no_table_uses_does_not_count(folder):  # noqa: F811
+def test_a_base_that_no_table_uses_does_not_count(folder):
     folder.base("tiny", base_with())
     folder.base("other", base_with(data__resolution=64))
     folder.table()

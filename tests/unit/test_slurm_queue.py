@@ -9,15 +9,9 @@ from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
 from dmd2.launch.wait import RELEASES, SETTLE, Watch
-from tests.fake_slurm import FakeSlurm
 
 RUN = RunId("digits", "dmd2", 0)
 HELD = Entry("7", "name", "PENDING", "launch failed requeued held", "")
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return FakeSlurm(tmp_path / "slurm", monkeypatch)
 
 
 def entry(state, reason="None", nodes=""):
