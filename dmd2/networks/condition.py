@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,31 +22,32 @@ class Condition:
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
 
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> Condition:
+        """The same condition with its tensors changed, by name."""
+        return Condition(**{name: None if value is None else change(name, value) for name, value in vars(self).items()})
+
     def join(self, other: Condition) -> Condition:
         """Concatenate two conditions along the batch."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Condition(**{name: None if a is None else torch.cat([a, b]) for name, (a, b) in pairs.items()})
+        return self._each(lambda name, value: torch.cat([value, getattr(other, name)]))
 
     def expand(self, count: int) -> Condition:
         """Repeat a condition of one sample `count` times."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{k: None if v is None else v.expand(count, *v.shape[1:]) for k, v in values.items()})
+        return self._each(lambda _, value: value.expand(count, *value.shape[1:]))
 
     def where(self, chosen: Tensor, other: Condition) -> Condition:
         """Samples that `chosen` ``(B,)`` names take the condition of one sample `other`, as far as it has fields."""
-        values = {}
-        for name, mine in ((f.name, getattr(self, f.name)) for f in fields(self)):
+
+        def choose(name: str, mine: Tensor) -> Tensor:
             theirs = getattr(other, name)
-            mask = None if mine is None else chosen.reshape(-1, *[1] * (mine.ndim - 1))
-            values[name] = mine if theirs is None or mask is None else torch.where(mask, theirs.to(mine.dtype), mine)
-        return Condition(**values)
+            mask = chosen.reshape(-1, *[1] * (mine.ndim - 1))
+            return mine if theirs is None else torch.where(mask, theirs.to(mine.dtype), mine)
+
+        return self._each(choose)
 
     def to(self, device: torch.device) -> Condition:
         """The same condition on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{k: None if v is None else v.to(device) for k, v in values.items()})
+        return self._each(lambda _, value: value.to(device))
 
     def cast(self, dtype: torch.dtype) -> Condition:
         """The same condition with its embeddings in `dtype`."""
-        cast = {name: None if (v := getattr(self, name)) is None else v.to(dtype) for name in ("text", "pooled")}
-        return replace(self, **cast)
+        return self._each(lambda name, value: value.to(dtype) if name in ("text", "pooled") else value)

@@ -69,12 +69,11 @@ class Denoiser(nn.Module):
     parameters stay float32. Whether float32 products are TF32 is `dmd2.core.precision.float32_products`' to say.
     """
 
-    schedule: Schedule
+    kind: type[Schedule]
 
     def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__()
-        self.network = network
-        self.precision = precision
+        self.network, self.precision, self.schedule = network, precision, self.kind()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Clean-sample prediction ``(B, C, H, W)`` for noisy ``x_t`` at times ``t`` ``(B,)``."""
@@ -109,9 +108,7 @@ class Denoiser(nn.Module):
 class EdmDenoiser(Denoiser):
     """EDM preconditioning (Karras et al. 2022, Eq. 7): ``D = c_skip x + c_out F(c_in x, ln(sigma)/4)``; t is sigma."""
 
-    def __init__(self, network: Network, precision: Precision = "fp32") -> None:
-        super().__init__(network, precision)
-        self.schedule = KarrasSchedule()
+    kind = KarrasSchedule
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """``c_in x`` and ``ln(sigma) / 4``."""
@@ -135,9 +132,7 @@ class EpsDenoiser(Denoiser):
     are float32. ``bf16-all`` autocasts those, too. A network whose weights are bf16 (the teacher) gets bf16 inputs.
     """
 
-    def __init__(self, network: Network, precision: Precision = "fp32") -> None:
-        super().__init__(network, precision)
-        self.schedule = VPSchedule()
+    kind = VPSchedule
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sample in the dtype of the weights, and the step."""

@@ -4,7 +4,7 @@ A *time* is what the network is told: a sigma for Karras, an integer step for VP
 """
 
 import math
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,24 +21,28 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-class Schedule(Protocol):
+class Schedule:
     """Forward process ``x_t = alpha_t x + sigma_t n`` on a grid of `LEVELS` indices."""
 
     def time(self, index: Tensor) -> Tensor:
         """Network time of grid indices, shape kept."""
-        ...
+        raise NotImplementedError
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Signal and noise scale at times ``t`` ``(B,)``."""
-        ...
+        raise NotImplementedError
 
     def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
         """The student's starting input made of unit noise alone (algorithm: generator input, one step)."""
-        ...
+        raise NotImplementedError
 
     def step_times(self, steps: int, first: float) -> list[float]:
-        """Times of an n-step student, noisiest first."""
-        ...
+        """Times of an n-step student, noisiest first.
+
+        Args:
+            first: 80.0 of the published runs with EDM; 999, and 399 for one-step SDXL.
+        """
+        return [first, *(float(self.time(torch.tensor(index))) for index in step_indices(steps)[1:])]
 
 
 def add_noise(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ def karras_sigmas(count: int) -> Tensor:
     return (low + ramp * (high - low)) ** RHO
 
 
-class KarrasSchedule:
+class KarrasSchedule(Schedule):
     """``x_t = x + sigma n``; the time is sigma. Uniform indices on this grid are DMD2's training distribution."""
 
     def __init__(self) -> None:
@@ -90,12 +94,8 @@ class KarrasSchedule:
         """``sigma * z``, the one-step input ``80 z``."""
         return spread(t, noise) * noise
 
-    def step_times(self, steps: int, first: float) -> list[float]:
-        """``first`` (the literal 80.0 of the published runs), then the grid's sigmas."""
-        return [first, *(float(self.sigmas[i]) for i in step_indices(steps)[1:])]
 
-
-class VPSchedule:
+class VPSchedule(Schedule):
     """``x_t = sqrt(abar) x + sqrt(1 - abar) n`` with Stable Diffusion's betas; the time is the integer step."""
 
     def __init__(self) -> None:
@@ -114,7 +114,3 @@ class VPSchedule:
     def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
         """Unit noise as it is: neither the small alpha term nor sigma is applied (DMD2's convention)."""
         return noise
-
-    def step_times(self, steps: int, first: float) -> list[float]:
-        """``first`` (999; 399 for one-step SDXL), then 999 - k * (1000 // n)."""
-        return [first, *map(float, step_indices(steps)[1:])]
