@@ -143,31 +143,27 @@ def test_the_condition_matters(kind):
 
 
 # Precision (2.1): which passes run under bfloat16 autocast.
-def autocast_enabled(monkeypatch, cls, precision, grad, device="cuda"):
-    made = []
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: made.append((args, kwargs)))
-    denoiser = cls(torch.nn.Identity(), precision)
-    with torch.set_grad_enabled(grad):
-        denoiser.autocast(SimpleNamespace(device=torch.device(device)))
-    (((_, dtype), options),) = made
-    assert dtype is torch.bfloat16
-    return options["enabled"]
-
-
-@pytest.mark.parametrize("cls", [EdmDenoiser, EpsDenoiser])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_bf16_is_what_the_setting_says_on_every_device(monkeypatch, cls, device):
-    assert autocast_enabled(monkeypatch, cls, "bf16", grad=True, device=device)
-    assert not autocast_enabled(monkeypatch, cls, "tf32", grad=True, device=device)
-    assert not autocast_enabled(monkeypatch, cls, "fp32", grad=True, device=device)
-
-
-def test_passes_without_gradient_are_bf16_for_edm_and_fp32_for_eps(monkeypatch):
-    assert autocast_enabled(monkeypatch, EdmDenoiser, "bf16", grad=False)
-    assert not autocast_enabled(monkeypatch, EpsDenoiser, "bf16", grad=False)
-    assert autocast_enabled(monkeypatch, EpsDenoiser, "bf16-all", grad=False)
-    for sampled in (EdmDenoiser, EpsDenoiser):  # a denoiser that only samples is bf16 in every pass
-        assert autocast_enabled(monkeypatch, sampled, SAMPLING["bf16"], grad=False)
+@pytest.mark.parametrize(
+    ("kind", "precision", "with_gradient", "without"),
+    [
+        (EdmDenoiser, "bf16", True, True),
+        (EpsDenoiser, "bf16", True, False),
+        (EpsDenoiser, "bf16-all", True, True),
+        (EdmDenoiser, "tf32", False, False),
+        (EpsDenoiser, "fp32", False, False),
+        (EdmDenoiser, SAMPLING["bf16"], True, True),  # a denoiser that only samples is bf16 in every pass
+        (EpsDenoiser, SAMPLING["bf16"], True, True),
+    ],
+)
+def test_which_passes_are_bf16_on_every_device(monkeypatch, kind, precision, with_gradient, without, device):
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: asked.append((*args, enabled)))
+    denoiser, x_t = kind(torch.nn.Identity(), precision), SimpleNamespace(device=torch.device(device))
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            denoiser.autocast(x_t)
+    assert asked == [(device, torch.bfloat16, with_gradient), (device, torch.bfloat16, without)]
 
 
 def test_a_bf16_teacher_is_fed_bf16_and_returns_float64():

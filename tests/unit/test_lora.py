@@ -13,9 +13,8 @@ from tests import full_size, tiny
 RANK, ALPHA = 3, 2.0
 
 
-def student(kind: str = "eps-sdxl", seed: int = 0):
-    """A tiny UNet with factors whose ``up`` is no longer zero, and the one without them."""
-    base = tiny.network(kind, seed)
+def with_factors(base, seed: int = 0):
+    """A copy of a UNet with factors whose ``up`` is no longer zero, as after a training."""
     network = deepcopy(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -23,7 +22,13 @@ def student(kind: str = "eps-sdxl", seed: int = 0):
         for name, parameter in network.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
-    return network, base
+    return network
+
+
+def student(kind: str = "eps-sdxl", seed: int = 0):
+    """A tiny UNet with factors, and the one without them."""
+    base = tiny.network(kind, seed)
+    return with_factors(base, seed), base
 
 
 def output(network, kind: str = "eps-sdxl"):

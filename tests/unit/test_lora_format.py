@@ -12,24 +12,12 @@ from dmd2.convert.kohya import from_kohya, is_kohya, kohya_name, merge, write_ko
 from dmd2.core.errors import UserError
 from dmd2.networks.lora import ALPHA, DOWN, UP, add_lora, lora_state, merged_state
 from tests import full_size, tiny, tiny_pipelines
+from tests.unit.test_lora import RANK, with_factors
 
-RANK, STRENGTH = 3, 2.0
 PIPELINES = {
     "sd15": (tiny_pipelines.sd15, StableDiffusionPipeline),
     "sdxl": (tiny_pipelines.sdxl, StableDiffusionXLPipeline),
 }
-
-
-def with_factors(network, seed=0):
-    """A copy of a UNet with random factors, as after a training."""
-    student = deepcopy(network)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        add_lora(student, RANK, STRENGTH)
-        for name, parameter in student.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return student
 
 
 def latents(pipe):

@@ -13,65 +13,34 @@ import zipfile
 from pathlib import Path
 
 import datasets
-import lmdb
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmd2.core.errors import UserError
-from dmd2.data.readers import read
 from dmd2.data.sets import main
 from dmd2.experiment.config import Data
-
-SIZE, COUNT = 8, 5
-RNG = np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (COUNT, 3, SIZE, SIZE), dtype=np.uint8)
-LABELS = np.array([3, 0, 2, 2, 1])
-
-
-def data(kind, path, **changes):
-    source = {key: changes.pop(key) for key in ("split", "image", "label", "resize") if key in changes}
-    values = {"name": "set", "resolution": SIZE, "channels": 3, "classes": 4, **changes}
-    return Data(source={"kind": kind, "path": str(path), **source}, **values)
-
-
-def whole(config):
-    """All images and labels of a source."""
-    images, labels = zip(*read(config), strict=True)
-    return np.concatenate(images), [label for numbers in labels for label in numbers]
-
-
-def assert_read(config, images=PIXELS, labels=LABELS):
-    found, numbers = whole(config)
-    assert found.dtype == np.uint8 and {type(number) for number in numbers} == {int}
-    np.testing.assert_array_equal(found, images)
-    assert numbers == list(labels)
-
-
-def told(config, match):
-    with pytest.raises(UserError, match=match) as raised:
-        whole(config)
-    assert str(raised.value).startswith("data set: ") and "\n" not in str(raised.value)
+from tests.image_sources import (
+    COUNT,
+    LABELS,
+    PIXELS,
+    RNG,
+    SIZE,
+    assert_read,
+    encoded,
+    hub_set,
+    labelled,
+    told,
+    whole,
+    write_files,
+    write_lmdb,
+    write_zip,
+)
 
 
 # LMDB, the official convention.
-def write_lmdb(place, changes=None, **options):
-    rows = {f"images_{i}_data": image.tobytes() for i, image in enumerate(PIXELS)}
-    rows |= {f"labels_{i}_data": np.int64(label).tobytes() for i, label in enumerate(LABELS)}
-    rows |= {"images_shape": b"5 3 8 8", "labels_shape": b"5", **(changes or {})}
-    with (
-        lmdb.open(str(place), map_size=1 << 26, **options) as environment,
-        environment.begin(write=True) as transaction,
-    ):
-        for key, value in rows.items():
-            if value is not None:
-                transaction.put(key.encode(), value)
-    return data("lmdb", place)
-
-
 @pytest.mark.parametrize("shape", [b"5", b"5 1"])
 def test_lmdb_rows_are_read_in_the_order_of_their_numbers(tmp_path, shape):
-    assert_read(write_lmdb(tmp_path / "set", {"labels_shape": shape}))
+    assert_read(write_lmdb(tmp_path / "set", changes={"labels_shape": shape}))
 
 
 def test_an_lmdb_of_one_file_is_read(tmp_path):
@@ -107,118 +76,94 @@ def test_lmdb_blocks_join_without_a_gap(tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_lmdb_names_its_key(tmp_path, changes, match):
-    told(write_lmdb(tmp_path / "set", changes), f"/set: {match}")
+    told(write_lmdb(tmp_path / "set", changes=changes), f"/set: {match}")
 
 
 def test_an_lmdb_that_is_none_is_told(tmp_path):
-    told(data("lmdb", tmp_path / "absent"), "absent does not exist: put the LMDB there")
-    told(data("lmdb", tmp_path), "is not a readable LMDB")
+    told(labelled("lmdb", tmp_path / "absent"), "absent does not exist: put the LMDB there")
+    told(labelled("lmdb", tmp_path), "is not a readable LMDB")
     (tmp_path / "data.mdb").write_bytes(bytes(9000))
-    told(data("lmdb", tmp_path), "is not a readable LMDB")
+    told(labelled("lmdb", tmp_path), "is not a readable LMDB")
 
 
 def test_a_truncated_lmdb_is_told_instead_of_killing_the_process(tmp_path):
-    config = write_lmdb(tmp_path / "set", {"filler": bytes(4 << 20)})
+    config = write_lmdb(tmp_path / "set", changes={"filler": bytes(4 << 20)})
     os.truncate(tmp_path / "set/data.mdb", 2 << 20)
     told(config, r"/set: data\.mdb has 2097152 bytes of \d+: it is truncated")
 
 
 # Folders and zips of image files.
-def png(image, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(buffer, "png", **options)
-    return buffer.getvalue()
-
-
 def edm_files(labels=LABELS):
     """The layout of EDM's dataset tool."""
     names = [f"{i // 2:05d}/img{i:08d}.png" for i in range(COUNT)]
     listed = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
-    return dict(zip(names, map(png, PIXELS), strict=True)) | {"dataset.json": json.dumps({"labels": listed}).encode()}
-
-
-def write_files(place, files):
-    for name, content in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(content)
-    return data("image-folder", place)
-
-
-def write_zip(place, files, method=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(place, "w", method) as archive:
-        for name in reversed(files):
-            archive.writestr(name, files[name])
-    return data("image-folder", place)
+    return dict(zip(names, map(encoded, PIXELS), strict=True)) | {
+        "dataset.json": json.dumps({"labels": listed}).encode()
+    }
 
 
 def test_a_folder_of_edms_tool_is_read(tmp_path):
-    assert_read(write_files(tmp_path, edm_files()))
+    assert_read(labelled("image-folder", write_files(tmp_path, edm_files())))
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_zip_of_edms_tool_is_read(tmp_path, method):
-    assert_read(write_zip(tmp_path / "set.zip", edm_files(), method))
+    assert_read(labelled("image-folder", write_zip(tmp_path / "set.zip", edm_files(), method)))
 
 
 def test_class_folders_are_classes_in_sorted_order(tmp_path):
-    files = {f"{name}/{i}.png": png(PIXELS[i]) for i, name in enumerate(["n02", "n01", "n10", "n03", "n01"])}
+    files = {f"{name}/{i}.png": encoded(PIXELS[i]) for i, name in enumerate(["n02", "n01", "n10", "n03", "n01"])}
     write_files(tmp_path, files | {"n01/.hidden.png": b"", "n01/notes.txt": b"", "__MACOSX/n01/1.png": b""})
     order = [1, 4, 0, 3, 2]
-    assert_read(data("image-folder", tmp_path), PIXELS[order], [0, 0, 1, 2, 3])
+    assert_read(labelled("image-folder", tmp_path), PIXELS[order], [0, 0, 1, 2, 3])
 
 
 def test_many_images_are_read_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("dmd2.data.decode.BLOCK_IMAGES", 2)
-    assert_read(write_files(tmp_path, edm_files()))
-
-
-def as_png(image, form="png"):
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
+    assert_read(labelled("image-folder", write_files(tmp_path, edm_files())))
 
 
 def one(tmp_path, content, **changes):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(content)
-    return data("image-folder", tmp_path, classes=1, **changes)
+    return labelled("image-folder", tmp_path, classes=1, **changes)
 
 
 def test_a_palette_becomes_rgb(tmp_path):
     palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3, "P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     expected = np.eye(3, dtype=np.uint8)[np.arange(64).reshape(8, 8) % 3].transpose(2, 0, 1) * 255
-    assert_read(one(tmp_path, as_png(palette)), expected[None], [0])
+    assert_read(one(tmp_path, encoded(palette)), expected[None], [0])
 
 
 def test_grey_becomes_rgb_in_a_set_of_rgb(tmp_path):
-    assert_read(one(tmp_path, png(PIXELS[0, :1])), PIXELS[0, :1].repeat(3, 0)[None], [0])
+    assert_read(one(tmp_path, encoded(PIXELS[0, :1])), PIXELS[0, :1].repeat(3, 0)[None], [0])
 
 
 def test_grey_stays_grey_in_a_set_of_grey(tmp_path):
-    assert_read(one(tmp_path, png(PIXELS[0, :1]), channels=1), PIXELS[:1, :1], [0])
+    assert_read(one(tmp_path, encoded(PIXELS[0, :1]), channels=1), PIXELS[:1, :1], [0])
 
 
 def test_an_opaque_alpha_channel_is_dropped(tmp_path):
     opaque = Image.fromarray(PIXELS[0].transpose(1, 2, 0)).convert("RGBA")
-    assert_read(one(tmp_path, as_png(opaque)), PIXELS[:1], [0])
+    assert_read(one(tmp_path, encoded(opaque)), PIXELS[:1], [0])
 
 
 def test_center_crop_takes_the_central_square_and_lanczos(tmp_path):
     wide = RNG.integers(0, 256, (20, 33, 3), dtype=np.uint8)
     expected = Image.fromarray(wide[:, 6:26]).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    config = one(tmp_path, as_png(Image.fromarray(wide)), resize="center-crop")
+    config = one(tmp_path, encoded(Image.fromarray(wide)), resize="center-crop")
     assert_read(config, np.asarray(expected).transpose(2, 0, 1)[None], [0])
 
 
 BROKEN_IMAGES = {
-    "another size": (png(RNG.integers(0, 256, (3, 9, 8), dtype=np.uint8)), "is 8x9 instead of 8x8: set data"),
-    "cut short": (png(PIXELS[0])[:-30], "is not a readable image"),
+    "another size": (encoded(RNG.integers(0, 256, (3, 9, 8), dtype=np.uint8)), "is 8x9 instead of 8x8: set data"),
+    "cut short": (encoded(PIXELS[0])[:-30], "is not a readable image"),
     "no image": (b"hello", "is not a readable image"),
     "empty": (b"", "is not a readable image"),
-    "16 bits": (as_png(Image.fromarray(np.zeros((8, 8), np.uint16))), "has more than 8 bits"),
-    "floats": (as_png(Image.fromarray(np.ones((8, 8), np.float32)), "tiff"), "has more than 8 bits"),
-    "transparent": (as_png(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "is transparent"),
+    "16 bits": (encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "has more than 8 bits"),
+    "floats": (encoded(Image.fromarray(np.ones((8, 8), np.float32)), "tiff"), "has more than 8 bits"),
+    "transparent": (encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "is transparent"),
 }
 
 
@@ -229,7 +174,7 @@ def test_a_broken_image_is_named(tmp_path, name):
 
 
 def test_rgb_in_a_grey_set_is_told(tmp_path):
-    told(one(tmp_path, png(PIXELS[0]), channels=1), r"a/1\.png is RGB, but data.channels is 1")
+    told(one(tmp_path, encoded(PIXELS[0]), channels=1), r"a/1\.png is RGB, but data.channels is 1")
 
 
 @pytest.mark.parametrize(
@@ -246,18 +191,18 @@ def test_rgb_in_a_grey_set_is_told(tmp_path):
 )
 def test_labels_that_do_not_fit_the_files_are_told(tmp_path, changes, match):
     files = {name: content for name, content in {**edm_files(), **changes}.items() if content is not None}
-    told(write_files(tmp_path / "a", files), match)
-    told(write_zip(tmp_path / "a.zip", files), match)
+    told(labelled("image-folder", write_files(tmp_path / "a", files)), match)
+    told(labelled("image-folder", write_zip(tmp_path / "a.zip", files)), match)
 
 
 def test_a_folder_or_zip_that_is_none_is_told(tmp_path):
-    told(data("image-folder", tmp_path / "absent"), "absent does not exist")
-    told(data("image-folder", tmp_path), "holds no images")
-    config = write_zip(tmp_path / "set.zip", edm_files())
+    told(labelled("image-folder", tmp_path / "absent"), "absent does not exist")
+    told(labelled("image-folder", tmp_path), "holds no images")
+    config = labelled("image-folder", write_zip(tmp_path / "set.zip", edm_files()))
     content = (tmp_path / "set.zip").read_bytes()
     (tmp_path / "set.zip").write_bytes(content[:-50])
     told(config, r"set\.zip is not a whole zip")
-    at = content.index(png(PIXELS[0]))
+    at = content.index(encoded(PIXELS[0]))
     (tmp_path / "set.zip").write_bytes(content[: at + 60] + b"????" + content[at + 64 :])
     told(config, r"set\.zip/00000/img00000000\.png cannot be read \(Bad CRC")
 
@@ -303,7 +248,7 @@ def batches(version, make=pickled):
 
 
 def cifar(place):
-    return data("cifar10", place, resolution=32, classes=10)
+    return labelled("cifar10", place, resolution=32, classes=10)
 
 
 def assert_cifar(place):
@@ -390,76 +335,76 @@ def test_broken_files_of_cifar10_are_told(tmp_path):
 
 # Hugging Face sets.
 @pytest.fixture(scope="module")
-def hub_set():
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)})
-    images = [Image.fromarray(image.transpose(1, 2, 0)) for image in PIXELS]
-    return datasets.Dataset.from_dict({"image": images, "label": LABELS.tolist()}, features=features)
+def numbers():
+    return hub_set("label", LABELS, datasets.ClassLabel(num_classes=4))
 
 
-def test_parquet_files_are_read(hub_set, tmp_path):
+def test_parquet_files_are_read(numbers, tmp_path):
     for i, rows in enumerate([range(3), range(3, 5)]):
-        hub_set.select(rows).to_parquet(tmp_path / f"data/train-{i:05d}-of-00002.parquet")
-    hub_set.select([1]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
-    assert_read(data("hub", tmp_path))
-    assert_read(data("hub", tmp_path, split="test"), PIXELS[1:2], LABELS[1:2])
-    assert_read(data("hub", tmp_path / "data/train-00001-of-00002.parquet"), PIXELS[3:], LABELS[3:])
+        numbers.select(rows).to_parquet(tmp_path / f"data/train-{i:05d}-of-00002.parquet")
+    numbers.select([1]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    assert_read(labelled("hub", tmp_path))
+    assert_read(labelled("hub", tmp_path, split="test"), PIXELS[1:2], LABELS[1:2])
+    assert_read(labelled("hub", tmp_path / "data/train-00001-of-00002.parquet"), PIXELS[3:], LABELS[3:])
 
 
-def test_columns_may_have_other_names(hub_set, tmp_path):
-    hub_set.rename_columns({"image": "img", "label": "fine_label"}).to_parquet(tmp_path / "train.parquet")
-    assert_read(data("hub", tmp_path, image="img", label="fine_label"))
-    told(data("hub", tmp_path, image="img"), "has no column label, only img, fine_label: name them with data.source")
+def test_columns_may_have_other_names(numbers, tmp_path):
+    numbers.rename_columns({"image": "img", "label": "fine_label"}).to_parquet(tmp_path / "train.parquet")
+    assert_read(labelled("hub", tmp_path, image="img", label="fine_label"))
+    told(
+        labelled("hub", tmp_path, image="img"), "has no column label, only img, fine_label: name them with data.source"
+    )
 
 
-def test_what_save_to_disk_wrote_is_read(hub_set, tmp_path):
-    hub_set.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=hub_set).save_to_disk(tmp_path / "parts")
-    assert_read(data("hub", tmp_path / "one"))
-    assert_read(data("hub", tmp_path / "parts"))
-    told(data("hub", tmp_path / "parts", split="dev"), r"cannot be read \(it has no split dev, only train\)")
+def test_what_save_to_disk_wrote_is_read(numbers, tmp_path):
+    numbers.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=numbers).save_to_disk(tmp_path / "parts")
+    assert_read(labelled("hub", tmp_path / "one"))
+    assert_read(labelled("hub", tmp_path / "parts"))
+    told(labelled("hub", tmp_path / "parts", split="dev"), r"cannot be read \(it has no split dev, only train\)")
 
 
-def test_class_folders_are_a_hub_set_too(tmp_path):
-    write_files(tmp_path, {f"{'abcd'[label]}/{i}.png": png(PIXELS[i]) for i, label in enumerate(LABELS)})
+def test_class_folders_are_a_numbers_too(tmp_path):
+    write_files(tmp_path, {f"{'abcd'[label]}/{i}.png": encoded(PIXELS[i]) for i, label in enumerate(LABELS)})
     order = np.argsort(LABELS, kind="stable")
-    assert_read(data("hub", tmp_path), PIXELS[order], LABELS[order])
+    assert_read(labelled("hub", tmp_path), PIXELS[order], sorted(LABELS))
 
 
-def test_a_hub_set_is_resized_and_checked_like_a_folder(hub_set, tmp_path):
-    hub_set.to_parquet(tmp_path / "train.parquet")
-    told(data("hub", tmp_path, resolution=4), r"row 0 is 8x8 instead of 4x4")
-    assert whole(data("hub", tmp_path, resolution=4, resize="center-crop"))[0].shape == (COUNT, 3, 4, 4)
+def test_a_numbers_is_resized_and_checked_like_a_folder(numbers, tmp_path):
+    numbers.to_parquet(tmp_path / "train.parquet")
+    told(labelled("hub", tmp_path, resolution=4), r"row 0 is 8x8 instead of 4x4")
+    assert whole(labelled("hub", tmp_path, resolution=4, resize="center-crop"))[0].shape == (COUNT, 3, 4, 4)
 
 
-def test_labels_that_are_no_numbers_are_told(hub_set, tmp_path):
-    named = hub_set.remove_columns("label").add_column("label", ["a", None, "b", "b", "c"])
+def test_labels_that_are_no_numbers_are_told(numbers, tmp_path):
+    named = numbers.remove_columns("label").add_column("label", ["a", None, "b", "b", "c"])
     named.to_parquet(tmp_path / "train.parquet")
-    told(data("hub", tmp_path), "row 0 has no whole-number label: 'a'")
+    told(labelled("hub", tmp_path), "row 0 has no whole-number label: 'a'")
 
 
-def test_a_column_that_holds_no_images_is_told(hub_set, tmp_path):
-    hub_set.to_parquet(tmp_path / "train.parquet")
-    told(data("hub", tmp_path, image="label", label="image"), r"cannot be read \(.*\); check data\.source")
+def test_a_column_that_holds_no_images_is_told(numbers, tmp_path):
+    numbers.to_parquet(tmp_path / "train.parquet")
+    told(labelled("hub", tmp_path, image="label", label="image"), r"cannot be read \(.*\); check data\.source")
 
 
 def test_a_broken_parquet_file_is_told(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
-    told(data("hub", tmp_path / "train.parquet"), r"cannot be read \(.*\); check data\.source, or fetch it again")
+    told(labelled("hub", tmp_path / "train.parquet"), r"cannot be read \(.*\); check data\.source, or fetch it again")
     (tmp_path / "set.csv").write_text("image,label\n")
-    told(data("hub", tmp_path / "set.csv"), r"a file has to be \.parquet or \.arrow")
+    told(labelled("hub", tmp_path / "set.csv"), r"a file has to be \.parquet or \.arrow")
 
 
 def prepared(path, cache, out, **environment):
     """The command of the rule, in a process of its own: the hub's libraries read the environment when imported."""
-    config = json.dumps(data("hub", path).model_dump())
+    config = json.dumps(labelled("hub", path).model_dump())
     command = [sys.executable, "-m", "dmd2.data.sets", "--config", config, str(out)]
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {**keep, "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
 
 
-def test_a_set_in_the_hubs_cache_is_read_without_a_network(hub_set, tmp_path):
-    hub_set.to_parquet(tmp_path / "train.parquet")
+def test_a_set_in_the_hubs_cache_is_read_without_a_network(numbers, tmp_path):
+    numbers.to_parquet(tmp_path / "train.parquet")
     made = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train",
                                  cache_dir=tmp_path / "made")  # fmt: skip
     (folder,) = (tmp_path / "made/parquet").glob("default-*")
@@ -501,4 +446,4 @@ def test_idx_files_are_found_where_torchvision_puts_them(tmp_path, folder, pack)
         path = tmp_path / folder / f"train-{name}-ubyte{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pack(header + array.tobytes()))
-    assert_read(data("idx", tmp_path, channels=1), np.pad(GREY, ((0, 0), (0, 0), (1, 1), (1, 1))), [3, 1, 2])
+    assert_read(labelled("idx", tmp_path, channels=1), np.pad(GREY, ((0, 0), (0, 0), (1, 1), (1, 1))), [3, 1, 2])

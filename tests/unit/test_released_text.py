@@ -73,11 +73,8 @@ def test_a_released_unet_becomes_a_run(place):
     torch.save(network.state_dict(), "pytorch_model.bin")
     record, weights = publish("pytorch_model.bin")
     assert tiny.same(weights, network)
-    assert (record["steps"], record["seconds"], record["released"]["sha256"]) == (
-        20,
-        None,
-        sha256(Path("pytorch_model.bin")),
-    )
+    assert (record["steps"], record["seconds"]) == (20, None)
+    assert record["released"]["sha256"] == sha256(Path("pytorch_model.bin"))
     cfg = config("pytorch_model.bin").training()
     inputs = [str(path) for path in Inputs.of(RUN, cfg).paths()]
     assert str(UNET.parent / "manifest.json") in inputs
@@ -138,6 +135,4 @@ def test_the_command_that_is_told_instead_of_an_export_makes_a_folder(place, cap
     assert f"FOLDER: UNet2DConditionModel, {count:,} parameters, sha256" in capsys.readouterr().out
     made = UNet2DConditionModel.from_pretrained("FOLDER", use_safetensors=True)
     close(made.state_dict(), merged_state(network), 1e-6)
-    assert convert(Path("lora.safetensors"), Path("FOLDER"), UNET) == Path(
-        "FOLDER"
-    )  # an earlier conversion is replaced
+    convert(Path("lora.safetensors"), Path("FOLDER"), UNET)  # replaces an earlier conversion
