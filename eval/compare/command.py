@@ -7,11 +7,10 @@ and stderr has a sentence per row that got worse, cannot be compared or is gone;
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import isclose
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -26,6 +25,7 @@ from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_rows, r
 from eval.pixels.grid import sample_side
 
 Tables = Mapping[str, dict[str, Any]]
+Key = TypeVar("Key", str, tuple[str, str])
 
 
 def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
     # The claims of published tables are not compared; a newer table of the same name replaces them.
     known = [{**read_tables(side, "reference"), **found} for side, found in zip((a, b), tables, strict=True)]
     rows = read_rows(a, known[0].values()), read_rows(b, known[1].values())
-    both = sorted(rows[0].keys() & rows[1].keys())
+    both, only_a, only_b = _apart(*rows)
     if not both:
         names = [", ".join("/".join(row) for row in sorted(side)) or "none" for side in rows]
         raise UserError(f"no row is on both sides: A ({a.name}) has {names[0]}; B ({b.name}) has {names[1]}")
@@ -58,14 +58,16 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
         "kind": "comparison", "margin": margin,
         "a": {"name": a.name, "what": a.what}, "b": {"name": b.name, "what": b.what},
         "rows": [_row(base, run, (a, b), rows, listed[base], data[base], margin) for base, run in both],
-        "only_a": ["/".join(row) for row in sorted(rows[0].keys() - rows[1].keys())],
-        "only_b": ["/".join(row) for row in sorted(rows[1].keys() - rows[0].keys())],
+        "only_a": ["/".join(row) for row in only_a], "only_b": ["/".join(row) for row in only_b],
         "claims": _claims(*tables),
-        "tables": {"both": sorted(tables[0].keys() & tables[1].keys()),
-                   "only_a": sorted(tables[0].keys() - tables[1].keys()),
-                   "only_b": sorted(tables[1].keys() - tables[0].keys())},
+        "tables": dict(zip(("both", "only_a", "only_b"), _apart(*tables), strict=True)),
         "notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
     }  # fmt: skip
+
+
+def _apart(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> tuple[list[Key], list[Key], list[Key]]:
+    """Keys of both, of A only and of B only, sorted."""
+    return sorted(a.keys() & b.keys()), sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
 
 
 def _metrics(base: str, configs: list[dict[str, Any]], tables: Sequence[Tables]) -> list[str]:
@@ -160,38 +162,29 @@ def failures(comparison: Mapping[str, Any]) -> list[str]:
     return found + [f"{row} is gone: only A ({comparison['a']['name']}) has it" for row in comparison["only_a"]]
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Bad input exits with 2: 1 means that something got worse."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
 def main(
     a: Annotated[str, typer.Argument(help="git revision, DVC experiment or folder", show_default=False)],
     b: Annotated[str, typer.Argument(help="the same; by default the current workspace")] = WORKSPACE,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the Markdown here, too")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write one page with the images here")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
-    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="exit 1 if a row got worse, cannot be "
-                                                "compared or is gone")] = False,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="exit 1 if a row got worse, cannot be compared or is gone")
+    ] = False,
     margin: Annotated[float, typer.Option(min=0, help="differences below this count as none")] = 0.0,
-) -> None:  # fmt: skip
-    """Say how the results of B differ from those of A: values, configs, claims and images."""
-    with _usage_errors(), TemporaryDirectory() as scratch:
-        sides = open_side(a, Path(scratch) / "a"), open_side(b, Path(scratch) / "b")
-        comparison = compare(*sides, margin)
-        text = markdown(comparison)
-        if markdown_file:
-            write_text(markdown_file, text)
-        if html_file:
-            write_text(html_file, html(comparison, *sides))
-        if json_file:
-            write_json(json_file, comparison)
-    print(text, end="")
+) -> None:
+    """Say in Markdown how the results of B differ from those of A: values, configs, claims and images."""
+    try:
+        with TemporaryDirectory() as scratch:
+            sides = open_side(a, Path(scratch) / "a"), open_side(b, Path(scratch) / "b")
+            comparison = compare(*sides, margin)
+            if html_file:
+                write_text(html_file, html(comparison, *sides))
+            if json_file:
+                write_json(json_file, comparison)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None  # 1 means that something got worse
+    print(markdown(comparison), end="")
     if fail_if_worse and (bad := failures(comparison)):
         print("\n".join(bad), file=sys.stderr)
         raise typer.Exit(1)

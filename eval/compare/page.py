@@ -49,11 +49,11 @@ def html(comparison: Comparison, a: Side, b: Side) -> str:
         UserError: a sample grid cannot be read.
     """
     body = MarkdownIt("zero").enable(IN_USE).render(markdown(comparison))
-    coloured = COLOURED.sub(r'<td class="\2">\1</td>', body.replace("<th>", '<th scope="col">'))
+    body = body.replace("<table>", '<table tabindex="0">').replace("<th>", '<th scope="col">')
     return template(TEMPLATES / "compare.html.j2").render(
         a=comparison["a"],
         b=comparison["b"],
-        body=Markup(coloured),
+        body=Markup(COLOURED.sub(r'<td class="\2">\1</td>', body)),
         images=[(row, *_images(row, a, b)) for row in comparison["rows"] if all(row["grids"]["paths"])],
     )
 

@@ -29,8 +29,8 @@ def workplace(folder: Path, root: Path) -> None:
     shutil.copytree(root / "workflow", folder / "workflow")
 
 
-def bundle(name: str, edit: dict[str, object] | None = None) -> Path:
-    """Write invented results of a table's rows below the current folder, then its bundle as `eval.report.tables` does."""
+def table(name: str, edit: dict[str, object] | None = None) -> Path:
+    """Write invented results of a table's rows below the current folder, and the table as `eval.report.tables` does."""
     experiment = load_experiment()
     table = experiment.tables[name]
     for i, row in enumerate(experiment.rows[name]):

@@ -31,8 +31,8 @@ def place(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     fake_results.workplace(folder, root)
     with chdir(folder):
         paths = [
-            fake_results.bundle("digits-table3"),
-            fake_results.bundle("demo", {"title": TITLE, "warnings": ["old"]}),
+            fake_results.table("digits-table3"),
+            fake_results.table("demo", {"title": TITLE, "warnings": ["old"]}),
         ]
         Path("results/report.html").write_text(report.render(paths), encoding="utf-8")
         yield folder
@@ -65,10 +65,10 @@ def test_says_the_verdicts_the_best_value_and_the_warning(place: Path):
 
 
 def test_missing_grid_is_named(place: Path, tmp_path: Path):
-    bundle = json.loads(Path("results/tables/demo.json").read_text())
-    bundle["rows"][0]["grid"] = {"0": "results/runs/digits/gone/seed0/grid.png"}
+    table = json.loads(Path("results/tables/demo.json").read_text())
+    table["rows"][0]["grid"] = {"0": "results/runs/digits/gone/seed0/grid.png"}
     changed = tmp_path / "demo.json"
-    changed.write_text(json.dumps(bundle))
+    changed.write_text(json.dumps(table))
     with pytest.raises(UserError, match=r"results/runs/digits/gone/seed0/grid.png is missing.*Snakemake"):
         report.render([changed])
 
@@ -83,13 +83,13 @@ def test_missing_or_foreign_bundle_is_named(place: Path, tmp_path: Path):
 
 
 def test_diverged_run_is_shown_and_not_called_best(place: Path, tmp_path: Path):
-    bundle = json.loads(Path("results/tables/demo.json").read_text())
-    run = bundle["rows"][3]
+    table = json.loads(Path("results/tables/demo.json").read_text())
+    run = table["rows"][3]
     run["values"]["fd"] = {"0": math.nan}
     for snapshot in run["curves"]["0"]:
         snapshot["fd"] = math.nan
     changed = tmp_path / "demo.json"
-    changed.write_text(json.dumps(bundle))
+    changed.write_text(json.dumps(table))
     row = re.search(r'<tr class="reference">.*?</tr>', report.render([changed]), re.DOTALL)
     assert row and "<td>nan</td>" in row[0]
 

@@ -1,10 +1,13 @@
-"""A small workspace of real trainings, for the tests of the catalogue."""
+"""Workspaces: invented results of one table, and for the catalogue a few real trainings."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
+from tests.browser import fake_results
 from tests.eval.catalogue_workspace import build
 
 
@@ -20,3 +23,11 @@ def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(built / "results", tmp_path / "w/results")
     monkeypatch.chdir(tmp_path / "w")
     return tmp_path / "w"
+
+
+@pytest.fixture
+def table3(root: Path, tmp_path: Path) -> Iterator[Path]:
+    """The table digits-table3 of invented results of three seeds, in a workspace that is the current folder."""
+    fake_results.workplace(tmp_path, root)
+    with chdir(tmp_path):
+        yield fake_results.table("digits-table3")

@@ -4,24 +4,27 @@ import doctest
 import json
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
+from typer import Typer
 from typer.testing import CliRunner
 
 import eval.catalogue.read
 from dmd2.core.errors import UserError
-from dmd2.core.files import read_json, sha256, write_text
+from dmd2.core.files import read_json, sha256
 from dmd2.experiment.metrics import OF_RUNS, measured
 from eval.catalogue.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.catalogue.read import catalogue, training_logs
 from eval.metrics.estimate import Estimate
 from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, edit, of
 from tests.workspace import Workspace
+
+APP = Typer()
+APP.command()(eval.catalogue.read.main)
 
 
 def test_every_snapshot_is_a_line_with_what_its_records_say(place: Path) -> None:
@@ -156,18 +159,10 @@ def test_the_plot_of_the_docstring_draws_every_row_with_its_band(place: Path) ->
     plt.close("all")
 
 
-def app() -> Any:
-    import typer
-
-    made = typer.Typer()
-    made.command()(eval.catalogue.read.main)
-    return made
-
-
 def test_the_command_writes_what_it_is_asked_for(place: Path, tmp_path: Path) -> None:
     with chdir(tmp_path):
         options = ["--root", "w", "--out", "a/c.parquet", "--csv", "a/c.csv", "--logs", "a/l.parquet"]
-        result = CliRunner().invoke(app(), options)
+        result = CliRunner().invoke(APP, options)
         assert result.exit_code == 0, result.output
         assert "a/c.parquet: 13 lines" in result.output and "5 evaluated" in result.output
         assert_frame_equal(pd.read_parquet("a/c.parquet"), catalogue("w"))
@@ -176,18 +171,9 @@ def test_the_command_writes_what_it_is_asked_for(place: Path, tmp_path: Path) ->
         assert sorted(path.name for path in Path("a").iterdir()) == ["c.csv", "c.parquet", "l.parquet"]
 
 
-def test_a_file_is_replaced_as_a_whole_and_never_written_into(place: Path) -> None:
-    out = Path("c.parquet")
-    write_text(out, "earlier")
-    with open(out, encoding="utf-8") as reader:
-        write_parquet(catalogue(), out, describe(catalogue().columns))
-        assert reader.read() == "earlier"
-    assert len(pd.read_parquet(out)) == 13 and [p.name for p in Path().iterdir() if p.is_file()] == ["c.parquet"]
-
-
 def test_schema_explains_everything_without_a_workspace(tmp_path: Path) -> None:
     with chdir(tmp_path):
-        result = CliRunner().invoke(app(), ["--schema"])
+        result = CliRunner().invoke(APP, ["--schema"])
     assert result.exit_code == 0 and result.output.strip() == explained()
     shown = {line.split()[0] for line in explained().splitlines()}
     assert {*SCHEMA, *LOG_SCHEMA, "config.NAME", "NAME_se"} <= shown

@@ -43,18 +43,56 @@ def only(places: tuple[Path, Path], *options: str) -> dict[str, Any]:
     return row
 
 
-def test_another_seed_set_and_one_changed_hyper_parameter_says_both(places: tuple[Path, Path]) -> None:
+def of_mean(gaps: list[float]) -> float:
+    """Half of the paired t-interval."""
+    return t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+
+
+def welch(b: list[float]) -> float:
+    """Half of Welch's interval against `THREE`."""
+    low, high = ttest_ind(b, [*THREE.values()], equal_var=False).confidence_interval(0.95)
+    return (high - low) / 2
+
+
+UNPAIRED = "training seeds, unpaired"
+
+
+@pytest.mark.parametrize(
+    ("b", "seeds", "covers", "value", "half"),
+    [
+        ({0: 8.0, 1: 8.6, 2: 7.4}, "seeds 0, 1, 2: paired", "training seeds", -1, of_mean([-1.0, -0.9, -1.1])),
+        ({1: 9.7, 2: 8.9, 7: 500.0}, "A has seeds 0, 1, 2; B 1, 2, 7: paired over 1, 2", "training seeds", 0.3, of_mean([0.2, 0.4])),
+        ({3: 12.0, 4: 12.5, 5: 12.2}, "A has seeds 0, 1, 2; B 3, 4, 5: unpaired, Welch interval", UNPAIRED, 9.7 / 3, welch([12.0, 12.5, 12.2])),
+        ({2: 10.0, 3: 10.4}, "A has seeds 0, 1, 2; B 2, 3 (2 on both sides): unpaired, Welch interval", UNPAIRED, 1.2, welch([10.0, 10.4])),
+        ({5: 10.0}, "A has seeds 0, 1, 2; B 5: unpaired, the spread of B over seeds taken to be that of A", f"{UNPAIRED}, one spread assumed", 1,
+         t.ppf(0.975, 2) * np.std([*THREE.values()], ddof=1) * (1 + 1 / 3) ** 0.5),
+    ],
+)  # fmt: skip
+def test_the_interval_follows_from_the_seeds_that_both_sides_have(
+    b: dict[int, float], seeds: str, covers: str, value: float, half: float, places: tuple[Path, Path]
+) -> None:
     student(places[0], "dmd2", THREE)
-    student(places[1], "dmd2", {3: 12.0, 4: 12.5, 5: 12.2}, {"critic.ratio": 10}, commit="0ddba11c0")
+    student(places[1], "dmd2", b)
+    row, text = only(places), run(places).stdout
+    found, shared = row["difference"], [str(seed) for seed in b if seed in THREE]
+    assert (row["seeds"], found["covers"]) == (seeds, covers) and f"| {covers} |" in text
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((value, value - half, value + half))
+    assert row["verdict"] == ("worse" if value > half else "better" if value < -half else "no difference shown")
+    assert (f"- {seeds}" in text) == seeds.startswith("A has")
+    paired = "unpaired" not in seeds
+    assert [*row["a"]] == (shared if paired else ["0", "1", "2"]) and [*row["b"]] == (
+        shared if paired else [*map(str, b)]
+    )
+    assert row["grids"]["seeds"] == ([min(map(int, shared))] * 2 if shared else [0, min(b)])
+    assert ((found["sampling_se"] or 0) > 0) == paired
+
+
+def test_one_changed_hyper_parameter_and_another_commit_are_said(places: tuple[Path, Path]) -> None:
+    student(places[0], "dmd2", THREE)
+    student(places[1], "dmd2", THREE, {"critic.ratio": 10}, commit="0ddba11c0")
     text = run(places).stdout
-    assert "- A has seeds 0, 1, 2; B 3, 4, 5: unpaired, Welch interval" in text
     assert "- config `critic.ratio`: `5` → `10`" in text and text.count("- config") == 1
     assert "- trained at commit: 4be1c02d9 → 0ddba11c0" in text
-    row = only(places)
-    low, high = ttest_ind([12.0, 12.5, 12.2], [*THREE.values()], equal_var=False).confidence_interval(0.95)
-    assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((low, high))
-    assert row["difference"]["covers"] == "training seeds, unpaired"
-    assert row["verdict"] == "worse"
 
 
 def test_other_code_of_the_method_is_told_where_both_sides_know_theirs(places: tuple[Path, Path]) -> None:
@@ -68,27 +106,6 @@ def test_other_code_of_the_method_is_told_where_both_sides_know_theirs(places: t
     ):
         student(places[1], "dmd2", THREE, code=modules)
         assert ("- trained by other code: dmd2/method/losses.py differ" in run(places).stdout) is told
-
-
-def test_the_same_seeds_are_paired(places: tuple[Path, Path]) -> None:
-    student(places[0], "dmd2", THREE)
-    student(places[1], "dmd2", {0: 8.0, 1: 8.6, 2: 7.4})
-    row = only(places)
-    half = t.ppf(0.975, 2) * np.std([-1.0, -0.9, -1.1], ddof=1) / 3**0.5
-    found = row["difference"]
-    assert (found["value"], found["low"], found["high"]) == pytest.approx((-1, -1 - half, -1 + half))
-    assert (found["covers"], row["verdict"], row["seeds"]) == ("training seeds", "better", "seeds 0, 1, 2: paired")
-    assert found["sampling_se"] > 0
-    assert "A has seeds" not in run(places).stdout
-
-
-def test_seeds_shared_in_part_are_paired_over_those(places: tuple[Path, Path]) -> None:
-    student(places[0], "dmd2", THREE)
-    student(places[1], "dmd2", {1: 9.7, 2: 8.9, 7: 500.0})
-    row = only(places)
-    assert row["difference"]["value"] == pytest.approx(0.3)
-    assert (row["a"], row["b"]) == ({"1": 9.5, "2": 8.5}, {"1": 9.7, "2": 8.9})
-    assert "- A has seeds 0, 1, 2; B 1, 2, 7: paired over 1, 2" in run(places).stdout
 
 
 def test_without_influences_the_seeds_are_paired_all_the_same(places: tuple[Path, Path]) -> None:
@@ -128,27 +145,6 @@ def test_too_few_images_for_a_standard_error_give_no_interval(places: tuple[Path
     row = only(places)
     assert (row["difference"], row["verdict"]) == (None, "not comparable")
     assert "- the finite sample has no standard error" in run(places).stdout
-
-
-def test_one_seed_beside_three_takes_their_spread(places: tuple[Path, Path]) -> None:
-    student(places[0], "dmd2", THREE)
-    student(places[1], "dmd2", {5: 10.0})
-    row = only(places)
-    half = t.ppf(0.975, 2) * np.std([*THREE.values()], ddof=1) * (1 + 1 / 3) ** 0.5
-    assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((1 - half, 1 + half))
-    assert "| training seeds, unpaired, one spread assumed |" in run(places).stdout
-    assert (
-        "- A has seeds 0, 1, 2; B 5: unpaired, the spread of B over seeds taken to be that of A" in run(places).stdout
-    )
-
-
-def test_one_shared_seed_of_several_is_no_pair(places: tuple[Path, Path]) -> None:
-    student(places[0], "dmd2", THREE)
-    student(places[1], "dmd2", {2: 10.0, 3: 10.4})
-    row = only(places)
-    assert row["seeds"] == "A has seeds 0, 1, 2; B 2, 3 (2 on both sides): unpaired, Welch interval"
-    assert row["difference"]["value"] == pytest.approx(1.2)
-    assert row["grids"]["seeds"] == [2, 2]
 
 
 def test_other_protocols_are_refused_with_the_keys_named(places: tuple[Path, Path]) -> None:

@@ -77,8 +77,8 @@ def _table(verdict: str) -> None:
         "verdict": verdict,
         "evidence": f"{verdict}!",
     }
-    bundle = {"name": "digits-table3", "base": "digits", "metrics": ["fd"], "rows": [], "claims": [claim]}
-    write_json(Path("results/tables/digits-table3.json"), bundle)
+    table = {"name": "digits-table3", "base": "digits", "metrics": ["fd"], "rows": [], "claims": [claim]}
+    write_json(Path("results/tables/digits-table3.json"), table)
 
 
 def test_between_two_revisions_it_says_both_what_was_retrained_and_what_was_changed(repository: Path) -> None:
@@ -188,7 +188,7 @@ def tables(root: Path, tmp_path: Path) -> Iterator[Path]:
     """Folder `published` with nothing but a table of three seeds, beside the workspace that it is from."""
     fake_results.workplace(tmp_path, root)
     with chdir(tmp_path):
-        shutil.copy2(fake_results.bundle("digits-table3"), Path("published").mkdir() or "published/")
+        shutil.copy2(fake_results.table("digits-table3"), Path("published").mkdir() or "published/")
         yield tmp_path
 
 
@@ -217,23 +217,23 @@ def test_a_table_of_other_numbers_than_its_runs_is_said(tables: Path) -> None:
 
 
 def test_a_claim_that_only_one_side_judges_is_listed(tables: Path) -> None:
-    bundle = build("digits-table3")
-    bundle["claims"] = [claim for claim in bundle["claims"] if claim["id"] != "C9"]
-    write_json(Path("results/tables/digits-table3.json"), bundle)
-    write_json(Path("results/tables/other.json"), {**bundle, "name": "other", "rows": []})
+    table = build("digits-table3")
+    table["claims"] = [claim for claim in table["claims"] if claim["id"] != "C9"]
+    write_json(Path("results/tables/digits-table3.json"), table)
+    write_json(Path("results/tables/other.json"), {**table, "name": "other", "rows": []})
     text = run("published").stdout
     assert re.search(r"\| digits-table3, C9: .* \| supported \| \*\*not judged\*\* \|", text)
     assert "Tables only in B, whose claims are not compared: other." in text
 
 
 def test_of_a_table_published_without_configs_numbers_are_left_and_what_is_lost_is_said(tables: Path) -> None:
-    bundle = read_json(Path("published/digits-table3.json"))
+    table = read_json(Path("published/digits-table3.json"))
     kept = ("images", "detector", "reference")
-    for row in bundle["rows"]:
+    for row in table["rows"]:
         row["protocol"] = {key: row["protocol"][key] for key in kept} | {"snapshot": "last"}
         row |= {"config": {}, "curves": {}}
     for place in ("old", "new"):
-        write_json(Path(place, "results/reference/digits-table3.json"), bundle)
+        write_json(Path(place, "results/reference/digits-table3.json"), table)
     text = run("old", "new").stdout
     assert "8 no difference shown" in text
     assert "- the config of A and of B is not known: only a published table is left" in text
