@@ -19,7 +19,7 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import atomic_folder
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
-from dmd2.networks.denoisers import Denoiser, EdmDenoiser, Network
+from dmd2.networks.denoisers import Denoiser, EdmDenoiser
 from dmd2.networks.quantise import quantise
 from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
 from dmd2.networks.song_unet import SongUNet
@@ -28,7 +28,6 @@ from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import Snapshot, find_snapshot
 
-GRID_ROWS, GRID_COLUMNS = 6, 10
 SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
 TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
 
@@ -50,49 +49,44 @@ def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
     if isinstance(student, EdmDenoiser):
         return EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA, rho=RHO)
     return LCMScheduler(
-        num_train_timesteps=LEVELS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
-        original_inference_steps=LEVELS, timestep_scaling=1e4, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        num_train_timesteps=LEVELS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="scaled_linear",
+        original_inference_steps=LEVELS,
+        timestep_scaling=1e4,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     """Everything the sampling script depends on."""
     cfg, network = snapshot.cfg, student.network
-    edm, labelled = isinstance(student, EdmDenoiser), cfg.data.classes > 0
+    text, labelled, edm = cfg.data.text, cfg.data.classes > 0, isinstance(student, EdmDenoiser)
     times = student.schedule.step_times(cfg.generator.steps, cfg.generator.time)
     how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
-    arguments = _arguments(network, labelled)
-    fresh = [f"step{i}" for i in range(len(times) - 1)]
-    sized = "sizes" in arguments
-    text = cfg.data.text is not None
-    stock = cfg.data.text is not None and cfg.data.latents and cfg.data.text.pipeline.encoder is None
-    # Of its teacher with factors, not of another run's student with them.
-    lora = text and cfg.generator.lora is not None and cfg.train.init_from is None
-    conditions = ["labels"] * labelled + ["text"] * text + ["pooled", "time_ids"] * sized
+    sized = isinstance(network, UNet2DConditionModel) and network.config["addition_embed_type"] == "text_time"
+    stock = text is not None and cfg.data.latents and text.pipeline.encoder is None
+    # The factors of a student of another run's student are not those of the teacher.
+    own_lora = text is not None and cfg.generator.lora is not None and cfg.train.init_from is None
     return {
-        "edm": edm, "labelled": labelled, "text": text, "sized": sized, "arguments": arguments,
-        "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents, "network": type(network).__name__,
-        "scheduler": type(scheduler_of(student)).__name__, "times": times if edm else [int(t) for t in times],
-        "shape": (cfg.data.channels, cfg.data.resolution, cfg.data.resolution), "classes": cfg.data.classes,
-        "columns": min(GRID_COLUMNS, cfg.data.classes), "rows": GRID_ROWS,
+        "cfg": cfg,
+        "edm": edm,
+        "labelled": labelled,
+        "text": text is not None,
+        "sized": sized,
+        "takes_labels": labelled and network.class_embedding is not None,
+        "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents,
+        "network": type(network).__name__,
+        "scheduler": type(scheduler_of(student)).__name__,
+        "times": times if edm else [int(t) for t in times],
         "labels": "random" if how["labels"] == "random" else "cyclic",
         "rounding": how["rounding"],
-        "levels": "127.5 * images + 128" if how["rounding"] == "round" else "127.5 * (images + 1)",
-        "tensors": ", ".join(["noise", *fresh, *conditions]),
         "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
-        "encoder": cfg.data.text.pipeline.name if cfg.data.text is not None else None,
-        "single": SINGLE if text else None, "lora": LORA if lora else None,
-    }  # fmt: skip
-
-
-def _arguments(network: Network, labelled: bool) -> str:
-    """Source text of the network's conditions in the script's call."""
-    labels = ', class_labels=draws["labels"]' if labelled and network.class_embedding is not None else ""
-    if not isinstance(network, UNet2DConditionModel):
-        return labels
-    text = "None" if labelled else 'draws["text"]'
-    added = ", added_cond_kwargs=sizes" if network.config["addition_embed_type"] == "text_time" else ""
-    return f", encoder_hidden_states={text}{labels}{added}"
+        "single": SINGLE,
+        "lora": LORA if own_lora else None,
+    }
 
 
 def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +102,7 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(f"{snapshot.run}: the script's images differ from ours by {difference:g}; nothing was exported")
-    found = {"samples": len(seeds), "difference": difference, "largest": largest, "values": ours.numel()}
+    found = {"samples": len(seeds), "difference": difference, "largest": largest, "compared": ours.numel()}
     if sampling["pixels"]:
         plain["save_grid"](theirs, script.with_name("samples.png"))
         a, b = (quantise(images, sampling["rounding"]) for images in (theirs, ours))

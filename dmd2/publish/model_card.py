@@ -40,7 +40,6 @@ def model_card(
     body = card.render(
         sampling,
         snapshot=snapshot,
-        cfg=snapshot.cfg,
         record=snapshot.record,
         digest=digest(snapshot.cfg),
         origin=ORIGINS.get(snapshot.cfg.data.source.kind),

@@ -55,14 +55,17 @@ def compare(a: Side, b: Side, margin: float = 0.0) -> dict[str, Any]:
     # A teacher's evaluation does not repeat the data section of its base.
     data = {base: next((c["data"] for c in found if "data" in c), dict[str, Any]()) for base, found in configs.items()}
     return {
-        "kind": "comparison", "margin": margin,
-        "a": {"name": a.name, "what": a.what}, "b": {"name": b.name, "what": b.what},
+        "kind": "comparison",
+        "margin": margin,
+        "a": {"name": a.name, "what": a.what},
+        "b": {"name": b.name, "what": b.what},
         "rows": [_row(base, run, (a, b), rows, listed[base], data[base], margin) for base, run in both],
-        "only_a": ["/".join(row) for row in only_a], "only_b": ["/".join(row) for row in only_b],
+        "only_a": ["/".join(row) for row in only_a],
+        "only_b": ["/".join(row) for row in only_b],
         "claims": _claims(*tables),
         "tables": dict(zip(("both", "only_a", "only_b"), _apart(*tables), strict=True)),
         "notes": [*_stale("A", tables[0], rows[0]), *_stale("B", tables[1], rows[1])],
-    }  # fmt: skip
+    }
 
 
 def _apart(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> tuple[list[Key], list[Key], list[Key]]:
@@ -111,12 +114,21 @@ def _row(
     grids = [f"{side[seed].folder}/grid.png" for side, seed in zip((a, b), seeds, strict=True)]
     paths = [grid if grid in side.files else None for grid, side in zip(grids, sides, strict=True)]
     return {
-        "row": f"{base}/{run}", "base": base, "run": run, "metric": primary, "better": better,
-        "label": label(primary), "verdict": verdict_on(main["difference"], better, margin),
-        "reason": reason or ("" if better else f"{primary} has no better direction"), "seeds": row.seeds(), **main,
-        "others": found, **row.changes(), "grids": {"seeds": seeds, "paths": paths},
+        "row": f"{base}/{run}",
+        "base": base,
+        "run": run,
+        "metric": primary,
+        "better": better,
+        "label": label(primary),
+        "verdict": verdict_on(main["difference"], better, margin),
+        "reason": reason or ("" if better else f"{primary} has no better direction"),
+        "seeds": row.seeds(),
+        **main,
+        "others": found,
+        **row.changes(),
+        "grids": {"seeds": seeds, "paths": paths},
         "resolution": sample_side(data) if data else None,
-    }  # fmt: skip
+    }
 
 
 def _claims(a: Tables, b: Tables) -> list[dict[str, Any]]:
@@ -127,11 +139,17 @@ def _claims(a: Tables, b: Tables) -> list[dict[str, Any]]:
         for claim in dict.fromkeys([*ours, *theirs]):
             old, new = ours.get(claim, {}), theirs.get(claim, {})
             if old.get("verdict") != new.get("verdict"):
-                found.append({
-                    "table": name, "id": claim, "claim": (new or old)["claim"],
-                    "from": old.get("verdict", "not judged"), "to": new.get("verdict", "not judged"),
-                    "evidence_from": old.get("evidence", ""), "evidence_to": new.get("evidence", ""),
-                })  # fmt: skip
+                found.append(
+                    {
+                        "table": name,
+                        "id": claim,
+                        "claim": (new or old)["claim"],
+                        "from": old.get("verdict", "not judged"),
+                        "to": new.get("verdict", "not judged"),
+                        "evidence_from": old.get("evidence", ""),
+                        "evidence_to": new.get("evidence", ""),
+                    }
+                )
     return found
 
 

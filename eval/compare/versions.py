@@ -83,8 +83,12 @@ class Evaluation:
         values = numbers_of(last) | {k: metrics[k] for k in ("brightness_std",) if k in metrics}
         errors = {metric: estimate["se"] for metric, estimate in last.get("estimates", {}).items()}
         config = metrics["config"] if "config" in metrics else {"sampler": metrics["sampler"]}
-        about = {"trained at commit": metrics.get("train_commit"), "evaluated at commit": metrics.get("eval_commit"),
-                 "trained on": metrics.get("device"), "trained with torch": train.get("torch")}  # fmt: skip
+        about = {
+            "trained at commit": metrics.get("train_commit"),
+            "evaluated at commit": metrics.get("eval_commit"),
+            "trained on": metrics.get("device"),
+            "trained with torch": train.get("torch"),
+        }
         known = {fact: text for fact, text in about.items() if text}
         key, protocol = train.get("key"), of_record(metrics)
         return Evaluation(values, errors, last["step"], protocol, config, known, folder, key, metrics)

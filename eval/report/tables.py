@@ -105,9 +105,17 @@ def _sampled(metrics: dict[str, Any]) -> RowRecord:
     """What only a sampler of the teacher has: one deterministic value, repeated for no seed."""
     calls = Sampler.model_validate(metrics["sampler"]).network_calls
     return {
-        "kind": "teacher", "student_updates": 0, "device": "", "cost": {}, "curves": {}, "probe": {},
-        "changed": {}, "config": metrics["sampler"], "commits": {0: metrics["eval_commit"]}, "network_calls": calls,
-    }  # fmt: skip
+        "kind": "teacher",
+        "student_updates": 0,
+        "device": "",
+        "cost": {},
+        "curves": {},
+        "probe": {},
+        "changed": {},
+        "config": metrics["sampler"],
+        "commits": {0: metrics["eval_commit"]},
+        "network_calls": calls,
+    }
 
 
 def _chosen(snapshots: list[dict[str, Any]], table: Table) -> dict[str, Any]:
@@ -211,15 +219,23 @@ def tidy(table: TableRecord) -> pd.DataFrame:
     """One line per run, seed and metric."""
     lines = [
         {
-            "run": row["run"], "seed": seed, "metric": metric, "value": value, "paper": paper_value(row, metric),
-            "student_updates": row["student_updates"], "seconds": row["seconds"][seed], "step": row["step"][seed],
+            "run": row["run"],
+            "seed": seed,
+            "metric": metric,
+            "value": value,
+            "paper": paper_value(row, metric),
+            "student_updates": row["student_updates"],
+            "seconds": row["seconds"][seed],
+            "step": row["step"][seed],
             **{name: row["cost"].get(seed, {}).get(name) for name in ("gpu_hours", "cpu_hours")},
             **{name: row["protocol"][name] for name in ("images", "detector", "reference")},
             "commit": row["commits"][seed],
             **{key: row["estimates"][seed].get(metric, {}).get(key) for key in ("se", "low", "high", "bias")},
         }
-        for row in table["rows"] for metric, values in row["values"].items() for seed, value in values.items()
-    ]  # fmt: skip
+        for row in table["rows"]
+        for metric, values in row["values"].items()
+        for seed, value in values.items()
+    ]
     return pd.DataFrame(lines)
 
 

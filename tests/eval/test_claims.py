@@ -46,18 +46,21 @@ def test_equivalence_needs_the_whole_interval_inside_the_margin(gaps, verdict) -
     assert equivalent(m, "fd", "a", "b").verdict == verdict
 
 
-def test_a_teacher_is_one_value_for_every_seed() -> None:
-    m = measured(dmd2=[1.0, 1.1, 0.9], ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0])
-    assert find("C8", m, "fd").verdict == "supported"
-    both_better = measured(dmd2=[1.0, 1.1, 0.9], ttur=[1.2, 1.3, 1.1], teacher_ode=[2.0])
-    assert find("C8", both_better, "fd").verdict == "refuted"
+THREE = [1.0, 1.1, 0.9]
 
 
-def test_ttur_rescuing_gan_only_refutes_c10() -> None:
-    worse = measured(dmd2=[1.0, 1.1, 0.9], gan_only_ttur=[2.0, 2.1, 1.9])
-    assert find("C10", worse, "fd").verdict == "supported"
-    equal = measured(dmd2=[1.0, 1.1, 0.9], gan_only_ttur=[1.01, 1.11, 0.91])
-    assert find("C10", equal, "fd").verdict == "refuted"
+@pytest.mark.parametrize(
+    ("claim", "runs", "verdict"),
+    [
+        ("C8", {"dmd2": THREE, "ttur": [3.0, 3.1, 2.9], "teacher_ode": [2.0]}, "supported"),  # one value for every seed
+        ("C8", {"dmd2": THREE, "ttur": [1.2, 1.3, 1.1], "teacher_ode": [2.0]}, "refuted"),  # both are better
+        ("C10", {"dmd2": THREE, "gan_only_ttur": [2.0, 2.1, 1.9]}, "supported"),
+        ("C10", {"dmd2": THREE, "gan_only_ttur": [1.01, 1.11, 0.91]}, "refuted"),  # TTUR rescues it
+        ("C12", {"dmd2": THREE, "published best": [1.92]}, "supported"),  # of other methods, one value for every seed
+    ],
+)
+def test_a_claim_follows_the_values_of_its_rows(claim: str, runs: dict[str, list[float]], verdict: str) -> None:
+    assert find(claim, measured(**runs), "fd").verdict == verdict
 
 
 def test_a_claim_whose_rows_are_missing_says_which() -> None:
@@ -92,11 +95,6 @@ def test_runs_are_compared_when_the_quicker_one_ended() -> None:
 def test_a_run_without_a_training_has_no_time() -> None:
     [verdict] = judge(["C6"], over_time(ttur=[(1.0, 2.0)]), "fd")
     assert (verdict["verdict"], verdict["evidence"]) == ("undecided", "not measured: fd of async-lr")
-
-
-def test_the_best_published_number_is_one_value_for_every_seed() -> None:
-    values = {("dmd2", "fid"): {0: 1.5, 1: 1.6, 2: 1.4}, ("published best", "fid"): {0: 1.92}}
-    assert find("C12", Measurements(values), "fid").verdict == "supported"
 
 
 def of_table_4(**changes: list[float]) -> Measurements:
@@ -209,8 +207,7 @@ def test_before_its_first_snapshot_a_run_has_no_value_to_compare() -> None:
 
 
 def test_a_student_worse_than_its_teacher_is_said_as_it_is() -> None:
-    m = measured(dmd2=[1.0, 1.1, 0.9], ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0])
-    found = find("C8", m, "fd")
+    found = find("C8", measured(dmd2=THREE, ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0]), "fd")
     assert "(2) supported: teacher-ode 2, ttur 3 ± 0.1; teacher-ode lower in 3 of 3 seeds" in found.evidence
 
 

@@ -41,7 +41,10 @@ def test_the_exported_script_alone_makes_our_images_at_the_same_noise(tmp_path, 
     theirs = load_file(out / "floats.safetensors")["images" if pixels else "latents"]
     assert (theirs - ours).abs().max() <= bound * max(1.0, float(ours.abs().max()))
     assert not (out / "model_index.json").exists()
+    card = (out / "README.md").read_text()
+    assert f"At export, {6 * tiny.CLASSES} samples of `sample.py` were compared" in card
     if pixels:
+        assert f", 0 of {6 * tiny.CLASSES * ours[0].numel()} 8-bit values differ (torch {torch.__version__}, " in card
         assert torch.equal(quantise(theirs, "round"), quantise(ours, "round"))
         seeds = [column + row * tiny.CLASSES for row in range(6) for column in range(tiny.CLASSES)]
         tiles = quantise(student_sample(denoiser, cfg, seeds, CPU), "round").reshape(6, tiny.CLASSES, 8, 8)
