@@ -13,7 +13,6 @@ from dmd2.core.files import write_json
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import Entry, job_name
 from dmd2.launch import command as launch
-from dmd2.launch import overview
 from dmd2.launch.overview import RunLine, chosen_runs, print_overview, run_line
 
 RUN = RunId("digits", "dmd2", 0)
@@ -158,33 +157,14 @@ def test_time_left_in_two_units(place: Path, seconds: int, text: str) -> None:
     assert run_line(run, job("RUNNING"), NOW).eta == text
 
 
-@pytest.fixture
-def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[None]]:
-    """Put an invented Slurm on this machine; returns its calls."""
-
-    def install(answer: Callable[[], dict[str, Entry]], sbatch: str | None = "/usr/bin/sbatch") -> list[None]:
-        calls: list[None] = []
-
-        def squeue() -> dict[str, Entry]:
-            calls.append(None)
-            return answer()
-
-        monkeypatch.setattr(overview, "squeue", squeue)
-        monkeypatch.setattr("shutil.which", lambda name: sbatch)
-        return calls
-
-    return install
-
-
-def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: Path, slurm, capsys) -> None:
+def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: Path, fake, capsys) -> None:
     runs = [wrote(RunId("digits", "a-run-with-quite-a-long-name", i), PROGRESS, [str(i)]) for i in range(1000)]
     reason = "ReqNodeNotAvail, UnavailableNodes:gpu[01-64],other[bold]"
     states = [("PENDING", reason)] * 400 + [("FAILED", "None")] * 100
-    queue = {str(i): Entry(str(i), job_name(runs[i]), *state, "") for i, state in enumerate(states)}
-    calls = slurm(lambda: queue)
+    fake.answer("squeue", *(f"{i}|{job_name(runs[i])}|{'|'.join(state)}|" for i, state in enumerate(states)))
     print_overview(chosen_runs([]))
     out = capsys.readouterr().out.splitlines()
-    assert len(calls) == 1
+    assert len(fake.calls("squeue")) == 1
     assert len(out) == 1002 and out[-1] == "1000 runs: 600 stopped, 400 pending"
     assert out[0].split("  ")[0] == "run" and out[0].endswith("Slurm job")
     for run, line in zip(runs, out[1:-1], strict=True):
@@ -192,25 +172,17 @@ def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: P
     assert f"pending ({reason})  300/1500  " in out[1]
 
 
-def test_slurm_is_not_asked_about_finished_and_local_runs(place: Path, slurm, capsys) -> None:
-    calls = slurm(dict)
+def test_slurm_is_not_asked_about_finished_and_local_runs(place: Path, fake, capsys) -> None:
     wrote(RUN, PROGRESS, ["7"], "train.json")
     wrote(RunId("digits", "ttur", 0), PROGRESS)
     print_overview(chosen_runs([]))
-    assert calls == []
+    assert fake.calls("squeue") == []
     assert capsys.readouterr().out.endswith("\n2 runs: 1 finished, 1 stopped\n")
 
 
-def refuse() -> dict[str, Entry]:
-    raise UserError("Slurm refused `squeue`: no answer")
-
-
-@pytest.mark.parametrize(("sbatch", "note"), [("/usr/bin/sbatch", "Slurm refused `squeue`: no answer"),
-                                              (None, "there is no Slurm on this machine")])  # fmt: skip
-def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(
-    place: Path, slurm, capsys, sbatch: str | None, note: str
-) -> None:
-    slurm(refuse, sbatch)
+@pytest.mark.parametrize("note", ["Slurm refused `squeue", "there is no Slurm on this machine"])
+def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(place: Path, fake, capsys, note: str) -> None:
+    fake.refuse("squeue", "no answer") if "refused" in note else fake.remove()
     wrote(RUN, PROGRESS, ["7"])
     wrote(RunId("digits", "ttur", 0), PROGRESS)
     print_overview(chosen_runs([]))
@@ -225,9 +197,8 @@ def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(
     ("progress.json", '{"step": 1}', "progress.json or job.json"), ("job.json", '{"jobs": 3}', "progress.json or job.json"),
 ])  # fmt: skip
 def test_a_damaged_file_of_one_run_leaves_the_others_as_they_are(
-    place: Path, slurm, capsys, name: str, text: str, told: str
+    place: Path, fake, capsys, name: str, text: str, told: str
 ) -> None:
-    slurm(dict)
     (wrote(RUN, PROGRESS, ["7"]).folder / name).write_text(text)
     wrote(RunId("digits", "ttur", 0), PROGRESS)
     launch.status([])
