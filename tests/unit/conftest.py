@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import digits_run
 from tests.experiment_folder import Folder
 from tests.fake_slurm import FakeSlurm
 
@@ -17,4 +18,13 @@ def folder(tmp_path: Path) -> Folder:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A machine with (faked) Slurm."""
-    return FakeSlurm(tmp_path / "slurm", monkeypatch)
+    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    slurm.answer("sbatch", "Submitted batch job 7")
+    return slurm
+
+
+@pytest.fixture
+def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has what `digits_run.RUN` reads."""
+    monkeypatch.chdir(tmp_path)
+    digits_run.make_inputs()

@@ -7,30 +7,17 @@ from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import Goal, RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs, goal_of
-from dmd2.experiment.tables import load_experiment
 from dmd2.launch.job import TrainingJob
-from tests.conftest import ROOT
+from tests.digits_run import CONFIG, OTHER, RUN, changed, finish
 
-RUN = RunId("digits", "dmd2", 0)
-CONFIG = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base").runs["digits", "dmd2"].training()
-LONGER = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"steps": 1})})
-OTHER = CONFIG.model_copy(update={"optim": CONFIG.optim.model_copy(update={"lr": 1e-3})})
+LONGER = changed("train", steps=1)
 
 
 @pytest.fixture(autouse=True)
-def workspace(tmp_path, monkeypatch):
-    """Manifests of the inputs, and the record of a finished training with one file."""
-    monkeypatch.chdir(tmp_path)
-    inputs = Inputs.of(RUN, CONFIG)
-    make(inputs.teacher, "teacher")
-    make(inputs.real, "real")
+def finished(digits):
+    """The record of a finished training with one file."""
     write_text(RUN.folder / "weights", "")
-    record = {"key": key(), "settings": goal_of(RUN, CONFIG).config, "files": [{"path": "weights"}]}
-    write_json(RUN.folder / "finished.json", record)
-
-
-def make(manifest, content):
-    write_json(manifest, {"files": [{"path": "x", "sha256": content}]})
+    finish(files=[{"path": "weights"}])
 
 
 def key(cfg=CONFIG, seed=0):
@@ -49,7 +36,7 @@ def test_another_length_config_or_seed_is_not():
 
 
 def test_changed_inputs_are_not():
-    make(Inputs.of(RUN, CONFIG).real, "other images")
+    write_json(Inputs.of(RUN, CONFIG).real, {"files": [{"path": "x", "sha256": "other images"}]})
     assert goal_of(RUN, CONFIG).reached() is None
 
 
@@ -88,11 +75,11 @@ def test_a_missing_input_is_named():
 
 
 def test_inputs_lie_where_the_config_says_and_are_those_it_reads():
-    second = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"init_from": "first"})})
+    second = changed("train", init_from="first")
     inputs = Inputs.of(RunId("digits", "dmd2", 4), second)
     assert str(inputs.init) == "results/runs/digits/first/seed4/train.json"
     assert (inputs.pairs, Inputs.of(RUN, CONFIG).init) == (None, None)
-    regression = CONFIG.model_copy(update={"regression": CONFIG.regression.model_copy(update={"weight": 1.0})})
+    regression = changed("regression", weight=1.0)
     assert str(Inputs.of(RUN, regression).pairs) == f"data/pairs/{CONFIG.pair_set}/manifest.json"
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811 - `fake` is a fixture of another file
 """Corners of a real cluster: lost answers, frozen controllers, jobs that never end, copies of a workspace, full disks."""
 
 import errno
@@ -31,22 +30,15 @@ from dmd2.launch import command as launch
 from dmd2.launch.job import TrainingJob
 from dmd2.launch.wait import Watch, publish, wait
 from tests.conftest import ROOT
+from tests.digits_run import CONFIG, RUN, finish, queued, training, whenever_it_sleeps
 from tests.fake_slurm import FakeSlurm
-from tests.unit.test_slurm_launcher import (
-    CONFIG,
-    RUN,
-    fake,
-    finish,
-    queued,
-    training,
-    whenever_it_sleeps,
-)
 
+pytestmark = pytest.mark.usefixtures("digits", "fake")
 FROZEN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 RECORD = {"seconds": 3600.0, "processes": 1, "threads": 2, "device": "cpu"}
 LAUNCHER = """
 import sys
-from tests.unit.test_slurm_launcher import training
+from tests.digits_run import training
 print(training().submit_or_attach())
 """
 
@@ -336,7 +328,7 @@ def test_launchers_wait_on_read_only_results_too(fake, read_only):
 
 
 def test_a_run_that_is_trained_but_cannot_be_published_is_told_so(fake, read_only):
-    write_json(RUN.folder / "finished.json", finish() | RECORD)
+    finish(**RECORD)
     goal = goal_of(RUN, CONFIG)
     read_only(RUN.folder)
     before = signal.getsignal(signal.SIGTERM)

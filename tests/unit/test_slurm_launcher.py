@@ -3,73 +3,21 @@
 import dataclasses
 import re
 import sys
-import time
-from types import SimpleNamespace
 
 import pytest
 
 import dmd2.launch.slurm
 import dmd2.launch.wait
 from dmd2.core.errors import UserError
-from dmd2.core.files import digest_of, read_json, write_json
 from dmd2.core.retraining import continued
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import NO_SLURM
-from dmd2.experiment.cluster import Cluster
-from dmd2.experiment.run_inputs import Inputs, goal_of
-from dmd2.experiment.tables import load_experiment
+from dmd2.experiment.run_inputs import goal_of
 from dmd2.launch.slurm import SlurmTraining, extra_options
 from dmd2.launch.wait import log_path, obituary, wait
-from tests.conftest import ROOT
-from tests.fake_slurm import FakeSlurm
+from tests.digits_run import CONFIG, OTHER, RUN, finish, queued, submitted, training, whenever_it_sleeps
 
-RUN = RunId("digits", "dmd2", 0)
-CONFIG = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base").runs["digits", "dmd2"].training()
-OTHER = CONFIG.model_copy(update={"optim": CONFIG.optim.model_copy(update={"lr": 1e-3})})
-KINDS = ("real_data", "detector", "reference", "teacher", "pairs", "evaluate")
-
-
-@pytest.fixture(autouse=True)
-def fake(tmp_path, monkeypatch):
-    """A workspace with the inputs' manifests, on a machine with (faked) Slurm."""
-    monkeypatch.chdir(tmp_path)
-    inputs = Inputs.of(RUN, CONFIG)
-    for path in (inputs.teacher, inputs.real):
-        write_json(path, {"files": [{"path": "x", "sha256": path.parent.name}]})
-    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
-    fake.answer("sbatch", "Submitted batch job 7")
-    return fake
-
-
-def training(cfg=CONFIG, train=(), **settings):
-    jobs = {**{kind: {} for kind in KINDS}, "train": {"runtime": 60, **dict(train)}}
-    return SlurmTraining(RUN, cfg, Cluster.model_validate({"launcher": "slurm", "jobs": jobs, **settings}))
-
-
-def queued(fake, job="7", state="RUNNING"):
-    """Let squeue show this run's job."""
-    fake.answer("squeue", f"{job}|{training().name}|{state}|None|node1")
-
-
-def finish(seed=RUN.seed):
-    """The record of a finished training, as its job would write it."""
-    key = Inputs.of(RUN, CONFIG).key(CONFIG, seed)
-    record = {"key": key, "settings": digest_of(CONFIG.settings()), "files": []}
-    write_json(RUN.folder / "finished.json", record)
-    return record
-
-
-def whenever_it_sleeps(monkeypatch, action):
-    """Instead of sleeping the launcher does this; subprocess, which sleeps too, is left alone."""
-    clock = SimpleNamespace(
-        time=time.time, monotonic=time.monotonic, strftime=time.strftime, sleep=lambda seconds: action()
-    )
-    monkeypatch.setattr(dmd2.launch.slurm, "time", clock)
-    monkeypatch.setattr(dmd2.launch.wait, "time", clock)
-
-
-def submissions():
-    return read_json(RUN.folder / "job.json")["jobs"]
+pytestmark = pytest.mark.usefixtures("digits", "fake")
 
 
 # Submit or attach.
@@ -78,12 +26,8 @@ def test_a_new_training_is_submitted_once_and_its_id_is_kept(fake, capsys):
     queued(fake)
     assert training().submit_or_attach() == "7"
     assert len(fake.calls("sbatch")) == 1
-    assert submissions() == ["7"]
+    assert submitted() == ["7"]
     assert "submitted Slurm job 7" in capsys.readouterr().err
-
-
-def test_the_job_is_looked_for_by_its_name(fake):
-    training().submit_or_attach()
     assert fake.calls("squeue")[0].endswith(f"--name {training().name}")
 
 
@@ -100,7 +44,7 @@ def test_a_job_that_ended_is_replaced_and_both_are_remembered(fake):
     queued(fake, state="FAILED")
     fake.answer("sbatch", "Submitted batch job 8")
     assert training().submit_or_attach() == "8"
-    assert submissions() == ["7", "8"]
+    assert submitted() == ["7", "8"]
 
 
 def test_a_job_whose_id_was_lost_is_found(fake):
@@ -109,7 +53,7 @@ def test_a_job_whose_id_was_lost_is_found(fake):
         training().submit_or_attach()
     queued(fake, job="41")
     assert training().submit_or_attach() == "41"
-    assert submissions() == ["41"]
+    assert submitted() == ["41"]
 
 
 def test_of_two_launchers_at_once_the_second_finds_the_job_of_the_first(fake, monkeypatch):
@@ -140,7 +84,7 @@ def test_jobs_of_another_config_are_not_counted_as_this_runs(fake):
     training(OTHER).submit_or_attach()
     fake.answer("sbatch", "Submitted batch job 8")
     training().submit_or_attach()
-    assert submissions() == ["8"]
+    assert submitted() == ["8"]
 
 
 def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
@@ -149,7 +93,7 @@ def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
     finish()
     again = dataclasses.replace(training(), again="always")
     fake.answer("sbatch", "Submitted batch job 8")
-    assert again.submit_or_attach() == "8" and submissions() == ["8"]  # whose costs are not those of job 7
+    assert again.submit_or_attach() == "8" and submitted() == ["8"]  # whose costs are not those of job 7
     assert again.goal.key == training().goal.key != old
     queued(fake, job="8")
     with pytest.raises(UserError, match="Slurm job 8 trains this run: wait for it, or stop it by"):
@@ -278,7 +222,7 @@ def test_a_refusal_becomes_one_sentence_and_leaves_no_job(fake):
     assert str(told.value).startswith("digits/dmd2/seed0: the job could not be submitted: ")
     assert str(told.value).endswith("Batch job submission failed: Invalid account")
     assert "\n" not in str(told.value)
-    assert submissions() == []
+    assert submitted() == []
 
 
 def test_a_machine_without_slurm_is_told_what_to_do(fake):
