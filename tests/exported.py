@@ -30,8 +30,11 @@ for arguments in json.loads(sys.argv[2]):
 """
 
 
-def trained(kind: str, steps: int = 1, first: float | None = None, **changes) -> RunId:
-    """A finished run of two snapshots made by the real training, in the current folder."""
+STUDENT = RunId("tiny", "student", 0)
+
+
+def trained(kind: str, steps: int = 1, first: float | None = None, run: RunId = STUDENT, **changes) -> RunId:
+    """A finished run, of two snapshots unless changed, made by the real training in the current folder."""
     teacher, real = Path("data/teachers/tiny"), Path("data/real/tiny")
     form = tiny.KINDS[kind][0]
     tiny.teacher(teacher, kind, "tiny")
@@ -40,7 +43,6 @@ def trained(kind: str, steps: int = 1, first: float | None = None, **changes) ->
     generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": first}
     train = {"train__steps": 4, "train__snapshot_every": 2, "critic__ratio": 2}
     cfg = tiny.config(kind, generator=generator, **{**train, **changes})
-    run = RunId("tiny", "student", 0)
     record = Training(run, cfg.training(), Hardware(), Inputs.of(run, cfg)).run()
     finished = json.loads(record.read_text())
     publish(Goal(run, finished["key"], {}), finished)

@@ -1,4 +1,4 @@
-"""From the records in the folder of a run, or of a teacher's sampler, to lines of the run catalogue."""
+"""Reads the records in the folder of a run, or of a teacher's sampler, into lines of the run catalogue."""
 
 import sys
 from collections.abc import Callable

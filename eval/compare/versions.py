@@ -194,7 +194,7 @@ def _recorded(about: dict[str, Any]) -> bool:
 
 
 def read_tables(side: Side, folder: str = "tables") -> dict[str, dict[str, Any]]:
-    """The tables below ``results/FOLDER`` as `eval.report.tables` wrote them, by name; other JSON is passed over."""
+    """The tables below ``results/FOLDER`` as `eval.report.tables` wrote them, by name; skips other JSON."""
     found = map(side.json, side.matching(f"results/{folder}/*.json"))
     return {each["name"]: each for each in found if isinstance(each, dict) and {"name", "base", "rows"} <= each.keys()}
 

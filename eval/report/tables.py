@@ -102,19 +102,15 @@ def _trained(folders: dict[int, Path], records: Records, changed: Iterable[tuple
 
 
 def _sampled(metrics: dict[str, Any]) -> RowRecord:
-    """What only a sampler of the teacher has: one deterministic value, repeated for no seed."""
-    calls = Sampler.model_validate(metrics["sampler"]).network_calls
+    """What only a sampler of the teacher has; it has no training seeds, its numbers stand under 0."""
     return {
         "kind": "teacher",
         "student_updates": 0,
         "device": "",
-        "cost": {},
-        "curves": {},
-        "probe": {},
-        "changed": {},
+        **{name: {} for name in ("cost", "curves", "probe", "changed")},
         "config": metrics["sampler"],
         "commits": {0: metrics["eval_commit"]},
-        "network_calls": calls,
+        "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
     }
 
 

@@ -7,15 +7,11 @@ from typing import Any
 import pandas as pd
 
 from dmd2.core.files import read_json, write_json
-from dmd2.core.run import Goal, RunId
-from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.config import TrainConfig
-from dmd2.experiment.run_inputs import Inputs
-from dmd2.launch.wait import publish
-from dmd2.training.trainer import Training
+from dmd2.core.run import RunId
 from eval.catalogue.read import catalogue
 from eval.metrics.estimate import Estimate
 from tests import tiny
+from tests.exported import trained
 
 STEPS = 6
 RUNS = [RunId("digits", row, seed) for row in ("few", "many") for seed in (0, 1)]
@@ -53,16 +49,9 @@ def sampler(name: str) -> None:
 def build(folder: Path) -> Path:
     """Make `folder` a workspace with four trainings, evaluated, and one sampler of their teacher."""
     with chdir(folder):
-        teacher = tiny.teacher(folder)
-        tiny.real_set(Path("real.json"))
         for run in RUNS:
-            changes = {"train__steps": STEPS, "train__snapshot_every": 2, "train__log_every": 3, "critic__ratio": 2}
-            cfg = tiny.config("edm", dm__weight=1.0 if run.name == "few" else 0.0, **changes)
-            cfg = TrainConfig.model_validate(cfg.model_dump(exclude={"eval"}))
-            done = Training(run, cfg, Hardware(), Inputs(teacher, Path("real.json"), None, None)).run()
-            record = read_json(done)
-            publish(Goal(run, record["key"], {}), record)
-            evaluate(run)
+            changes = {"train__steps": STEPS, "train__snapshot_every": 2, "train__log_every": 3}
+            evaluate(trained("edm", run=run, dm__weight=1.0 if run.name == "few" else 0.0, **changes))
         sampler("ode")
     return folder
 

@@ -187,7 +187,7 @@ def test_other_numbers_although_nothing_changed_are_listed(places: tuple[Path, P
         student(place, "ttur", THREE)
     text = run(places).stdout
     assert "as far as recorded: `digits/dmd2`, `digits/ttur`." in text
-    assert "Of these, other numbers although nothing recorded changed: `digits/dmd2`." in text
+    assert "These of them have other numbers although nothing recorded changed: `digits/dmd2`." in text
 
 
 def test_rows_of_which_the_same_is_said_are_said_together(places: tuple[Path, Path]) -> None:

@@ -7,8 +7,10 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.stats import t
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, write_json, write_text
@@ -97,6 +99,15 @@ def test_calls_of_a_teacher_are_those_of_its_recorded_sampler(sampler, calls, ta
     head, texts = cells(build(NAME))
     shown = {line[0]: line[head.index("student updates")] for line in texts}
     assert shown["`teacher-ode`"] == f"{calls} calls"
+
+
+def test_a_teacher_is_compared_with_every_seed_of_the_reference_row(table3: Path) -> None:
+    table = build(NAME)
+    found, base = row_of(table, "teacher-ode")["difference"], row_of(table, "dmd2")
+    gaps = [7.2 - value for value in base["values"]["fd"].values()]
+    half = t.ppf(0.975, 2) * np.std(gaps, ddof=1) / 3**0.5
+    assert (found["value"], found["low"]) == pytest.approx((np.mean(gaps), np.mean(gaps) - half))
+    assert (found["covers"], base["difference"]) == ("training seeds", None)
 
 
 def test_seconds_until_a_snapshot_are_those_that_the_log_has(table3: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_real_students_card_and_script(finished: Workspace, tmp_path):
     assert "FID" not in results["fd"][1] and "| FID |" not in card.text and "it is not FID" in card.text
     assert re.search(rf"^\| FD \| {estimates['fd']['value']:.4g} \|", card.text, re.M)
     lines = (place.path / "results/tables/demo.md").read_text().splitlines()
-    row = next(line for line in lines if "`dmd2`" in line)
+    row = next(line for line in lines if line.startswith("| `dmd2` |"))
     said = next(line for line in lines if line.startswith("One seed; the last snapshot;"))
     assert "\n".join([*lines[2:4], row]) in card.text and said in card.text and "`dmd`" not in card.text
     assert "its seeds are 0 and this student is seed 0:\n" in card.text
