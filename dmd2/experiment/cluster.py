@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.dotted_keys import validate
 from dmd2.experiment.section import Positive, Strict
-from dmd2.experiment.yaml_file import read_yaml
+from dmd2.experiment.yaml_file import read_named
 
 CLUSTERS = Path("workflow/cluster")
 
@@ -123,21 +122,17 @@ class Cluster(Strict):
         return {**values, "jobs": {k: common | own if isinstance(own, dict) else own for k, own in kinds.items()}}
 
     @model_validator(mode="after")
-    def _time_to_save(self) -> Self:
-        runtime = self.jobs.train.runtime
-        if self.launcher == "slurm" and runtime is None:
+    def _fits_slurm(self) -> Self:
+        runtime, seconds = self.jobs.train.runtime, self.training.signal_seconds
+        if self.launcher == "local":
+            return self
+        if runtime is None:
             raise ValueError("jobs.train.runtime (minutes) is missing: Slurm trainings are requeued at their limit")
         # Slurm sends the signal up to a minute early, and a job must get on between two savings.
-        if self.launcher == "slurm" and runtime and self.training.signal_seconds + 60 >= runtime * 60:
-            raise ValueError(
-                f"training.signal_seconds {self.training.signal_seconds} leaves no time to train in jobs.train.runtime "
-                f"{runtime} min"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _gpus_asked_for(self) -> Self:
-        for kind, job in self.jobs if self.launcher == "slurm" else ():
+        if seconds + 60 >= runtime * 60:
+            told = f"leaves no time to train in jobs.train.runtime {runtime} min"
+            raise ValueError(f"training.signal_seconds {seconds} {told}")
+        for kind, job in self.jobs:
             asks = job.gpu or job.gres or job.cpus_per_gpu or "gpu" in (job.slurm_extra or "")
             if job.device == "cuda" and not asks:
                 raise ValueError(f"jobs.{kind}.device is cuda, but the job asks Slurm for no GPU: give it gpu or gres")
@@ -172,8 +167,4 @@ def load_cluster(name: str, folder: Path = CLUSTERS) -> Cluster:
     Raises:
         UserError: one sentence with file, line and key.
     """
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        known = [file.stem for file in sorted(folder.glob("*.yaml"))]
-        raise UserError(f"there is no {path}{did_you_mean(name, known, f'; known: {known}')}")
-    return validate(Cluster, *read_yaml(path))
+    return validate(Cluster, *read_named("cluster", name, folder))

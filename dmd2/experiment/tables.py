@@ -12,7 +12,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.dotted_keys import LocatedConfig, apply_change, differences, holds, validate
 from dmd2.experiment.protocols import named
 from dmd2.experiment.table_config import Preset, Row, Table, rows_of
-from dmd2.experiment.yaml_file import Place, read_yaml
+from dmd2.experiment.yaml_file import Place, read_named, read_yaml
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 # Suffixes of the files that are written beside the JSON of a table.
@@ -66,7 +66,7 @@ def load_base(name: str, folder: Path = BASES) -> RunConfig:
 
 def _base(name: str, folder: Path) -> LocatedConfig:
     """A base, whose eval section has the values of the protocol that it names where it gives none."""
-    values, place = _named_file("base", name, folder)
+    values, place = read_named("base", name, folder)
     measured = values.get("eval")
     if isinstance(measured, dict) and isinstance(measured.get("protocol"), str):
         try:
@@ -74,14 +74,6 @@ def _base(name: str, folder: Path) -> LocatedConfig:
         except UserError as error:
             raise UserError(f"{place.where('eval', 'protocol')}: eval.protocol: {error}") from None
     return LocatedConfig(validate(RunConfig, values, place), place)
-
-
-def _named_file(kind: str, name: str, folder: Path) -> tuple[dict[str, Any], Place]:
-    """A base or preset; UserError with the nearest name if there is none."""
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(f"there is no {kind} {path}{did_you_mean(name, [p.stem for p in folder.glob('*.yaml')])}")
-    return read_yaml(path)
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
@@ -121,7 +113,7 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
 def _preset(row: Row, place: Place, folder: Path) -> tuple[Preset, Place]:
     """The preset that a row names, and where it is written."""
     try:
-        values, written = _named_file("preset", str(row.preset), folder)
+        values, written = read_named("preset", str(row.preset), folder)
     except UserError as error:
         raise UserError(f"{place.where('preset')}: row {row.run}: {error}") from None
     return validate(Preset, values, written), written

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, did_you_mean
 
 
 class _Loader(yaml.CSafeLoader):
@@ -62,6 +62,19 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Place]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
     return value, Place(path, lines)
+
+
+def read_named(kind: str, name: str, folder: Path) -> tuple[dict[str, Any], Place]:
+    """`read_yaml` of ``FOLDER/NAME.yaml``.
+
+    Raises:
+        UserError: there is none; the sentence has the nearest name, or all of them.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        known = [file.stem for file in sorted(folder.glob("*.yaml"))]
+        raise UserError(f"there is no {kind} {path}{did_you_mean(name, known, f'; known: {known}')}")
+    return read_yaml(path)
 
 
 def _value(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int]) -> Any:

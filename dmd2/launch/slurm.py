@@ -228,13 +228,15 @@ def extra_options(text: str | None) -> dict[str, Any]:
     """
     options: dict[str, Any] = {}
     words = shlex.split(text or "")
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, sign, value = word[2:].partition("=")
-            if name in GIVEN_BY:
-                raise UserError(f"slurm_extra: --{name} {GIVEN_BY[name]}")
-            following = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("-") else True
-            options[name] = value if sign else following
-        elif word.startswith("-") or i == 0 or not (words[i - 1].startswith("--") and "=" not in words[i - 1]):
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
             raise UserError(f"slurm_extra: write options in their long form, as --name=value, not {word!r}")
+        name, sign, value = word[2:].partition("=")
+        if name in GIVEN_BY:
+            raise UserError(f"slurm_extra: --{name} {GIVEN_BY[name]}")
+        if not sign and words and not words[0].startswith("-"):
+            options[name] = words.pop(0)
+        else:
+            options[name] = value if sign else True
     return options
