@@ -44,13 +44,13 @@ def apply_change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, An
     """`base` with dotted keys replaced; `base` itself stays as it is.
 
     Raises:
-        KeyError: of an unknown key, with the sentence "no key ..., did you mean ...?".
+        KeyError: a key is unknown; its arguments are the key and the sentence "no key ..., did you mean ...?".
     """
     for key, value in (item for change in changes for item in change.items()):
         try:
             base = _replaced(base, key.split("."), value)
         except LookupError:
-            raise KeyError(f"no key {key}{did_you_mean(key, _names(base))}") from None
+            raise KeyError(key, f"no key {key}{did_you_mean(key, _names(base))}") from None
     return base
 
 

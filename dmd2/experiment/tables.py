@@ -86,26 +86,27 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
     for path in sorted(tables.glob("*.yaml")):
         values, places[path.stem] = read_yaml(path)
         experiment.tables[path.stem] = validate(Table, values, places[path.stem])
-    located: dict[str, LocatedConfig] = {}  # bases
-    everything: list[LocatedConfig] = []  # bases before the rows over them
+    read: dict[str, LocatedConfig] = {}  # bases by name
+    configs: list[LocatedConfig] = []  # bases and rows, a base before the rows over it
     for name, table in experiment.tables.items():
-        rows, written = rows_of(name, experiment.tables, places), places[name]
+        rows, of_table = rows_of(name, experiment.tables, places), places[name]
         experiment.rows[name] = [row for row, _ in rows]
-        if table.base not in located:
-            located[table.base] = _base(table.base, bases)
-            everything.append(located[table.base])
-            experiment.bases[table.base] = located[table.base].cfg
+        if table.base not in read:
+            read[table.base] = _base(table.base, bases)
+            configs.append(read[table.base])
+            experiment.bases[table.base] = read[table.base].cfg
         for row, place in rows:
-            changes = [(table.change, written.below("change")), (row.change, place.below("change"))]
+            changes = [(table.change, of_table.below("change"))]
             if row.preset is not None:
-                experiment.presets[row.preset], preset = _preset(row, place, bases.with_name("presets"))
-                changes.insert(1, (experiment.presets[row.preset].change, preset.below("change")))
-            changes.append((table.row_change.get(row.run, {}), written.below("row_change", row.run)))
-            everything.append(_row(row, place, located[table.base], changes))
-            _add(experiment, name, row.run, everything[-1].cfg, place)
-        check_table(table, {row.run for row, _ in rows}, experiment.bases[table.base], written)
-    check_shared(everything)
-    check_all(everything)
+                experiment.presets[row.preset], of_preset = _preset(row, place, bases.with_name("presets"))
+                changes.append((experiment.presets[row.preset].change, of_preset.below("change")))
+            changes.append((row.change, place.below("change")))
+            changes.append((table.row_change.get(row.run, {}), of_table.below("row_change", row.run)))
+            configs.append(_row(row, place, read[table.base], changes))
+            _add(experiment, name, row.run, configs[-1].cfg, place)
+        check_table(table, {row.run for row, _ in rows}, read[table.base].cfg, of_table)
+    check_shared(configs)
+    check_all(configs)
     check_origins(experiment.runs)
     return experiment
 
@@ -126,8 +127,8 @@ def _row(row: Row, place: Place, base: LocatedConfig, changes: list[tuple[dict[s
         try:
             values = apply_change(values, change)
         except KeyError as error:
-            key = error.args[0].removeprefix("no key ").split(",")[0]
-            raise UserError(f"{written.where(key)}: row {row.run}: {error.args[0]}") from None
+            key, told = error.args
+            raise UserError(f"{written.where(key)}: row {row.run}: {told}") from None
         for key in change:
             changed_at.pop(key, None)  # the newest is the last
             changed_at[key] = written.where(key)
