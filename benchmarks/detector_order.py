@@ -14,8 +14,10 @@ from scipy.ndimage import gaussian_filter
 
 from dmd2.data.readers import read_idx
 from dmd2.data.sets import TensorSet
-from eval.detectors.detectors import Detector, load_detector, train_classifier
-from eval.metrics.frechet import FrechetReference, moments
+from eval.detectors.detectors import load_detector, train_classifier
+from eval.detectors.networks import FeatureNetwork
+from eval.metrics.frechet import Reference
+from eval.metrics.stats import FeatureStats
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSIFIER = "fashion-classifier"
@@ -45,18 +47,18 @@ def spoiled(test: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndar
     }
 
 
-def distance(detector: Detector, reference: FrechetReference, pixels: np.ndarray) -> float:
+def distance(detector: FeatureNetwork, reference: Reference, pixels: np.ndarray) -> float:
     """Frechet distance of a set."""
-    return reference.distance(moments(features(detector, pixels)))
+    return reference.distance(FeatureStats.of(features(detector, pixels)))
 
 
-def features(detector: Detector, pixels: np.ndarray) -> torch.Tensor:
+def features(detector: FeatureNetwork, pixels: np.ndarray) -> torch.Tensor:
     with torch.inference_mode():
         parts = torch.from_numpy(np.pad(pixels, ((0, 0), (2, 2), (2, 2))))[:, None].split(250)
         return torch.cat([detector(part)[0] for part in parts])
 
 
-def detector_of(name: str, folder: Path, train: np.ndarray, labels: np.ndarray) -> Detector:
+def detector_of(name: str, folder: Path, train: np.ndarray, labels: np.ndarray) -> FeatureNetwork:
     """A network whose weights are here, or the classifier, trained now on images that are not in the comparison."""
     if name != CLASSIFIER:
         return load_detector(name)
@@ -74,7 +76,7 @@ def main(names: list[str]) -> None:
     with TemporaryDirectory() as folder:
         for name in names:
             detector = detector_of(name, Path(folder), train[order[2 * IMAGES :]], train_labels[order[2 * IMAGES :]])
-            reference = FrechetReference(moments(features(detector, train[order[:IMAGES]])))
+            reference = Reference(FeatureStats.of(features(detector, train[order[:IMAGES]])))
             print(f"\n{detector.label}\n{'other train images':<20}"
                   f"{distance(detector, reference, train[order[IMAGES : 2 * IMAGES]]):>10.3f}")  # fmt: skip
             for group in sets.values():

@@ -64,14 +64,17 @@ def write_images(folder: Path, count: int, size: int, seed: int) -> None:
 
 
 def ours(weights: Path, folder: Path, cache: Path):
-    from eval.detectors.detectors import load_detector
+    from eval.detectors.networks import TorchScriptInception
     from eval.detectors.reference import Engine
+    from eval.detectors.weights import Weights
+    from eval.pixels.images import open_images
     from eval.pixels.resize import NONE
 
-    engine = Engine(load_detector(f"{SCRIPT}-clean", weights, random_weights=True), NONE, cache, BATCH)
-    engine.features(engine.open(folder / "warm"))
+    network = Weights(weights / SCRIPT / f"{SCRIPT}.pt", "0" * 64, verified=False)
+    engine = Engine(TorchScriptInception(SCRIPT, network, "clean").on("cpu"), NONE, cache, BATCH)
+    engine.features(open_images(folder / "warm"))
     for size in SIZES:
-        yield size, lambda path: engine.features(engine.open(path)).features
+        yield size, lambda path: engine.features(open_images(path)).features
 
 
 def theirs(weights: Path, folder: Path, cache: Path):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from eval.metrics.frechet import FrechetReference, moments
+from eval.metrics.frechet import Reference
 from eval.metrics.stats import FeatureStats, frechet_distance
 
 DIMENSIONS, IMAGES, ROUNDS = 2048, 6000, 3
@@ -30,8 +30,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     scale = np.arange(1, DIMENSIONS + 1.0) ** -0.5  # a power-law spectrum, as Inception features have
     x, y = ((rng.standard_normal((IMAGES, DIMENSIONS)) * scale).astype(np.float32) for _ in range(2))
-    a, b = moments(x + 0.01), moments(y)
-    reference = FrechetReference(b)
+    a, b = FeatureStats.of(x + 0.01), FeatureStats.of(y)
+    reference = Reference(b)
     methods: dict[str, Callable[[], float]] = {
         "A, cached reference": lambda: reference.distance(a),
         "A with SE and bias": lambda: reference.estimate(x + 0.01).value,

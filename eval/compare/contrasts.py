@@ -21,7 +21,7 @@ from dmd2.experiment.config import NOT_IDENTITY
 from dmd2.experiment.dotted_keys import differences
 from dmd2.experiment.metrics import WITH_INFLUENCES
 from eval.compare.versions import Evaluation, Side, inputs
-from eval.metrics.estimate import Linear, mean_interval, t_quantile
+from eval.metrics.estimate import Estimate, linear, mean_interval, t_quantile
 from eval.report.differences import NORMAL, around, bounded, difference, influences
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
@@ -105,14 +105,14 @@ class MatchedRow:
         half = t_quantile(len(many)) * float(many.std(ddof=1)) * sqrt(1 + 1 / len(many))
         return around(mean, half, "training seeds, unpaired, one spread assumed")
 
-    def _gaps(self, metric: str, a: dict[int, float], b: dict[int, float]) -> list[Linear]:
+    def _gaps(self, metric: str, a: dict[int, float], b: dict[int, float]) -> list[Estimate]:
         """``B - A`` of each pair of seeds with the influences; empty where a side lacks those, or has other images."""
         found = []
         for (first, x), (second, y) in zip(a.items(), b.items(), strict=True):
             ours, theirs = self._influence(metric, 0, first), self._influence(metric, 1, second)
             if ours is None or theirs is None or len(ours) != len(theirs):
                 return []
-            found.append(Linear(y, theirs).minus(Linear(x, ours)))
+            found.append(linear(y, theirs).minus(linear(x, ours)))
         return found
 
     def _influence(self, metric: str, i: int, seed: int) -> np.ndarray | None:

@@ -92,7 +92,7 @@ class ClipImages(FeatureNetwork):
 
 
 class ClipScore:
-    """DMD2's CLIP score (``clip-dmd2``) as `eval.detectors.alignment.Towers`: the cosine of an image and its caption.
+    """DMD2's CLIP score (``clip-dmd2``) for `eval.detectors.alignment`: the cosine of an image and its caption.
 
     Args:
         model_dir: folder of an open_clip model; the published numbers use ``clip-ViT-g-14``.
@@ -104,7 +104,8 @@ class ClipScore:
     geometry = PROTOCOL_GEOMETRY
 
     def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
-        self.images = tower or ClipImages(model_dir).on(device)
+        self.folder = model_dir
+        self.images: FeatureNetwork = tower or ClipImages(model_dir).on(device)
         self.model: Any = self.images.model
         self.tokenizer: Any = self.images.tokenizer
         self.name = f"clip-dmd2 ({model_dir.name})"

@@ -4,7 +4,6 @@ A number computed on anything but the canonical Inception features is an FD of t
 """
 
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +18,12 @@ from dmd2.core.provenance import recorded
 from dmd2.core.rng import Draws, stream
 from dmd2.data.sets import TensorSet, load_set, load_shard, save_shard
 from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.networks import NETWORKS, FeatureNetwork, load_network
-from eval.detectors.small_clip import SmallTowers, train_clip
+from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, load_network
+from eval.detectors.small_clip import SmallClip, train_clip
 
 CPU = torch.device("cpu")
 FEATURES = 64
 TRAINING_STEPS, BATCH, LR = 800, 128, 2e-3
-
-
-class Detector(Protocol):
-    """What every metric is given; any callable with these members is one."""
-
-    name: str
-    about: dict[str, Any]
-    """Checksum of the weights, resize, input size, layer, precision: the provenance of every number."""
-
-    @property
-    def is_fid(self) -> bool:
-        """Whether a Frechet distance of these features may be called FID."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """``FID`` or ``FD (<name>)``."""
-        ...
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features ``(N, d)`` and, for a classifier, class logits ``(N, classes)``, of uint8 ``(N, C, H, W)``."""
-        ...
 
 
 class Classifier(FeatureNetwork):
@@ -91,17 +68,14 @@ def train_classifier(name: str, real: TensorSet, out: Path, device: torch.device
     model.device = device
     model.to(device)
     train = TensorSet({"images": images[~held_out], "labels": labels[~held_out]})
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, total_steps=TRAINING_STEPS)
-    for it in range(TRAINING_STEPS):
+
+    def loss(it: int) -> Tensor:
         draws = Draws(0, it, BATCH, 0, BATCH)
         rows = draws.shuffled("classifier/real", len(train))
         noisy = train.tensor("images", rows) + 12 * draws.normal("classifier/noise", tuple(images.shape[1:]))
-        loss = F.cross_entropy(model(noisy)[1], train.tensor("labels", rows).to(device))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+        return F.cross_entropy(model(noisy)[1], train.tensor("labels", rows).to(device))
+
+    fit(model.parameters(), LR, TRAINING_STEPS, loss, decay=0.05)
     with torch.no_grad():
         right = (model(images[held_out])[1].argmax(1).cpu() == labels[held_out]).float().mean()
     path = out.parent / "classifier.safetensors"
@@ -110,22 +84,19 @@ def train_classifier(name: str, real: TensorSet, out: Path, device: torch.device
     write_json(out, {**about, "files": listing([path], out.parent)})
 
 
-def load_detector(
-    name: str, weights: Path = WEIGHTS, device: torch.device | str = "cpu", *, random_weights: bool = False
-) -> Detector:
+def load_detector(name: str, weights: Path = WEIGHTS, device: torch.device | str = "cpu") -> FeatureNetwork:
     """The detector `name`, its weights verified.
 
     Args:
         name: one of `NETWORKS`, ``clip-<folder of an open_clip model>``, or ``<data>-classifier``.
         weights: parent of the weights' folders.
         device: where it runs; features come back on the CPU.
-        random_weights: for tests only, see `load_network`.
 
     Raises:
         UserError: unknown, or its weights are missing (nothing is downloaded here) or changed.
     """
     if name in NETWORKS:
-        return load_network(name, weights, device, random_weights=random_weights)
+        return load_network(name, weights, device)
     if name.startswith("clip-"):
         from eval.detectors.clip import ClipImages  # open_clip: 46 MB that no other detector needs
 
@@ -138,7 +109,7 @@ def load_detector(
         )
     entry = read_json(manifest)
     if entry["kind"] == "clip":
-        return SmallTowers.load(manifest, device).images
+        return SmallClip.load(manifest, device).images
     if entry["kind"] != "classifier":
         raise UserError(f"detector {name}: kind {entry['kind']} of {manifest} is not one this version can run")
     model = Classifier(name, entry["channels"], entry["resolution"], entry["classes"])

@@ -10,16 +10,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
@@ -29,23 +29,38 @@ from eval.metrics.stats import FeatureStats
 from eval.pixels.images import ImageSource, pixel_digest
 from eval.pixels.resize import NONE, Geometry
 
-if TYPE_CHECKING:  # spawned workers import this module, and networks take seconds to import
-    from eval.detectors.detectors import Detector
-
 ROWS = 1000  # per shard: 8 MB of 2,048 features, two minutes of Inception on two CPU cores
 NAME = re.compile(r"features-(\d+)-(\d+)\.json")
 
 
+class Observer(Protocol):
+    """What looks at images: a detector, or several networks at once."""
+
+    name: str
+    about: dict[str, Any]
+    """Checksum of the weights, resize, input size, layer, precision: the provenance of every number."""
+
+    @property
+    def label(self) -> str:
+        """How a Frechet distance of its features is called: ``FID`` or ``FD (<name>)``."""
+
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        """What it finds in uint8 ``(n, C, H, W)``, by name: ``features`` ``(n, d)``, perhaps ``logits`` and others."""
+
+
+def account(observer: Observer) -> dict[str, Any]:
+    """Name of an observer and what it says about itself; equal accounts give comparable features."""
+    return {"name": observer.name, "label": observer.label, **observer.about}
+
+
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features float32 ``(n, d)`` in sample order, and what they are of and from.
+    """What an observer found in a set of images, float32, in sample order by name.
 
-    `logits` ``(n, classes)`` are there if the detector classifies; `pixels` ``(n,)`` are int64 digests of the images.
+    `source` and `detector` say what it is of and from; ``pixels`` ``(n,)`` are int64 digests of the images.
     """
 
-    features: np.ndarray
-    logits: np.ndarray | None
-    pixels: np.ndarray
+    found: dict[str, np.ndarray]
     source: dict[str, Any]
     detector: dict[str, Any]
 
@@ -53,38 +68,33 @@ class FeatureSet:
         return len(self.features)
 
     @property
+    def features(self) -> np.ndarray:
+        """Those of the detector ``(n, d)``."""
+        return self.found["features"]
+
+    @property
     def duplicates(self) -> int:
         """Images whose pixels equal those of an earlier one; a grey image equals its RGB replica."""
-        return len(self.pixels) - len(np.unique(self.pixels))
+        return len(self) - len(np.unique(self.found["pixels"]))
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """`ImageSource` that draws image i from sample seed i: no image file between generator and metric.
+class Sampled(ImageSource):
+    """Images drawn from sample seeds ``0 .. count - 1``: no image file between generator and metric.
 
-    Args:
-        id: digest of everything the images depend on (weights, config, label rule, rounding); it addresses the cache.
-        count: number of images, sample seeds ``0 .. count - 1``.
-        sample: sample seeds to uint8 ``(n, C, H, W)``, the same image for a seed in whatever company.
+    `id` is a digest of everything the images depend on (weights, config, label rule, rounding); it addresses the cache.
+    `sample` makes uint8 ``(n, C, H, W)`` of sample seeds, the same image for a seed in whatever company.
     """
 
     id: str
     count: int
     sample: Callable[[list[int]], Tensor]
     geometry: Geometry = NONE
-    small: int = 0
+    small: int = field(default=0, init=False)
 
-    def __len__(self) -> int:
-        return self.count
-
-    def batch(self, indices: range) -> Tensor:
-        """uint8 ``(n, C, H, W)`` on the CPU."""
-        return self.geometry(self.sample(list(indices)).cpu())
-
-
-def account(detector: Detector) -> dict[str, Any]:
-    """Name of a detector and what it says about itself; equal accounts give comparable features."""
-    return {"name": detector.name, "label": detector.label, **detector.about}
+    def read(self, indices: range) -> Tensor:
+        """See `ImageSource`."""
+        return self.sample(list(indices)).cpu()
 
 
 def identity(source: ImageSource) -> dict[str, Any]:
@@ -92,47 +102,40 @@ def identity(source: ImageSource) -> dict[str, Any]:
     return {"id": source.id, "images": len(source), "geometry": source.geometry.name, "small": source.small}
 
 
-def blocks(count: int) -> list[range]:
-    """Row ranges of the shards of `count` images."""
-    return [range(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
-
-
-def share(count: int, process: int, processes: int) -> list[range]:
-    """Shards that fall to one process: every one to exactly one, none padded or repeated.
+def shards_of(count: int, process: int = 0, processes: int = 1) -> list[range]:
+    """Rows of the shards of `count` images that fall to one process: every shard to exactly one, none padded.
 
     Raises:
         UserError: there is no such process.
     """
     if not 0 <= process < processes:
         raise UserError(f"there is no shard {process}/{processes}: write i/k with i from 0 to k - 1, for example 0/8")
-    return blocks(count)[process::processes]
+    return [range(start, min(start + ROWS, count)) for start in range(0, count, ROWS)][process::processes]
 
 
-def cache_folder(source: ImageSource, detector: Detector, cache: Path) -> Path:
-    """Folder of the shards of these very images under this very detector."""
-    content = json.dumps([identity(source), account(detector)], sort_keys=True)
+def cache_folder(source: ImageSource, observer: Observer, cache: Path) -> Path:
+    """Folder of the shards of these very images under this very observer."""
+    content = json.dumps([identity(source), account(observer)], sort_keys=True)
     return cache / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def extract(
     source: ImageSource,
-    detector: Detector,
+    observer: Observer,
     cache: Path,
     rows: Sequence[range] | None = None,
     batch: int = 64,
     workers: int = 0,
-    start_method: str | None = None,
 ) -> Path:
     """Write the shards that are not there yet; a kill loses at most the shard in work.
 
     Args:
         source: the images.
-        detector: uint8 batches to features and logits.
+        observer: looks at batches of them.
         cache: root of all caches.
-        rows: some of `blocks` (see `share`); by default all of them.
-        batch: images per call of the detector; batches never cross a shard, so a resumed run repeats the same ones.
+        rows: some of `shards_of`; by default all of them.
+        batch: images per call of the observer; batches never cross a shard, so a resumed run repeats the same ones.
         workers: processes that decode images; 0 decodes in this one, which on a CPU costs least.
-        start_method: of the workers: fork, spawn or forkserver; by default Python's.
 
     Returns:
         The folder of the shards.
@@ -140,29 +143,29 @@ def extract(
     Raises:
         UserError: an image cannot be read, or features are too few or not finite.
     """
-    folder = cache_folder(source, detector, cache)
-    wanted = blocks(len(source)) if rows is None else list(rows)
-    todo = [block for block in wanted if not all(path.exists() for path in _paths(folder, block))]
-    write_json(folder / "about.json", {"source": identity(source), "detector": account(detector)})
+    folder = cache_folder(source, observer, cache)
+    wanted = shards_of(len(source)) if rows is None else list(rows)
+    todo = [shard for shard in wanted if not all(path.exists() for path in _paths(folder, shard))]
+    write_json(folder / "about.json", {"source": identity(source), "detector": account(observer)})
     total = sum(map(len, wanted))
     done = total - sum(map(len, todo))
-    progress = Progress(f"features {detector.name} {source.id}", total, done)
-    pieces = [block[start : start + batch] for block in todo for start in range(0, len(block), batch)]
-    batches = zip(pieces, read(source, pieces, workers, start_method), strict=True)
-    for block in todo:
+    progress = Progress(f"features {observer.name} {source.id}", total, done)
+    pieces = [shard[start : start + batch] for shard in todo for start in range(0, len(shard), batch)]
+    batches = zip(pieces, read(source, pieces, workers), strict=True)
+    for shard in todo:
         parts: list[dict[str, Tensor]] = []
-        while sum(len(part["features"]) for part in parts) < len(block):
+        while sum(len(part["features"]) for part in parts) < len(shard):
             indices, images = next(batches)
-            parts.append(_embed(images, indices, detector))
+            parts.append(_observed(images, indices, observer))
             done += len(indices)
             progress.update(done, {})
-        _publish(folder, block, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, batch)
+        _publish(folder, shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, batch)
     return folder
 
 
-def _publish(folder: Path, block: range, tensors: dict[str, Tensor], batch: int) -> None:
+def _publish(folder: Path, shard: range, tensors: dict[str, Tensor], batch: int) -> None:
     """Write a shard and its note, unless another process did so since: theirs may differ in rounding."""
-    path, note = _paths(folder, block)
+    path, note = _paths(folder, shard)
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         flock(lock, LOCK_EX)
         if not (path.exists() and note.exists()):
@@ -176,8 +179,9 @@ def join(folder: Path, count: int) -> FeatureSet:
     Raises:
         UserError: rows are missing, there twice, too many, or a shard is truncated or changed.
     """
-    about = read_json(folder / "about.json")
-    return _feature_set(list(_shards(folder, count)), about["source"], about["detector"])
+    about, shards = read_json(folder / "about.json"), list(_shards(folder, count))
+    found = {name: np.concatenate([shard[name].numpy() for shard in shards]) for name in shards[0]}
+    return FeatureSet(found, about["source"], about["detector"])
 
 
 def stream_moments(folder: Path, count: int) -> FeatureStats:
@@ -185,52 +189,41 @@ def stream_moments(folder: Path, count: int) -> FeatureStats:
     return reduce(FeatureStats.merge, (FeatureStats.of(shard["features"]) for shard in _shards(folder, count)))
 
 
-def _paths(folder: Path, block: range) -> tuple[Path, Path]:
+def _paths(folder: Path, shard: range) -> tuple[Path, Path]:
     """A shard and the note with its checksum, which is written last and so marks it complete."""
-    name = f"features-{block.start:06d}-{block.stop:06d}"
+    name = f"features-{shard.start:06d}-{shard.stop:06d}"
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
 
-class _Pieces(Dataset):
-    """Batches of a source by position, for loader processes."""
-
-    def __init__(self, source: ImageSource, pieces: list[range]) -> None:
-        self.source, self.pieces = source, pieces
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, position: int) -> Tensor | UserError:
-        try:
-            return self.source.batch(self.pieces[position])
-        except UserError as error:
-            return error  # raised in a worker, it would arrive as a traceback instead of a sentence
-
-
-def read(
-    source: ImageSource, pieces: list[range], workers: int = 0, start_method: str | None = None
-) -> Iterator[Tensor]:
+def read(source: ImageSource, pieces: list[range], workers: int = 0) -> Iterator[Tensor]:
     """Batches of a source by their index ranges, in this order, decoded by `workers` processes (see `extract`)."""
-    dataset = _Pieces(source, pieces)
-    context = start_method if workers else None
-    for item in DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context):
+    loader: Any = partial(DataLoader, batch_size=None, num_workers=workers, collate_fn=partial(_batch, source))
+    for item in loader(pieces):
         if isinstance(item, UserError):
             raise item
         yield item
 
 
-def _embed(images: Tensor, indices: range, detector: Detector) -> dict[str, Tensor]:
-    """Features, logits and pixel digests of one batch."""
+def _batch(source: ImageSource, indices: range) -> Tensor | UserError:
+    try:
+        return source.batch(indices)
+    except UserError as error:
+        return error  # raised in a worker, it would arrive as a traceback instead of a sentence
+
+
+def _observed(images: Tensor, indices: range, observer: Observer) -> dict[str, Tensor]:
+    """What is found in one batch, and the digests of its pixels."""
     with torch.inference_mode():
-        features, logits = detector(images)
-    for what, got in (("images", images), ("features", features)):
-        if len(got) != len(indices):
-            raise UserError(f"samples {indices.start} to {indices.stop - 1} gave {len(got)} {what}")
-    if not torch.isfinite(features).all():
-        row = indices[int((~torch.isfinite(features)).any(dim=1).nonzero()[0])]
-        raise UserError(f"{detector.name} gave NaN or infinite features for image {row}")
-    out = {"features": features.float().cpu(), "pixels": torch.tensor([pixel_digest(image) for image in images])}
-    return out if logits is None else {**out, "logits": logits.float().cpu()}
+        found = observer.look(images)
+    for what, tensor in {"images": images, **found}.items():
+        if len(tensor) != len(indices):
+            raise UserError(f"samples {indices.start} to {indices.stop - 1} gave {len(tensor)} {what}")
+    for what, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            row = indices[int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])]
+            raise UserError(f"{observer.name} gave NaN or infinite {what} for image {row}")
+    pixels = torch.tensor([pixel_digest(image) for image in images])
+    return {**{what: tensor.float().cpu() for what, tensor in found.items()}, "pixels": pixels}
 
 
 def _shards(folder: Path, count: int) -> Iterator[dict[str, Tensor]]:
@@ -253,8 +246,3 @@ def _shards(folder: Path, count: int) -> Iterator[dict[str, Tensor]]:
         if any(len(tensor) != stop - start for tensor in tensors.values()):
             raise UserError(f"{path} is named for {stop - start} rows but holds {len(tensors['features'])}: delete it")
         yield tensors
-
-
-def _feature_set(parts: list[dict[str, Tensor]], source: dict[str, Any], detector: dict[str, Any]) -> FeatureSet:
-    whole = {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
-    return FeatureSet(whole["features"], whole.get("logits"), whole["pixels"], source, detector)

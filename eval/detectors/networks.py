@@ -7,15 +7,16 @@ Every network takes uint8 images ``(n, C, H, W)``, does its own resize and norma
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cleanfid.inception_pytorch import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
 from torch import Tensor, nn
-from torchvision.models.inception import InceptionA, InceptionC, InceptionE, inception_v3
+from torchvision.models import inception_v3
 from torchvision.transforms.functional import normalize
 
 from dmd2.core.errors import UserError
@@ -57,6 +58,11 @@ class FeatureNetwork(nn.Module):
         self.to(self.device).eval().requires_grad_(False)
         return self
 
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        """`forward` by name, see `eval.detectors.features.Observer`."""
+        features, logits = self(images)
+        return {"features": features} if logits is None else {"features": features, "logits": logits}
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features ``(n, d)`` and, where the network has a classifier, logits ``(n, classes)``.
@@ -78,6 +84,18 @@ class FeatureNetwork(nn.Module):
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same from uint8 ``(n, 3, H, W)`` on the network's device."""
         raise NotImplementedError
+
+
+def fit(parameters: Iterable[Any], lr: float, steps: int, loss: Callable[[int], Tensor], decay: float = 0.0) -> None:
+    """Train by AdamW under a one-cycle schedule; `loss` is that of a step by its number."""
+    optimiser = torch.optim.AdamW(parameters, lr, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    for it in range(steps):
+        value = loss(it)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        schedule.step()
 
 
 def rgb(images: Tensor) -> Tensor:
@@ -117,47 +135,13 @@ class TorchScriptInception(FeatureNetwork):
         return features, F.linear(features, self.base.output.weight)
 
 
-def _mean_pool(x: Tensor) -> Tensor:
-    """TensorFlow's 3x3 mean leaves padding out of the count."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-class _InceptionA(InceptionA):
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_mean_pool(x))]
-
-
-class _InceptionC(InceptionC):
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return [self.branch1x1(x), single, double, self.branch_pool(_mean_pool(x))]
-
-
-class _InceptionE(InceptionE):
-    def __init__(self, in_channels: int, pool: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(in_channels)
-        self.pool = pool
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [
-            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x)),
-        ]  # fmt: skip
-
-
 def inception_2015() -> nn.Module:
     """torchvision's Inception with the pooling of the 2015 graph: unpadded means, and a maximum in the last block."""
     net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = _InceptionA(192, 32), _InceptionA(256, 64), _InceptionA(288, 64)
-    net.Mixed_6b, net.Mixed_6c = _InceptionC(768, 128), _InceptionC(768, 160)
-    net.Mixed_6d, net.Mixed_6e = _InceptionC(768, 160), _InceptionC(768, 192)
-    net.Mixed_7b = _InceptionE(1280, _mean_pool)
-    net.Mixed_7c = _InceptionE(2048, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+    net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = (FIDInceptionA(*wide) for wide in ((192, 32), (256, 64), (288, 64)))
+    net.Mixed_6b, net.Mixed_6c = FIDInceptionC(768, 128), FIDInceptionC(768, 160)
+    net.Mixed_6d, net.Mixed_6e = FIDInceptionC(768, 160), FIDInceptionC(768, 192)
+    net.Mixed_7b, net.Mixed_7c = FIDInceptionE_1(1280), FIDInceptionE_2(2048)
     return net
 
 
@@ -285,16 +269,11 @@ NETWORKS: dict[str, tuple[str, Callable[[str, Weights], FeatureNetwork]]] = {
 }
 
 
-def load_network(
-    name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu", *, random_weights: bool = False
-) -> FeatureNetwork:
+def load_network(name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> FeatureNetwork:
     """The network `name` of `NETWORKS` on `device`, its weights from a folder in `folder` verified.
-
-    `random_weights` is for tests only: any weights are accepted; the name then ends in ``-random`` and is never FID.
 
     Raises:
         UserError: the weights are missing or changed.
     """
     entry, build = NETWORKS[name]
-    weights = locate(entry, folder, random_weights=random_weights)
-    return build(f"{name}-random" if random_weights else name, weights).on(device)
+    return build(name, locate(entry, folder)).on(device)

@@ -8,7 +8,6 @@ tokens, so captions need no second encoder. Loss: symmetric cross-entropy with a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.precision import strict_float32
 from dmd2.core.rng import Draws, stream
 from dmd2.data.sets import TensorSet, load_shard, save_shard
-from eval.detectors.networks import FeatureNetwork, rgb
-from eval.pixels.resize import NONE, Geometry
+from eval.detectors.networks import FeatureNetwork, fit, rgb
+from eval.pixels.resize import NONE
 
 CPU = torch.device("cpu")
 WIDTH = 128  # of the embeddings
@@ -59,7 +58,9 @@ class Images(FeatureNetwork):
 
 
 class SmallClip(nn.Module):
-    """Both towers, and the logarithm of the inverse temperature."""
+    """Both towers, and the logarithm of the inverse temperature. Text is embedded on the CPU once it is trained."""
+
+    geometry = NONE  # what is done to an image before it
 
     def __init__(self, name: str, resolution: int, text_width: int) -> None:
         super().__init__()
@@ -70,8 +71,20 @@ class SmallClip(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.text_width = text_width
 
-    def texts(self, states: Tensor) -> Tensor:
-        """Embeddings ``(n, 128)`` of encoder states ``(n, L, D)``.
+    @staticmethod
+    def load(manifest: Path, device: torch.device | str = "cpu") -> SmallClip:
+        """What `train_clip` wrote, verified."""
+        entry = read_json(manifest)
+        model = SmallClip(entry["name"], entry["resolution"], entry["text_width"])
+        model.load_state_dict(load_shard(verified(manifest.parent, entry["files"][0])))
+        model.requires_grad_(False).eval()
+        model.images.about |= {"weights": entry["files"][0]["sha256"], "verified": True}
+        model.images.on(device)
+        return model
+
+    @torch.no_grad()
+    def texts(self, captions: list[str], states: Tensor) -> Tensor:
+        """Embeddings ``(n, 128)`` of captions by their encoder states ``(n, L, D)``; the words are not read.
 
         Raises:
             UserError: the states are of another text encoder than it was trained on.
@@ -79,11 +92,12 @@ class SmallClip(nn.Module):
         if states.shape[-1] != self.text_width:
             wanted, had = self.text_width, states.shape[-1]
             raise UserError(f"{self.images.name} was trained on text states of {wanted} dimensions, these have {had}")
-        return self.words(pooled(states))
+        with strict_float32(CPU):
+            return self.words(pooled(states.cpu()))
 
     def logits(self, images: Tensor, states: Tensor) -> Tensor:
         """Scaled cosines ``(n, m)`` of images in [-1, 1] with every caption's states."""
-        image, text = (F.normalize(x, dim=1) for x in (self.images.body(images), self.texts(states)))
+        image, text = (F.normalize(x, dim=1) for x in (self.images.body(images), self.words(pooled(states))))
         return self.scale.exp().clamp(max=100) * image @ text.T
 
 
@@ -143,29 +157,26 @@ def _rows(name: str, real: TensorSet) -> tuple[Tensor, Tensor]:
 def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int, device: torch.device) -> None:
     """Dropout draws from torch's global generator, which the caller has seeded."""
     model.train()
-    decays = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW([{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], LR)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, total_steps=steps)
     batch = min(BATCH, len(pixels))
-    for it in range(steps):
+
+    def loss(it: int) -> Tensor:
         draws = Draws(0, it, batch, 0, batch)
         rows = draws.shuffled(f"{name}/real", len(pixels))
         images = augmented(pixels[rows].float() / 127.5 - 1, draws)
         logits = model.logits(images.to(device), states[rows].to(device))
         target = torch.arange(batch, device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    decays = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    fit([{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], LR, steps, loss)
 
 
 @torch.no_grad()
 def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any]:
     """How often image and caption find each other among all of the set, and their mean cosines."""
     images = torch.cat([model.images(part)[0] for part in pixels.split(256)])
-    texts = torch.cat([model.texts(part.to(model.images.device)).cpu() for part in states.split(256)])
+    texts = torch.cat([model.words(pooled(part.to(model.images.device))).cpu() for part in states.split(256)])
     cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     n, own = len(cosines), cosines.diagonal()
     rank = (cosines > own[:, None]).sum(dim=1)
@@ -176,33 +187,3 @@ def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any
         "image_first": round(float((cosines.argmax(dim=0) == torch.arange(n)).float().mean()), 4),
         "cosine": round(float(own.mean()), 4), "cosine_of_others": round(float(others), 4),
     }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SmallTowers:
-    """A trained small CLIP as `eval.detectors.alignment.Towers`."""
-
-    model: SmallClip
-    geometry: Geometry = NONE
-
-    @property
-    def images(self) -> Images:
-        """The image tower."""
-        return self.model.images
-
-    @staticmethod
-    def load(manifest: Path, device: torch.device | str = "cpu") -> SmallTowers:
-        """What `train_clip` wrote, verified; text runs on the CPU."""
-        entry = read_json(manifest)
-        model = SmallClip(entry["name"], entry["resolution"], entry["text_width"])
-        model.load_state_dict(load_shard(verified(manifest.parent, entry["files"][0])))
-        model.requires_grad_(False).eval()
-        model.images.about |= {"weights": entry["files"][0]["sha256"], "verified": True}
-        model.images.on(device)
-        return SmallTowers(model)
-
-    @torch.no_grad()
-    def texts(self, captions: list[str], states: Tensor) -> Tensor:
-        """Embeddings ``(n, 128)`` of encoded captions; the captions themselves are not read."""
-        with strict_float32(CPU):
-            return self.model.texts(states.cpu())

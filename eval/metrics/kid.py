@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Features, Linear, blocks, matrices
+from eval.metrics.estimate import Estimate, Features, blocks, linear, matrices
 
-BLOCK = 2048  # rows and columns of the kernel matrix held at a time
+ROWS_AT_ONCE = 2048  # rows and columns of the kernel matrix held at a time
 
 
-def kid(x: Features, y: Features) -> Linear:
+def kid(x: Features, y: Features, strata: Features | None = None) -> Estimate:
     """Full-sample unbiased KID of generated ``x (n, d)`` to reference ``y (m, d)``; may be slightly negative.
 
     The standard error is the delete-one jackknife over both samples, which row sums of the kernel give in closed form;
@@ -25,6 +25,7 @@ def kid(x: Features, y: Features) -> Linear:
     Args:
         x: features of the generated images.
         y: features of the reference images, a finite draw too.
+        strata: class of every generated image, see `standard_error`.
 
     Raises:
         UserError: fewer than two images on a side, other dimensions, or NaN.
@@ -37,14 +38,16 @@ def kid(x: Features, y: Features) -> Linear:
     cross_x, cross_y = _cross_sums(a, b)
     own = self_x.sum() / (n * (n - 1)) + self_y.sum() / (m * (m - 1))
     value = float(own - 2 * cross_x.sum() / (n * m))
-    known = min(n, m) >= 3  # leaving one out must leave a pair
-    return Linear(value, _pseudo_values(self_x, cross_x / m), None, known, _pseudo_values(self_y, cross_y / n))
+    if min(n, m) < 3:  # leaving one out must leave a pair
+        return Estimate(value, None, n)
+    ours, theirs = _pseudo_values(self_x, cross_x / m), _pseudo_values(self_y, cross_y / n)
+    return linear(value, ours, of_reference=theirs, strata=strata)
 
 
 def _pseudo_values(own: np.ndarray, cross: np.ndarray) -> np.ndarray:
     """Jackknife pseudo-values of one side up to a constant: the SE of their mean is the value's."""
     # leaving image i out changes the value by -2 (own_i / (n - 2) - cross_i) / (n - 1), plus a constant
-    return 2 * (own / max(len(own) - 2, 1) - cross)
+    return 2 * (own / (len(own) - 2) - cross)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -53,10 +56,10 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _self_sums(x: Tensor) -> np.ndarray:
     sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for rows in blocks(len(x), BLOCK):
+    for rows in blocks(len(x), ROWS_AT_ONCE):
         block = _kernel(x[rows], x[rows]).fill_diagonal_(0)
         sums[rows] += block.sum(dim=1, dtype=torch.float64)
-        for columns in blocks(rows.start, BLOCK):  # the matrix is symmetric: each block below serves two
+        for columns in blocks(rows.start, ROWS_AT_ONCE):  # the matrix is symmetric: each block below serves two
             block = _kernel(x[rows], x[columns])
             sums[rows] += block.sum(dim=1, dtype=torch.float64)
             sums[columns] += block.sum(dim=0, dtype=torch.float64)
@@ -66,8 +69,8 @@ def _self_sums(x: Tensor) -> np.ndarray:
 def _cross_sums(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
     sums_x = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     sums_y = torch.zeros(len(y), dtype=torch.float64, device=x.device)
-    for rows in blocks(len(x), BLOCK):
-        for columns in blocks(len(y), BLOCK):
+    for rows in blocks(len(x), ROWS_AT_ONCE):
+        for columns in blocks(len(y), ROWS_AT_ONCE):
             block = _kernel(x[rows], y[columns])
             sums_x[rows] += block.sum(dim=1, dtype=torch.float64)
             sums_y[columns] += block.sum(dim=0, dtype=torch.float64)

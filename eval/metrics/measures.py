@@ -1,60 +1,50 @@
-"""One function for every metric of features: a `View` of generated images to its numbers.
+"""One function for every metric of features: a `Sample` of generated images to its numbers.
 
 `dmd2.experiment.metrics` says everything else about a metric, such as the names of the numbers and their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Linear, Mean
-from eval.metrics.frechet import FrechetReference, between_samples
+from dmd2.experiment.metrics import Metric
+from eval.metrics.estimate import Estimate, mean
+from eval.metrics.frechet import Reference, between_samples
 from eval.metrics.kid import kid
 from eval.metrics.neighbours import prdc
 from eval.metrics.scores import accuracy, inception_score
 
 
-class Compared(Protocol):
-    """What generated images are compared with, see `eval.detectors.reference.Reference`."""
-
-    @property
-    def frechet(self) -> FrechetReference:
-        """Its moments."""
-        ...
-
-    def rows(self, metric: str) -> np.ndarray:
-        """Its features ``(m, d)``.
-
-        Raises:
-            UserError: it has moments only; `metric` is who asks.
-        """
-        ...
-
-
 @dataclass(frozen=True)
-class View:
+class Sample:
     """Generated images as one network sees them.
 
-    `labels` are the classes that images were drawn for; where they were fixed beforehand and not drawn, they are
-    `strata`, too. With `reference_sampled` the reference is a finite draw in every metric.
+    Args:
+        features: ``(n, d)``.
+        logits: ``(n, classes)``, where the network classifies.
+        detector: name of the network.
+        reference: what the features are compared with.
+        labels: class that every image was drawn for ``(n,)``.
+        strata: the same where the classes were fixed beforehand and not drawn: errors then count the spread inside
+            classes only.
+        reference_sampled: the Frechet distance's error counts the reference's own sampling, too.
     """
 
-    features: np.ndarray  # (n, d)
-    logits: np.ndarray | None  # (n, classes)
+    features: np.ndarray
+    logits: np.ndarray | None
     detector: str
-    reference: Compared | None
-    labels: Tensor | None  # (n,)
-    strata: Tensor | None  # (n,)
+    reference: Reference | None
+    labels: Tensor | None = None
+    strata: Tensor | None = None
     reference_sampled: bool = False
 
     @property
-    def compared(self) -> Compared:
+    def compared(self) -> Reference:
         """The reference.
 
         Raises:
@@ -76,38 +66,55 @@ class View:
         return self.logits
 
 
-Found = Linear | Mean | Estimate  # an estimate has no paired difference
+def measure(
+    metric: Metric, samples: Mapping[str, Sample], values: Mapping[str, np.ndarray], strata: Tensor | None = None
+) -> dict[str, Estimate]:
+    """The numbers of a metric by name.
+
+    Args:
+        metric: what to measure.
+        samples: the images as each network sees them, by `Metric.sees`.
+        values: one value per image or prompt ``(n,)`` by metric, of the metrics that are means of them.
+        strata: of those values, as in a `Sample`; the metrics of prompts have none.
+
+    Raises:
+        UserError: something that it needs is missing, or too few or unusable images.
+    """
+    if metric.name in values:
+        return {metric.name: mean(values[metric.name], None if metric.sees == "lpips" else strata)}
+    function = globals()[metric.function]  # one of those below
+    return dict(zip(metric.gives, function(samples[metric.sees]), strict=True))
 
 
-def frechet(view: View) -> Sequence[Found]:
+def frechet(sample: Sample) -> Sequence[Estimate]:
     """Frechet distance to the reference."""
-    if view.reference_sampled:
-        return [between_samples(view.features, view.compared.rows("--reference-sampled"), view.strata)]
-    return [view.compared.frechet.linearised(view.features)]
+    if sample.reference_sampled:
+        return [between_samples(sample.features, sample.compared.rows("--reference-sampled"), sample.strata)]
+    return [sample.compared.estimate(sample.features, sample.strata)]
 
 
-def kernel(view: View) -> Sequence[Found]:
+def kernel(sample: Sample) -> Sequence[Estimate]:
     """Kernel distance to the images of the reference."""
-    return [kid(view.features, view.compared.rows("kid"))]
+    return [kid(sample.features, sample.compared.rows("kid"), sample.strata)]
 
 
-def neighbours(view: View) -> Sequence[Found]:
+def neighbours(sample: Sample) -> Sequence[Estimate]:
     """Precision, recall, density and coverage of the fifth neighbours."""
-    return [*prdc(view.compared.rows("prdc"), view.features).values()]
+    return [*prdc(sample.compared.rows("prdc"), sample.features).values()]
 
 
-def two_neighbours(view: View) -> Sequence[Found]:
+def two_neighbours(sample: Sample) -> Sequence[Estimate]:
     """Precision and recall of the third neighbours, as is usual for these two."""
-    return [*prdc(view.compared.rows("pr"), view.features, k=3).values()][:2]
+    return [*prdc(sample.compared.rows("pr"), sample.features, k=3).values()][:2]
 
 
-def inception(view: View) -> Sequence[Found]:
+def inception(sample: Sample) -> Sequence[Estimate]:
     """Inception score."""
-    return [inception_score(view.classified, view.strata)]
+    return [inception_score(sample.classified, sample.strata)]
 
 
-def class_accuracy(view: View) -> Sequence[Found]:
+def class_accuracy(sample: Sample) -> Sequence[Estimate]:
     """Share of images classified as their labels."""
-    if view.labels is None:
+    if sample.labels is None:
         raise UserError("accuracy needs the number of classes (--classes C): image i was drawn for class i mod C")
-    return [accuracy(view.classified, view.labels)]
+    return [accuracy(sample.classified, sample.labels, sample.strata)]

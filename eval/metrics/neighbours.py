@@ -14,12 +14,12 @@ from torch import Tensor
 from dmd2.core.errors import UserError
 from eval.metrics.estimate import Estimate, Features, blocks, matrices
 
-BLOCK = 2048  # rows of a distance matrix held at a time
+ROWS_AT_ONCE = 2048  # rows of a distance matrix held at a time
 HALVES = 16
 EPS = torch.finfo(torch.float64).eps
 
 
-def prdc(real: Features, fake: Features, k: int = 5, halves: int = HALVES, seed: int = 0) -> dict[str, Estimate]:
+def prdc(real: Features, fake: Features, k: int = 5, halves: int = HALVES) -> dict[str, Estimate]:
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     The standard error is the spread over `halves` random halves of both sets, drawn without replacement: a half of a
@@ -31,7 +31,6 @@ def prdc(real: Features, fake: Features, k: int = 5, halves: int = HALVES, seed:
         fake: generated features ``(n, d)``.
         k: which neighbour sets a ball's radius.
         halves: number of random halves.
-        seed: of the halves.
 
     Raises:
         UserError: k < 1, or not more than k images on a side, other dimensions, or NaN.
@@ -42,7 +41,7 @@ def prdc(real: Features, fake: Features, k: int = 5, halves: int = HALVES, seed:
     centre = a.double().mean(dim=0)
     a, b = a - centre, b - centre
     values = _prdc(a, b, k)
-    spreads = dict.fromkeys(values, None) if halves < 2 else _spread_of_halves(a, b, k, halves, seed)
+    spreads = dict.fromkeys(values, None) if halves < 2 else _spread_of_halves(a, b, k, halves)
     return {name: Estimate(value, spreads[name], len(b)) for name, value in values.items()}
 
 
@@ -52,7 +51,7 @@ def _prdc(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
     inside_real = torch.zeros(len(fake), dtype=torch.long, device=real.device)
     inside_fake = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows in blocks(len(real), BLOCK):
+    for rows in blocks(len(real), ROWS_AT_ONCE):
         distances = squared_distances(real[rows], fake)
         balls = distances <= real_radii[rows, None]
         inside_real += balls.sum(dim=0)
@@ -66,11 +65,11 @@ def _prdc(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
     }
 
 
-def _spread_of_halves(real: Tensor, fake: Tensor, k: int, halves: int, seed: int) -> dict[str, float | None]:
+def _spread_of_halves(real: Tensor, fake: Tensor, k: int, halves: int) -> dict[str, float | None]:
     if min(len(real), len(fake)) // 2 <= k:
         return dict.fromkeys(("precision", "recall", "density", "coverage"))
     draws: dict[str, list[float]] = {}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for _ in range(halves):
         parts = [side[torch.from_numpy(rng.permutation(len(side))[: len(side) // 2])] for side in (real, fake)]
         for name, value in _prdc(parts[0], parts[1], k).items():
@@ -81,7 +80,7 @@ def _spread_of_halves(real: Tensor, fake: Tensor, k: int, halves: int, seed: int
 def _radii(x: Tensor, k: int) -> Tensor:
     """Squared distance ``(n,)`` to the k-th neighbour, self excluded."""
     radii = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    for rows in blocks(len(x), BLOCK):
+    for rows in blocks(len(x), ROWS_AT_ONCE):
         distances = squared_distances(x[rows], x)
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf
         radii[rows] = distances.kthvalue(k, dim=1).values

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,39 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Features, Mean, matrix, standard_error
+from eval.metrics.estimate import Estimate, Features, matrix, mean, standard_error
 
-PAIRS = 6  # pairs of images at once: at 512 px VGG16 holds 2 x 67 MB for each in its first layer alone
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One value per image or prompt of a set.
-
-    `source` says which images, as in a `FeatureSet`; `duplicates` counts those that repeat an earlier one.
-    """
-
-    values: np.ndarray
-    source: dict[str, Any]
-    duplicates: int
+PAIRS_AT_ONCE = 6  # of images: at 512 px VGG16 holds 2 x 67 MB for each in its first layer alone
 
 
-@dataclass(frozen=True)
-class Hits(Mean):
-    """Whether every image was classified as its label ``(n,)``, 0 or 1."""
+def accuracy(logits: Features, labels: Features, strata: Features | None = None) -> Estimate:
+    """Share of images whose largest logit ``(n, classes)`` is their label ``(n,)``.
 
-    def estimate(self, strata: Features | None = None) -> Estimate:
-        """The share of hits, whose error is that of Agresti and Coull (1998): two hits and two misses are added.
-
-        So it is never 0, even when all hit; `strata` do not change it.
-        """
-        n, hits = len(self.values), int(self.values.sum())
-        share = (hits + 2) / (n + 4)
-        return Estimate(hits / n, float(np.sqrt(share * (1 - share) / (n + 4))), n)
-
-
-def accuracy(logits: Features, labels: Features) -> Hits:
-    """Of which images the largest logit ``(n, classes)`` is their label ``(n,)``.
+    Its error is that of Agresti and Coull (1998), who add two hits and two misses: it is never 0, even when all hit.
+    `strata` count in paired differences only.
 
     Raises:
         UserError: one label per image is missing, or a label is not a class.
@@ -53,7 +29,9 @@ def accuracy(logits: Features, labels: Features) -> Hits:
     x, y = matrix(logits, "logits").cpu(), torch.as_tensor(labels).cpu()
     if y.shape != (len(x),) or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= x.shape[1]:
         raise UserError(f"{len(x)} images need one label each in 0..{x.shape[1] - 1}, got shape {tuple(y.shape)}")
-    return Hits((x.argmax(dim=1) == y).double().numpy())
+    hits, n = (x.argmax(dim=1) == y).double(), len(x)
+    share = (int(hits.sum()) + 2) / (n + 4)
+    return replace(mean(hits, strata), value=int(hits.sum()) / n, se=float(np.sqrt(share * (1 - share) / (n + 4))))
 
 
 def cosines(images: Features, texts: Tensor) -> np.ndarray:
@@ -98,7 +76,7 @@ def diversities(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], T
             raise UserError(f"diversity needs at least 2 images per prompt, prompt {number} has {len(group)}")
         images, total = group.float() / 127.5 - 1, 0.0
         pairs = torch.tensor(list(combinations(range(len(group)), 2)))
-        for part in pairs.split(PAIRS):
+        for part in pairs.split(PAIRS_AT_ONCE):
             with torch.no_grad():
                 total += len(part) * float(distance(images[part[:, 0]], images[part[:, 1]]))
         values.append(total / len(pairs))

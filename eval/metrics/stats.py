@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.data.sets import load_shard, save_shard
+from eval.metrics.estimate import Features, blocks
+
+ROWS_AT_ONCE = 4096  # of features, in float64
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,14 @@ class FeatureStats:
     scatter: np.ndarray
 
     @staticmethod
-    def of(features: Tensor | np.ndarray) -> FeatureStats:
-        """Moments of features ``(n, d)``."""
-        x = np.asarray(features, dtype=np.float64)
+    def of(features: Features) -> FeatureStats:
+        """Moments of features ``(n, d)``; 50,000 x 2,048 of them never exist twice in float64."""
+        x = features.cpu().numpy() if isinstance(features, Tensor) else features
+        return reduce(FeatureStats.merge, (FeatureStats._of_rows(x[rows]) for rows in blocks(len(x), ROWS_AT_ONCE)))
+
+    @staticmethod
+    def _of_rows(rows: np.ndarray) -> FeatureStats:
+        x = rows.astype(np.float64)
         mean = x.mean(axis=0)
         centred = x - mean
         return FeatureStats(len(x), mean, centred.T @ centred)
@@ -100,5 +108,5 @@ def load_stats(manifest: Path) -> FeatureStats:
 
 def describe(manifest: Path) -> str:
     """``name@checksum`` of a manifest with one heavy file, for the provenance of a number."""
-    entry = json.loads(manifest.read_text(encoding="utf-8"))
+    entry = read_json(manifest)
     return f"{manifest.parent.name}@{entry['files'][0]['sha256'][:8]}"

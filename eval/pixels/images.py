@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,25 +27,27 @@ from eval.pixels.resize import NONE, Geometry
 
 KEYS = ("pixels", "images", "arr_0")  # where images are latents, pixels are what they are of
 ARRAYS = (".npz", ".npy", ".safetensors")
-BLOCK = 1000  # images hashed at a time
+HASHED_AT_ONCE = 1000  # images
 
 
-class ImageSource(Protocol):
-    """Images in a fixed order, read by index."""
+class ImageSource:
+    """Images in a fixed order, read by index.
 
-    @property
-    def id(self) -> str:
-        """Digest of what the images are made of and of the geometry, whatever their names, dates and place."""
+    `id` is a digest of what they are made of and of the geometry, whatever their names, dates and place. `geometry` is
+    what is done to every image. `small` counts the images found that are smaller than the patch of a patch geometry.
+    """
 
-    @property
-    def geometry(self) -> Geometry:
-        """What was done to every image."""
+    id: str
+    count: int
+    geometry: Geometry
+    small: int
 
-    @property
-    def small(self) -> int:
-        """Images found that are smaller than the patch (counted for the patch geometries only)."""
+    def __len__(self) -> int:
+        return self.count
 
-    def __len__(self) -> int: ...
+    def read(self, indices: range) -> Tensor:
+        """`batch` of indices that are inside the source."""
+        raise NotImplementedError
 
     def batch(self, indices: range) -> Tensor:
         """uint8 ``(n, C, H, W)`` on the CPU, C being 1 or 3.
@@ -55,9 +56,14 @@ class ImageSource(Protocol):
             UserError: an unreadable image, or images of different sizes.
             IndexError: indices outside the source.
         """
+        if not indices or indices[0] < 0 or indices[-1] >= len(self) or indices.step < 1:
+            raise IndexError(f"{indices} is outside a source of {len(self)} images")
+        return self.read(indices)
 
 
-def open_images(path: str | Path, geometry: Geometry | None = None, limit: int | None = None) -> ImageSource:
+def open_images(
+    path: str | Path, geometry: Geometry = NONE, first: int | None = None, images: int | None = None
+) -> ImageSource:
     """Open images for scoring.
 
     Args:
@@ -65,36 +71,35 @@ def open_images(path: str | Path, geometry: Geometry | None = None, limit: int |
             NHWC or NCHW, key ``images`` or ``arr_0``); a safetensors file with ``images`` (uint8 NCHW); the
             ``manifest.json`` of a tensor set, or its folder. EXIF orientation is not applied, as in clean-fid.
         geometry: what is done to every image; images of one source must then be equal in size.
-        limit: use exactly the first `limit` images.
+        first: use this many images only, from the first on.
+        images: number of images that this must give.
 
     Raises:
-        UserError: missing, empty, unreadable, fewer images than `limit`, or not 8-bit RGB or grey.
+        UserError: missing, empty, unreadable, fewer images than `first`, not `images`, or not 8-bit RGB or grey.
     """
-    place, geometry = Path(path), geometry or NONE
-    kinds = "a folder, zip, npz, npy, safetensors or manifest.json of images"
+    place, kinds = Path(path), "a folder, zip, npz, npy, safetensors or manifest.json of images"
     if not place.exists():
         raise UserError(f"{place} does not exist: give {kinds}")
-    if (place.is_dir() and not (place / "manifest.json").exists()) or place.suffix.lower() == ".zip":
-        return _files(place, geometry, limit)
-    if place.suffix.lower() in ARRAYS:
-        return _arrays([place], place, geometry, limit)
-    if place.is_dir() or place.suffix == ".json":
-        manifest = place / "manifest.json" if place.is_dir() else place
+    manifest = place / "manifest.json" if place.is_dir() else place
+    source: ImageSource
+    if (place.is_dir() and not manifest.exists()) or place.suffix.lower() == ".zip":
+        source = _files(place, geometry, first)
+    elif place.suffix.lower() in ARRAYS:
+        source = _arrays([place], place, geometry, first)
+    elif manifest.suffix == ".json":
         listed = (entry for entry in read_json(manifest).get("files", []) if Path(entry["path"]).suffix in ARRAYS)
-        return _arrays([verified(manifest.parent, entry) for entry in listed], manifest, geometry, limit)
-    raise UserError(f"{place} is not {kinds}")
+        source = _arrays([verified(manifest.parent, entry) for entry in listed], manifest, geometry, first)
+    else:
+        raise UserError(f"{place} is not {kinds}")
+    if images is not None and len(source) != images:
+        raise UserError(f"{path} holds {len(source)} images but the protocol asks for exactly {images}")
+    return source
 
 
 def pixel_digest(image: Tensor) -> int:
     """Digest of the pixels of a uint8 image ``(C, H, W)`` that fits int64; a grey image gives that of its replica."""
     rgb, height = image.expand(3, *image.shape[1:]).numpy().tobytes(), str(image.shape[1]).encode()
     return int.from_bytes(hashlib.blake2b(rgb, digest_size=8, person=height).digest(), "big", signed=True)
-
-
-def _checked(indices: range, count: int) -> range:
-    if not indices or indices[0] < 0 or indices[-1] >= count or indices.step < 1:
-        raise IndexError(f"{indices} is outside a source of {count} images")
-    return indices
 
 
 def _digest(chunks: Iterable[bytes], geometry: Geometry) -> str:
@@ -104,12 +109,13 @@ def _digest(chunks: Iterable[bytes], geometry: Geometry) -> str:
     return digest.hexdigest()[:16]
 
 
-def _exactly(found: int, limit: int | None, path: Path) -> int:
+def _count(found: int, first: int | None, path: Path) -> int:
+    """Images to use of those found."""
     if not found:
         raise UserError(f"{path} holds no images (of files, only {', '.join(SUFFIXES)} count)")
-    if limit is not None and not 1 <= limit <= found:
-        raise UserError(f"{path} holds {found} images, so it cannot give exactly {limit}")
-    return limit or found
+    if first is not None and not 1 <= first <= found:
+        raise UserError(f"{path} holds {found} images, so it cannot give exactly {first}")
+    return first or found
 
 
 def _listed(place: Path) -> list[str]:
@@ -171,7 +177,7 @@ def _decoded(data: bytes, name: str) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in bands]))  # twice as fast as to permute HWC
 
 
-def _files(place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
+def _files(place: Path, geometry: Geometry, first: int | None) -> ImageSource:
     """Source of encoded files, those without a patch refused, left out or counted as the geometry says."""
     names, tiny = _listed(place), [False]
     if geometry.is_patch:
@@ -179,31 +185,29 @@ def _files(place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
         tiny = [geometry.too_small(image.height, image.width) for image in opened]
         if any(tiny) and not geometry.policy:
             found = f"{sum(tiny)} of {len(names)} images have a side below {geometry.side}"
-            first, name = names[tiny.index(True)], geometry.name
-            raise UserError(f"{place}: {found}, the first is {first}; choose {name}-skip or {name}-official")
+            example, name = names[tiny.index(True)], geometry.name
+            raise UserError(f"{place}: {found}, the first is {example}; choose {name}-skip or {name}-official")
         if geometry.policy == "skip":
             names = [name for name, out in zip(names, tiny, strict=True) if not out]
-    names = names[: _exactly(len(names), limit, place)]
+    names = names[: _count(len(names), first, place)]
     digest = _digest((hashlib.sha256(data).digest() for data in _bytes(place, names)), geometry)
-    return FileImages(digest, geometry, sum(tiny), place, tuple(names))
+    return FileImages(digest, len(names), geometry, sum(tiny), place, tuple(names))
 
 
 @dataclass(frozen=True)
-class FileImages:
-    """`ImageSource` over encoded files in a folder or zip."""
+class FileImages(ImageSource):
+    """Encoded files in a folder or zip."""
 
     id: str
+    count: int
     geometry: Geometry
     small: int
     place: Path
     names: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def batch(self, indices: range) -> Tensor:
+    def read(self, indices: range) -> Tensor:
         """See `ImageSource`; where grey and RGB meet in one batch the grey ones are replicated."""
-        names = [self.names[index] for index in _checked(indices, len(self))]
+        names = [self.names[index] for index in indices]
         pixels = map(_decoded, _bytes(self.place, names), [f"{self.place}/{name}" for name in names])
         images = [self.geometry(image[None])[0] for image in pixels]
         height, width = images[0].shape[1:]
@@ -249,7 +253,7 @@ def _key(path: Path, present: Iterable[str]) -> str:
     raise UserError(f"{path} has no array {' or '.join(KEYS[1:])}, only {', '.join(present) or 'nothing'}")
 
 
-def _arrays(paths: list[Path], place: Path, geometry: Geometry, limit: int | None) -> ImageSource:
+def _arrays(paths: list[Path], place: Path, geometry: Geometry, first: int | None) -> ImageSource:
     """Source over array files of equal image shape, one after the other."""
     shapes = [_load(path, path.stat().st_mtime_ns).shape for path in paths]
     kinds = sorted({tuple(shape[1:]) for shape in shapes})
@@ -259,30 +263,28 @@ def _arrays(paths: list[Path], place: Path, geometry: Geometry, limit: int | Non
     small = found if found and geometry.too_small(*kinds[0][1:]) else 0
     if small and geometry.policy != "official":
         raise UserError(f"{place}: all {small} images have a side below {geometry.side}: {geometry.name} leaves none")
-    count = _exactly(found, limit, place)
-    plain = ArrayImages("", NONE, 0, tuple(paths), tuple(shape[0] for shape in shapes), count)
-    blocks = (plain.batch(range(start, min(start + BLOCK, count))) for start in range(0, count, BLOCK))
-    digest = _digest(chain([str(kinds[0]).encode()], (block.numpy().tobytes() for block in blocks)), geometry)
+    count = _count(found, first, place)
+    plain = ArrayImages("", count, NONE, 0, tuple(paths), tuple(shape[0] for shape in shapes))
+    rows = range(count)
+    batches = (plain.read(rows[start : start + HASHED_AT_ONCE]) for start in range(0, count, HASHED_AT_ONCE))
+    digest = _digest(chain([str(kinds[0]).encode()], (batch.numpy().tobytes() for batch in batches)), geometry)
     return replace(plain, id=digest, geometry=geometry, small=small)
 
 
 @dataclass(frozen=True)
-class ArrayImages:
-    """`ImageSource` over array files, of which it holds only the names and lengths."""
+class ArrayImages(ImageSource):
+    """Array files one after the other; only their names and lengths are held."""
 
     id: str
+    count: int
     geometry: Geometry
     small: int
     paths: tuple[Path, ...]
     lengths: tuple[int, ...]
-    count: int
 
-    def __len__(self) -> int:
-        return self.count
-
-    def batch(self, indices: range) -> Tensor:
+    def read(self, indices: range) -> Tensor:
         """See `ImageSource`."""
-        indices, parts, offset = _checked(indices, self.count), [], 0
+        parts, offset = [], 0
         for path, length in zip(self.paths, self.lengths, strict=True):
             start, stop = max(indices[0] - offset, 0), min(indices[-1] + 1 - offset, length)
             if start < stop:

@@ -69,32 +69,6 @@ def clean_by_torch(images: Tensor, size: int) -> Tensor:
     return resized.float().clamp_(0, 255)
 
 
-def tf1(images: Tensor, size: int = INCEPTION) -> Tensor:
-    """TensorFlow 1 bilinear of the 2015 Inception graph: corner-aligned origin, no antialiasing, not rounded.
-
-    Output pixel i samples the input at ``i * W / size``, without the half-pixel shift; coordinates and sums are
-    float32 as in TensorFlow's kernel.
-
-    Args:
-        images: ``(n, C, H, W)``, uint8 or float grey levels.
-        size: side of the result.
-
-    Returns:
-        float32 ``(n, C, size, size)`` in grey levels; Inception takes ``(v - 128) / 128``.
-    """
-    across = _lerp(images.float(), size)
-    return _lerp(across.mT, size).mT.contiguous()
-
-
-def _lerp(x: Tensor, size: int) -> Tensor:
-    """Linear interpolation of the last axis at ``i * W / size``."""
-    width = x.shape[-1]
-    position = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(width / size)
-    low = position.long()
-    left, right = x[..., low], x[..., (low + 1).clamp_max(width - 1)]
-    return left + (right - left) * (position - low)
-
-
 def pt(images: Tensor, size: int = INCEPTION) -> Tensor:
     """pytorch-fid's resize: half-pixel bilinear without antialiasing.
 

@@ -15,20 +15,23 @@ import numpy as np
 from dmd2.core.files import verified
 from dmd2.data.sets import load_shard
 from dmd2.experiment.metrics import FRECHET
-from eval.metrics.estimate import Linear, mean_interval
+from eval.metrics.estimate import Estimate, mean_interval, standard_error
 
 NORMAL = 1.96  # standard errors to either end of a 95 % interval of a thousand or more images
 
 
-def difference(gaps: Sequence[Linear], classes: int | None) -> dict[str, Any]:
+def difference(gaps: Sequence[Estimate], classes: int | None) -> dict[str, Any]:
     """Mean over training seeds, interval, and the standard error of the finite samples.
 
     Args:
         gaps: ``ours - base`` of every common training seed.
         classes: image i is of class ``i mod classes`` by design; None if the labels were drawn.
     """
-    strata = [None if classes is None else np.arange(len(gap.influence)) % classes for gap in gaps]
-    errors = [gap.estimate(of).se or 0.0 for gap, of in zip(gaps, strata, strict=True)]
+    strata = [None if classes is None else np.arange(gap.n) % classes for gap in gaps]
+    errors = [
+        0.0 if gap.influence is None else standard_error(gap.influence, of) or 0.0
+        for gap, of in zip(gaps, strata, strict=True)
+    ]
     values = [gap.value for gap in gaps]
     sampling = float(np.sqrt(np.sum(np.square(errors)))) / len(gaps)
     if len(gaps) > 1:

@@ -24,7 +24,7 @@ from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
 from dmd2.experiment.tables import BESIDE, Table, load_experiment
 from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
-from eval.metrics.estimate import Linear
+from eval.metrics.estimate import Estimate, linear
 from eval.report.claims import CLAIMS, distance, judge
 from eval.report.differences import difference, influences
 from eval.report.rules import TEACHER, Measurements
@@ -174,10 +174,10 @@ def _add_differences(table: Table, rows: list[RowRecord], records: dict[str, Rec
             row["difference"] = difference([ours[s].minus(theirs[s]) for s in sorted(ours.keys() & theirs)], classes)
 
 
-def _by_seed(metric: str, row: RowRecord, records: Records) -> dict[int, Linear]:
+def _by_seed(metric: str, row: RowRecord, records: Records) -> dict[int, Estimate]:
     folders = {seed: Path(grid).parent for seed, grid in row["grid"].items()}
     psi = {s: influences(records[s], folder, row["step"][s], metric) for s, folder in folders.items()}
-    return {s: Linear(value, psi[s]) for s, value in row["values"][metric].items()}
+    return {s: linear(value, psi[s]) for s, value in row["values"][metric].items()}
 
 
 def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,88 +27,129 @@ from dmd2.data.sets import load_shard
 from dmd2.experiment.config import RunConfig, Sampler
 from dmd2.experiment.metrics import SETTLED
 from dmd2.experiment.run_inputs import measured_with
+from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser
 from dmd2.networks.lora import split
 from dmd2.networks.quantise import quantise
 from dmd2.training.sampling import sample_teacher, student_sample, to_images
 from dmd2.training.teachers import build_network, load_teacher, wrap
+from eval.metrics.estimate import Estimate
 from eval.pixels import grid
 from eval.pixels.resize import resize_uint8
-from eval.runs.protocol import Measured, Protocol, Sample, save_influence
+from eval.runs.protocol import Generate, Protocol, save_influence
 
 SCRATCH = "features"  # folder of the features beside metrics.json, gone once those are written
 
 
 @dataclass(frozen=True)
-class Students:
-    """The snapshots of a finished run, one network that takes the weights of each; `images` decodes what it makes."""
+class Generator:
+    """Makes the images of sample seeds: samples under the prompt of each seed, if there are prompts, and decodes.
 
-    run: RunId
+    `sample` makes images or latents of seeds under their conditions. `snapshots` loads one of `total` snapshots after
+    the other; it gives the step, and what the images depend on besides the protocol.
+    """
+
     cfg: RunConfig
     device: torch.device
     network: Denoiser
-    record: dict[str, Any]
-    images: Callable[[Tensor], Tensor]
-    prompts: EvalPrompts | None
+    sample: Callable[[list[int], Condition | None], Tensor]
+    snapshots: Callable[[], Iterator[tuple[int, dict[str, Any]]]]
+    total: int = 1
 
-    @staticmethod
-    def of(run: RunId, cfg: RunConfig, device: torch.device) -> "Students":
-        """Snapshots as train.json lists them.
+    @cached_property
+    def images(self) -> Callable[[Tensor], Tensor]:
+        """Decodes what was sampled."""
+        return to_images(self.cfg, self.device)
 
-        Raises:
-            UserError: the run or its teacher is missing or damaged.
-        """
-        spec = cfg.teacher
-        if cfg.released_whole:
-            plain = build_network(spec.network or {}, seed=0)
-            network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision]).eval().to(device)
-        else:
-            network = teacher_of(cfg, device)  # same network, other weights
-        record = read_json(run.folder / "train.json")
-        return Students(run, cfg, device, network, record, to_images(cfg, device), EvalPrompts.of(cfg))
+    @cached_property
+    def prompts(self) -> EvalPrompts | None:
+        """The prompts of the evaluation, None for classes."""
+        return EvalPrompts.of(self.cfg)
 
-    def sample(self, seeds: list[int]) -> Tensor:
-        """Images of the snapshot that was loaded last."""
+    def __call__(self, seeds: list[int]) -> Tensor:
+        """Images in [-1, 1]."""
         cond = None if self.prompts is None else self.prompts.condition(seeds, self.device)
         with float32_products(self.cfg.eval.precision):
-            return self.images(student_sample(self.network, self.cfg, seeds, self.device, self.cfg.eval.labels, cond))
+            return self.images(self.sample(seeds, cond))
 
-    def loaded(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Step of every snapshot and what its images depend on, after its weights were verified and loaded."""
-        generator = self.cfg.generator.model_dump(mode="json")
-        for entry in self.record["files"]:
-            plain, _ = split(load_shard(verified(self.run.folder, entry)))  # low-rank factors are merged in it
-            self.network.network.load_state_dict(plain)
-            yield int(Path(entry["path"]).stem), {"weights": entry["sha256"], "generator": generator}
+
+def student_of(run: RunId, cfg: RunConfig, device: torch.device) -> Generator:
+    """The snapshots that a run's train.json lists, loaded into one network.
+
+    Raises:
+        UserError: the run or its teacher is missing or damaged.
+    """
+    spec, files = cfg.teacher, read_json(run.folder / "train.json")["files"]
+    if cfg.released_whole:
+        plain = build_network(spec.network or {}, seed=0)
+        network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision]).eval().to(device)
+    else:
+        network = _teacher(cfg, device)  # same network, other weights
+
+    def sample(seeds: list[int], cond: Condition | None) -> Tensor:
+        return student_sample(network, cfg, seeds, device, cfg.eval.labels, cond)
+
+    def snapshots() -> Iterator[tuple[int, dict[str, Any]]]:
+        settings = cfg.generator.model_dump(mode="json")
+        for entry in files:
+            plain, _ = split(load_shard(verified(run.folder, entry)))  # low-rank factors are merged in it
+            network.network.load_state_dict(plain)
+            yield int(Path(entry["path"]).stem), {"weights": entry["sha256"], "generator": settings}
+
+    return Generator(cfg, device, network, sample, snapshots, len(files))
+
+
+def teacher_of(cfg: RunConfig, spec: Sampler, device: torch.device) -> Generator:
+    """The teacher that a config names with one of its samplers, as one snapshot of step 0."""
+    network, files = _teacher(cfg, device), read_json(measured_with(cfg)["teacher"])["files"]
+
+    def sample(seeds: list[int], cond: Condition | None) -> Tensor:
+        return sample_teacher(network, cfg, spec, seeds, device, cond)
+
+    identity = {"teacher": files, "sampler": spec.model_dump(mode="json")}
+    return Generator(cfg, device, network, sample, lambda: iter([(0, identity)]))
+
+
+def _teacher(cfg: RunConfig, device: torch.device) -> Denoiser:
+    precision = SAMPLING[cfg.eval.precision]
+    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation, precision).to(device)
+
+
+def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:
+    """What metrics.json says of all snapshots; the influences of their images and a grid are written beside `out`."""
+    cfg, started = generator.cfg, time.monotonic()
+    protocol = Protocol.of(cfg, generator.device)
+    found: dict[int, dict[str, Estimate]] = {}
+    listed: list[dict[str, Any]] = []
+    progress = Progress(f"evaluate {name}", generator.total)
+    for step, identity in generator.snapshots():
+        found[step] = protocol.measure(generator, identity, out.with_name(SCRATCH))
+        numbers = protocol.as_json(found[step])
+        listed.append({"step": step, "student_updates": cfg.critic.student_updates(step), **numbers})
+        progress.update(len(listed), {key: found[step][key].value for key in numbers["estimates"]})
+    captions = _save_grid(cfg, generator, out.with_name("grid.png"))
+    files = save_influence(out.with_name("influence.safetensors"), protocol.distance, found)
+    seconds = round(time.monotonic() - started, 1)
+    return {
+        "kind": "metrics", "run": name, "protocol": protocol.names, **captions, "snapshots": listed,
+        "eval_commit": commit(), "eval_seconds": seconds, "files": files,
+    }  # fmt: skip
 
 
 def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) -> None:
     """Write metrics of every snapshot of a finished run, its brightness stability and its fixed-noise grid."""
-    protocol, students = Protocol.of(cfg, device), Students.of(run, cfg, device)
-    record = students.record
+    generator, record = student_of(run, cfg, device), read_json(run.folder / "train.json")
     stability = brightness_stability(run, record)
-    scratch = out.with_name(SCRATCH)
-    snapshots: list[dict[str, Any]] = []
-    found: dict[int, Measured] = {}
-    progress = Progress(f"evaluate {run}", len(record["files"]))
-    started = time.monotonic()
-    for step, identity in students.loaded():
-        found[step] = measured = protocol.measure(students.sample, identity, scratch)
-        snapshots.append({"step": step, "student_updates": cfg.critic.student_updates(step), **measured.as_json()})
-        progress.update(len(snapshots), {name: e.value for name, e in measured.estimates.items()})
-    captions = _save_grid(cfg, students.sample, out.with_name("grid.png"))
-    write_json(out, {
-        "kind": "metrics", "run": str(run), "key": record["key"], "row": run.name, "seed": run.seed,
-        "protocol": protocol.names, **captions,
-        **stability, "snapshots": snapshots,
-        "student_updates": record["student_updates"], "seconds": record["seconds"], "device": record["device"],
+    found = evaluate(str(run), generator, out)
+    kept = {key: record[key] for key in ("key", "student_updates", "seconds", "device", "cost")}
+    training = {
         "deterministic": record.get("deterministic", record["device"] == "cpu"),
-        "cost": record["cost"], "train_commit": record["commit"], "eval_commit": commit(),
+        "train_commit": record["commit"],
         "train_code": record.get("code", []),
-        "config": cfg.model_dump(mode="json"), "eval_seconds": round(time.monotonic() - started, 1),
-        "files": save_influence(out.with_name("influence.safetensors"), found),
-    })  # fmt: skip
-    shutil.rmtree(scratch, ignore_errors=True)
+        "config": cfg.model_dump(mode="json"),
+    }
+    write_json(out, {**found, "row": run.name, "seed": run.seed, **stability, **kept, **training})
+    shutil.rmtree(out.with_name(SCRATCH), ignore_errors=True)
 
 
 def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]:
@@ -130,44 +172,22 @@ def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]
 
 def evaluate_teacher(cfg: RunConfig, name: str, spec: Sampler, device: torch.device, out: Path) -> None:
     """Write the same metrics for one sampler of the teacher, from the same sample seeds."""
-    protocol, started = Protocol.of(cfg, device), time.monotonic()
-    sample, identity = teacher_sampler(cfg, spec, device)
-    scratch = out.with_name(SCRATCH)
-    measured = protocol.measure(sample, identity, scratch)
-    captions = _save_grid(cfg, sample, out.with_name("grid.png"))
-    write_json(out, {
-        "kind": "metrics", "run": f"{out.parent.parent.name}/teacher-{name}", "row": f"teacher-{name}", "seed": 0,
-        "protocol": protocol.names, **captions,
-        "network_calls": spec.network_calls, "sampler": spec.model_dump(mode="json"),
-        "snapshots": [{"step": 0, "student_updates": 0, **measured.as_json()}], "eval_commit": commit(),
-        "seconds": round(time.monotonic() - started, 1),
-        "files": save_influence(out.with_name("influence.safetensors"), {0: measured}),
-    })  # fmt: skip
-    shutil.rmtree(scratch, ignore_errors=True)
+    found = evaluate(f"{out.parent.parent.name}/teacher-{name}", teacher_of(cfg, spec, device), out)
+    seconds = found.pop("eval_seconds")
+    sampler = {"network_calls": spec.network_calls, "sampler": spec.model_dump(mode="json")}
+    write_json(out, {**found, "row": f"teacher-{name}", "seed": 0, **sampler, "seconds": seconds})
+    shutil.rmtree(out.with_name(SCRATCH), ignore_errors=True)
 
 
-def teacher_of(cfg: RunConfig, device: torch.device) -> Denoiser:
-    """The teacher that a config names."""
-    precision = SAMPLING[cfg.eval.precision]
-    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation, precision).to(device)
+def fill(generator: Generator, part: int, out: Path, about: dict[str, Any]) -> None:
+    """Leave the features that fall to job `part` of ``eval.shards`` for `evaluate`, and a note of that in `out`."""
+    protocol = Protocol.of(generator.cfg, generator.device)
+    for _, identity in generator.snapshots():
+        protocol.fill(generator, identity, out.with_name(SCRATCH), part)
+    write_json(out, {"kind": "features", **about, "part": part, "shards": generator.cfg.eval.shards})
 
 
-def teacher_sampler(cfg: RunConfig, spec: Sampler, device: torch.device) -> tuple[Sample, dict[str, Any]]:
-    """Images of seeds by one of the teacher's samplers, and what they depend on."""
-    teacher = teacher_of(cfg, device)
-    files = read_json(measured_with(cfg)["teacher"])["files"]
-    identity = {"teacher": files, "sampler": spec.model_dump(mode="json")}
-    images, prompts = to_images(cfg, device), EvalPrompts.of(cfg)
-
-    def sample(seeds: list[int]) -> Tensor:
-        cond = None if prompts is None else prompts.condition(seeds, device)
-        with float32_products(cfg.eval.precision):
-            return images(sample_teacher(teacher, cfg, spec, seeds, device, cond))
-
-    return sample, identity
-
-
-def _save_grid(cfg: RunConfig, sample: Sample, out: Path) -> dict[str, list[str]]:
+def _save_grid(cfg: RunConfig, generate: Generate, out: Path) -> dict[str, list[str]]:
     """PNG of fixed-noise samples: one column a class or prompt (of the first ten), `grid.ROWS` rows, no margins.
 
     Returns:
@@ -179,7 +199,7 @@ def _save_grid(cfg: RunConfig, sample: Sample, out: Path) -> dict[str, list[str]
     rows = [[column + row * kinds for column in range(columns)] for row in range(grid.ROWS)]
     seeds = [seed for row in rows for seed in row]
     batches = [seeds] if prompts is None else rows  # decoded images are large
-    images = torch.cat([_shown(quantise(sample(batch), cfg.eval.rounding).cpu()) for batch in batches]).numpy()
+    images = torch.cat([_shown(quantise(generate(batch), cfg.eval.rounding).cpu()) for batch in batches]).numpy()
     c, h, w = images.shape[1:]
     tiled = images.reshape(grid.ROWS, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(grid.ROWS * h, columns * w, c)
     with atomic(out) as temporary:
@@ -204,16 +224,13 @@ def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 
     with readable_errors():
         run, cfg = RunId.parse(name), RunConfig.model_validate(json.loads(config))
         place = local_device(device, "evaluate")
-        if part is None:
-            inputs = [*measured_with(cfg).values(), run.folder / "train.json"]
-            with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
-                evaluate_run(run, cfg, place, out)
+        if part is not None:
+            with sole_maker(out):
+                fill(student_of(run, cfg, place), part, out, {"run": name})
             return
-        with sole_maker(out):
-            protocol, students = Protocol.of(cfg, place), Students.of(run, cfg, place)
-            for _, identity in students.loaded():
-                protocol.fill(students.sample, identity, out.with_name(SCRATCH), part)
-            write_json(out, {"kind": "features", "run": name, "part": part, "shards": cfg.eval.shards})
+        inputs = [*measured_with(cfg).values(), run.folder / "train.json"]
+        with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
+            evaluate_run(run, cfg, place, out)
 
 
 @app.command()
@@ -225,13 +242,12 @@ def teacher(
     with readable_errors():
         cfg, place = RunConfig.model_validate(json.loads(config)), local_device(device, "evaluate")
         spec = cfg.eval.teacher_samplers[sampler]
-        if part is None:
-            with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
-                evaluate_teacher(cfg, sampler, spec, place, out)
+        if part is not None:
+            with sole_maker(out):
+                fill(teacher_of(cfg, spec, place), part, out, {"sampler": sampler})
             return
-        with sole_maker(out):
-            Protocol.of(cfg, place).fill(*teacher_sampler(cfg, spec, place), out.with_name(SCRATCH), part)
-            write_json(out, {"kind": "features", "sampler": sampler, "part": part, "shards": cfg.eval.shards})
+        with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
+            evaluate_teacher(cfg, sampler, spec, place, out)
 
 
 if __name__ == "__main__":

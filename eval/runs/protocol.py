@@ -1,7 +1,7 @@
-"""How a sampler of a run becomes numbers: its evaluation section, applied."""
+"""How images of a run become numbers: its evaluation section, applied."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,51 +16,68 @@ from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Eval
-from dmd2.experiment.metrics import FRECHET, METRICS
+from dmd2.experiment.metrics import FRECHET, METRICS, measured
 from dmd2.experiment.protocols import named, ranks_of
 from dmd2.experiment.run_inputs import REAL, measured_with
 from dmd2.networks.quantise import quantise
-from eval.detectors.alignment import Alignment, load_towers
-from eval.detectors.detectors import Detector, load_detector
-from eval.detectors.features import Sampled, extract, join, share
-from eval.detectors.reference import FEATURES, Engine, Reference
+from eval.detectors.alignment import Alignment
+from eval.detectors.detectors import load_detector
+from eval.detectors.features import Sampled, account, extract, join, shards_of
+from eval.detectors.networks import FeatureNetwork
+from eval.detectors.reference import FEATURES, Engine
+from eval.metrics import appearance
 from eval.metrics.estimate import Estimate
+from eval.metrics.frechet import Reference, from_ones
+from eval.metrics.measures import Sample, measure
 from eval.metrics.scores import cosines
 from eval.metrics.stats import describe
 from eval.pixels.resize import Geometry
-from eval.runs.columns import Tap, Taps
-from eval.score.measure import Seen, from_ones, measure
 
-Sample = Callable[[list[int]], Tensor]
+Generate = Callable[[list[int]], Tensor]  # sample seeds to images in [-1, 1]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Estimates by metric, and the influence of every image on the Frechet distance, for paired differences.
+class Observers:
+    """A detector and all else that looks at the images of a run, so that one pass and one cache serve every metric.
 
-    `others` are the influences on the metrics that have their own: the patch's distance and the CLIP score.
+    Args:
+        detector: gives ``features`` and ``logits``.
+        geometry: what is done to an image before it.
+        others: more networks by the name of their features, each with a geometry of its own.
+        statistics: functions of `eval.metrics.appearance`, of images as they were generated. ``brightness``, of what
+            the detector sees, is always there.
     """
 
-    estimates: dict[str, Estimate]
-    influence: np.ndarray
-    others: dict[str, np.ndarray] = field(default_factory=dict)
+    def __init__(
+        self,
+        detector: FeatureNetwork,
+        geometry: Geometry,
+        others: dict[str, tuple[FeatureNetwork, Geometry]],
+        statistics: list[str],
+    ) -> None:
+        self.detector, self.geometry, self.others, self.statistics = detector, geometry, others, statistics
+        self.name, self.label = detector.name, detector.label
+        beside = {name: [account(network), where.name] for name, (network, where) in others.items()}
+        seen = {"geometry": geometry.name, "others": beside, "statistics": statistics}
+        self.about: dict[str, Any] = {**detector.about, **seen}
 
-    def as_json(self) -> dict[str, Any]:
-        """Values by metric, and the estimates with standard error, interval and bias."""
-        values = {name: estimate.value for name, estimate in self.estimates.items()}
-        return {**values, "estimates": {name: estimate.as_json() for name, estimate in self.estimates.items()}}
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        """See `eval.detectors.features.Observer`; `images` are as they were generated."""
+        seen = self.geometry(images)
+        found = self.detector.look(seen) | {"brightness": appearance.brightness(seen)}
+        found |= {name: network(geometry(images))[0] for name, (network, geometry) in self.others.items()}
+        return found | {name: getattr(appearance, name)(images) for name in self.statistics}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything a number depends on besides the weights.
+    """Everything a number depends on besides the weights; `names` says it in words.
 
     `patch` is the reference of the second distance, `alignment` what compares images with their captions; both are
     None where they are not measured.
     """
 
     cfg: RunConfig
-    detector: Detector
+    detector: FeatureNetwork
     reference: Reference
     names: dict[str, Any]
     patch: Reference | None = None
@@ -79,105 +96,101 @@ class Protocol:
         moments, images = read["reference"], REAL / spec.reference / "manifest.json"
         engine = Engine(detector, Geometry(spec.geometry), FEATURES, spec.batch)
         reference = engine.reference(images if any("reference images" in m.needs for m in wanted) else moments)
+        settings = ("geometry", "images", "draws", "labels", "rounding", "precision", "covariance_init")
         names: dict[str, Any] = {
-            "protocol": spoken(spec), "geometry": spec.geometry,
+            "protocol": spoken(spec),
             "detector": describe(read["detector"]),
             "reference": counted(moments, reference),
-            "images": spec.images, "draws": spec.draws, "labels": spec.labels,
-            "rounding": spec.rounding, "precision": spec.precision, "covariance_init": spec.covariance_init,
-        }  # fmt: skip
+            **{key: getattr(spec, key) for key in settings},
+        }
         patch = alignment = None
         if spec.patch is not None and any(m.sees == "patch" for m in wanted):
-            geometry = Geometry(spec.patch.geometry)
-            patch = Engine(detector, geometry, FEATURES, spec.batch).reference(read["patch_reference"])
-            names["patch"] = f"{geometry.name}, {counted(read['patch_reference'], patch)}"
+            patch = replace(engine, geometry=Geometry(spec.patch.geometry)).reference(read["patch_reference"])
+            names["patch"] = f"{spec.patch.geometry}, {counted(read['patch_reference'], patch)}"
         if (prompts := EvalPrompts.of(cfg)) is not None:
             names["labels"] = "by prompt"
             names |= {n: f"{read[n].parent.name}@{content_of(read[n])[:8]}" for n in ("prompts", "pipeline")}
             names["prompts"] += f" ({len(prompts.captions)} captions)"
             if any(m.sees == "clip" for m in wanted):
-                alignment = Alignment(load_towers(read["clip"], device), prompts)
+                alignment = Alignment.load(read["clip"], prompts, device)
                 names["clip"] = describe(read["clip"])
         return Protocol(cfg, detector, reference, names, patch, alignment)
 
-    def measure(self, sample: Sample, identity: dict[str, Any], scratch: Path) -> Measured:
-        """Metrics of a sampler, averaged over draws; draw d uses the sample seeds d*images ... (d+1)*images - 1.
+    def measure(self, generate: Generate, identity: dict[str, Any], scratch: Path) -> dict[str, Estimate]:
+        """Numbers by name, averaged over draws; draw d has the sample seeds d*images ... (d+1)*images - 1.
+
+        The distance of the detector is always among them: paired differences of runs need its influences.
 
         Args:
-            sample: seeds to images in [-1, 1].
+            generate: makes the images.
             identity: what the images depend on besides this protocol; it addresses the cached features.
             scratch: folder of those features, so that an evaluation that was killed goes on.
         """
-        draws = [self._draw(sample, identity, scratch, first) for first in self._firsts()]
-        return Measured(
-            {name: average([draw.estimates[name] for draw in draws]) for name in draws[0].estimates},
-            np.concatenate([draw.influence for draw in draws]),
-            {name: np.concatenate([draw.others[name] for draw in draws]) for name in draws[0].others},
-        )
+        draws = [self._numbers(source, first, scratch) for first, source in self._draws(generate, identity)]
+        return {name: average([draw[name] for draw in draws]) for name in draws[0]}
 
-    def fill(self, sample: Sample, identity: dict[str, Any], scratch: Path, part: int) -> None:
+    def fill(self, generate: Generate, identity: dict[str, Any], scratch: Path, part: int) -> None:
         """Put the features that fall to job `part` of ``eval.shards`` into `scratch`, for `measure` to find there."""
         spec = self.cfg.eval
-        rows = share(spec.images, part, spec.shards)
-        for first in self._firsts():
-            extract(self._source(sample, identity, first), self._taps, scratch, rows, batch=spec.batch)
+        for _, source in self._draws(generate, identity):
+            extract(source, self._observers, scratch, shards_of(spec.images, part, spec.shards), spec.batch)
 
-    def _firsts(self) -> range:
-        """First sample seed of every draw."""
-        return range(0, self.cfg.eval.draws * self.cfg.eval.images, self.cfg.eval.images)
+    @property
+    def distance(self) -> str:
+        """The metric of the detector's Frechet distance: ``fd`` or ``fid``."""
+        return next((name for name in self.cfg.eval.metrics if name in FRECHET), FRECHET[0])
+
+    def as_json(self, found: dict[str, Estimate]) -> dict[str, Any]:
+        """Values of the metrics that are asked for, and their estimates with standard error, interval and bias."""
+        asked = {name: found[name] for name in measured(self.cfg.eval.metrics)}
+        values = {name: estimate.value for name, estimate in asked.items()}
+        return {**values, "estimates": {name: estimate.as_json() for name, estimate in asked.items()}}
 
     @cached_property
-    def _taps(self) -> Taps:
-        """All that sees the images."""
-        spec = self.cfg.eval
-        others: dict[str, Tap] = {}
+    def _observers(self) -> Observers:
+        spec, others = self.cfg.eval, dict[str, tuple[FeatureNetwork, Geometry]]()
         if self.patch is not None and spec.patch is not None:
-            others["patch"] = Tap(self.detector, Geometry(spec.patch.geometry))
+            others["patch"] = self.detector, Geometry(spec.patch.geometry)
         if self.alignment is not None:
-            others["clip"] = Tap(self.alignment.towers.images, self.alignment.towers.geometry)
-        pixels = [name for name, metric in METRICS.items() if metric.sees == "pixels" and name != "brightness"]
-        statistics = [name for name in pixels if name in spec.metrics]
-        return Taps(self.detector, Geometry(spec.geometry), others, statistics)
+            others["clip"] = self.alignment.model.images, self.alignment.model.geometry
+        statistics = [name for name in spec.metrics if METRICS[name].sees == "pixels" and name != "brightness"]
+        return Observers(self.detector, Geometry(spec.geometry), others, statistics)
 
-    def _source(self, sample: Sample, identity: dict[str, Any], first: int) -> Sampled:
+    def _draws(self, generate: Generate, identity: dict[str, Any]) -> Iterator[tuple[int, Sampled]]:
+        """First sample seed and images of every draw."""
         spec = self.cfg.eval
+        about = {**identity, **{key: getattr(spec, key) for key in ("rounding", "labels", "precision")}}
+        about |= {key: self.names[key] for key in ("prompts", "pipeline") if key in self.names}
+        for first in range(0, spec.draws * spec.images, spec.images):
 
-        def images(indices: list[int]) -> Tensor:
-            return quantise(sample([first + i for i in indices]), spec.rounding)
+            def images(rows: list[int], first: int = first) -> Tensor:
+                return quantise(generate([first + row for row in rows]), spec.rounding)
 
-        text: dict[str, Any] = {name: self.names[name] for name in ("prompts", "pipeline") if name in self.names}
-        how = {"rounding": spec.rounding, "labels": spec.labels, "precision": spec.precision}
-        about = {**identity, "first": first, **how, **text}
-        return Sampled(digest_of(about), spec.images, images)
+            yield first, Sampled(digest_of({**about, "first": first}), spec.images, images)
 
-    def _draw(self, sample: Sample, identity: dict[str, Any], scratch: Path, first: int) -> Measured:
-        spec, source, taps = self.cfg.eval, self._source(sample, identity, first), self._taps
+    def _numbers(self, source: Sampled, first: int, scratch: Path) -> dict[str, Estimate]:
+        """The metrics of one draw by number."""
+        spec, classes = self.cfg.eval, self.cfg.data.classes
         seeds = list(range(first, first + spec.images))
-        joined = join(extract(source, taps, scratch, batch=spec.batch), spec.images)
-        texts = None if self.alignment is None else self.alignment.texts(seeds)
-        widths: dict[str, int] = {} if self.patch is None else {"patch": len(self.patch.stats.mean)}
-        if texts is not None:
-            widths["clip"] = texts.shape[1]
-        columns = taps.split(joined.features, len(self.reference.stats.mean), widths)
-        classes = self.cfg.data.classes
+        found = join(extract(source, self._observers, scratch, batch=spec.batch), spec.images).found
         labels = sample_labels(seeds, classes, spec.labels) if classes else None
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
-        features, values = {"detector": columns.features}, dict(columns.statistics)
-        references = {"detector": self.reference}
+        logits = found.get("logits")
+        whole = Sample(found["features"], logits, self.detector.name, self.reference, labels, strata)
+        samples = {"detector": whole}
         if self.patch is not None:
-            features["patch"], references["patch"] = columns.others["patch"], self.patch
-        if texts is not None:
-            values["clip_score"] = cosines(columns.others["clip"], texts)
-        seen = Seen(features, joined.logits, self.detector.name, values, references, labels, strata)
-        distance = next((name for name in spec.metrics if name in FRECHET), FRECHET[0])
-        results = {name: measure(METRICS[name], seen) for name in {distance: None} | dict.fromkeys(spec.metrics)}
-        found = {number: r.estimate for name in spec.metrics for number, r in results[name].items()}
-        influence = {name: results[name][name].influence for name in results if METRICS[name].has_influence}
-        if (ranks := ranks_of(spec.covariance_init)) and distance in found:
-            quirk = from_ones(columns.features, self.reference, ranks).value
-            found[distance] = replace(found[distance], value=quirk)
-        return Measured(found, influence.pop(distance), influence)
+            samples["patch"] = replace(whole, features=found["patch"], logits=None, reference=self.patch)
+        values = {name: found[name] for name in ("brightness", *self._observers.statistics)}
+        if self.alignment is not None:
+            values["clip_score"] = cosines(found["clip"], self.alignment.texts(seeds))
+        numbers: dict[str, Estimate] = {}
+        for name in {self.distance: None} | dict.fromkeys(spec.metrics):
+            numbers |= measure(METRICS[name], samples, values, strata)
+        if ranks := ranks_of(spec.covariance_init):
+            quirk = from_ones(found["features"], self.reference, ranks).value
+            numbers[self.distance] = replace(numbers[self.distance], value=quirk)
+        return numbers
 
 
 def counted(moments: Path, reference: Reference) -> str:
@@ -195,20 +208,30 @@ def spoken(spec: Eval) -> str | None:
 
 
 def average(draws: list[Estimate]) -> Estimate:
-    """Mean of estimates from independent draws."""
+    """Mean of estimates from independent draws, with the influences of all their images."""
     errors = [e.se for e in draws if e.se is not None]
     biases = [e.bias for e in draws if e.bias is not None]
+    influences = [e.influence for e in draws if e.influence is not None]
     return Estimate(
         float(np.mean([e.value for e in draws])),
         float(np.sqrt(np.sum(np.square(errors)))) / len(draws) if len(errors) == len(draws) else None,
         sum(e.n for e in draws),
         float(np.mean(biases)) if len(biases) == len(draws) else None,
+        np.concatenate(influences) if influences else None,
     )
 
 
-def save_influence(path: Path, measured: dict[int, Measured]) -> list[dict[str, Any]]:
-    """Write influences by step, and those of further metrics by ``step-metric``; returns entries of a manifest."""
-    psi = {f"{step:07d}": found.influence for step, found in measured.items()}
-    psi |= {f"{step:07d}-{name}": values for step, found in measured.items() for name, values in found.others.items()}
-    save_shard(path, {name: torch.from_numpy(values.astype(np.float32)) for name, values in psi.items()})
+def save_influence(path: Path, distance: str, found: dict[int, dict[str, Estimate]]) -> list[dict[str, Any]]:
+    """Write the influences on the `distance` by step, those on other metrics by ``step-metric``.
+
+    Returns:
+        Entries of a manifest.
+    """
+    tensors = {}
+    for step, numbers in found.items():
+        for name, estimate in numbers.items():
+            if estimate.influence is not None and name in METRICS and METRICS[name].has_influence:
+                key = f"{step:07d}" if name == distance else f"{step:07d}-{name}"
+                tensors[key] = torch.from_numpy(estimate.influence.astype(np.float32))
+    save_shard(path, tensors)
     return listing([path], path.parent)

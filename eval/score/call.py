@@ -1,40 +1,45 @@
-"""One call of the command line: what it asks for, applied to sets of images."""
+"""A call of the command line applied to sets of images: their features, values and metrics."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dmd2.core.errors import UserError
-from eval.detectors.clip import ClipImages
+from dmd2.core.rng import sample_labels
+from dmd2.data.captions import read_captions
+from dmd2.experiment.metrics import METRICS, of_option
+from eval.detectors.clip import ClipImages, ClipScore
 from eval.detectors.detectors import load_detector
-from eval.detectors.features import FeatureSet
-from eval.detectors.reference import Engine, Reference, holds_moments, part_of
+from eval.detectors.features import FeatureSet, identity
+from eval.detectors.networks import FeatureNetwork
+from eval.detectors.reference import Engine, holds_moments
 from eval.metrics.estimate import Estimate
-from eval.metrics.scores import Scored
-from eval.pixels.images import ImageSource
+from eval.metrics.frechet import Reference, from_ones
+from eval.metrics.measures import Sample, measure
+from eval.pixels.images import ImageSource, open_images
 from eval.pixels.resize import Geometry
-from eval.score.measure import Result, Seen, from_ones, measure
-from eval.score.options import Asked, Inputs
-from eval.score.prompted import DIVERSITY_GEOMETRY, Chosen, ClipCosines, LpipsDiversity, Machine
+from eval.score.options import Options
+from eval.score.prompted import DIVERSITY_GEOMETRY, ClipCosines, LpipsDiversity
 
 PUBLISHED_CLIP = "clip-ViT-g-14"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One set of images: its features, and its values by metric."""
+    """One set of images: what it is of, its features, and its values per image or prompt by metric."""
 
     path: Path
+    source: dict[str, Any]
+    duplicates: int
     features: FeatureSet | None
-    values: dict[str, Scored]
-
-    @property
-    def images(self) -> FeatureSet | Scored:
-        """What says which images these are."""
-        return self.features or next(iter(self.values.values()))
+    values: dict[str, np.ndarray]
 
     def refuse_duplicates(self) -> None:
         """Refuse images that repeat an earlier one.
@@ -42,137 +47,181 @@ class Arm:
         Raises:
             UserError: there are some.
         """
-        if self.images.duplicates:
+        if self.duplicates:
             raise UserError(
-                f"{self.path}: {self.images.duplicates} of {self.images.source['images']} images repeat an earlier "
-                "one: fewer samples than files; give --allow-duplicates if the generator really repeats itself"
+                f"{self.path}: {self.duplicates} of {self.source['images']} images repeat an earlier one: fewer "
+                "samples than files; give --allow-duplicates if the generator really repeats itself"
             )
 
 
 @dataclass(frozen=True)
 class Call:
-    """The networks of what is asked for, each loaded once for all sets."""
+    """The networks that the options ask for, each loaded once for all sets."""
 
-    asked: Asked
-    inputs: Inputs
-    chosen: Chosen
-    engine: Engine | None
-    clip: ClipCosines | None
-    diversity: LpipsDiversity | None
+    options: Options
 
-    @staticmethod
-    def of(asked: Asked, inputs: Inputs, machine: Machine, first: int | None) -> Call:
-        """Load what the metrics need.
+    @cached_property
+    def engine(self) -> Engine:
+        """The detector with its geometry and cache.
 
         Raises:
-            UserError: an input lacks, or weights are missing or changed.
+            UserError: no detector is named, or as `load_detector`.
         """
-        asked.check(inputs)
-        chosen = Chosen(asked.images, first)
-        engine, clip, diversity = None, None, None
-        if asked.features:
-            engine = engine_of(asked, machine)
-        if asked.which(needs="captions") and inputs.prompts:
-            folder = inputs.clip or machine.weights / PUBLISHED_CLIP
-            clip = ClipCosines(folder, inputs.prompts, machine, chosen, _tower(engine, folder))
-        if asked.which(needs="images per prompt") and inputs.per_prompt:
-            name = asked.diversity_geometry
-            geometry = Geometry(name) if name else DIVERSITY_GEOMETRY
-            diversity = LpipsDiversity(inputs.per_prompt, machine, chosen, geometry)
-        return Call(asked, inputs, chosen, engine, clip, diversity)
+        if self.options.detector is None:
+            raise UserError("--detector is missing, for example lite0-320@64")
+        geometry = Geometry(self.options.geometry)
+        return self._engine(load_detector(self.options.detector, self.options.weights, self.options.device), geometry)
 
-    def fill(self, generated: Path, shard: str) -> tuple[int, int]:
-        """Put one part of the features into the cache; returns the images done and all images.
+    def _engine(self, detector: FeatureNetwork, geometry: Geometry) -> Engine:
+        return Engine(detector, geometry, self.options.cache, self.options.batch, self.options.workers)
+
+    @cached_property
+    def prompted(self) -> dict[str, ClipCosines | LpipsDiversity]:
+        """What scores images of prompts, by metric.
 
         Raises:
-            UserError: no such part, or no metric has features.
+            UserError: weights or captions are missing or damaged.
         """
-        process, processes = part_of(shard)
-        todo: list[tuple[Engine, ImageSource]] = []
-        if self.engine:
-            todo.append((self.engine, self.chosen.open(generated, self.engine.geometry)))
-            reference = self.inputs.reference
-            if reference and self.asked.compared and not holds_moments(reference):
-                todo.append((self.engine, self.engine.open(reference)))
-        if self.clip:
-            todo.append((self.clip.engine, self.clip.open(generated)))
+        options, found = self.options, dict[str, ClipCosines | LpipsDiversity]()
+        if options.prompts and options.which(needs="captions"):
+            folder = options.clip or options.weights / PUBLISHED_CLIP
+            score = ClipScore(folder, options.device, self._tower(folder))
+            captions = read_captions(options.prompts)[: options.first]
+            engine = self._engine(score.images, score.geometry)
+            found["clip_score"] = ClipCosines(score, engine, options.prompts, captions)
+        if options.per_prompt and options.which(needs="images per prompt"):
+            # a protocol's geometry is that of its Frechet distance
+            geometry = Geometry(options.geometry) if "geometry" in options.given else DIVERSITY_GEOMETRY
+            found["lpips_diversity"] = LpipsDiversity(
+                options.per_prompt, geometry, options.weights, options.device, options.workers
+            )
+        return found
+
+    def _tower(self, folder: Path) -> ClipImages | None:
+        """The detector, if it is the very CLIP model in `folder`."""
+        detector = self.engine.detector if self.options.features else None
+        return detector if isinstance(detector, ClipImages) and detector.folder.resolve() == folder.resolve() else None
+
+    def _open(self, path: Path) -> dict[str, ImageSource]:
+        """A set as each network sees it, by `Metric.sees`."""
+        first, images, found = self.options.first, self.options.images, dict[str, ImageSource]()
+        if self.options.features:
+            found["detector"] = open_images(path, self.engine.geometry, first, images)
+        for name, network in self.prompted.items():
+            source = found[METRICS[name].sees] = open_images(path, network.geometry, first, images)
+            network.check(path, len(source))
+        return found
+
+    def fill(self, generated: Path, share: str) -> tuple[int, int]:
+        """Put a share ``i/k`` of the features into the cache; returns the number of images done and of all images.
+
+        Raises:
+            UserError: no such share, or no metric has features.
+        """
+        process, sources, todo = share_of(share), self._open(generated), []
+        if self.options.features:
+            todo.append((self.engine, sources["detector"]))
+            reference = self.options.reference
+            if reference and self.options.compared and not holds_moments(reference):
+                todo.append((self.engine, open_images(reference, self.engine.geometry)))
+        if isinstance(clip := self.prompted.get("clip_score"), ClipCosines):
+            todo.append((clip.engine, sources["clip"]))
         if not todo:
-            raise UserError(f"{', '.join(self.asked.metrics)} has no features to compute in parts: leave --shard away")
-        done = sum(engine.fill(source, process, processes) for engine, source in todo)
+            metrics = ", ".join(self.options.metrics)
+            raise UserError(f"{metrics} has no features to compute in parts: leave --shard away")
+        done = sum(engine.fill(source, *process) for engine, source in todo)
         return done, sum(len(source) for _, source in todo)
 
-    def reference(self, sampled: bool = False) -> Reference | None:
-        """What the metrics compare with, if one does; with `sampled`, images.
+    def reference(self) -> Reference | None:
+        """What the metrics compare with, if one does.
 
         Raises:
             UserError: as `Engine.reference`, or moments where images are needed.
         """
-        path = self.inputs.reference
-        if path is None or self.engine is None or not self.asked.compared:
+        if self.options.reference is None or not self.options.compared:
             return None
-        found = self.engine.reference(path)
-        if sampled and "fd" in self.asked.metrics:
+        found = self.engine.reference(self.options.reference)
+        if self.options.counts_reference:
             found.rows("--reference-sampled")  # refused now and not after hours of features
         return found
 
     def arms(self, paths: list[Path]) -> list[Arm]:
         """Features and values of sets; all are opened first, so that what is wrong with them is said at once."""
-        engines = [self.chosen.open(path, self.engine.geometry) for path in paths] if self.engine else []
-        prompted = {"clip_score": self.clip, "lpips_diversity": self.diversity}
-        opened = [{name: (m, m.open(path)) for name, m in prompted.items() if m} for path in paths]
-        found = []
-        for number, path in enumerate(paths):
-            features = self.engine.features(engines[number]) if self.engine else None
-            found.append(Arm(path, features, {name: m.scored(source) for name, (m, source) in opened[number].items()}))
-        return found
+        arms = []
+        for path, sources in [(path, self._open(path)) for path in paths]:
+            features = self.engine.features(sources["detector"]) if self.options.features else None
+            scored = {name: network.scored(sources[METRICS[name].sees]) for name, network in self.prompted.items()}
+            values = {name: found for name, (found, _) in scored.items()}
+            repeats = features.duplicates if features else next(iter(scored.values()))[1]
+            arms.append(Arm(path, identity(next(iter(sources.values()))), repeats, features, values))
+        return arms
 
-    def results(self, arm: Arm, reference: Reference | None, sampled: bool = False) -> dict[str, Result]:
-        """All metrics of a set by the names of their rows.
-
-        Args:
-            arm: the set.
-            reference: what `reference` gave.
-            sampled: the Frechet distance counts the reference's own sampling, too.
+    def results(self, arm: Arm, reference: Reference | None) -> dict[str, Estimate]:
+        """All metrics of a set by the names of their rows; image i is of class ``i mod classes``.
 
         Raises:
             UserError: a value is not finite, or as `measure`.
         """
-        values = {name: scored.values for name, scored in arm.values.items()}
-        seen = Seen.of(arm.features, reference, values, self.asked.classes, sampled)
-        label = arm.features.detector["label"] if arm.features else ""
-        words = {"distance": label, "of": label.removeprefix("FID").removeprefix("FD")}
-        if self.clip:
-            words["clip"] = self.clip.folder.name
-        found: dict[str, Result] = {}
-        for metric in self.asked.chosen:
-            found |= {metric.row.format(number=n, **words): r for n, r in measure(metric, seen).items()}
-        if self.asked.ones and reference and arm.features:
-            quirk = from_ones(arm.features.features, reference, self.asked.ones)
-            row = f"{label}, covariance from ones x {self.asked.ones}"
-            beside = {name: found.pop(name) for name in list(found)[len(found) - len(values) :]}  # stand after it
-            found |= {row: Result(quirk)} | beside
-        for name, result in found.items():
-            finite(name, result.estimate)
-        return found
+        options, features, samples, words, quirk = self.options, arm.features, {}, {}, {}
+        indices = list(range(arm.source["images"]))
+        labels = None if options.classes is None else sample_labels(indices, options.classes, "cyclic")
+        if features:
+            label, logits = features.detector["label"], features.found.get("logits")
+            words = {"distance": label, "of": label.removeprefix("FID").removeprefix("FD")}
+            samples["detector"] = Sample(
+                features.features,
+                logits,
+                features.detector["name"],
+                reference,
+                labels,
+                labels,
+                options.reference_sampled,
+            )
+            if options.ones and reference:
+                row = f"{label}, covariance from ones x {options.ones}"
+                quirk[row] = from_ones(features.features, reference, options.ones)
+        if isinstance(clip := self.prompted.get("clip_score"), ClipCosines):
+            words["clip"] = clip.score.folder.name
+        found: dict[str, Estimate] = {}
+        for sees in ("detector", "clip", "lpips"):
+            for metric in map(of_option, options.which(sees=sees)):
+                numbers = measure(metric, samples, arm.values, labels)
+                found |= {metric.row.format(number=name, **words): number for name, number in numbers.items()}
+            found |= quirk  # after the metrics of features
+        return finite(found)
 
     def about(self) -> dict[str, Any]:
-        """The protocol, and what the prompted metrics depend on."""
-        named = {"protocol": self.asked.about(), "clip-score": self.clip, "lpips-diversity": self.diversity}
-        return {key: getattr(value, "about", value) for key, value in named.items() if value}
+        """The protocol, and what the prompted metrics depend on, by the option of each."""
+        protocol = self.options.about()
+        found = {} if protocol is None else {"protocol": protocol}
+        return found | {str(METRICS[name].option): network.about for name, network in self.prompted.items()}
 
 
-def finite(name: str, estimate: Estimate) -> Estimate:
-    """The estimate of a row.
+def share_of(text: str) -> tuple[int, int]:
+    """Process and number of processes from ``i/k``.
 
     Raises:
-        UserError: it is not a number.
+        UserError: written otherwise.
     """
-    if not math.isfinite(estimate.value):
-        raise UserError(f"{name} of {estimate.n} images is {estimate.value}: too few or degenerate images")
-    return estimate
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise UserError(f"{text!r} is no shard: write i/k with i from 0 to k - 1, for example 0/8")
+    return int(match[1]), int(match[2])
 
 
-def differences(arms: list[Arm], results: list[dict[str, Result]]) -> dict[str, Estimate]:
+def finite(found: dict[str, Estimate]) -> dict[str, Estimate]:
+    """The estimates of rows.
+
+    Raises:
+        UserError: one is not a number.
+    """
+    for name, estimate in found.items():
+        if not math.isfinite(estimate.value):
+            raise UserError(f"{name} of {estimate.n} images is {estimate.value}: too few or degenerate images")
+    return found
+
+
+def differences(arms: list[Arm], results: list[dict[str, Estimate]]) -> dict[str, Estimate]:
     """All metrics of the second set minus the first by row; the sets share seed and label or prompt at every index.
 
     Raises:
@@ -184,25 +233,4 @@ def differences(arms: list[Arm], results: list[dict[str, Result]]) -> dict[str, 
             f"the two sets differ in number of images, {counts[0]} and {counts[1]}: they are not comparable"
         )
     ours, theirs = results
-    return {name: finite(name, theirs[name].minus(result).estimate) for name, result in ours.items()}
-
-
-def engine_of(asked: Asked, machine: Machine) -> Engine:
-    """The detector, geometry and cache of what is asked for.
-
-    Raises:
-        UserError: none is named, or as `load_detector`.
-    """
-    if asked.detector is None:
-        raise UserError("--detector is missing, for example lite0-320@64")
-    geometry = Geometry(asked.geometry)
-    detector = load_detector(asked.detector, machine.weights, machine.device)
-    return Engine(detector, geometry, machine.cache, machine.batch, machine.workers)
-
-
-def _tower(engine: Engine | None, folder: Path) -> ClipImages | None:
-    """The detector, if it is the very CLIP model in `folder`."""
-    detector = engine.detector if engine else None
-    if isinstance(detector, ClipImages) and detector.folder.resolve() == folder.resolve():
-        return detector
-    return None
+    return finite({name: theirs[name].minus(estimate) for name, estimate in ours.items()})

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +19,11 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.core.precision import strict_float32
 from dmd2.core.progress import Progress
-from dmd2.data.captions import read_captions
-from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipImages, ClipScore
-from eval.detectors.features import identity, read
-from eval.detectors.reference import Engine, open_exactly
-from eval.detectors.weights import entry_of, locate
-from eval.metrics.scores import Scored, cosines, diversities
+from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipScore
+from eval.detectors.features import read
+from eval.detectors.reference import Engine
+from eval.detectors.weights import locate
+from eval.metrics.scores import cosines, diversities
 from eval.pixels.images import ImageSource, pixel_digest
 from eval.pixels.resize import Geometry
 
@@ -31,55 +31,18 @@ DIVERSITY_GEOMETRY = Geometry("square-crop+lanczos-512")  # of DMD2's diversity 
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where and how a call computes; none of it changes a number."""
-
-    cache: Path
-    weights: Path
-    batch: int = 64
-    workers: int = 0
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Which images of a set a call uses: the `first` of them, which must then be exactly `images`."""
-
-    images: int | None = None
-    first: int | None = None
-
-    def open(self, path: Path, geometry: Geometry) -> ImageSource:
-        """See `open_exactly`."""
-        return open_exactly(path, geometry, self.images, self.first)
-
-
-@dataclass(frozen=True)
 class ClipCosines:
-    """Cosine of every image and its caption by ``clip-dmd2``; image embeddings come from the feature cache.
+    """Cosine of every image and its caption by ``clip-dmd2``.
 
-    Args:
-        folder: of an open_clip model.
-        prompts: captions by image, see `read_captions`.
-        machine: where it runs.
-        chosen: which images.
-        tower: the model as a detector, if it is loaded already.
+    `engine` takes image embeddings from the feature cache, in the protocol's geometry whatever that of a Frechet
+    distance; `captions`, read from `prompts`, are those of the images in their order.
     """
 
-    folder: Path
+    score: ClipScore
+    engine: Engine
     prompts: Path
-    machine: Machine
-    chosen: Chosen = Chosen()
-    tower: ClipImages | None = None
-
-    @cached_property
-    def score(self) -> ClipScore:
-        """The model, loaded once for all sets of a call."""
-        return ClipScore(self.folder, self.machine.device, self.tower)
-
-    @cached_property
-    def captions(self) -> list[str]:
-        """The captions of the chosen images."""
-        return read_captions(self.prompts)[: self.chosen.first]
+    captions: list[str]
+    geometry = PROTOCOL_GEOMETRY
 
     @cached_property
     def texts(self) -> Tensor:
@@ -87,52 +50,42 @@ class ClipCosines:
         return self.score.texts(self.captions)
 
     @property
-    def engine(self) -> Engine:
-        """The image tower with the protocol's geometry, whatever the geometry of a Frechet distance."""
-        machine = self.machine
-        return Engine(self.score.images, PROTOCOL_GEOMETRY, machine.cache, machine.batch, machine.workers)
-
-    @property
     def about(self) -> dict[str, Any]:
         """What the values depend on besides the images."""
         captions = {"prompts": str(self.prompts), "prompts_sha256": sha256(self.prompts)}
         return {"protocol": self.score.name, **self.score.about, **captions}
 
-    def open(self, path: Path) -> ImageSource:
-        """The images of a set, as many as there are captions.
+    def check(self, path: Path, count: int) -> None:
+        """Refuse `count` images of `path` unless there is a caption for each.
 
         Raises:
-            UserError: another number of captions, or as `open_exactly` and `read_captions`.
+            UserError: another number of captions.
         """
-        captions, source = self.captions, self.chosen.open(path, PROTOCOL_GEOMETRY)
-        if len(captions) != len(source):
+        if len(self.captions) != count:
             raise UserError(
-                f"{self.prompts} holds {len(captions)} captions but {path} {len(source)} images: give one caption for "
+                f"{self.prompts} holds {len(self.captions)} captions but {path} {count} images: give one caption for "
                 "each image, in the order of the images"
             )
-        return source
 
-    def scored(self, source: ImageSource) -> Scored:
-        """Cosines ``(n,)`` of what `open` opened."""
+    def scored(self, source: ImageSource) -> tuple[np.ndarray, int]:
+        """Cosines ``(n,)``, and how many images repeat an earlier one."""
         found = self.engine.features(source)
-        return Scored(cosines(found.features, self.texts), found.source, found.duplicates)
+        return cosines(found.features, self.texts), found.duplicates
 
 
 @dataclass(frozen=True)
 class LpipsDiversity:
     """Mean pairwise LPIPS of the images of one prompt: images ``i k .. i k + k - 1`` belong to prompt or class i.
 
-    Args:
-        per_prompt: k, at least 2; DMD2 draws four.
-        machine: where it runs.
-        chosen: which images.
-        geometry: what is done to every image.
+    `per_prompt` is k, at least 2 (DMD2 draws four), `weights` the folder of network weights, `workers` the processes
+    that decode images.
     """
 
     per_prompt: int
-    machine: Machine
-    chosen: Chosen = Chosen()
-    geometry: Geometry = DIVERSITY_GEOMETRY
+    geometry: Geometry
+    weights: Path
+    device: str
+    workers: int
 
     @cached_property
     def network(self) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, Any]]:
@@ -141,43 +94,40 @@ class LpipsDiversity:
         Raises:
             UserError: a file is missing, or its listed checksum differs.
         """
-        from dmd2.networks.lpips import Lpips  # piq takes seconds to import
+        from dmd2.networks.lpips import LINEAR_FILE, NAME, VGG_FILE, Lpips  # piq takes seconds to import
 
-        entry, weights = entry_of("lpips-vgg16"), self.machine.weights
-        found = {file.file: locate(entry.name, weights, file.file) for file in entry.files}
+        found = {file: locate(NAME, self.weights, file) for file in (VGG_FILE, LINEAR_FILE)}
         files = {name: {"sha256": file.sha256, "verified": file.verified} for name, file in found.items()}
-        return Lpips(weights).to(self.machine.device).eval(), files
+        return Lpips(self.weights).to(self.device).eval(), files
 
     @property
     def about(self) -> dict[str, Any]:
         """What the values depend on besides the images."""
-        return {"network": "LPIPS of VGG16, average pooling (piq)", "files": self.network[1],
-                "geometry": self.geometry.name, "per_prompt": self.per_prompt}  # fmt: skip
+        network = {"network": "LPIPS of VGG16, average pooling (piq)", "files": self.network[1]}
+        return {**network, "geometry": self.geometry.name, "per_prompt": self.per_prompt}
 
-    def open(self, path: Path) -> ImageSource:
-        """The images of a set, whole prompts of them.
+    def check(self, path: Path, count: int) -> None:
+        """Refuse `count` images of `path` unless they are whole prompts.
 
         Raises:
-            UserError: the images are not a multiple of `per_prompt`, or as `open_exactly`.
+            UserError: they are not a multiple of `per_prompt`.
         """
-        source = self.chosen.open(path, self.geometry)
-        if len(source) % self.per_prompt:
-            raise UserError(f"{path}: {len(source)} images are not a multiple of --per-prompt {self.per_prompt}")
-        return source
+        if count % self.per_prompt:
+            raise UserError(f"{path}: {count} images are not a multiple of --per-prompt {self.per_prompt}")
 
-    def scored(self, source: ImageSource) -> Scored:
-        """Mean pairwise distances ``(prompts,)`` of what `open` opened."""
+    def scored(self, source: ImageSource) -> tuple[np.ndarray, int]:
+        """Mean pairwise distances ``(prompts,)``, and how many images repeat an earlier one."""
         digests: set[int] = set()
-        with strict_float32(torch.device(self.machine.device)):
+        with strict_float32(torch.device(self.device)):
             values = diversities(self._groups(source, digests), self.network[0])
-        return Scored(values, identity(source), len(source) - len(digests))
+        return values, len(source) - len(digests)
 
     def _groups(self, source: ImageSource, digests: set[int]) -> Iterator[Tensor]:
         """The images of one prompt at a time; their pixel digests are added to `digests`."""
         k, count = self.per_prompt, len(source)
         progress = Progress(f"diversity {source.id}", count // k)
-        pieces = [range(start, start + k) for start in range(0, count, k)]
-        for done, group in enumerate(read(source, pieces, self.machine.workers)):
+        groups = [range(start, start + k) for start in range(0, count, k)]
+        for done, group in enumerate(read(source, groups, self.workers), start=1):
             digests.update(map(pixel_digest, group))
-            yield group.to(self.machine.device)
-            progress.update(done + 1, {})
+            yield group.to(self.device)
+            progress.update(done, {})

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eval.metrics.estimate import Estimate, Mean
-from eval.metrics.frechet import FrechetReference, between_samples
+from eval.metrics.estimate import Estimate, mean
+from eval.metrics.frechet import Reference, between_samples
 from eval.metrics.kid import kid
 from eval.metrics.neighbours import prdc
 from eval.metrics.scores import accuracy, inception_score
@@ -26,7 +26,7 @@ class Gaussians:
         self.mean_a = 0.2 * self.scale * rng.standard_normal(d)
         self.scale_b = self.scale_a * rng.uniform(0.85, 1.25, d)  # a relative of a, as arms of one ablation are
         self.mean_b = self.mean_a + 0.05 * self.scale * rng.standard_normal(d)
-        self.reference = FrechetReference(FeatureStats(10**6, np.zeros(d), self._covariance() * (10**6 - 1)))
+        self.reference = Reference(FeatureStats(10**6, np.zeros(d), self._covariance() * (10**6 - 1)))
         self.distance_a = (self.mean_a**2).sum() + ((self.scale_a - self.scale) ** 2).sum()
         self.distance_b = (self.mean_b**2).sum() + ((self.scale_b - self.scale) ** 2).sum()
 
@@ -48,7 +48,7 @@ def repeat(one: Callable[[np.random.Generator], Estimate], repeats: int = REPEAT
 
 
 def paired(metric, a: np.ndarray, b: np.ndarray) -> Estimate:
-    return metric(b).minus(metric(a)).estimate()
+    return metric(b).minus(metric(a))
 
 
 def coverage(estimates: list[Estimate], truth: float) -> float:
@@ -79,7 +79,7 @@ def test_interval_of_the_distance_covers_the_truth(d: int, n: int) -> None:
 @pytest.mark.parametrize(("d", "n"), [(32, 960), (64, 2000)])
 def test_interval_of_the_paired_difference_covers_the_truth(d: int, n: int) -> None:
     world = Gaussians(d)
-    estimates = repeat(lambda rng: paired(world.reference.linearised, *world.arms(rng, n)), 400)
+    estimates = repeat(lambda rng: paired(world.reference.estimate, *world.arms(rng, n)), 400)
     check(f"paired FD d={d} n={n}", estimates, world.distance_b - world.distance_a)
     a, b = (world.reference.estimate(arm) for arm in world.arms(np.random.default_rng(1), n))
     assert np.mean([e.se for e in estimates]) < 0.8 * np.hypot(a.se, b.se)  # as independent arms
@@ -122,7 +122,7 @@ def true_kid(world: Gaussians, scale: np.ndarray, mean: np.ndarray) -> float:
 
 def test_interval_of_kid_covers_the_truth() -> None:
     world = Gaussians(32)
-    estimates = repeat(lambda rng: kid(world.arms(rng, 400)[0], world.real(rng, 300)).estimate())
+    estimates = repeat(lambda rng: kid(world.arms(rng, 400)[0], world.real(rng, 300)))
     check("KID", estimates, true_kid(world, world.scale_a, world.mean_a))
 
 
@@ -140,22 +140,22 @@ def test_interval_of_paired_kid_covers_the_truth() -> None:
 
 def test_kid_of_equal_distributions_errs_on_the_safe_side() -> None:
     world = Gaussians(32)
-    estimates = repeat(lambda rng: kid(world.real(rng, 300), world.real(rng, 300)).estimate())
+    estimates = repeat(lambda rng: kid(world.real(rng, 300), world.real(rng, 300)))
     print(f"KID of equal distributions: coverage {coverage(estimates, 0):.3f}, SE/SD {error_ratio(estimates):.2f}")
     assert coverage(estimates, 0) > 0.95 and 1 < error_ratio(estimates) < 3
 
 
 @pytest.mark.parametrize("n", [10, 500])
 def test_intervals_of_means_cover_the_truth(n: int) -> None:
-    check(f"mean n={n}", repeat(lambda rng: Mean(rng.standard_normal(n) + 3).estimate(), 1000), 3)
-    arms = repeat(lambda rng: paired(Mean, a := rng.standard_normal(n), a + 0.1 * rng.standard_normal(n) + 0.2), 1000)
+    check(f"mean n={n}", repeat(lambda rng: mean(rng.standard_normal(n) + 3), 1000), 3)
+    arms = repeat(lambda rng: paired(mean, a := rng.standard_normal(n), a + 0.1 * rng.standard_normal(n) + 0.2), 1000)
     check(f"paired mean n={n}", arms, 0.2)
 
 
 def test_interval_of_a_high_accuracy_covers_the_truth_with_few_images() -> None:
     def one(rng: np.random.Generator) -> Estimate:
         right = rng.random(40) < 0.95
-        return accuracy(np.eye(2)[right.astype(int)], np.ones(40, dtype=int)).estimate()
+        return accuracy(np.eye(2)[right.astype(int)], np.ones(40, dtype=int))
 
     assert coverage(repeat(one), 0.95) >= 0.90
 

@@ -9,9 +9,7 @@ from dmd2.core.errors import UserError
 from dmd2.data.sets import load_set, prepare
 from dmd2.experiment.tables import load_base
 from eval.detectors.detectors import load_detector, record_network, train_classifier
-from eval.metrics.frechet import moments
 from eval.metrics.stats import FeatureStats, frechet_distance
-from eval.runs import protocol
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def test_training_it_again_gives_the_same_weights(digits, tmp_path) -> None:
 def test_distance_orders_sets_sanely(digits) -> None:
     folder, real = digits
     detector = load_detector("digits-classifier", folder / "weights")
-    reference = moments(detector(real.tensors["images"])[0])
+    reference = FeatureStats.of(detector(real.tensors["images"])[0])
     images, labels = real.tensors["images"], real.tensors["labels"]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
@@ -68,22 +66,10 @@ def test_network_becomes_a_manifest_and_a_reference(digits, tmp_path) -> None:
     record_network("lite0-320@32", tmp_path / "lite0-320@32/manifest.json")
     entry = json.loads((tmp_path / "lite0-320@32/manifest.json").read_text())
     assert entry["kind"] == "network" and entry["files"][0]["sha256"] == entry["weights"]
-    stats = moments(load_detector("lite0-320@32")(digits[1].tensors["images"][:20])[0])
+    stats = FeatureStats.of(load_detector("lite0-320@32")(digits[1].tensors["images"][:20])[0])
     assert stats.count == 20 and stats.mean.shape == (320,)
 
 
 def test_missing_detector_says_where_it_should_be(tmp_path) -> None:
     with pytest.raises(UserError, match=r"nothing/manifest\.json is missing"):
         load_detector("nothing", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("metric", "sentence"), [("beauty", "there is no metric beauty"), ("fid", "fid .* is called fd")]
-)
-def test_metric_that_cannot_be_measured_is_named(digits, monkeypatch, metric, sentence) -> None:
-    detector = load_detector("digits-classifier", digits[0] / "weights")
-    monkeypatch.setattr(protocol, "load_detector", lambda _name, device: detector)
-    cfg = load_base("digits")
-    cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"metrics": [metric]})})
-    with pytest.raises(UserError, match=sentence):
-        protocol.Protocol.of(cfg, torch.device("cpu"))

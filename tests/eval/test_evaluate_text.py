@@ -28,7 +28,7 @@ from dmd2.networks.quantise import quantise
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.sampling import student_sample
 from eval.detectors.detectors import load_detector, record_network
-from eval.detectors.reference import Engine, save_moments
+from eval.detectors.reference import Engine
 from eval.detectors.small_clip import train_clip
 from eval.pixels.images import open_images
 from eval.pixels.resize import Geometry
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save("real.npy", pixels)
         for name, geometry in (("reference", "none"), ("patch_reference", "patch-16")):
             engine = Engine(load_detector(DETECTOR), Geometry(geometry), Path("cache"))
-            save_moments(engine, open_images("real.npy", engine.geometry), Path("real.npy"), read[name])
+            engine.save_moments(open_images("real.npy", engine.geometry), Path("real.npy"), read[name])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         states = torch.randn(20, tiny_pipelines.TOKENS, tiny_pipelines.WIDTH)
         train_clip("tiny-clip", TensorSet({"images": images, "text": states}), read["clip"], steps=1)
@@ -133,7 +133,7 @@ def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
 
 def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -> None:
     cfg, run = config(), RunId("tiny", "dmd2", 0)
-    weights = dict(evaluate.teacher_of(cfg, CPU).network.state_dict())
+    weights = dict(evaluate.teacher_of(cfg, cfg.eval.teacher_samplers["ode"], CPU).network.network.state_dict())
     save_shard(run.folder / "0000020.safetensors", {**weights, f"{IN_SNAPSHOT}x.alpha": torch.tensor(1.0)})
     write_text(run.folder / "log.jsonl", '{"step": 20, "probe/brightness": 0.5}\n')
     write_json(run.folder / "train.json", {
@@ -141,14 +141,14 @@ def test_a_snapshot_with_factors_is_measured_by_its_plain_weights(place: Path) -
         "student_updates": 4, "seconds": 1.0, "device": "cpu", "commit": "abc",
     })  # fmt: skip
     evaluate.evaluate_run(run, cfg, CPU, run.folder / "metrics.json")
-    students = evaluate.Students.of(run, cfg, CPU)
-    assert len(list(students.loaded())) == 1
-    corner = quantise(students.sample([3 + 1]), cfg.eval.rounding)[0].permute(1, 2, 0).numpy()  # row 1, caption 1
+    students = evaluate.student_of(run, cfg, CPU)
+    assert len(list(students.snapshots())) == 1
+    corner = quantise(students([3 + 1]), cfg.eval.rounding)[0].permute(1, 2, 0).numpy()  # row 1, caption 1
     with Image.open(run.folder / "grid.png") as grid:
         assert np.abs(np.asarray(grid)[SIDE : 2 * SIDE, SIDE : 2 * SIDE].astype(int) - corner).max() <= 1
     other = students.prompts.condition([0])
     drawn = student_sample(students.network, cfg, [4], CPU, cond=other)
-    assert not torch.allclose(students.images(drawn), students.sample([4]), atol=1e-3)
+    assert not torch.allclose(students.images(drawn), students([4]), atol=1e-3)
     assert evaluated(run.folder / "metrics.json")["snapshots"][0]["step"] == 20
 
 
@@ -164,12 +164,12 @@ def test_stability_is_that_of_the_training_that_train_json_records(place: Path) 
 
 def test_an_image_depends_on_the_caption_of_its_seed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
-    sample, _ = evaluate.teacher_sampler(cfg, cfg.eval.teacher_samplers["ode"], CPU)
+    sample = evaluate.teacher_of(cfg, cfg.eval.teacher_samplers["ode"], CPU)
     images = sample([0, 1])
     assert images.shape == (2, 3, SIDE, SIDE)
     swapped = evaluate.EvalPrompts.of(cfg).condition([1, 1])
     monkeypatch.setattr(
         evaluate.EvalPrompts, "condition", lambda self, seeds, device="cpu": Condition(text=swapped.text)
     )
-    other, _ = evaluate.teacher_sampler(cfg, cfg.eval.teacher_samplers["ode"], CPU)
+    other = evaluate.teacher_of(cfg, cfg.eval.teacher_samplers["ode"], CPU)
     assert not torch.allclose(other([0, 1])[0], images[0]) and torch.allclose(other([0, 1])[1], images[1], atol=1e-5)

@@ -15,19 +15,19 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.core.rng import sample_labels, sample_noise
 from eval.detectors import features
-from eval.detectors.detectors import Detector
 from eval.detectors.features import (
     FeatureSet,
+    Observer,
     Sampled,
-    blocks,
     cache_folder,
     extract,
     join,
-    share,
+    shards_of,
     stream_moments,
 )
+from eval.detectors.networks import FeatureNetwork
 from eval.metrics.stats import FeatureStats
-from eval.pixels.images import pixel_digest
+from eval.pixels.images import ImageSource, pixel_digest
 
 COUNT = 730
 
@@ -46,19 +46,21 @@ class Quadrants:
         means = torch.nn.functional.adaptive_avg_pool2d(images.expand(-1, 3, -1, -1).double(), 2).flatten(1)
         return means.float(), means[:, :10].float()
 
+    look = FeatureNetwork.look
+
 
 def draw(seeds: list[int]) -> torch.Tensor:
     """uint8 images (n, 3, 8, 8) that belong to their seeds."""
     return (sample_noise(seeds, (3, 8, 8), "test") * 40 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def features_of(*batches: torch.Tensor, detector: Detector | None = None) -> FeatureSet:
+def features_of(*batches: torch.Tensor, detector: Observer | None = None) -> FeatureSet:
     """Features of images that no cache holds."""
     found = detector or Quadrants()
     values, logits = (torch.cat(parts).numpy() for parts in zip(*map(found, batches), strict=True))
     pixels = np.array([pixel_digest(image) for batch in batches for image in batch])
     about = {"id": "test", "images": len(pixels), "geometry": "none", "small": 0}
-    return FeatureSet(values, logits, pixels, about, features.account(found))
+    return FeatureSet({"features": values, "logits": logits, "pixels": pixels}, about, features.account(found))
 
 
 IMAGES = Sampled("images", COUNT, draw)
@@ -77,7 +79,7 @@ def whole(cache: Path, **options) -> FeatureSet:
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_moments_depend_neither_on_the_batch_nor_on_the_number_of_shards(tmp_path, batch, processes) -> None:
     for process in reversed(range(processes)):  # any order
-        folder = extract(IMAGES, Quadrants(), tmp_path, share(COUNT, process, processes), batch)
+        folder = extract(IMAGES, Quadrants(), tmp_path, shards_of(COUNT, process, processes), batch)
     expected = FeatureStats.of(Quadrants()(draw(list(range(COUNT))))[0])
     for stats in (stream_moments(folder, COUNT), FeatureStats.of(join(folder, COUNT).features)):
         assert stats.count == COUNT
@@ -121,21 +123,21 @@ def test_moments_in_pieces_keep_their_digits_at_a_large_offset(tmp_path) -> None
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 99, 100, 101, 730, 50_000])
 def test_shards_of_all_processes_are_all_indices_once(count, processes) -> None:
-    rows = [index for process in range(processes) for block in share(count, process, processes) for index in block]
+    rows = [index for process in range(processes) for block in shards_of(count, process, processes) for index in block]
     assert sorted(rows) == list(range(count))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_labels_by_global_index_are_balanced_for_any_number_of_processes(processes, monkeypatch) -> None:
     monkeypatch.setattr(features, "ROWS", 1000)
-    blocks_ = [block for process in range(processes) for block in share(50_000, process, processes)]
-    labels = torch.cat([sample_labels(list(block), 1000, "cyclic") for block in blocks_])
+    blocks = [block for process in range(processes) for block in shards_of(50_000, process, processes)]
+    labels = torch.cat([sample_labels(list(block), 1000, "cyclic") for block in blocks])
     assert torch.bincount(labels, minlength=1000).tolist() == [50] * 1000
 
 
 def test_process_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="no shard 3/3"):
-        share(10, 3, 3)
+        shards_of(10, 3, 3)
 
 
 def killed_in_shard_three(cache: Path) -> None:
@@ -245,15 +247,12 @@ def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path
     assert features_of(grey, grey.expand(-1, 3, -1, -1), draw([2])).duplicates == 1
 
 
-class Unreadable:
+class Unreadable(ImageSource):
     """A source whose tenth image cannot be read."""
 
-    id, small, geometry = "unreadable", 0, features.NONE
+    id, count, small, geometry = "unreadable", 20, 0, features.NONE
 
-    def __len__(self) -> int:
-        return 20
-
-    def batch(self, indices: range) -> torch.Tensor:
+    def read(self, indices: range) -> torch.Tensor:
         if 10 in indices:
             raise UserError("image 10 is truncated")
         return draw(list(indices))
@@ -261,19 +260,22 @@ class Unreadable:
 
 def test_error_in_a_worker_arrives_as_its_sentence(tmp_path) -> None:
     with pytest.raises(UserError) as error:
-        extract(Unreadable(), Quadrants(), tmp_path, batch=5, workers=2, start_method="fork")
+        extract(Unreadable(), Quadrants(), tmp_path, batch=5, workers=2)
     assert str(error.value) == "image 10 is truncated"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_every_start_method_gives_equal_features(tmp_path, method) -> None:
+def test_every_start_method_gives_equal_features(tmp_path, method, monkeypatch) -> None:
     from safetensors.torch import save_file
 
     from eval.pixels.images import open_images
 
     save_file({"images": draw(list(range(130)))}, tmp_path / "images.safetensors")
     source = open_images(tmp_path / "images.safetensors")
-    folder = extract(source, Quadrants(), tmp_path, workers=2, batch=16, start_method=method)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
+    )
+    folder = extract(source, Quadrants(), tmp_path, workers=2, batch=16)
     assert np.array_equal(join(folder, 130).features, Quadrants()(draw(list(range(130))))[0])
 
 
@@ -285,5 +287,5 @@ def test_folder_says_what_it_holds(tmp_path) -> None:
     assert json.loads((folder / "features-000000-000010.json").read_text())["batch"] == 64
 
 
-def test_blocks_are_fixed_ranges_of_rows() -> None:
-    assert blocks(250) == [range(0, 100), range(100, 200), range(200, 250)]
+def test_shards_are_fixed_ranges_of_rows() -> None:
+    assert shards_of(250) == [range(0, 100), range(100, 200), range(200, 250)]

@@ -94,7 +94,7 @@ def test_equal_pixels_give_equal_batches(kind: str, channels: int, tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_geometry_and_limit_act_alike_on_every_kind(kind: str, tmp_path: Path) -> None:
     images = pixels()
-    source = open_images(write(kind, tmp_path, images), SMALLER, limit=5)
+    source = open_images(write(kind, tmp_path, images), SMALLER, first=5)
     assert len(source) == 5
     assert torch.equal(source.batch(range(1, 5)), SMALLER(chw(images)[1:5]))
 
@@ -111,7 +111,7 @@ def test_the_id_follows_the_content_not_the_place(tmp_path: Path) -> None:
     changed = {kind: write(kind, tmp_path / kind, images) for kind in KINDS}
     for kind, path in changed.items():
         assert open_images(path).id != ids[kind]
-        assert len({open_images(path, limit=6).id, open_images(path).id, open_images(path, SMALLER).id}) == 3
+        assert len({open_images(path, first=6).id, open_images(path).id, open_images(path, SMALLER).id}) == 3
 
 
 def test_a_folder_with_a_manifest_is_its_tensor_set(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_missing_empty_short_and_unknown_sources_are_refused(tmp_path: Path) -> 
         (array, 0, "so it cannot give exactly 0"),
     ):
         with pytest.raises(UserError) as error:
-            open_images(path, limit=limit)
+            open_images(path, first=limit)
         one_sentence(error.value, path.name, reason)
 
 

@@ -16,7 +16,7 @@ X, Y = RNG.standard_normal((50, 12)), 1.2 * RNG.standard_normal((60, 12)) + 0.3
 
 
 def kid_paired(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> Estimate:
-    return kid(b, y).minus(kid(a, y)).estimate()
+    return kid(b, y).minus(kid(a, y))
 
 
 def kid_subsets(pairs) -> list[float]:
@@ -39,16 +39,16 @@ def test_full_sample_value_is_the_direct_double_sum() -> None:
 
 def test_blocks_change_nothing(monkeypatch) -> None:
     whole = kid(X, Y)
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     assert kid(X, Y).value == pytest.approx(whole.value, rel=1e-11)
-    assert kid(X, Y).estimate().se == pytest.approx(whole.estimate().se, rel=1e-11)
+    assert kid(X, Y).se == pytest.approx(whole.se, rel=1e-11)
 
 
 def test_standard_error_is_the_jackknife_that_leaves_one_image_out() -> None:
     variance = 0.0
     for leave, n in ((lambda i: kid(np.delete(X, i, 0), Y), len(X)), (lambda i: kid(X, np.delete(Y, i, 0)), len(Y))):
         variance += (n - 1) ** 2 / n * np.var([leave(i).value for i in range(n)], ddof=1)
-    assert kid(X, Y).estimate().se == pytest.approx(np.sqrt(variance), rel=1e-9)
+    assert kid(X, Y).se == pytest.approx(np.sqrt(variance), rel=1e-9)
 
 
 def test_paired_standard_error_is_the_jackknife_of_the_difference() -> None:
@@ -104,12 +104,12 @@ def test_half_precision_shards_are_widened_before_the_products() -> None:
 def test_spread_inside_classes_is_smaller_than_over_all() -> None:
     labels = np.repeat(np.arange(5), 10)
     x = X + 2 * RNG.standard_normal((5, 12))[labels]
-    assert kid(x, Y).estimate(labels).se < kid(x, Y).estimate().se
+    assert kid(x, Y, labels).se < kid(x, Y).se
 
 
 def test_two_images_have_a_value_and_one_is_refused() -> None:
     assert kid(X[:2], Y[:2]).value == pytest.approx(double_sum(X[:2], Y[:2]), rel=1e-11)
-    assert kid(X[:2], Y).estimate().se is None
+    assert kid(X[:2], Y).se is None
     constant = np.ones((5, 12))
     assert kid(constant, constant).value == pytest.approx(0, abs=1e-12)
     with pytest.raises(UserError, match="at least 2 images"):

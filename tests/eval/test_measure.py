@@ -11,13 +11,17 @@ from scipy.linalg import sqrtm
 from dmd2.core.errors import UserError
 from dmd2.experiment.metrics import METRICS, of_option
 from eval.detectors.features import FeatureSet
-from eval.detectors.reference import Engine, Reference, holds_moments, part_of, save_moments
+from eval.detectors.reference import Engine, holds_moments
 from eval.metrics.estimate import Estimate
-from eval.metrics.frechet import between_samples
+from eval.metrics.frechet import Reference, between_samples, from_ones
+from eval.metrics.measures import Sample
+from eval.metrics.measures import measure as numbers_of
 from eval.metrics.stats import FeatureStats
+from eval.pixels.images import open_images
 from eval.pixels.resize import NONE, Geometry
-from eval.score.measure import Seen, from_ones, provenance, verdict, warnings
-from eval.score.measure import measure as results
+from eval.score.call import Arm, share_of
+from eval.score.options import Options
+from eval.score.record import provenance, verdict, warnings
 from tests.eval.test_features import Quadrants, draw, features_of
 
 
@@ -31,19 +35,25 @@ FEATURES = [m.option for m in METRICS.values() if m.option and m.sees == "detect
 COMPARE = [name for name in FEATURES if "reference" in of_option(name).needs]
 
 
-def found(sample, reference, names, classes=None, reference_sampled=False):
-    """Results of metrics by name of the number; of precision and recall, those of the metric named last."""
-    seen = Seen.of(sample, reference, {}, classes, reference_sampled)
-    return {number: r for name in names for number, r in results(of_option(name), seen).items()}
-
-
-def measure(*args, **options):
-    return {number: result.estimate for number, result in found(*args, **options).items()}
+def measure(sample, reference, names, classes=None, reference_sampled=False):
+    """Metrics by name of the number; of precision and recall, those of the metric named last."""
+    labels = None if classes is None else torch.arange(len(sample)) % classes
+    logits, detector = sample.found.get("logits"), sample.detector["name"]
+    seen = {"detector": Sample(sample.features, logits, detector, reference, labels, labels, reference_sampled)}
+    return {number: e for name in names for number, e in numbers_of(of_option(name), seen, {}).items()}
 
 
 def compare(a, b, *args):
-    theirs = found(b, *args)
-    return {name: theirs[name].minus(ours).estimate for name, ours in found(a, *args).items()}
+    theirs = measure(b, *args)
+    return {name: theirs[name].minus(ours) for name, ours in measure(a, *args).items()}
+
+
+def arm(features: FeatureSet) -> Arm:
+    return Arm("a", features.source, features.duplicates, features, {})
+
+
+def options(**changes) -> Options:
+    return Options(("fd",), **changes)
 
 
 @pytest.fixture
@@ -62,13 +72,13 @@ def sample(seeds, detector=None) -> FeatureSet:
 
 def reference(features: FeatureSet) -> Reference:
     return Reference(
-        FeatureStats.of(features.features), features, {"path": "r", "images": len(features)}, features.detector
+        FeatureStats.of(features.features), features.features, {"path": "r", "images": len(features)}, features.detector
     )
 
 
 def test_set_is_at_distance_zero_from_itself(engine, tmp_path) -> None:
     path = saved(tmp_path / "a.safetensors", range(200))
-    found = measure(engine.features(engine.open(path)), engine.reference(path), ["fd", "kid", "prdc"])
+    found = measure(engine.features(open_images(path)), engine.reference(path), ["fd", "kid", "prdc"])
     assert found["fd"].value == pytest.approx(0, abs=1e-9)
     assert found["precision"].value == found["recall"].value == found["coverage"].value == 1
 
@@ -82,7 +92,7 @@ def test_every_metric_has_a_finite_value_and_a_name(engine, tmp_path) -> None:
 
 def test_distance_of_shifted_features_is_the_shift() -> None:
     a = sample(range(300))
-    b = FeatureSet(a.features + np.float32(2), a.logits, a.pixels, a.source, a.detector)
+    b = FeatureSet({**a.found, "features": a.features + np.float32(2)}, a.source, a.detector)
     assert measure(b, reference(a), ["fd"])["fd"].value == pytest.approx(12 * 4, rel=1e-5)
     # the paired difference of a set to itself shifted, and its opposite
     there, back = compare(a, b, reference(a), ["fd"]), compare(b, a, reference(a), ["fd"])
@@ -123,7 +133,7 @@ def test_accuracy_without_classes_or_classifier_is_refused() -> None:
     with pytest.raises(UserError, match="needs the number of classes"):
         measure(sample(range(9)), reference(sample(range(9))), ["accuracy"])
     a = sample(range(9))
-    plain = FeatureSet(a.features, None, a.pixels, a.source, a.detector)
+    plain = FeatureSet({"features": a.features}, a.source, a.detector)
     with pytest.raises(UserError, match="quadrants does not classify"):
         measure(plain, reference(a), ["is"])
 
@@ -132,7 +142,7 @@ def test_what_compares_with_nothing_needs_no_reference() -> None:
     a, ref = sample(range(200)), reference(sample(range(300, 500)))
     assert measure(a, None, ["is", "accuracy"], 10) == measure(a, ref, ["is", "accuracy"], 10)
     assert compare(a, a, None, ["accuracy"], 10)["accuracy"].value == 0
-    assert "dimensions" not in " ".join(warnings(sample(range(20)), None, None))
+    assert "dimensions" not in " ".join(warnings(arm(sample(range(20))), None, options()))
     for metric in COMPARE:
         with pytest.raises(UserError, match="compare with a reference need"):
             measure(a, None, [metric])
@@ -152,9 +162,9 @@ def test_sampling_of_the_reference_is_counted_where_it_is_a_sample() -> None:
         measure(a, moments, ["fd"], reference_sampled=True)
     few = reference(sample(range(20)))
     assert measure(a, few, ["fd"], reference_sampled=True)["fd"].se is None
-    assert "below 24 its sampling error is not known" in warnings(a, few, None, True)[-1]
+    assert "below 24 its sampling error is not known" in warnings(arm(a), few, options(reference_sampled=True))[-1]
     for sampled, words in ((False, "as fixed"), (True, "counts the sampling of the reference")):
-        assert words in provenance(a, reference(r), None, {}, sampled)["interval"]
+        assert words in provenance(arm(a), reference(r), options(reference_sampled=sampled), {})["interval"]
 
 
 def test_covariance_from_ones_is_the_distance_with_that_covariance() -> None:
@@ -169,15 +179,10 @@ def test_covariance_from_ones_is_the_distance_with_that_covariance() -> None:
     assert abs(estimate.value - right) > 1e-5 * right
 
 
-def test_labels_are_the_global_index_modulo_the_classes() -> None:
-    assert Seen.of(sample(range(7)), None, {}, 3).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert Seen.of(sample(range(7)), None, {}).labels is None
-
-
 def test_moments_saved_once_serve_as_reference(engine, tmp_path) -> None:
     path = saved(tmp_path / "r.safetensors", range(300))
     out = tmp_path / "refs/r/manifest.json"
-    save_moments(engine, engine.open(path), path, out)
+    engine.save_moments(open_images(path), path, out)
     assert holds_moments(out) and holds_moments(out.parent) and not holds_moments(path)
     for place in (out, out.parent):
         ref = engine.reference(place)
@@ -210,7 +215,7 @@ def test_moments_of_edm_and_clean_fid_are_read(tmp_path, extra) -> None:
     ours = sample(range(200), Canonical())
     assert measure(ours, ref, ["fd"])["fd"].value == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(ref.stats.covariance, np.cov(features.T))
-    assert "does not say which resize" in " ".join(warnings(ours, ref, None))
+    assert "does not say which resize" in " ".join(warnings(arm(ours), ref, options()))
 
 
 def test_features_of_clean_fid_serve_kid_too(tmp_path) -> None:
@@ -243,25 +248,27 @@ def test_foreign_moments_are_refused(engine, tmp_path) -> None:
         canonical.reference(tmp_path / "cut.npz")
 
 
-def test_number_of_images_must_be_exact(engine, tmp_path) -> None:
+def test_number_of_images_must_be_exact(tmp_path) -> None:
     path = saved(tmp_path / "a.safetensors", range(20))
-    assert len(engine.open(path, 20)) == 20
+    assert len(open_images(path, images=20)) == 20
     for wanted in (19, 21):
         with pytest.raises(UserError, match=f"holds 20 images but the protocol asks for exactly {wanted}"):
-            engine.open(path, wanted)
-    assert len(engine.open(path, 10, first=10)) == 10
+            open_images(path, images=wanted)
+    assert len(open_images(path, images=10, first=10)) == 10
 
 
 def test_too_few_images_and_unbalanced_classes_are_warned_of() -> None:
     ref = reference(sample(range(100)))
-    assert "below 24 there is no standard error" in warnings(sample(range(23)), ref, None)[0]
-    assert "below 48 the bias estimate" in warnings(sample(range(47)), ref, None)[0]
-    assert warnings(sample(range(50)), ref, 10) == []
-    assert "not a multiple of 10" in warnings(sample(range(55)), ref, 10)[0]
+    assert "below 24 there is no standard error" in warnings(arm(sample(range(23))), ref, options())[0]
+    assert "below 48 the bias estimate" in warnings(arm(sample(range(47))), ref, options())[0]
+    assert warnings(arm(sample(range(50))), ref, options(classes=10)) == []
+    assert "not a multiple of 10" in warnings(arm(sample(range(55))), ref, options(classes=10))[0]
 
 
 def test_provenance_names_what_the_number_depends_on() -> None:
-    about = provenance(sample(range(60)), reference(sample(range(100))), 10, {"features": 1.23456})
+    about = provenance(
+        arm(sample(range(60))), reference(sample(range(100))), options(classes=10), {"features": 1.23456}
+    )
     assert about["detector"]["weights"] == "0" * 64 and about["n"] == 60 and about["labels"] == "index mod 10"
     assert about["seconds"] == {"features": 1.235}
     assert {"python", "torch", "numpy", "pillow", "commit"} <= set(about["versions"])
@@ -279,7 +286,7 @@ def test_verdict_says_what_a_paired_difference_shows() -> None:
 
 
 def test_shard_is_written_i_of_k() -> None:
-    assert part_of("2/8") == (2, 8)
+    assert share_of("2/8") == (2, 8)
     for text in ("2", "a/b", "1/2/3", "-1/4"):
         with pytest.raises(UserError, match="no shard"):
-            part_of(text)
+            share_of(text)

@@ -27,9 +27,9 @@ registry = sys.modules["dmd2.experiment.metrics"] = types.ModuleType("dmd2.exper
 exec(compile(source, path, "exec"), vars(registry))
 
 from eval.metrics import measures
-from eval.metrics.estimate import Mean
+from eval.metrics.estimate import mean
 
-measures.spread = lambda view: [Mean.of(view.features.std(axis=1))]
+measures.spread = lambda sample: [mean(sample.features.std(axis=1))]
 
 from safetensors.torch import save_file
 
@@ -45,7 +45,7 @@ place = Path(sys.argv[1])
 expected = Quadrants()(draw(list(range(300))))[0].numpy().std(axis=1).mean()
 assert not list(metric_problems(config(eval__metrics=["spread"]), False))
 run = protocol(Quadrants(), eval__metrics=["fd", "spread"], eval__draws=1)
-found = run.measure(sampled, {}, place / "features").estimates
+found = run.measure(sampled, {}, place / "features")
 assert list(found) == ["fd", "spread"] and abs(found["spread"].value / expected - 1) < 1e-6 and found["spread"].se > 0
 save_file({"images": draw(list(range(300)))}, place / "a.safetensors")
 save_file({"images": draw(list(range(300, 600)))}, place / "b.safetensors")

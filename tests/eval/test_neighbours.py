@@ -45,7 +45,7 @@ def test_all_four_equal_the_brute_force_reference(k: int) -> None:
 
 def test_blocks_change_nothing(monkeypatch) -> None:
     whole = values(REAL, FAKE)
-    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", 7)
     assert values(REAL, FAKE) == whole
 
 

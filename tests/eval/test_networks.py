@@ -1,5 +1,7 @@
 """Networks against their peers: clean-fid for both Inceptions, the raw state dict for EfficientNet-lite0."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dmd2.core.errors import UserError
+from dmd2.core.files import sha256
 from dmd2.core.precision import GPU_PRODUCTS
 from eval.detectors import networks
 from eval.detectors.detectors import load_detector
@@ -22,6 +25,13 @@ from eval.detectors.weights import Weights, load_state, locate, registry
 from eval.pixels import resize
 
 LITE = [name for name in NETWORKS if name.startswith("lite0")]
+
+
+def unverified(name: str, folder: Path, device: torch.device | str = "cpu") -> networks.FeatureNetwork:
+    """A network with the weights that lie in `folder`, whatever they are."""
+    entry, build = NETWORKS[name]
+    path = folder / entry / registry()[entry].files[0].file
+    return build(name, Weights(path, sha256(path), verified=False)).on(device)
 
 
 def noise(n: int, size: int, channels: int = 3) -> torch.Tensor:
@@ -110,11 +120,11 @@ def test_torchscript_inception_gives_cleanfids_features(folder, monkeypatch, mod
         lambda _path, download, resize_inside: InceptionV3W(place, download=False, resize_inside=resize_inside),
     )  # fmt: skip
     images = noise(4, size)
-    close_to(load_detector(name, folder, random_weights=True)(images)[0], through_cleanfid(mode, images))
+    close_to(unverified(name, folder)(images)[0], through_cleanfid(mode, images))
 
 
 def test_the_two_resizes_give_different_features(folder) -> None:
-    one, other = (load_detector(f"inception-2015-12-05{end}", folder, random_weights=True) for end in ("", "-clean"))
+    one, other = (unverified(f"inception-2015-12-05{end}", folder) for end in ("", "-clean"))
     images = noise(4, 64)
     assert float((one(images)[0] - other(images)[0]).abs().max()) > 1e-3 * float(one(images)[0].std(dim=0).mean())
     assert one.about != other.about
@@ -122,7 +132,7 @@ def test_the_two_resizes_give_different_features(folder) -> None:
 
 def test_torchscript_logits_leave_out_the_bias(folder) -> None:
     images = noise(3, 64)
-    detector = load_detector("inception-2015-12-05", folder, random_weights=True)
+    detector = unverified("inception-2015-12-05", folder)
     probabilities = detector.base(images.float(), no_output_bias=True)
     assert torch.allclose(detector(images)[1].softmax(dim=1), probabilities, atol=1e-7)
     assert not torch.allclose(probabilities, detector.base(images.float()), atol=1e-6)
@@ -131,21 +141,21 @@ def test_torchscript_logits_leave_out_the_bias(folder) -> None:
 def test_ported_inception_gives_cleanfids_features(folder, monkeypatch) -> None:
     monkeypatch.setattr(
         inception_pytorch, "load_state_dict_from_url",
-        lambda _url, **_: load_state(locate("inception-pt", folder, random_weights=True).path),
+        lambda _url, **_: load_state(folder / "inception-pt" / registry()["inception-pt"].files[0].file),
     )  # fmt: skip
     monkeypatch.setattr(networks.PortedInception, "BATCH", 4)  # the same kernels as clean-fid's batch
     # Of equal contrast a random network can hardly tell images apart, and the spread is the unit of the tolerance.
     contrast = torch.tensor([0.1, 0.4, 0.7, 1.0])[:, None, None, None]
     images = (noise(4, 64) * contrast).to(torch.uint8)
-    features, logits = load_detector("inception-pt", folder, random_weights=True)(images)
+    features, logits = unverified("inception-pt", folder)(images)
     close_to(features, through_cleanfid("legacy_pytorch", images))
     assert logits.shape == (4, 1008)
 
 
 @pytest.mark.parametrize("name", ["inception-2015-12-05", "inception-2015-12-05-clean", "inception-pt"])
-def test_random_weights_are_never_called_fid(folder, name) -> None:
-    detector = load_detector(name, folder, random_weights=True)
-    assert detector.name == f"{name}-random" and detector.label == f"FD ({name}-random)"
+def test_weights_that_are_not_verified_are_never_called_fid(folder, name) -> None:
+    detector = unverified(name, folder)
+    assert detector.label == f"FD ({name})"
     assert not detector.is_fid and not detector.about["verified"]
 
 
@@ -233,7 +243,7 @@ def test_features_do_not_depend_on_the_batch(name) -> None:
 
 
 def test_inception_features_do_not_depend_on_the_batch(folder) -> None:
-    detector, images = load_detector("inception-2015-12-05", folder, random_weights=True), noise(21, 32)
+    detector, images = unverified("inception-2015-12-05", folder), noise(21, 32)
     same_in_any_batch(detector, images)
 
 

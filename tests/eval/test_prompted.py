@@ -2,7 +2,6 @@
 
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,30 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import eval.score.command as command
+from dmd2.core.files import sha256
 from dmd2.experiment.protocols import NamedProtocol, known_protocols
 from dmd2.networks.lpips import Lpips
 from eval.detectors import features
 from eval.detectors.clip import ClipImages, ClipScore
-from eval.detectors.weights import locate
-from eval.metrics.estimate import Estimate, Mean
-from eval.metrics.scores import Scored
+from eval.detectors.weights import Weights, locate
+from eval.metrics.estimate import Estimate, mean
 from eval.pixels.resize import Geometry
 from eval.score import call as calls
-from eval.score import options as asked
+from eval.score import options as options_module
 from eval.score import prompted
 from eval.score.call import Call
+from eval.score.options import Options
 from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
 from tests.eval.test_features import Quadrants, draw
 from tests.unit.test_lpips import write_weights
+
+
+def unverified(name: str, folder: Path, file: str) -> Weights:
+    """A file that is there, whatever it is."""
+    path = folder / name / file
+    return Weights(path, sha256(path), verified=False) if path.exists() else locate(name, folder, file)
+
 
 COUNT = 12
 CAPTIONS = [f"a {thing} {place}" for thing in ("cat", "red car", "tree") for place in ("", "at night", "in snow", "x")]
@@ -48,7 +55,7 @@ def run(tmp_path, monkeypatch, weights):
     monkeypatch.setattr(
         calls, "load_detector", lambda name, *args: Quadrants() if name == "quadrants" else plain(name, *args)
     )
-    monkeypatch.setattr(prompted, "locate", partial(locate, random_weights=True))
+    monkeypatch.setattr(prompted, "locate", unverified)
     monkeypatch.setattr(features, "ROWS", 5)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(weights)
@@ -87,7 +94,7 @@ def test_clip_score_is_the_mean_cosine_and_needs_neither_detector_nor_reference(
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
     (row,) = document()["rows"]
     assert row["metric"] == "CLIP score (clip-small)" and float(cosines.std()) > 1e-3
-    assert same(row, Mean.of(cosines).estimate()) and row["low"] < row["value"] < row["high"]
+    assert same(row, mean(cosines)) and row["low"] < row["value"] < row["high"]
     about = document()["clip-score"]
     assert (about["prefix"], about["geometry"]) == ("A photo depicts ", "square-crop+lanczos-256")
     assert document()["detector"] is None and document()["reference"] is None and len(about["prompts_sha256"]) == 64
@@ -103,7 +110,7 @@ def test_clip_score_beside_a_distance_keeps_its_own_geometry(run, weights) -> No
     )
     distance, cosine = document()["rows"]
     assert distance["metric"] == "FD (quadrants)" and document()["geometry"] == "square-crop+lanczos-4"
-    assert same(cosine, Mean.of(clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)).estimate())
+    assert same(cosine, mean(clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)))
 
 
 def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) -> None:
@@ -117,7 +124,7 @@ def test_image_embeddings_come_from_the_cache_that_parts_fill(run, monkeypatch) 
 def test_first_images_have_the_first_captions(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --first 5 --json out.json")
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a")[:5], CAPTIONS[:5])
-    assert same(document()["rows"][0], Mean.of(cosines).estimate())
+    assert same(document()["rows"][0], mean(cosines))
 
 
 def test_paired_clip_score_is_the_mean_difference_of_cosines(run, weights) -> None:
@@ -125,22 +132,15 @@ def test_paired_clip_score_is_the_mean_difference_of_cosines(run, weights) -> No
     score = ClipScore(weights / "clip-small")
     ours, theirs = (clip_cosines(score, images(name), CAPTIONS) for name in "ab")
     first, second, difference = document()["rows"]
-    assert same(first, Mean.of(ours).estimate()) and same(second, Mean.of(theirs).estimate())
-    assert (
-        difference["arm"] == "b - a"
-        and same(difference, Mean.of(theirs - ours).estimate())
-        and difference["value"] != 0
-    )
+    assert same(first, mean(ours)) and same(second, mean(theirs))
+    assert difference["arm"] == "b - a" and same(difference, mean(theirs - ours)) and difference["value"] != 0
 
 
-def test_detector_that_is_the_clip_model_is_loaded_once(weights) -> None:
-    wanted = asked.Asked(("is", "clip-score"), "clip-small")
-    machine = prompted.Machine(Path("cache"), weights)
-    inputs = asked.Inputs(None, Path("p.txt"), weights / ".." / weights.name / "clip-small", None)
-    call = Call.of(wanted, inputs, machine, None)
-    assert call.clip.score.model is call.engine.detector.model
-    other = Call.of(asked.Asked(("clip-score",)), inputs, machine, None)
-    assert other.engine is None and other.clip.tower is None
+def test_detector_that_is_the_clip_model_is_loaded_once(run, weights) -> None:
+    Path("prompts.txt").write_text("a cat")
+    given = {"prompts": Path("prompts.txt"), "clip": weights / ".." / weights.name / "clip-small", "weights": weights}
+    call = Call(Options(("is", "clip-score"), "clip-small", **given))
+    assert call.prompted["clip_score"].score.model is call.engine.detector.model
 
 
 def test_diversity_is_the_distance_within_a_prompt_and_compared_prompt_by_prompt(run, weights) -> None:
@@ -160,33 +160,27 @@ def test_diversity_is_the_distance_within_a_prompt_and_compared_prompt_by_prompt
         np.array([float(lpips(*(pair / 127.5 - 1).split(1))) for pair in square(images(name)[:4]).float().split(2)])
         for name in "ab"
     )
-    assert (
-        same(alone, Mean.of(ours).estimate())
-        and same(first, Mean.of(ours).estimate())
-        and same(second, Mean.of(theirs).estimate())
-    )
-    assert alone["n"] == 2 and same(difference, Mean.of(theirs - ours).estimate()) and difference["value"] != 0
+    assert same(alone, mean(ours)) and same(first, mean(ours)) and same(second, mean(theirs))
+    assert alone["n"] == 2 and same(difference, mean(theirs - ours)) and difference["value"] != 0
 
 
 def test_diversity_keeps_the_papers_geometry_unless_another_is_asked_for() -> None:
-    inputs, machine = asked.Inputs(None, None, None, 4), prompted.Machine(Path("c"), Path("w"))
-    for options, expected in (({}, "square-crop+lanczos-512"), ({"geometry": "none"}, "none")):
-        wanted = asked.Asked.of(command.SCORED, None, "lpips-diversity", **options)
-        assert Call.of(wanted, inputs, machine, None).diversity.geometry.name == expected
+    for given, expected in (({}, "square-crop+lanczos-512"), ({"geometry": "none"}, "none")):
+        call = Call(Options.of(command.SCORED, None, "lpips-diversity", per_prompt=4, **given))
+        assert call.prompted["lpips_diversity"].geometry.name == expected
 
 
 def test_classes_are_strata_of_cosines(run, weights) -> None:
     run(f"score a.safetensors {CLIP} --classes 3 --json out.json")
     cosines = clip_cosines(ClipScore(weights / "clip-small"), images("a"), CAPTIONS)
-    assert same(document()["rows"][0], Mean.of(cosines).estimate(np.arange(COUNT) % 3))
+    assert same(document()["rows"][0], mean(cosines, np.arange(COUNT) % 3))
 
 
 def test_classes_are_no_strata_of_prompts() -> None:
-    wanted = asked.Asked(("lpips-diversity",), classes=2)
-    call = Call.of(wanted, asked.Inputs(None, None, None, 4), prompted.Machine(Path("c"), Path("w")), None)
+    call = Call(Options(("lpips-diversity",), classes=2, per_prompt=4))
     values = np.array([0.1, 0.9, 0.2, 0.8, 0.15, 0.85])
-    arm = calls.Arm(Path("a"), None, {"lpips_diversity": Scored(values, {"images": 24}, 0)})
-    assert call.results(arm, None)["LPIPS diversity"].estimate == Mean.of(values).estimate()
+    arm = calls.Arm(Path("a"), {"images": 24}, 0, None, {"lpips_diversity": values})
+    assert call.results(arm, None)["LPIPS diversity"] == mean(values)
 
 
 PROTOCOL = NamedProtocol(
@@ -196,7 +190,7 @@ PROTOCOL = NamedProtocol(
 
 
 def test_protocol_sets_what_is_left_out_and_says_what_was_overridden(run, monkeypatch) -> None:
-    monkeypatch.setattr(asked, "named", lambda _: PROTOCOL)
+    monkeypatch.setattr(options_module, "named", lambda _: PROTOCOL)
     result = run("score a.safetensors r.safetensors --protocol tiny --json out.json --csv out.csv")
     right, quirk = document()["rows"]
     assert quirk["metric"] == "FD (quadrants), covariance from ones x 8"
@@ -213,7 +207,7 @@ def test_protocol_sets_what_is_left_out_and_says_what_was_overridden(run, monkey
 
 
 def test_paired_of_a_protocol_gives_the_quirk_of_both_arms_and_their_difference(run, monkeypatch) -> None:
-    monkeypatch.setattr(asked, "named", lambda _: PROTOCOL)
+    monkeypatch.setattr(options_module, "named", lambda _: PROTOCOL)
     run("paired a.safetensors b.safetensors r.safetensors --protocol tiny --json out.json")
     rows = document()["rows"]
     assert [row["metric"].endswith("ones x 8") for row in rows] == [False] * 3 + [True] * 3
@@ -221,7 +215,7 @@ def test_paired_of_a_protocol_gives_the_quirk_of_both_arms_and_their_difference(
 
 
 def test_stats_of_a_protocol_makes_its_reference(run, monkeypatch) -> None:
-    monkeypatch.setattr(asked, "named", lambda _: PROTOCOL)
+    monkeypatch.setattr(options_module, "named", lambda _: PROTOCOL)
     assert "by quadrants" in run("stats r.safetensors refs/r/manifest.json --protocol tiny").stdout
     run("score a.safetensors refs/r/manifest.json --protocol tiny")
 

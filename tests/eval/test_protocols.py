@@ -14,9 +14,8 @@ from dmd2.experiment.protocols import known_protocols, named, ranks_of
 from dmd2.experiment.tables import BASES, load_base, load_experiment
 from eval.detectors import features
 from eval.detectors.networks import NETWORKS
-from eval.detectors.reference import Reference
 from eval.detectors.weights import registry
-from eval.metrics.frechet import moments
+from eval.metrics.frechet import Reference
 from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
 from eval.pixels.resize import Geometry
 from eval.runs.protocol import Protocol, spoken
@@ -111,7 +110,7 @@ def protocol(detector: Quadrants, **changes) -> Protocol:
     """A run's protocol over 300 images, without files."""
     spec = {"images": 300, "batch": 50, "draws": 2, "metrics": ["fd", "brightness"]}
     cfg = config(**{f"eval__{key}": value for key, value in spec.items()} | changes)
-    reference = Reference(moments(Quadrants()(draw(list(range(1000, 1400))))[0]), None, {}, None)
+    reference = Reference(FeatureStats.of(Quadrants()(draw(list(range(1000, 1400))))[0]))
     return Protocol(cfg, detector, reference, {})
 
 
@@ -127,7 +126,7 @@ def test_features_filled_by_several_jobs_are_those_of_one(tmp_path, monkeypatch)
         assert sum(filling.seen) == 2 * 100  # both draws, a third of each
     joined = protocol(joining := Quadrants(), eval__shards=3).measure(sampled, {}, tmp_path / "three")
     assert joining.seen == []
-    assert joined.as_json() == alone.as_json() and np.array_equal(joined.influence, alone.influence)
+    assert joined == alone and np.array_equal(joined["fd"].influence, alone["fd"].influence)
 
 
 def test_quirk_of_the_covariance_is_that_of_the_processes_named(tmp_path) -> None:
@@ -135,10 +134,8 @@ def test_quirk_of_the_covariance_is_that_of_the_processes_named(tmp_path) -> Non
     reference = protocol(Quadrants()).reference.stats
     sets = [FeatureStats.of(Quadrants()(draw(list(range(first, first + 300))))[0]) for first in (0, 300)]
     expected = np.mean([frechet_distance(ones_initialised(stats, 8), reference) for stats in sets])
-    assert found.estimates["fd"].value == pytest.approx(expected, rel=1e-6)
-    assert found.estimates["fd"].value != pytest.approx(
-        np.mean([frechet_distance(s, reference) for s in sets]), rel=1e-4
-    )
+    assert found["fd"].value == pytest.approx(expected, rel=1e-6)
+    assert found["fd"].value != pytest.approx(np.mean([frechet_distance(s, reference) for s in sets]), rel=1e-4)
 
 
 def test_generated_images_pass_through_the_geometry_of_the_protocol(tmp_path) -> None:

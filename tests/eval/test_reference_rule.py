@@ -7,7 +7,7 @@ from dmd2.core.files import listing, read_json, write_json
 from dmd2.data.sets import save_shard
 from eval.detectors import reference
 from eval.detectors.reference import Engine, main
-from eval.metrics.frechet import moments
+from eval.metrics.stats import FeatureStats
 from eval.pixels.resize import NONE
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical
@@ -30,7 +30,7 @@ def test_moments_of_a_real_set_are_those_of_all_its_images(detectors) -> None:
     write_json(detectors / "manifest.json", {"files": listing([detectors / "real.safetensors"], detectors)})
     main(detectors / "manifest.json", detectors / "refs/r-q/manifest.json", "q")
     found = Engine(Quadrants(), NONE, detectors).reference(detectors / "refs/r-q/manifest.json").stats
-    expected = moments(Quadrants()(images)[0])
+    expected = FeatureStats.of(Quadrants()(images)[0])
     np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-12)
     assert found.count == 80
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from cleanfid.resize import build_resizer, make_resizer
 from PIL import Image
 from torch import Tensor
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from dmd2.core.errors import UserError
 from eval.pixels.resize import (
@@ -19,7 +18,6 @@ from eval.pixels.resize import (
     pt,
     resize_uint8,
     square_crop,
-    tf1,
 )
 
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
@@ -55,7 +53,7 @@ def test_lanczos_bytes_are_those_of_pillow_9_to_13(source: int, target: int, dig
 
 def test_images_are_resized_alike_alone_and_in_a_batch() -> None:
     images = torch.cat([nchw(noise(40, 40, seed)) for seed in range(5)])
-    resizers = (resize_uint8, clean, clean_by_torch, tf1)
+    resizers = (resize_uint8, clean, clean_by_torch)
     together = [resize(images, 32) for resize in resizers]
     apart = [torch.cat([resize(image[None], 32) for image in images]) for resize in resizers]
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
@@ -72,8 +70,7 @@ def test_grey_replicas_and_columns_first_are_resized_like_copies() -> None:
 def test_equal_sizes_change_nothing() -> None:
     image = nchw(noise(64, 64))
     assert all(torch.equal(resize_uint8(image, 64, name), image) for name in ("lanczos", "bicubic"))
-    assert all(torch.equal(resize(image, 64), image.float()) for resize in (tf1, pt))
-    assert all(torch.equal(resize(image, 64), image.float()) for resize in (clean, clean_by_torch))
+    assert all(torch.equal(resize(image, 64), image.float()) for resize in (pt, clean, clean_by_torch))
 
 
 def test_rectangles_are_refused_by_the_uint8_filters() -> None:
@@ -92,33 +89,8 @@ def test_clean_is_clean_fids_resizer(height: int, width: int) -> None:
     assert (height, width) == (299, 299) or np.abs(nhwc(plain) - expected).max() > 1  # the tolerance has teeth
 
 
-def affine_grid_form(images: Tensor, size: int) -> Tensor:
-    """The resize inside NVIDIA's network: an affine grid whose origin is the first pixel, border repeated."""
-    width = images.shape[-1]
-    theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
-    theta[:, 0, 2] += theta[:, 0, 0] / width - theta[:, 0, 0] / size
-    theta[:, 1, 2] += theta[:, 1, 1] / width - theta[:, 1, 1] / size
-    grid = F.affine_grid(theta, [1, 3, size, size], align_corners=False)
-    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-@pytest.mark.parametrize("source", [28, 32, 64, 299, 512])
-def test_tf1_is_torch_fidelitys_interpolation(source: int) -> None:
-    image = nchw(noise(source, source))
-    expected = interpolate_bilinear_2d_like_tensorflow1x(image.float(), size=(299, 299), align_corners=False)
-    assert (tf1(image) - expected).abs().max() < 2e-3
-
-
-def test_tf1_is_the_affine_grid_form_and_half_pixel_bilinear_is_not() -> None:
-    image = nchw(noise(64, 64))
-    expected = affine_grid_form(image, 299)
-    assert (tf1(image) - expected).abs().max() < 2e-3
-    assert (pt(image) - expected).abs().max() > 100
-
-
-def test_tf1_and_pt_of_two_pixels() -> None:
+def test_pt_of_two_pixels() -> None:
     step = torch.tensor([[0, 255], [0, 255]], dtype=torch.uint8)[None, None]
-    assert tf1(step, 4)[0, 0, 3].tolist() == [0, 127.5, 255, 255]
     assert pt(step, 4)[0, 0, 3].tolist() == [0, 63.75, 191.25, 255]
 
 

@@ -8,24 +8,20 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dmd2.core.errors import UserError
-from eval.metrics.estimate import Estimate, Mean
+from eval.metrics.estimate import Estimate, mean
 from eval.metrics.scores import accuracy, diversities, inception_score
 
 RNG = np.random.default_rng(0)
 
 
-def mean_estimate(values, strata=None) -> Estimate:
-    return Mean.of(values).estimate(strata)
-
-
 def paired_mean(a, b) -> Estimate:
-    return Mean.of(b).minus(Mean.of(a)).estimate()
+    return mean(b).minus(mean(a))
 
 
 def test_mean_and_its_standard_error() -> None:
-    got = mean_estimate(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    got = mean(torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert (got.value, got.se) == (3, pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2))
-    assert mean_estimate(np.array([5.0])) == Estimate(5, None, 1)
+    assert mean(np.array([5.0])) == Estimate(5, None, 1)
 
 
 def test_interval_is_centred_on_the_corrected_value_and_written_as_json() -> None:
@@ -51,16 +47,16 @@ def test_strata_take_the_spread_between_classes_away() -> None:
     # class 2 has one image and joins the largest class
     joined = values[2:].var(ddof=1)
     expected = np.sqrt((2 / 6) ** 2 * values[:2].var(ddof=1) / 2 + (4 / 6) ** 2 * joined / 4)
-    assert mean_estimate(values, labels).se == pytest.approx(expected)
-    assert mean_estimate(values[:5], labels[:5]).se < mean_estimate(values[:5]).se
-    assert mean_estimate(values, np.zeros(6)).se == mean_estimate(values).se
+    assert mean(values, labels).se == pytest.approx(expected)
+    assert mean(values[:5], labels[:5]).se < mean(values[:5]).se
+    assert mean(values, np.zeros(6)).se == mean(values).se
 
 
 def test_accuracy_counts_hits_and_never_claims_certainty() -> None:
     logits = torch.eye(4)[[0, 1, 2, 3, 0]]
-    got = accuracy(logits, torch.tensor([0, 1, 2, 3, 1])).estimate()
+    got = accuracy(logits, torch.tensor([0, 1, 2, 3, 1]))
     assert got.value == 0.8 and got.n == 5
-    perfect = accuracy(logits, torch.tensor([0, 1, 2, 3, 0])).estimate()
+    perfect = accuracy(logits, torch.tensor([0, 1, 2, 3, 0]))
     assert perfect.value == 1 and perfect.se == pytest.approx(np.sqrt(7 / 9 * 2 / 9 / 9))
 
 
@@ -89,7 +85,7 @@ def test_diversity_is_the_mean_over_prompts_of_all_pairs() -> None:
         torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         for levels in ([0, 255, 0], [9, 9, 9])
     ]
-    got = mean_estimate(diversities(groups, distance))
+    got = mean(diversities(groups, distance))
     assert got.value == pytest.approx((4 / 3 + 0) / 2) and got.n == 2
     with pytest.raises(UserError, match="prompt 1 has 1"):
         diversities([groups[0], groups[0][:1]], distance)
@@ -111,13 +107,13 @@ def test_diversity_of_many_images_is_summed_in_parts_of_bounded_size() -> None:
 
 def test_bad_values_are_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="one finite value"):
-        mean_estimate(np.array([1.0, np.nan]))
+        mean(np.array([1.0, np.nan]))
     with pytest.raises(UserError, match="one finite value"):
-        mean_estimate(np.zeros((3, 2)))
+        mean(np.zeros((3, 2)))
     with pytest.raises(UserError, match="3 and 2 values"):
         paired_mean(np.zeros(3), np.zeros(2))
     with pytest.raises(UserError, match="one class each"):
-        mean_estimate(np.zeros(3), np.zeros(2))
+        mean(np.zeros(3), np.zeros(2))
     with pytest.raises(UserError, match=r"0\.\.3"):
         accuracy(np.eye(4), np.array([0, 1, 2, 4]))
     with pytest.raises(UserError, match="one label each"):

@@ -10,9 +10,8 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.core.rng import Draws
 from dmd2.data.sets import TensorSet
-from eval.detectors.alignment import load_towers
 from eval.detectors.detectors import load_detector
-from eval.detectors.small_clip import augmented, pooled, train_clip
+from eval.detectors.small_clip import SmallClip, augmented, pooled, train_clip
 
 
 def colours(count: int = 120) -> dict[str, Tensor]:
@@ -49,7 +48,7 @@ def test_training_again_gives_the_same_weights(trained: Path, tmp_path: Path) ->
 
 
 def test_loaded_towers_score_own_captions_above_others(trained: Path) -> None:
-    towers, rows = load_towers(trained), colours()
+    towers, rows = SmallClip.load(trained), colours()
     images, texts = towers.images(rows["images"][:64])[0], towers.texts([], rows["text"][:64])
     own = torch.cosine_similarity(images, texts).mean()
     assert own > torch.cosine_similarity(images, texts.roll(1, 0)).mean() + 0.3
@@ -59,7 +58,7 @@ def test_loaded_towers_score_own_captions_above_others(trained: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(trained: Path) -> None:
-    towers = load_towers(trained)
+    towers = SmallClip.load(trained)
     with pytest.raises(UserError, match="trained on images of 8x8, these are 16x16"):
         towers.images(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(UserError, match="text states of 6 dimensions, these have 7"):

@@ -1,11 +1,13 @@
 """Metrics of text runs from one pass of the sampler: patch distance, CLIP score, saturation and sharpness."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 
 from dmd2.core.errors import UserError
 from dmd2.data.prompts import EvalPrompts
@@ -13,13 +15,12 @@ from dmd2.data.sets import TensorSet
 from dmd2.experiment.checks.measurement import metric_problems
 from eval.detectors import features
 from eval.detectors.alignment import Alignment
-from eval.detectors.reference import Reference
-from eval.detectors.small_clip import SmallClip, SmallTowers
+from eval.detectors.small_clip import SmallClip
 from eval.metrics.appearance import brightness, saturation, sharpness
-from eval.metrics.frechet import moments
+from eval.metrics.frechet import Reference
+from eval.metrics.stats import FeatureStats
 from eval.pixels.resize import Geometry
 from eval.report.differences import influences
-from eval.runs.columns import Taps
 from eval.runs.protocol import Protocol, save_influence
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import TEXT_WIDTH, TOKENS, config
@@ -34,15 +35,14 @@ def prompts() -> EvalPrompts:
     return EvalPrompts(CAPTIONS, TensorSet({"images": torch.zeros(3, 1), "text": text}))
 
 
-def towers() -> SmallTowers:
+def towers() -> SmallClip:
     torch.manual_seed(3)
-    model = SmallClip("tiny-clip", 8, TEXT_WIDTH).eval().requires_grad_(False)
-    return SmallTowers(model)
+    return SmallClip("tiny-clip", 8, TEXT_WIDTH).eval().requires_grad_(False)
 
 
 def reference(geometry: str = "none") -> Reference:
     seen = Geometry(geometry)(draw(list(range(1000, 1400))))
-    return Reference(moments(Quadrants()(seen)[0]), None, {}, None)
+    return Reference(FeatureStats.of(Quadrants()(seen)[0]))
 
 
 def protocol(detector: Quadrants, metrics: list[str] = METRICS, **changes) -> Protocol:
@@ -69,16 +69,16 @@ class Sampler:
 def test_every_metric_comes_from_the_same_single_pass(tmp_path) -> None:
     sampler = Sampler()
     found = protocol(Quadrants()).measure(sampler, {}, tmp_path)
-    assert sampler.drawn == 300 and list(found.estimates) == METRICS
-    images, values = draw(list(range(300))), {name: e.value for name, e in found.estimates.items()}
+    assert sampler.drawn == 300 and set(found) == {*METRICS}
+    images, values = draw(list(range(300))), {name: e.value for name, e in found.items()}
     patches = Quadrants()(images[:, :, 2:6, 2:6])[0]
-    assert values["patch_fd"] == pytest.approx(reference("patch-4").frechet.estimate(patches).value, rel=1e-5)
+    assert values["patch_fd"] == pytest.approx(reference("patch-4").estimate(patches).value, rel=1e-5)
     assert values["patch_fd"] != pytest.approx(values["fd"], rel=0.1)
     embedded = torch.cat([towers().images(part)[0] for part in images.split(50)])
     texts = towers().texts([], prompts().condition(list(range(300))).text)
     cosines = F.cosine_similarity(embedded, texts).numpy()
     assert values["clip_score"] == pytest.approx(cosines.mean(), abs=1e-5)
-    assert found.estimates["clip_score"].se == pytest.approx(cosines.std(ddof=1) / 300**0.5, rel=1e-3)
+    assert found["clip_score"].se == pytest.approx(cosines.std(ddof=1) / 300**0.5, rel=1e-3)
     for name, statistic in (("saturation", saturation), ("sharpness", sharpness), ("brightness", brightness)):
         assert values[name] == pytest.approx(float(statistic(images).mean()), rel=1e-5)
 
@@ -86,9 +86,9 @@ def test_every_metric_comes_from_the_same_single_pass(tmp_path) -> None:
 def test_further_metrics_leave_the_distance_as_it_is_bit_for_bit(tmp_path) -> None:
     alone = protocol(Quadrants(), ["fd", "brightness"]).measure(Sampler(), {}, tmp_path / "a")
     beside = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "b")
-    assert np.array_equal(alone.influence, beside.influence) and alone.others == {}
+    assert np.array_equal(alone["fd"].influence, beside["fd"].influence) and set(alone) == {"fd", "brightness"}
     for name in ("fd", "brightness"):
-        assert alone.estimates[name] == beside.estimates[name]
+        assert alone[name] == beside[name]
 
 
 def test_jobs_that_share_the_features_fill_all_of_them(tmp_path, monkeypatch) -> None:
@@ -98,18 +98,20 @@ def test_jobs_that_share_the_features_fill_all_of_them(tmp_path, monkeypatch) ->
         protocol(Quadrants(), shards=2).fill(Sampler(), {}, tmp_path / "two", part)
     joining = Sampler()
     joined = protocol(Quadrants(), shards=2).measure(joining, {}, tmp_path / "two")
-    assert joining.drawn == 0 and joined.as_json() == alone.as_json()
-    for name in ("patch_fd", "clip_score"):
-        assert np.array_equal(joined.others[name], alone.others[name])
+    assert joining.drawn == 0 and joined == alone
+    for name in ("fd", "patch_fd", "clip_score"):
+        assert np.array_equal(joined[name].influence, alone[name].influence)
 
 
 def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
     found = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "f")
-    files = {"files": save_influence(tmp_path / "influence.safetensors", {20: found})}
-    for metric, psi in (("fd", found.influence), *found.others.items()):
-        np.testing.assert_array_equal(influences(files, tmp_path, 20, metric), psi.astype(np.float32))
-    assert found.others.keys() == {"patch_fd", "clip_score"}
-    assert found.others["clip_score"].mean() == pytest.approx(0, abs=1e-7) and found.others["clip_score"].std() > 0
+    files = {"files": save_influence(tmp_path / "influence.safetensors", "fd", {20: found})}
+    for metric in ("fd", "patch_fd", "clip_score"):
+        psi = found[metric].influence.astype(np.float32)
+        np.testing.assert_array_equal(influences(files, tmp_path, 20, metric), psi)
+    assert load_file(tmp_path / "influence.safetensors").keys() == {"0000020", "0000020-patch_fd", "0000020-clip_score"}
+    scores = found["clip_score"].influence
+    assert scores.mean() == pytest.approx(0, abs=1e-7) and scores.std() > 0
 
 
 def test_captions_go_round_by_sample_seed() -> None:
@@ -119,12 +121,10 @@ def test_captions_go_round_by_sample_seed() -> None:
     assert torch.allclose(texts[0], towers().texts([], prompts().condition([2]).text)[0], atol=1e-6)
 
 
-def test_references_of_other_dimensions_are_refused() -> None:
-    taps = Taps(Quadrants(), Geometry(), {}, ["saturation"])
-    matrix = taps(draw([0, 1]))[0].numpy()
-    assert taps.split(matrix, 12, {}).statistics.keys() == {"saturation", "brightness"}
-    with pytest.raises(UserError, match="features of 12 and 10 dimensions"):
-        taps.split(matrix, 10, {})
+def test_references_of_other_dimensions_are_refused(tmp_path) -> None:
+    of_two = replace(protocol(Quadrants(), ["fd"]), reference=Reference(FeatureStats.of(np.eye(2))))
+    with pytest.raises(UserError, match="features of 12 and 2 dimensions"):
+        of_two.measure(Sampler(), {}, tmp_path)
 
 
 def test_saturation_is_that_of_hsv() -> None:

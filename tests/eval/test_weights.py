@@ -44,7 +44,7 @@ def test_missing_weights_are_named_with_checksum_place_and_command(tmp_path, off
 @pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith("lite0")])
 def test_no_network_downloads_its_weights_or_runs_without_them(tmp_path, offline, name) -> None:
     with pytest.raises(UserError, match="is missing; put it into"):
-        load_detector(name, tmp_path, random_weights=True)
+        load_detector(name, tmp_path)
 
 
 def test_wrong_checksum_is_refused_before_the_file_is_opened(tmp_path, offline) -> None:
@@ -58,11 +58,11 @@ def test_wrong_checksum_is_refused_before_the_file_is_opened(tmp_path, offline) 
         load_detector("inception-2015-12-05-clean", tmp_path)
 
 
-def test_weights_for_tests_are_accepted_but_never_verified(tmp_path) -> None:
-    path = tmp_path / "inception-pt" / registry()["inception-pt"].files[0].file
+def test_weights_without_a_listed_checksum_are_not_verified(tmp_path) -> None:
+    path = tmp_path / "clip-ViT-g-14" / registry()["clip-ViT-g-14"].files[0].file
     path.parent.mkdir()
-    path.write_bytes(b"random")
-    assert not locate("inception-pt", tmp_path, random_weights=True).verified
+    path.write_bytes(b"unknown")
+    assert not locate("clip-ViT-g-14", tmp_path).verified
 
 
 def test_only_the_two_canonical_inceptions_may_be_called_fid() -> None:

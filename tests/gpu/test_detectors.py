@@ -11,18 +11,19 @@ from torch import Tensor
 
 from dmd2.data.sets import TensorSet
 from eval.detectors.clip import ClipScore
-from eval.detectors.detectors import Detector, load_detector, train_classifier
+from eval.detectors.detectors import load_detector, train_classifier
 from eval.detectors.features import Sampled, extract, join
-from eval.detectors.networks import DinoV2
-from eval.detectors.small_clip import SmallTowers, train_clip
+from eval.detectors.networks import DinoV2, FeatureNetwork
+from eval.detectors.small_clip import SmallClip, train_clip
 from eval.metrics.appearance import brightness, saturation, sharpness
-from eval.metrics.frechet import FrechetReference, moments
+from eval.metrics.frechet import Reference
+from eval.metrics.stats import FeatureStats
 from eval.pixels import resize
 from eval.pixels.resize import NONE, Geometry
-from eval.runs.columns import Tap, Taps
+from eval.runs.protocol import Observers
 from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
-from tests.eval.test_networks import folder, noise  # noqa: F401
+from tests.eval.test_networks import folder, noise, unverified  # noqa: F401
 
 CPU, COUNT = torch.device("cpu"), 80
 TOLERANCE = 1e-3  # of the SD over images
@@ -51,9 +52,10 @@ def inceptions(folder: Path) -> Path:  # noqa: F811
     return folder
 
 
-def of(name: str, weights: Path, inceptions: Path, device: torch.device) -> Detector:
-    random = name.startswith("inception")
-    return load_detector(name, inceptions if random else weights, device, random_weights=random)
+def of(name: str, weights: Path, inceptions: Path, device: torch.device) -> FeatureNetwork:
+    if name.startswith("inception"):
+        return unverified(name, inceptions, device)
+    return load_detector(name, weights, device)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -78,16 +80,17 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
     made = {}
     for where in (CPU, device):
         main, tower = (of(name, weights, inceptions, where) for name in ("digits-classifier", "colours-clip"))
-        others = {"clip": Tap(tower, NONE), "patch": Tap(main, Geometry("square-crop+lanczos-32"))}
-        taps = Taps(main, NONE, others, ["saturation", "sharpness"])
+        others = {"clip": (tower, NONE), "patch": (main, Geometry("square-crop+lanczos-32"))}
+        observers = Observers(main, NONE, others, ["saturation", "sharpness"])
         images = noise(COUNT, 32).to(where)
         source = Sampled(where.type, COUNT, lambda seeds, images=images: images[torch.tensor(seeds)])
-        made[where.type] = join(extract(source, taps, weights / "cache", batch=32), COUNT)
+        made[where.type] = join(extract(source, observers, weights / "cache", batch=32), COUNT)
+    mine, wanted = made[device.type].found, made["cpu"].found
+    assert np.array_equal(mine.pop("pixels"), wanted["pixels"]) and {"clip", "patch", "sharpness"} <= mine.keys()
+    assert all(apart(torch.from_numpy(mine[name]), torch.from_numpy(wanted[name])) < TOLERANCE for name in mine)
     ours, theirs = (found.features.astype(np.float64) for found in (made[device.type], made["cpu"]))
-    assert apart(torch.from_numpy(ours), torch.from_numpy(theirs)) < TOLERANCE
-    assert np.array_equal(made[device.type].pixels, made["cpu"].pixels)
     # Of some columns: an SD of all would need more images than these.
-    reference = FrechetReference(moments(theirs[: COUNT // 2, :8]))
+    reference = Reference(FeatureStats.of(theirs[: COUNT // 2, :8]))
     found = [reference.estimate(features[COUNT // 2 :, :8]) for features in (ours, theirs)]
     assert found[1].se is not None
     assert abs(found[0].value - found[1].value) < TOLERANCE * found[1].se
@@ -98,7 +101,7 @@ def test_clip_scores_are_those_of_the_cpu(weights: Path, device: torch.device) -
     ours, theirs = (clip_cosines(ClipScore(weights / "clip-small", where), images, captions) for where in (device, CPU))
     assert float((ours.mean() - theirs.mean()).abs()) < TOLERANCE * float(theirs.std())
     states = torch.randn(6, 5, 6)
-    small = [SmallTowers.load(weights / "colours-clip/manifest.json", where) for where in (device, CPU)]
+    small = [SmallClip.load(weights / "colours-clip/manifest.json", where) for where in (device, CPU)]
     cosines = [
         torch.cosine_similarity(towers.images(noise(6, 32))[0], towers.texts(captions, states)) for towers in small
     ]
@@ -106,7 +109,7 @@ def test_clip_scores_are_those_of_the_cpu(weights: Path, device: torch.device) -
 
 
 RESIZES: dict[str, Callable[[Tensor], Tensor]] = {
-    "clean": resize.clean, "tf1": resize.tf1, "pt": resize.pt,
+    "clean": resize.clean, "pt": resize.pt,
     **{name: Geometry(name) for name in ("none", "square-crop+lanczos-24", "patch-16", "patch-64-official")},
 }  # fmt: skip
 

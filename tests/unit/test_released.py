@@ -16,7 +16,7 @@ from dmd2.experiment.run_inputs import measured_with
 from dmd2.launch.command import train
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.snapshot import find_snapshot
-from eval.runs.evaluate import Students, brightness_stability
+from eval.runs.evaluate import brightness_stability, student_of
 from tests import edm_reference as edm
 from tests import tiny
 
@@ -75,14 +75,14 @@ def test_it_makes_the_images_of_edms_network(place):
     release(state)
     cfg = config()
     publish(cfg)
-    students = Students.of(RUN, cfg, torch.device("cpu"))
-    [(step, _)] = students.loaded()
+    students = student_of(RUN, cfg, torch.device("cpu"))
+    [(step, _)] = students.snapshots()
     seeds = [0, 1, 2]
     one_hot = torch.nn.functional.one_hot(sample_labels(seeds, 4, "cyclic"), 4).float()
     z = 80.0 * sample_noise(seeds, (3, 8, 8), "noise")
     expected = edm.denoised(edm.Network(SPEC, state), z, torch.full((3,), 80.0), one_hot)
     assert step == 20
-    torch.testing.assert_close(students.sample(seeds), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(students(seeds), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_file_makes_another_snapshot(place):
