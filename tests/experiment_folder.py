@@ -43,6 +43,12 @@ class Folder:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    def says(self, *pieces: object) -> bool:
+        """Whether that sentence has all of these pieces."""
+        error = self.error()
+        assert all(str(piece) in error for piece in pieces), error
+        return True
+
 
 def base_text(pattern: str, replacement: str) -> str:
     """The base `tiny` with one piece of text replaced."""

@@ -122,13 +122,27 @@ TEXT = {
 }  # four channels of "images": there is no autoencoder to decode by
 
 
-def values(kind: str = "edm") -> dict[str, Any]:
-    """A complete run for that kind of network: distribution matching and GAN on, ratio 5, batch 4, no warm-up."""
+def put(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with dotted keys set."""
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return values
+
+
+def values(kind: str = "edm", **changes: Any) -> dict[str, Any]:
+    """A complete run for that kind of network: distribution matching and GAN on, ratio 5, batch 4, no warm-up.
+
+    Keys of `changes` have ``__`` for the dot: ``values(gan__lambda_g=0.0)``.
+    """
     form = KINDS[kind][0]
     solver = {"solver": "heun" if form == "edm" else "ddim", "steps": 4}
     classes = 0 if kind in ("eps-text", "eps-sdxl") else CLASSES
     data = {"name": "tiny", "source": {"kind": "latents"}, "resolution": SIZE, "channels": channels(kind)}
-    return {
+    made = {
         "data": {**data, "classes": classes, **({} if classes else {"text": TEXT})},
         "teacher": {"name": "tiny", "parameterisation": form, "guidance": 1.0},
         "generator": {"input": "noise", "steps": 1, "time": 80.0 if form == "edm" else 999.0},
@@ -144,19 +158,12 @@ def values(kind: str = "edm") -> dict[str, Any]:
         "eval": {"metrics": ["fd"], "detector": "lite0-320@32", "reference": "tiny", "images": 8, "draws": 1, "batch": 4,
                  "labels": "cyclic", "rounding": "round", "teacher_samplers": {"ode": solver}},
     }  # fmt: skip
+    return put(deepcopy(made), {key.replace("__", "."): value for key, value in changes.items()})
 
 
 def config(kind: str = "edm", **changes: Any) -> RunConfig:
-    """That run with dotted keys replaced, written with ``__`` for the dot: ``config(gan__lambda_g=0.0)``."""
-    made = values(kind)
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        section = made
-        for parent in parents:
-            section = section[parent]
-        assert last in section or parents, key
-        section[last] = value
-    return RunConfig.model_validate(made)
+    """The config of `values`."""
+    return RunConfig.model_validate(values(kind, **changes))
 
 
 def models(kind: str, cfg: RunConfig, distance: Any = None) -> Models:

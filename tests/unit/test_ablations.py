@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmd2.experiment.dotted_keys import leaves
 from dmd2.experiment.tables import apply_change, holds, load_experiment
 from tests import tiny
 from tests.conftest import ROOT
@@ -15,7 +16,7 @@ def test_a_row_is_its_base_with_the_change(folder):
 
 
 def test_a_table_can_take_the_rows_of_another_and_change_base_and_rows(folder):
-    folder.base("large", {**tiny.values("edm"), "critic": {**tiny.values("edm")["critic"], "ratio": 10}})
+    folder.base("large", tiny.values("edm", critic__ratio=10))
     folder.table("one")
     folder.table("two", rows="one", base="large", change={"optim.lr": 0.5}, row_change={"a": {"optim.batch": 9}})
     runs = folder.load().runs
@@ -55,10 +56,7 @@ def test_a_switch_that_the_base_leaves_at_its_default_can_be_changed_by_a_row(fo
     section.pop(last, None)
     folder.base("tiny", values)
     folder.table(rows=[{"run": "a", "change": {key: value}}])
-    got = folder.load().runs["tiny", "a"].model_dump()
-    for part in key.split("."):
-        got = got[part]
-    assert got == value
+    assert leaves(folder.load().runs["tiny", "a"].model_dump())[key] == value
 
 
 def test_ticks_are_computed_from_what_runs(folder):

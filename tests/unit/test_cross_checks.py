@@ -142,13 +142,7 @@ def shipped(base: str) -> dict[str, Any]:
 
 
 def write(folder: Folder, name: str, base: str, changes: dict[str, Any]) -> None:
-    values = shipped(base)
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        section = values
-        for part in parents:
-            section = section[part]
-        section[last] = value
+    values = tiny.put(shipped(base), changes)
     folder.base(name, values)
     folder.table(name, title="t", base=name, rows=[{"run": "a"}], metrics=[values["eval"]["metrics"][0]])
 

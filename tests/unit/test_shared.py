@@ -10,12 +10,7 @@ NETWORK = {key: list(value) if isinstance(value, tuple) else value for key, valu
 
 
 def base_with(**changes):
-    values = tiny.values("edm")
-    values["teacher"] |= {"train": TRAINING, "network": {**NETWORK}}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        values[section][name] = value
-    return values
+    return tiny.values("edm", **{"teacher__train": TRAINING, "teacher__network": {**NETWORK}, **changes})
 
 
 @pytest.mark.parametrize(("change", "key", "there", "here"), [
