@@ -119,7 +119,7 @@ _METRICS = (
 
 NUMBERS = {number.name: number for number in _NUMBERS}
 METRICS = {metric.name: metric for metric in _METRICS}
-SETTLED = 0.2  # first share of a training that brightness_std leaves out: the student leaves its initial state
+UNSETTLED = 0.2  # first share of a training, in which the student leaves its initial state: brightness_std omits it
 
 OF_RUNS = tuple(name for name, metric in METRICS.items() if metric.in_runs)  # what eval.metrics may name
 FRECHET = tuple(name for name, metric in METRICS.items() if (metric.function, metric.sees) == ("frechet", "detector"))

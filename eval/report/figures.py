@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.metrics import UNSETTLED
 from dmd2.publish.table_text import RowRecord, TableRecord, label
 
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
@@ -143,12 +143,12 @@ def brightness(table: TableRecord) -> dict[str, Markup]:
         run, steps = row["run"], row["config"]["train"]["steps"]
         with _drawing(f"{table['name']}-{run}-brightness"):
             figure, axes = _panel(3.5, 1.75)
-            axes.axvspan(0, SETTLED * steps, color=SHADE, linewidth=0, zorder=0)
+            axes.axvspan(0, UNSETTLED * steps, color=SHADE, linewidth=0, zorder=0)
             for points in lines[run]:
                 axes.plot(*zip(*points, strict=True), color=drawn[run]["color"], linewidth=0.9, alpha=0.85)
             axes.set(xlim=(0, steps), ylim=(middle - half, middle + half), xlabel="critic updates")
             axes.yaxis.set_major_locator(MaxNLocator(4))
-            late = [y for points in lines[run] for x, y in points if x >= SETTLED * steps]
+            late = [y for points in lines[run] for x, y in points if x >= UNSETTLED * steps]
             spread = f", between {min(late):.3f} and {max(late):.3f} after the shaded start" if late else ""
             panels[run] = _svg(figure, f"Brightness of {run} over critic updates{spread}.")
     return panels

@@ -16,7 +16,7 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
-from dmd2.experiment.metrics import BETTER, SETTLED, best_first
+from dmd2.experiment.metrics import BETTER, UNSETTLED, best_first
 from dmd2.publish.table_text import (
     SENTENCES,
     TableRecord,
@@ -72,7 +72,7 @@ def render(paths: list[Path]) -> str:
         arms=figures.ARMS,
         marks=MARKS,
         min_seeds=MIN_SEEDS,
-        settled=SETTLED,
+        settled=UNSETTLED,
         better=BETTER,
         stand_in=any(map(stand_in, tables)),
     )

@@ -25,7 +25,7 @@ from dmd2.core.run import RunId, commit
 from dmd2.data.prompts import EvalPrompts
 from dmd2.data.sets import load_shard
 from dmd2.experiment.config import RunConfig, Sampler
-from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.run_inputs import measured_with
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser
@@ -166,7 +166,7 @@ def brightness_stability(run: RunId, record: dict[str, Any]) -> dict[str, float]
     log = [line for line in read_json_lines(path) if line["step"] <= steps]
     if json.dumps(log[-1] if log else {}) != json.dumps(record.get("last", log[-1] if log else {})):
         raise UserError(f"{path} is of another training than train.json: one was begun since; finish it with Snakemake")
-    settled = [line["probe/brightness"] for line in log if line["step"] >= SETTLED * steps]
+    settled = [line["probe/brightness"] for line in log if line["step"] >= UNSETTLED * steps]
     return {"brightness_std": float(np.std(settled))} if len(settled) > 1 else {}
 
 

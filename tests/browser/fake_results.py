@@ -13,7 +13,7 @@ from dmd2.core.files import listing, write_json, write_text
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.tables import load_experiment
 from eval.report.tables import build
 
@@ -69,7 +69,7 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
     _grid(run.folder / "grid.png", 0.1 + (0.8 if unstable else 0.25 * (cfg.dm.weight == 0)), number)
     write_json(run.folder / "metrics.json", {
         "kind": "metrics", "run": str(run), "row": run.name, "seed": run.seed, "protocol": PROTOCOL,
-        **({} if unknown else {"brightness_std": float(probe[at >= SETTLED * steps].std())}), "snapshots": snapshots,
+        **({} if unknown else {"brightness_std": float(probe[at >= UNSETTLED * steps].std())}), "snapshots": snapshots,
         "student_updates": -(-steps // ratio), "seconds": round(90 + 40 * rng.random(), 1), "device": "1 x CPU thread",
         "cost": {"source": "sacct", "gpu_hours": 0.0, "cpu_hours": (120 + number) / 3600, "starts": 1 + run.seed},
         "train_commit": "4be1c02d9", "eval_commit": "4be1c02d9", "config": cfg.model_dump(mode="json"),

@@ -20,7 +20,7 @@ from dmd2.data.encode import encode_prompts
 from dmd2.data.make_pipeline import make_pipeline
 from dmd2.data.sets import TensorSet, save_shard
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.metrics import SETTLED
+from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.run_inputs import eval_prompts, measured_with, pipeline_manifest
 from dmd2.networks.condition import Condition
 from dmd2.networks.lora import IN_SNAPSHOT
@@ -157,7 +157,7 @@ def test_stability_is_that_of_the_training_that_train_json_records(place: Path) 
     lines = [{"step": step, "probe/brightness": value} for step, value in enumerate(values, start=1)]
     write_text(run.folder / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))  # a longer one goes on
     found = evaluate.brightness_stability(run, {"steps": 4, "last": lines[3]})
-    assert found == {"brightness_std": pytest.approx(np.std([v for v in values[:4] if v * 10 >= SETTLED * 4]))}
+    assert found == {"brightness_std": pytest.approx(np.std([v for v in values[:4] if v * 10 >= UNSETTLED * 4]))}
     with pytest.raises(UserError, match=r"log\.jsonl is of another training than train\.json"):
         evaluate.brightness_stability(run, {"steps": 4, "last": {"step": 4, "probe/brightness": 0.5}})
 
