@@ -1,4 +1,4 @@
-"""Workspaces with invented numbers in the files that evaluation leaves behind, for comparing two of them."""
+"""Workspaces with invented numbers in the files that evaluation leaves behind, and the command that compares two."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,30 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from typer import Typer
+from typer.testing import CliRunner, Result
 
 from dmd2.core.files import listing, write_json
 from dmd2.data.sets import save_shard
 from dmd2.experiment.dotted_keys import apply_change
 from dmd2.experiment.tables import load_experiment
+from eval.compare.command import main
 
 ROOT = Path(__file__).parents[2]
+APP = Typer()
+APP.command()(main)
+THREE = {0: 9.0, 1: 9.5, 2: 8.5}  # a Frechet distance by training seed
 CONFIG = load_experiment(ROOT / "workflow/tables", ROOT / "workflow/base").runs["digits", "dmd2"]
 PROTOCOL = {
     "detector": "digits-classifier@3f1c9a77", "reference": "digits-digits-classifier@a81e02bd (1797 images)",
     "images": 200, "draws": 1, "labels": "cyclic", "rounding": "round", "covariance_init": "zeros",
 }  # fmt: skip
 COMMON = np.random.default_rng(0).standard_normal(200)  # what the images of one index share, whoever made them
+
+
+def run(*arguments: str) -> Result:
+    """Call ``python -m eval.compare``."""
+    return CliRunner().invoke(APP, list(arguments))
 
 
 def student(

@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import t, ttest_ind
-from typer import Typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from dmd2.core.files import read_json, write_json
-from eval.compare import command as compare
 from eval.compare.contrasts import verdict_on
-from tests.eval.compare_places import psi, student, teacher
-
-APP = Typer()
-APP.command()(compare.main)
-THREE = {0: 9.0, 1: 9.5, 2: 8.5}
+from tests.eval import compare_places
+from tests.eval.compare_places import THREE, psi, student, teacher
 
 
 @pytest.fixture
@@ -28,7 +23,7 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def run(places: tuple[Path, Path], *options: str) -> Result:
-    return CliRunner().invoke(APP, [*map(str, places), *options])
+    return compare_places.run(*map(str, places), *options)
 
 
 def document(places: tuple[Path, Path], *options: str) -> dict[str, Any]:
@@ -341,7 +336,7 @@ def test_bad_input_exits_with_2(arguments: list[str], message: str, tmp_path: Pa
     student(Path("a"), "dmd2", THREE)
     student(Path("c"), "other", THREE)
     write_json(Path("broken/results/runs/digits/dmd2/seed0/metrics.json"), {"snapshots": [{"step": 1}], "config": {}})
-    result = CliRunner().invoke(APP, arguments)
+    result = compare_places.run(*arguments)
     assert result.exit_code == 2
     assert re.search(message, result.stderr), result.stderr
 
@@ -350,5 +345,5 @@ def test_b_is_the_workspace_if_not_given(places: tuple[Path, Path], monkeypatch)
     for place in places:
         student(place, "dmd2", THREE)
     monkeypatch.chdir(places[1])
-    result = CliRunner().invoke(APP, [str(places[0] / "results")])
+    result = compare_places.run(str(places[0] / "results"))
     assert result.exit_code == 0 and f"B: workspace (workspace in {places[1]})" in result.stdout

@@ -11,24 +11,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer import Typer
-from typer.testing import CliRunner, Result
 
 from dmd2.core.files import read_json, write_json
-from eval.compare import command as compare
 from eval.compare.versions import open_side
 from eval.report.tables import build
 from tests.browser import fake_results
-from tests.eval.compare_places import student
+from tests.eval.compare_places import THREE, run, student
 from tests.fork_server import quick_bin
-
-APP = Typer()
-APP.command()(compare.main)
-THREE = {0: 9.0, 1: 9.5, 2: 8.5}
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(APP, list(arguments))
 
 
 def shell(*command: str) -> None:
