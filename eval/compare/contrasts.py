@@ -21,8 +21,8 @@ from dmd2.experiment.config import NOT_IDENTITY
 from dmd2.experiment.dotted_keys import differences
 from dmd2.experiment.metrics import WITH_INFLUENCES
 from eval.compare.versions import Evaluation, Side, inputs
-from eval.metrics.estimate import Estimate, linear, mean_interval, t_quantile
-from eval.report.differences import NORMAL, around, bounded, difference, influences
+from eval.metrics.estimate import Estimate, mean_interval, t_quantile
+from eval.report.differences import NORMAL, around, bounded, difference, with_influences
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
@@ -88,14 +88,14 @@ class MatchedRow:
         mean = float(y.mean() - x.mean())
         if len(self.shared) > 1:
             gaps = self._gaps(metric, a, b)
-            return difference(gaps, self.classes) if gaps else bounded(*mean_interval(y - x), "training seeds")
+            return difference(gaps) if gaps else bounded(*mean_interval(y - x), "training seeds")
         if len(x) == len(y) == 1:  # of seeds that need not be the same: images at one index share their noise anyway
             errors = [side[s].errors.get(metric) for side, of in ((self.a, a), (self.b, b)) for s in of]
             if None in errors:
                 return None
             gaps = self._gaps(metric, a, b)
             half = NORMAL * float(np.hypot(*np.array(errors, np.float64)))
-            return difference(gaps, self.classes) if gaps else around(mean, half, "finite sample, unpaired")
+            return difference(gaps) if gaps else around(mean, half, "finite sample, unpaired")
         if min(len(x), len(y)) > 1:
             # Welch's degrees of freedom are 0 / 0 where neither side has any spread.
             spread = x.std() > 0 or y.std() > 0
@@ -108,20 +108,21 @@ class MatchedRow:
     def _gaps(self, metric: str, a: dict[int, float], b: dict[int, float]) -> list[Estimate]:
         """``B - A`` of each pair of seeds with the influences; empty where a side lacks those, or has other images."""
         found = []
-        for (first, x), (second, y) in zip(a.items(), b.items(), strict=True):
-            ours, theirs = self._influence(metric, 0, first), self._influence(metric, 1, second)
-            if ours is None or theirs is None or len(ours) != len(theirs):
+        for first, second in zip(a, b, strict=True):
+            ours = self._with_influences(metric, self.sides[0], self.a[first], a[first])
+            theirs = self._with_influences(metric, self.sides[1], self.b[second], b[second])
+            if ours is None or theirs is None or ours.n != theirs.n:
                 return []
-            found.append(linear(y, theirs).minus(linear(x, ours)))
+            found.append(theirs.minus(ours))
         return found
 
-    def _influence(self, metric: str, i: int, seed: int) -> np.ndarray | None:
-        """Influences of one evaluation on a metric; None where this side does not have them."""
-        side, known = self.sides[i], (self.a, self.b)[i][seed]
+    def _with_influences(self, metric: str, side: Side, known: Evaluation, value: float) -> Estimate | None:
         if metric not in WITH_INFLUENCES or not known.metrics.get("files"):
             return None
         path = side.path(f"{known.folder}/{known.metrics['files'][0]['path']}")
-        return None if path is None else influences(known.metrics, path.parent, known.step, metric)
+        if path is None:
+            return None
+        return with_influences(known.metrics, path.parent, known.step, metric, value, self.classes)
 
     @cached_property
     def refusal(self) -> str:

@@ -15,24 +15,18 @@ import numpy as np
 from dmd2.core.files import verified
 from dmd2.data.sets import load_shard
 from dmd2.experiment.metrics import FRECHET
-from eval.metrics.estimate import Estimate, mean_interval, standard_error
+from eval.metrics.estimate import Estimate, linear, mean_interval
 
 NORMAL = 1.96  # standard errors to either end of a 95 % interval of a thousand or more images
 
 
-def difference(gaps: Sequence[Estimate], classes: int | None) -> dict[str, Any]:
-    """Mean over training seeds, interval, and the standard error of the finite samples.
+def difference(gaps: Sequence[Estimate]) -> dict[str, Any]:
+    """Mean over training seeds of ``ours - base``, interval, and the standard error of the finite samples.
 
     Args:
-        gaps: ``ours - base`` of every common training seed.
-        classes: image i is of class ``i mod classes`` by design; None if the labels were drawn.
+        gaps: the difference at every common training seed (`with_influences`).
     """
-    strata = [None if classes is None else np.arange(gap.n) % classes for gap in gaps]
-    errors = [
-        0.0 if gap.influence is None else standard_error(gap.influence, of) or 0.0
-        for gap, of in zip(gaps, strata, strict=True)
-    ]
-    values = [gap.value for gap in gaps]
+    values, errors = [gap.value for gap in gaps], [gap.se or 0.0 for gap in gaps]
     sampling = float(np.sqrt(np.sum(np.square(errors)))) / len(gaps)
     if len(gaps) > 1:
         return bounded(*mean_interval(values), "training seeds", sampling)
@@ -49,11 +43,22 @@ def around(value: float, half: float, covers: str, sampling_se: float | None = N
     return bounded(value, value - half, value + half, covers, sampling_se)
 
 
-def influences(metrics: Mapping[str, Any], folder: Path, step: int, metric: str) -> np.ndarray:
-    """Influences ``(n,)`` of the images of one snapshot on a metric that has them (`Metric.has_influence`).
+def with_influences(
+    metrics: Mapping[str, Any], folder: Path, step: int, metric: str, value: float, classes: int | None
+) -> Estimate:
+    """A metric of one snapshot with the influence of each of its images, as its evaluation stored them.
+
+    Args:
+        metrics: the metrics.json of `folder`.
+        folder: where the file of influences lies.
+        step: of the snapshot.
+        metric: one that has influences (`Metric.has_influence`).
+        value: of the metric.
+        classes: image i is of class ``i mod classes`` by design; None if the labels were drawn.
 
     Raises:
-        UserError: the file beside metrics.json is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     key = f"{step:07d}" if metric in FRECHET else f"{step:07d}-{metric}"
-    return load_shard(verified(folder, metrics["files"][0]))[key].numpy().astype(np.float64)
+    psi = load_shard(verified(folder, metrics["files"][0]))[key].numpy().astype(np.float64)
+    return linear(value, psi, strata=None if classes is None else np.arange(len(psi)) % classes)

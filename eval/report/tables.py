@@ -24,9 +24,9 @@ from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
 from dmd2.experiment.tables import BESIDE, Table, load_experiment
 from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
-from eval.metrics.estimate import Estimate, linear
+from eval.metrics.estimate import Estimate
 from eval.report.claims import CLAIMS, distance, judge
-from eval.report.differences import difference, influences
+from eval.report.differences import difference, with_influences
 from eval.report.rules import TEACHER, Measurements
 
 Records = dict[int, dict[str, Any]]  # the metrics.json of every training seed; of a teacher's sampler under 0
@@ -161,23 +161,24 @@ def _add_differences(table: Table, rows: list[RowRecord], records: dict[str, Rec
     """Give every row its paired difference to the reference row in the first metric, if that is a Frechet distance."""
     metric = table.metrics[0]
     base = next((row for row in rows if row["run"] == table.reference_row and metric in FRECHET), None)
+    # Captions are not cyclic.
+    classes = base["config"]["data"]["classes"] if base and base["protocol"]["labels"] == "cyclic" else None
     for row in rows:
         row["difference"] = None
         if base is not None and row is not base:
-            ours, theirs = (_by_seed(metric, each, records[each["run"]]) for each in (row, base))
+            ours, theirs = (_by_seed(metric, each, records[each["run"]], classes) for each in (row, base))
             if row["kind"] == "teacher":  # its one value stands beside every seed
                 ours = dict.fromkeys(theirs, ours[0])
             elif base["kind"] == "teacher":
                 theirs = dict.fromkeys(ours, theirs[0])
-            cyclic = base["protocol"]["labels"] == "cyclic"  # captions are not
-            classes = base["config"]["data"]["classes"] if cyclic else None
-            row["difference"] = difference([ours[s].minus(theirs[s]) for s in sorted(ours.keys() & theirs)], classes)
+            row["difference"] = difference([ours[s].minus(theirs[s]) for s in sorted(ours.keys() & theirs)])
 
 
-def _by_seed(metric: str, row: RowRecord, records: Records) -> dict[int, Estimate]:
-    folders = {seed: Path(grid).parent for seed, grid in row["grid"].items()}
-    psi = {s: influences(records[s], folder, row["step"][s], metric) for s, folder in folders.items()}
-    return {s: linear(value, psi[s]) for s, value in row["values"][metric].items()}
+def _by_seed(metric: str, row: RowRecord, records: Records, classes: int | None) -> dict[int, Estimate]:
+    return {
+        s: with_influences(records[s], Path(grid).parent, row["step"][s], metric, row["values"][metric][s], classes)
+        for s, grid in row["grid"].items()
+    }
 
 
 def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:
