@@ -43,6 +43,13 @@ def loose_process() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Folder of the repository."""

@@ -21,12 +21,7 @@ from tests import tiny
 from tests.exported import measured, run_alone, student, trained
 
 CPU, SEEDS = torch.device("cpu"), list(range(23))
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.parametrize(("kind", "steps", "bound"), [("edm", 1, 1e-6), ("edm", 4, 1e-5), ("eps-labels", 4, 1e-5)])

@@ -35,12 +35,7 @@ KINDS = {
 RUNS = [("sdxl", 4, 999), ("sdxl", 1, 399), ("sd15", 1, 999)]
 SIDE, PROMPT, SEED = tiny_pipelines.LATENTS, "a photo of a cat", 3
 TIMES = {(4, 999): [999, 749, 499, 249], (1, 399): [399], (1, 999): [999]}
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @dataclass

@@ -19,11 +19,7 @@ from dmd2.training.snapshot import find_snapshot
 from tests.exported import measured, run_alone, trained
 from tests.workspace import Workspace
 
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_best_is_the_lowest_of_the_first_metric_and_the_card_says_so(tmp_path):
