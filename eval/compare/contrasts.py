@@ -72,7 +72,7 @@ class MatchedRow:
         values = []
         for name, side in (("A", self.a), ("B", self.b)):
             seeds = self.shared if len(self.shared) > 1 else sorted(side)
-            if missing := [s for s in seeds if metric not in side[s].values]:
+            if missing := [s for s in seeds if side[s].values.get(metric) is None]:
                 raise UserError(f"{name} has no {metric} for seed {_numbers(missing)}")
             values.append({s: float(side[s].values[metric]) for s in seeds})
             for seed, value in values[-1].items():
