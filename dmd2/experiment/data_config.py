@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.experiment.section import Positive, Section, Weight
+from dmd2.experiment.section import FolderName, Positive, Section, Weight
 
 CAPTIONED = ("webdataset", "emoji")  # kinds that always have captions; folders, hub sets and LMDBs may
 
@@ -96,7 +96,7 @@ class Data(Section):
     Their shape is `channels` x `resolution` x `resolution`; the condition is one of `classes`, or `text`.
     """
 
-    name: str
+    name: FolderName
     source: Source
     resolution: Positive
     channels: Positive

@@ -97,7 +97,11 @@ def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedA
     except ValidationError as error:
         errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    keys = [k for k in first["loc"] if isinstance(k, int) or not k.startswith(("constrained", "function", "union:"))]
+    keys = [
+        k
+        for k in first["loc"]
+        if isinstance(k, int) or not k.startswith(("constrained", "function", "union:", "[key]"))
+    ]
     key = ".".join(map(str, keys))
     where = _newest(changed_at or {}, lambda changed: _inside(key, changed)) or place.where(*keys)
     if first["type"] == "extra_forbidden":

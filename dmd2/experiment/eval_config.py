@@ -1,15 +1,25 @@
 """How a run is measured, and the samplers of teachers."""
 
+import re
 from math import ceil
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from dmd2.experiment.section import Positive, Precision, Section, Weight
+from dmd2.experiment.section import Distinct, Positive, Precision, Section, Weight
 
 RANKS = r"(-on-[1-9]\d*-ranks)"
 GEOMETRIES = r"^(none|square-crop\+lanczos-[1-9]\d*|patch-[1-9]\d*(-skip|-official)?)$"
 IN_A_PROTOCOL = {"detector", "reference", "images", "labels", "rounding"}
+
+
+def _word(value: str) -> str:
+    if not re.fullmatch(r"\w+", value):
+        raise ValueError("the name of a sampler has letters, digits and _ only")
+    return value
+
+
+SamplerName = Annotated[str, AfterValidator(_word)]
 
 
 class Sampler(Section):
@@ -90,7 +100,7 @@ class Eval(Section):
     model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
 
     protocol: str | None = None
-    metrics: Annotated[list[str], Field(min_length=1)]
+    metrics: Annotated[list[str], Field(min_length=1), Distinct]
     detector: str
     geometry: Annotated[str, Field(pattern=GEOMETRIES)] = "none"
     reference: str
@@ -99,7 +109,7 @@ class Eval(Section):
     precision: Precision = "fp32"
     batch: Positive
     shards: Positive = 1
-    teacher_samplers: dict[str, Sampler]
+    teacher_samplers: dict[SamplerName, Sampler]
     labels: Annotated[str, Field(pattern=f"^(random|cyclic{RANKS}?)$")]
     rounding: Literal["round", "trunc"]
     covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"

@@ -1,6 +1,7 @@
 """What every section of a configuration is made of."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,22 @@ def _ascending(value: tuple[int, int]) -> tuple[int, int]:
     return value
 
 
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", value):  # it becomes part of Snakemake's patterns, too
+        raise ValueError(f"{value!r} is no name of a folder: use letters, digits, _, - and .")
+    return value
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{value} is given twice")
+    return values
+
+
 IndexRange = Annotated[tuple[Index, Index], Field(strict=False), AfterValidator(_ascending)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+Distinct = AfterValidator(_distinct)
 
 
 class Strict(BaseModel):

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from dmd2.core.errors import UserError, did_you_mean
-from dmd2.experiment.section import Section
+from dmd2.experiment.section import Distinct, Section
 from dmd2.experiment.yaml_file import Place
 
 NAME = r"^[a-z0-9][a-z0-9-]*$"
@@ -53,13 +53,6 @@ ClaimName = Literal[
 Seed = Annotated[int, Field(ge=0)]
 
 
-def _distinct(values: list[Any]) -> list[Any]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise ValueError(f"{value} is given twice")
-    return values
-
-
 class Preset(Section):
     """A change with a name, for rows of any table."""
 
@@ -79,8 +72,8 @@ class Table(Section):
     title: str
     base: str
     rows: Rows
-    metrics: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["fd"]
-    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0]
+    metrics: Annotated[list[str], Field(min_length=1), Distinct] = ["fd"]
+    seeds: Annotated[list[Seed], Field(min_length=1), Distinct] = [0]
     select: Annotated[str, Field(pattern="^(last|best)$")] = "last"
     columns: dict[str, str] = {}
     change: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.experiment.section import Positive, Precision, Section
+from dmd2.experiment.section import FolderName, Positive, Precision, Section
 
 
 class TeacherTraining(Section):
@@ -31,7 +31,7 @@ class Teacher(Section):
     network: its architecture as a diffusers config. `train` builds it; a network that is loaded must have it.
     """
 
-    name: str
+    name: FolderName
     parameterisation: Literal["edm", "eps"]
     guidance: Annotated[float, Field(ge=1)]
     network: dict[str, Any] | None = None

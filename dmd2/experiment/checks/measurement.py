@@ -63,13 +63,11 @@ def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Pr
 def metric_problems(cfg: RunConfig, fid: bool) -> Iterator[Problem]:
     """What is wrong with eval.metrics, whatever sets there are; `fid`: distances by the detector are FIDs."""
     spec, key = cfg.eval, "eval.metrics"
-    for i, name in enumerate(spec.metrics):
+    for name in spec.metrics:
         if name not in OF_RUNS:
             yield key, f"there is no metric {name}{did_you_mean(name, OF_RUNS, ': choose from ' + ', '.join(OF_RUNS))}"
             continue
         metric = METRICS[name]
-        if name in spec.metrics[:i]:
-            yield key, f"{name} is given twice"
         if metric.function == "frechet" and name.endswith("fid") != fid:
             right = name.removesuffix("fid").removesuffix("fd") + ("fid" if fid else "fd")
             why = "" if fid else ": only the canonical Inception features give an FID"

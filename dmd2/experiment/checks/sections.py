@@ -1,11 +1,10 @@
 """Whether the sections of a run fit one another: data, teacher and training; imports no torch.
 
-What one section can say about itself is checked by its pydantic model, wherever it is read. What needs two sections,
-other runs, or files is checked in this package, once, when the tables are read.
+A pydantic model checks its own fields and what one sentence says of the whole section, wherever it is read. This
+package checks once, when the tables are read, what needs two sections or keys, other runs, or files.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import log2
 from typing import Any
@@ -20,7 +19,6 @@ from dmd2.experiment.eval_config import Sampler
 
 # What is known of sources without reading them: channels, resolution, classes (None: as the config says).
 KNOWN_SETS = {"sklearn-digits": (1, 8, 10), "cifar10": (3, 32, 10), "idx": (1, None, None)}
-NAMES = r"\w[\w.-]*"  # of what becomes a folder and part of Snakemake's patterns
 LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.schedules, which imports torch
 
 
@@ -39,22 +37,12 @@ def check_all(located: Sequence[LocatedConfig]) -> None:
 
 def problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     """All that does not fit in a config, given every data section by name."""
-    yield from _names(cfg)
     yield from _data(cfg.data)
     yield from _teacher(cfg)
     yield from _losses(cfg)
     yield from _student_input(cfg)
     yield from _head(cfg)
     yield from evaluation_problems(cfg, sets)
-
-
-def _names(cfg: RunConfig) -> Iterator[Problem]:
-    for key, name in {"data.name": cfg.data.name, "teacher.name": cfg.teacher.name}.items():
-        if not re.fullmatch(NAMES, name):
-            yield key, f"{name!r} is no name of a folder: use letters, digits, _, - and ."
-    for name in cfg.eval.teacher_samplers:
-        if not re.fullmatch(r"\w+", name):
-            yield f"eval.teacher_samplers.{name}", "the name of a sampler has letters, digits and _ only"
 
 
 def _data(data: Data) -> Iterator[Problem]:
