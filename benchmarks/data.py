@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import dmd2.data.sets
-from dmd2.data.sets import TensorSet, load_set, prepare
+from dmd2.data.prepare import prepare_labelled
+from dmd2.data.sets import TensorSet, load_set
 from dmd2.experiment.config import Data
 
 IMAGES, ROUNDS, BATCH, BATCHES, SHAPE, CLASSES = 20_000, 7, 280, 50, (3, 64, 64), 1000
@@ -107,7 +108,7 @@ def main(count: int = IMAGES, rounds: int = ROUNDS) -> None:
         write_lmdb(folder / "lmdb", count)
         dmd2.data.sets.SHARD_BYTES = max(count // 60, 1) * int(np.prod(SHAPE))  # sixty shards, as ImageNet-64 has
         config = source.model_copy(update={"source": source.source.model_copy(update={"path": str(folder / "lmdb")})})
-        prepare(config, folder / "shards")
+        prepare_labelled(config, folder / "shards")
         with spawn.Pool(1) as shards, spawn.Pool(1) as raw, spawn.Pool(1) as rows:
             pools = {"shards": shards, "bytes": raw, "lmdb": rows}
             found = {way: [] for way in pools}

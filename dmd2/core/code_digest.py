@@ -19,12 +19,11 @@ START = f"{PACKAGE}.training.trainer"
 # Modules, by the last part of their name, that imports reach but that have no part in the numbers: they read and write
 # files (whose content is part of a run's key), prepare sets, check or digest settings, or print.
 NO_PART = {
-    "captions", "checkpoint", "checkpoint_parts", "cifar", "cluster", "code_digest", "decode", "dotted_keys", "emoji",
-    "errors", "eval_config", "files", "hub_sets", "image_files", "inert_pickle", "interfaces", "interrupts",
-    "lmdb_sets", "network", "progress", "provenance", "readers", "retraining", "run", "run_inputs", "section",
-    "slurm_queue", "sources", "tar_sets", "unets", "yaml_file",
+    "checkpoint", "checkpoint_parts", "cluster", "code_digest", "dotted_keys", "errors", "eval_config", "files",
+    "interfaces", "interrupts", "network", "prepare", "progress", "provenance", "retraining", "run", "run_inputs",
+    "section", "slurm_queue", "sources", "yaml_file",
 }  # fmt: skip
-RENAMED = {"network_checks": "network"}
+RENAMED = {"network_checks": "network", "encode": "prepare"}
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}
 SETTINGS = ("Section", "TrainConfig")  # bases of sections of a configuration
 Modules = Mapping[str, str]

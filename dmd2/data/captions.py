@@ -1,17 +1,23 @@
-"""Captions and prompts in files: texts and tables of the user's, and JSON lines beside our own sets."""
+"""Captions and prompts: in texts and tables of the user's, in JSON lines beside our own sets, and of an evaluation."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, read_json_lines, verified, write_text
+from dmd2.data.sets import TensorSet, load_set
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.run_inputs import eval_prompts
+from dmd2.networks.condition import Condition
 
 COLUMN, OTHER_COLUMNS = "caption", ("prompt", "text")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
@@ -74,6 +80,34 @@ def captions_of(manifest: Path) -> list[str]:
     if not entries:
         raise UserError(f"{manifest} lists no captions-*.jsonl: it is no set of captioned images or prompts")
     return [str(row[COLUMN]) for entry in entries for row in read_json_lines(verified(manifest.parent, entry))]
+
+
+@dataclass(frozen=True)
+class EvalPrompts:
+    """The prompts that images are drawn for: captions and their encoded rows, of the file ``eval.prompts`` or of the
+    real set; the sample seed s takes number s mod n.
+    """
+
+    captions: list[str]
+    rows: TensorSet
+
+    @staticmethod
+    def of(cfg: RunConfig) -> EvalPrompts | None:
+        """Those of a run, None where it is conditioned on classes.
+
+        Raises:
+            UserError: the manifest or a file of it is missing or changed.
+        """
+        manifest = eval_prompts(cfg)
+        return None if manifest is None else EvalPrompts(captions_of(manifest), load_set(manifest))
+
+    def condition(self, seeds: list[int], device: torch.device | str = "cpu") -> Condition:
+        """Conditions of sample seeds."""
+        return self.rows.condition(torch.tensor(seeds) % len(self.rows), device)
+
+    def captions_of(self, seeds: list[int]) -> list[str]:
+        """Captions of sample seeds."""
+        return [self.captions[seed % len(self.captions)] for seed in seeds]
 
 
 def _read(path: Path, skip_blank: bool) -> list[str]:

@@ -1,26 +1,20 @@
 """Make or adopt the pipeline folder that encodes a set: its manifest and the unconditional condition."""
 
 import importlib.resources
-import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, write_json
-from dmd2.core.precision import strict_float32
-from dmd2.core.provenance import recorded
 from dmd2.data.pipelines import NULL, Pipeline, belongs
 from dmd2.data.readers import read
 from dmd2.data.sets import save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.data_config import Pipeline as Spec
-from dmd2.experiment.run_inputs import pipeline_settings
 from dmd2.networks.autoencoder import train_autoencoder
 
 PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae", "vae_tiny")
@@ -88,22 +82,3 @@ def copy_encoder(spec: Spec, folder: Path) -> None:
     write_json(folder / "tokenizer" / "tokenizer_config.json", {**settings, "model_max_length": spec.tokens})
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(source / name, folder / "text_encoder" / name)
-
-
-def main(
-    config: Annotated[str, typer.Option(help="JSON of the data section")],
-    out: Path,
-    threads: int = 1,
-    device: Device = "auto",
-) -> None:
-    """Write OUT, a pipeline's manifest.json, and the parts that are made here beside it."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        data, place = Data.model_validate(json.loads(config)), local_device(device, "encode")
-        trained_on = data.source.path if data.text and data.text.pipeline.autoencoder else None
-        with recorded(out, pipeline_settings(data), sources=[trained_on]), strict_float32(place):
-            make_pipeline(data, out.parent, place)
-
-
-if __name__ == "__main__":
-    typer.run(main)

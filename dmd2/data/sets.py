@@ -1,24 +1,14 @@
 """Tensor sets on disk: real images, teacher pairs and prompts, as safetensors shards behind a checksummed manifest."""
 
-import json
-import math
-import os
-import sys
 from pathlib import Path
-from typing import Annotated
 
-import numpy as np
 import torch
-import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import atomic, listing, read_json, verified, write_json
-from dmd2.core.provenance import recorded
-from dmd2.data.readers import read
-from dmd2.experiment.config import Data
+from dmd2.core.errors import UserError
+from dmd2.core.files import atomic, read_json, verified
 from dmd2.networks.condition import Condition
 
 SHARD_BYTES = 1 << 28
@@ -120,11 +110,13 @@ class ShardWriter:
 
     Args:
         manifest: that of an earlier set is removed before the first file is written, since it may list this file.
-        rows: of a file; without it a file is written after the block of rows that reaches `SHARD_BYTES`.
+        row_bytes: so many are counted for a row, and files have equal numbers of rows, about `SHARD_BYTES` in each;
+            by default a file is written after the block of rows that reaches `SHARD_BYTES`.
     """
 
-    def __init__(self, manifest: Path, name: str, rows: int | None = None) -> None:
-        self.manifest, self.name, self.rows = manifest, name, rows
+    def __init__(self, manifest: Path, name: str, row_bytes: int | None = None) -> None:
+        self.manifest, self.name = manifest, name
+        self.rows = None if row_bytes is None else max(SHARD_BYTES // row_bytes, 1)
         self.paths: list[Path] = []
         self.waiting: list[Rows] = []
         self.count = 0
@@ -159,49 +151,3 @@ class ShardWriter:
 
 def _length(rows: Rows) -> int:
     return len(next(iter(rows.values())))
-
-
-def prepare(data: Data, folder: Path) -> Path:
-    """Bring a source of real images into shards and, last of all, ``folder/manifest.json``.
-
-    The same source gives the same bytes. Memory: two shards and one block of the reader, whatever the set's size.
-
-    Raises:
-        UserError: the source is missing or damaged, of a kind this version cannot read, or not what the config says.
-    """
-    manifest = folder / "manifest.json"
-    counts = np.zeros(data.classes, np.int64)
-    shards = ShardWriter(manifest, "shard", max(SHARD_BYTES // math.prod(data.shape), 1))
-    for images, numbers in read(data):
-        labels = np.array(numbers, np.int64)
-        if images.shape[1:] != data.shape:
-            raise UserError(f"data {data.name}: images are {images.shape[1:]} but the config says {data.shape}")
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
-            raise UserError(
-                f"data {data.name}: image {shards.count + wrong[0]} has label {labels[wrong[0]]}, but data.classes is "
-                f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
-            )
-        counts += np.bincount(labels, minlength=data.classes)
-        shards.add({"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
-        print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
-    if not shards.count:
-        raise UserError(f"data {data.name}: {data.source.path} holds no images")
-    files = listing(shards.finish(), folder)
-    write_json(manifest, {
-        "kind": "real", "name": data.name, "count": shards.count, "shape": list(data.shape), "classes": data.classes,
-        "class_counts": counts.tolist(), "source": data.source.settings(), "files": files,
-    })  # fmt: skip
-    return manifest
-
-
-def main(config: Annotated[str, typer.Option(help="JSON of the data section")], out: Path) -> None:
-    """Prepare real data: write OUT (a manifest.json) and its shards."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
-    with readable_errors():
-        data = Data.model_validate_json(config)
-        with recorded(out, json.loads(config), sources=[data.source.path]):
-            prepare(data, out.parent)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -23,7 +23,7 @@ def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torc
     """Class labels of sample seeds; `labels` is ``cyclic`` or ``random``.
 
     Raises:
-        UserError: the run is conditioned on text, so that conditions must be given (`dmd2.data.prompts.EvalPrompts`).
+        UserError: the run is conditioned on text, so that conditions must be given (`dmd2.data.captions.EvalPrompts`).
     """
     if cfg.data.text is not None:
         raise UserError(f"data {cfg.data.name} is conditioned on text: seeds alone do not say which prompts to draw")

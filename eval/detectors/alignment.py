@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd2.core.files import read_json
-from dmd2.data.prompts import EvalPrompts
+from dmd2.data.captions import EvalPrompts
 
 if TYPE_CHECKING:  # open_clip takes a second to import
     from eval.detectors.clip import ClipScore

@@ -22,7 +22,7 @@ from dmd2.core.precision import float32_products
 from dmd2.core.progress import Progress
 from dmd2.core.provenance import recorded, sole_maker
 from dmd2.core.run import RunId, commit
-from dmd2.data.prompts import EvalPrompts
+from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import load_shard
 from dmd2.experiment.config import RunConfig, Sampler
 from dmd2.experiment.metrics import UNSETTLED

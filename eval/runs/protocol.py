@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmd2.core.files import content_of, digest_of, listing
 from dmd2.core.rng import sample_labels
-from dmd2.data.prompts import EvalPrompts
+from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import save_shard
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Eval

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dmd2.core.errors import UserError
-from dmd2.data.sets import load_set, prepare
+from dmd2.data.prepare import prepare_labelled
+from dmd2.data.sets import load_set
 from dmd2.experiment.tables import load_base
 from eval.detectors.detectors import load_detector, record_network, train_classifier
 from eval.metrics.stats import FeatureStats, frechet_distance
@@ -15,7 +16,7 @@ from eval.metrics.stats import FeatureStats, frechet_distance
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    real = load_set(prepare(load_base("digits").data, folder / "real"))
+    real = load_set(prepare_labelled(load_base("digits").data, folder / "real"))
     train_classifier("digits-classifier", real, folder / "weights/digits-classifier/manifest.json")
     return folder, real
 

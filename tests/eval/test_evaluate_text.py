@@ -16,8 +16,8 @@ from PIL import Image
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, write_json, write_text
 from dmd2.core.run import RunId
-from dmd2.data.encode import encode_prompts
 from dmd2.data.make_pipeline import make_pipeline
+from dmd2.data.prepare import encode_prompts
 from dmd2.data.sets import TensorSet, save_shard
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.metrics import UNSETTLED

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 from dmd2.core.errors import UserError
-from dmd2.data.prompts import EvalPrompts
+from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.checks.measurement import metric_problems
 from eval.detectors import features

@@ -13,8 +13,9 @@ from PIL import Image
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import content_of, listing, read_json, sha256, write_json
+from dmd2.data.prepare import prepare_labelled
 from dmd2.data.readers import read_idx
-from dmd2.data.sets import TensorSet, load_set, prepare, save_shard
+from dmd2.data.sets import TensorSet, load_set, save_shard
 from dmd2.experiment.config import Data
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
@@ -40,12 +41,12 @@ def source(tmp_path):
 
 @pytest.fixture
 def manifest(source, tmp_path):
-    return prepare(data(path=str(source)), tmp_path / "out")
+    return prepare_labelled(data(path=str(source)), tmp_path / "out")
 
 
 # Reading.
 def test_digits_are_1797_images_of_8_by_8(tmp_path):
-    real = load_set(prepare(data("sklearn-digits", None), tmp_path))
+    real = load_set(prepare_labelled(data("sklearn-digits", None), tmp_path))
     images = real.images(torch.arange(1797))
     assert (len(real), images.shape) == (1797, (1797, 1, 8, 8))
     assert (images.min(), images.max()) == (-1, 1)
@@ -86,10 +87,10 @@ def test_shards_are_joined_in_order(tmp_path):
 
 
 def test_content_identifies_the_data_and_not_when_or_where_it_was_made(source, tmp_path):
-    one, two = (prepare(data(path=str(source), name=name), tmp_path / name) for name in ("a", "b"))
+    one, two = (prepare_labelled(data(path=str(source), name=name), tmp_path / name) for name in ("a", "b"))
     assert content_of(one) == content_of(two)
     (source / LABELS).write_bytes(gzip.compress(idx(np.array([3, 1, 1], np.uint8))))
-    assert content_of(prepare(data(path=str(source)), tmp_path / "c")) != content_of(one)
+    assert content_of(prepare_labelled(data(path=str(source)), tmp_path / "c")) != content_of(one)
 
 
 # Sets of several shards.
@@ -97,7 +98,7 @@ def test_content_identifies_the_data_and_not_when_or_where_it_was_made(source, t
 def shards(source, tmp_path, monkeypatch):
     """The three images in shards of two and one."""
     monkeypatch.setattr("dmd2.data.sets.SHARD_BYTES", 2 * 64 + 63)
-    return prepare(data(path=str(source)), tmp_path / "shards")
+    return prepare_labelled(data(path=str(source)), tmp_path / "shards")
 
 
 def test_shards_hold_the_images_in_order(shards, manifest):
@@ -163,7 +164,7 @@ def test_shards_of_different_tensors_are_told(tmp_path):
 
 def test_a_set_made_anew_leaves_no_shard_of_the_earlier_one(shards, source, monkeypatch):
     monkeypatch.undo()
-    prepare(data(path=str(source)), shards.parent)
+    prepare_labelled(data(path=str(source)), shards.parent)
     assert sorted(path.name for path in shards.parent.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
     assert len(load_set(shards)) == 3
 
@@ -172,7 +173,7 @@ def test_a_set_made_anew_leaves_no_shard_of_the_earlier_one(shards, source, monk
 def test_labels_outside_the_classes_are_told_and_leave_no_manifest(shards, source, wrong):
     (source / LABELS).write_bytes(gzip.compress(idx(np.array([3, 1, wrong], np.uint8))))
     with pytest.raises(UserError, match=f"image 2 has label {wrong}, but data.classes is 10"):
-        prepare(data(path=str(source)), shards.parent)
+        prepare_labelled(data(path=str(source)), shards.parent)
 
 
 def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(shards, tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_a_reader_that_fails_midway_leaves_no_manifest_to_shards_of_two_sets(sha
     config = data("image-folder", str(tmp_path / "pngs"), classes=1)
     (tmp_path / "pngs/a/2.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"2\.png is not a readable image"):
-        prepare(config, shards.parent)
+        prepare_labelled(config, shards.parent)
     assert not shards.exists()
 
 
@@ -233,7 +234,7 @@ def test_a_truncated_or_missing_shard_is_named(manifest):
 def test_a_missing_idx_file_is_named(source, tmp_path, name):
     (source / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
-        prepare(data(path=str(source)), tmp_path / "out")
+        prepare_labelled(data(path=str(source)), tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
 
 
@@ -266,20 +267,20 @@ def test_a_broken_idx_file_is_named(tmp_path, name):
 def test_counts_that_differ_are_told(source, tmp_path):
     (source / LABELS).write_bytes(gzip.compress(idx(np.array([3, 1], np.uint8))))
     with pytest.raises(UserError, match="3 images but 2 labels"):
-        prepare(data(path=str(source)), tmp_path / "out")
+        prepare_labelled(data(path=str(source)), tmp_path / "out")
 
 
 def test_images_of_the_right_size_are_not_padded(source, tmp_path):
-    images = load_set(prepare(data(path=str(source), resolution=6), tmp_path / "out")).images(torch.arange(3))
+    images = load_set(prepare_labelled(data(path=str(source), resolution=6), tmp_path / "out")).images(torch.arange(3))
     np.testing.assert_allclose(images[:, 0].numpy(), PIXELS / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("resolution", [4, 7])
 def test_images_that_do_not_fit_the_resolution_are_told(source, tmp_path, resolution):
     with pytest.raises(UserError, match="images are"):
-        prepare(data(path=str(source), resolution=resolution), tmp_path / "out")
+        prepare_labelled(data(path=str(source), resolution=resolution), tmp_path / "out")
 
 
 def test_a_source_without_reader_says_where_to_put_shards(tmp_path):
     with pytest.raises(UserError, match="no reader for source latents: put safetensors shards"):
-        prepare(data("latents", "x"), tmp_path / "out")
+        prepare_labelled(data("latents", "x"), tmp_path / "out")

@@ -16,8 +16,9 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from dmd2.data.sets import main
+from dmd2.data.__main__ import app
 from dmd2.experiment.config import Data
 from tests.image_sources import (
     COUNT,
@@ -397,7 +398,7 @@ def test_a_broken_parquet_file_is_told(tmp_path):
 def prepared(path, cache, out, **environment):
     """The command of the rule, in a process of its own: the hub's libraries read the environment when imported."""
     config = json.dumps(labelled("hub", path).model_dump())
-    command = [sys.executable, "-m", "dmd2.data.sets", "--config", config, str(out)]
+    command = [sys.executable, "-m", "dmd2.data", "real", "--config", config, str(out)]
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {**keep, "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
@@ -429,7 +430,8 @@ def test_nothing_is_downloaded_unless_asked(tmp_path):
 def test_who_asks_in_the_environment_is_not_overruled(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     digits = Data(name="d", source={"kind": "sklearn-digits"}, resolution=8, channels=1, classes=10)
-    main(digits.model_dump_json(), tmp_path / "manifest.json")
+    result = CliRunner().invoke(app, ["real", "--config", digits.model_dump_json(), str(tmp_path / "manifest.json")])
+    assert result.exit_code == 0
     assert os.environ["HF_HUB_OFFLINE"] == "0"
 
 

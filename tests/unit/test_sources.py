@@ -14,7 +14,7 @@ from dmd2.core import sources
 from dmd2.core.files import content_of, read_json, write_json
 from dmd2.core.provenance import Artefact, outdated, recorded
 from dmd2.core.sources import source_listing
-from dmd2.data.sets import main
+from dmd2.data.__main__ import real
 
 CONFIG = {
     "name": "pictures", "source": {"kind": "image-folder", "path": "pictures"}, "resolution": 4, "channels": 1,
@@ -34,7 +34,7 @@ def prepared(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for i in range(4):
         picture(tmp_path / f"pictures/{i % 2}/{i}.png", i)
-    main(json.dumps(CONFIG), Path(SET))
+    real(json.dumps(CONFIG), Path(SET))
     with recorded(tmp_path / "below.json", {}, [SET]):
         write_json(tmp_path / "below.json", {"kind": "run"})
     return tmp_path
@@ -82,7 +82,7 @@ def test_set_remade_with_equal_content_changes_nothing_below_it(prepared) -> Non
     (prepared / "pictures/README.txt").write_text("no picture")
     assert reasons() == OTHER
     before = content_of(Path(SET))
-    main(json.dumps(CONFIG), Path(SET))
+    real(json.dumps(CONFIG), Path(SET))
     assert content_of(Path(SET)) == before
     assert reasons() == {}
 

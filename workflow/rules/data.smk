@@ -16,7 +16,7 @@ rule real_data:
     message:
         "real data {wildcards.data}"
     shell:
-        "{PYTHON} -m dmd2.data.sets --config {params.config:q} {output}"
+        "{PYTHON} -m dmd2.data real --config {params.config:q} {output}"
 
 
 def detector_inputs(w):

@@ -21,7 +21,7 @@ rule pipeline:
     message:
         "pipeline {wildcards.pipeline}"
     shell:
-        "{PYTHON} -m dmd2.data.make_pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
+        "{PYTHON} -m dmd2.data pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
 TEXT_DATA = {name: data for name, data in DATA.items() if data.text}
@@ -50,7 +50,7 @@ rule real_part:
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.data.encode part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.data part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule real_text:
@@ -71,7 +71,7 @@ rule real_text:
     message:
         "real data {wildcards.data}"
     shell:
-        "python -m dmd2.data.encode join {output} {input.parts} --config {params.config:q}"
+        "python -m dmd2.data join {output} {input.parts} --config {params.config:q}"
 
 
 def prompts_inputs(w):
@@ -100,4 +100,4 @@ rule prompts:
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{PYTHON} -m dmd2.data.encode prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.data prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"

@@ -1,35 +1,60 @@
-"""Sets of images with captions, and of prompts alone, encoded once: latents and text states in shards.
+"""Real sets in shards: images with labels as they are; images with captions, and prompts, encoded once.
 
-Jobs encode contiguous parts of the source side by side; `join` lists the shards of all parts in one manifest. Pipelines
-run in IEEE float32 on every device.
+Jobs encode contiguous parts of the source side by side; `join_parts` lists the shards of all parts in one manifest.
 """
 
-import json
-import os
+import math
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
-from dmd2.core.precision import strict_float32
 from dmd2.core.progress import Progress
-from dmd2.core.provenance import recorded
 from dmd2.core.rng import stream
 from dmd2.data.captions import read_prompts, save_captions
 from dmd2.data.pipelines import Pipeline, time_ids
 from dmd2.data.readers import read
 from dmd2.data.sets import Rows, ShardWriter
 from dmd2.experiment.data_config import Data
-from dmd2.experiment.run_inputs import prompt_settings
 
 PIXELS = 1 << 22  # of the images that the autoencoder encodes at once: four of 1024 x 1024
 PROMPTS = 256  # encoded at once
+
+
+def prepare_labelled(data: Data, folder: Path) -> Path:
+    """Bring a source of real images into shards and, last of all, ``folder/manifest.json``.
+
+    The same source gives the same bytes. Memory: two shards and one block of the reader, whatever the set's size.
+
+    Raises:
+        UserError: the source is missing or damaged, of a kind this version cannot read, or not what the config says.
+    """
+    manifest = folder / "manifest.json"
+    counts = np.zeros(data.classes, np.int64)
+    shards = ShardWriter(manifest, "shard", math.prod(data.shape))
+    for images, numbers in read(data):
+        labels = np.array(numbers, np.int64)
+        if images.shape[1:] != data.shape:
+            raise UserError(f"data {data.name}: images are {images.shape[1:]} but the config says {data.shape}")
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
+            raise UserError(
+                f"data {data.name}: image {shards.count + wrong[0]} has label {labels[wrong[0]]}, but data.classes is "
+                f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
+            )
+        counts += np.bincount(labels, minlength=data.classes)
+        shards.add({"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
+        print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
+    if not shards.count:
+        raise UserError(f"data {data.name}: {data.source.path} holds no images")
+    files = listing(shards.finish(), folder)
+    write_json(manifest, {
+        "kind": "real", "name": data.name, "count": shards.count, "shape": list(data.shape), "classes": data.classes,
+        "class_counts": counts.tolist(), "source": data.source.settings(), "files": files,
+    })  # fmt: skip
+    return manifest
 
 
 def text_rows(pipeline: Pipeline, prompts: list[str], pixels: int) -> Rows:
@@ -100,44 +125,3 @@ def encode_prompts(data: Data, manifest: Path, source: Path, out: Path, device: 
         shards.add(text_rows(pipeline, prompts[start : start + PROMPTS], pipeline.image_size(data)))
         progress.update(shards.count, {})
     _write_manifest(out, {"kind": "prompts", "source": str(source)}, shards, prompts, 0)
-
-
-app = typer.Typer(help=__doc__)
-Config = Annotated[str, typer.Option(help="JSON of the data section")]
-
-
-@app.command()
-def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1, device: Device = "auto") -> None:
-    """Encode one part of the real set."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # jobs download nothing unless the user's environment says 0
-    torch.set_num_threads(threads)
-    with readable_errors():
-        data, place = Data.model_validate_json(config), local_device(device, "encode")
-        with recorded(out, json.loads(config), [pipeline], sources=[data.source.path]), strict_float32(place):
-            encode_part(data, pipeline, index, out, place)
-
-
-@app.command()
-def join(config: Config, out: Path, parts: list[Path]) -> None:
-    """Write the manifest OUT of finished PARTS."""
-    with readable_errors():
-        data = Data.model_validate_json(config)
-        with recorded(out, json.loads(config), parts, sources=[data.source.path]):
-            join_parts(data, parts, out)
-
-
-@app.command()
-def prompts(config: Config, pipeline: Path, source: Path, out: Path, threads: int = 1, device: Device = "auto") -> None:
-    """Encode the prompts of a file."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        data = Data.model_validate_json(config)
-        if not source.exists():
-            raise UserError(f"data {data.name}: {source} is missing: put the prompts there, one a line")
-        place = local_device(device, "encode")
-        with recorded(out, prompt_settings(data), [pipeline, source]), strict_float32(place):
-            encode_prompts(data, pipeline, source, out, place)
-
-
-if __name__ == "__main__":
-    app()
