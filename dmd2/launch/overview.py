@@ -15,7 +15,7 @@ from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.files import read_json
 from dmd2.core.run import RunId, run_folders
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
-from dmd2.experiment.tables import Experiment, load_experiment
+from dmd2.experiment.tables import load_experiment
 from dmd2.launch.state import is_published, run_state
 
 SILENCE = 600.0  # seconds without a sign of life after which a running job is worth a look
@@ -49,28 +49,25 @@ def chosen_runs(names: list[str]) -> list[RunId]:
     found = list(run_folders()[0])
     if not names:
         return found
-    experiment = load_experiment()
-    seeds: dict[str, set[RunId]] = {}  # of base/run
-    for run in [*(run for table in experiment.tables for run in _runs_of(experiment, table)), *found]:
-        seeds.setdefault(f"{run.base}/{run.name}", set()).add(run)
-    chosen: list[RunId] = []
+    experiment, chosen = load_experiment(), list[RunId]()
+    tables = {
+        name: [RunId(table.base, row.run, seed) for row in experiment.rows[name] for seed in table.seeds]
+        for name, table in experiment.tables.items()
+    }
+    runs = sorted({*found, *(run for of_table in tables.values() for run in of_table)})
+    seeds: dict[str, list[RunId]] = {}  # of base/run
+    for run in runs:
+        seeds.setdefault(f"{run.base}/{run.name}", []).append(run)
     for name in names:
-        if name in experiment.tables:
-            chosen += _runs_of(experiment, name)
-        elif name in seeds:
-            chosen += sorted(seeds[name])
-        elif name.rpartition("/")[0] in seeds and re.fullmatch(r"seed\d+", name.rpartition("/")[2]):
+        parent, _, seed = name.rpartition("/")
+        if name in tables or name in seeds:
+            chosen += tables.get(name) or seeds[name]
+        elif parent in seeds and re.fullmatch(r"seed\d+", seed):
             chosen.append(RunId.parse(name))  # of any seed, as `train` takes it
         else:
-            known = [*experiment.tables, *seeds, *sorted(str(run) for runs in seeds.values() for run in runs)]
-            hint = did_you_mean(name, known, f"; tables: {', '.join(experiment.tables) or 'none'}")
+            hint = did_you_mean(name, [*tables, *seeds, *map(str, runs)], f"; tables: {', '.join(tables) or 'none'}")
             raise UserError(f"no run or table is called {name}{hint}")
     return list(dict.fromkeys(chosen))
-
-
-def _runs_of(experiment: Experiment, table: str) -> list[RunId]:
-    spec = experiment.tables[table]
-    return [RunId(spec.base, row.run, seed) for row in experiment.rows[table] for seed in spec.seeds]
 
 
 def print_overview(runs: list[RunId]) -> None:
