@@ -35,20 +35,20 @@ def load_clip(model_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
     Raises:
         UserError: the folder is incomplete, a listed checksum differs, or open_clip cannot read it.
     """
-    config = model_dir / "open_clip_config.json"
-    present = [model_dir / file for file in CHECKPOINTS if (model_dir / file).exists()]
-    is_listed = model_dir.name in registry()
-    remedy = f" run: python -m eval.detectors.weights {model_dir.name}" if is_listed else " copy it again"
-    if not config.exists() or not present:
-        lacking = config.name if not config.exists() else " or ".join(CHECKPOINTS)
-        command = f" or{remedy}" if is_listed else ""
-        raise UserError(f"{model_dir.name}: {lacking} (no published checksum) is missing; put it into "
-                        f"{model_dir}/{command}")  # fmt: skip
-    checkpoint, found = present[0], sha256(present[0])
-    listed = {file.file: file.sha256 for file in registry()[model_dir.name].files} if is_listed else {}
-    expected = listed.get(checkpoint.name)
+    config, listed = model_dir / "open_clip_config.json", registry().get(model_dir.name)
+    checkpoint = next((model_dir / file for file in CHECKPOINTS if (model_dir / file).exists()), None)
+    if not config.exists() or checkpoint is None:
+        lacking = " or ".join(CHECKPOINTS) if config.exists() else config.name
+        remedy = f" or {listed.remedy}" if listed else ""
+        raise UserError(
+            f"{model_dir.name}: {lacking} (no published checksum) is missing; put it into {model_dir}/{remedy}"
+        )
+    found = sha256(checkpoint)
+    checksums = {file.file: file.sha256 for file in listed.files} if listed else {}
+    expected = checksums.get(checkpoint.name)
     if expected not in (None, found):
-        raise UserError(f"{checkpoint} has SHA-256 {found} instead of {expected}: delete it and{remedy}")
+        remedy = listed.remedy if listed else "copy it again"
+        raise UserError(f"{checkpoint} has SHA-256 {found} instead of {expected}: delete it and {remedy}")
     try:
         model: Any = open_clip.create_model(f"local-dir:{model_dir}", require_pretrained=True, weights_only=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{model_dir}")
@@ -57,10 +57,9 @@ def load_clip(model_dir: Path) -> tuple[Any, Any, dict[str, Any]]:
     filter_name = model.visual.preprocess_cfg["interpolation"]
     if filter_name != "bicubic":
         raise UserError(f"{config} asks for {filter_name} resizing; the CLIP protocol here is bicubic")
-    return model, tokenizer, {
-        "weights": found, "config": sha256(config), "file": checkpoint.name, "verified": expected == found,
-        "open_clip": open_clip.__version__, "resize": "bicubic-uint8", "input": _side(model),
-    }  # fmt: skip
+    weights = {"weights": found, "config": sha256(config), "file": checkpoint.name, "verified": expected == found}
+    resized = {"resize": "bicubic-uint8", "input": _side(model)}
+    return model, tokenizer, {**weights, "open_clip": open_clip.__version__, **resized}
 
 
 def _side(model: Any) -> int:
@@ -100,7 +99,7 @@ class ClipScore:
         tower: the same folder as a detector, if it is loaded already: the network is then not loaded again.
     """
 
-    TEXTS = 64  # captions per call of the text tower
+    TEXTS_AT_ONCE = 64  # captions in a call of the text tower
     geometry = PROTOCOL_GEOMETRY
 
     def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
@@ -109,8 +108,8 @@ class ClipScore:
         self.model: Any = self.images.model
         self.tokenizer: Any = self.images.tokenizer
         self.name = f"clip-dmd2 ({model_dir.name})"
-        self.about = {**self.images.about, "prefix": PREFIX, "geometry": self.geometry.name,
-                      "scale": "mean cosine: no factor, no clamp"}  # fmt: skip
+        scale = "mean cosine: no factor, no clamp"
+        self.about = {**self.images.about, "prefix": PREFIX, "geometry": self.geometry.name, "scale": scale}
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token ids ``(n, context)`` of the prefixed captions, cut to the context with the end token last."""
@@ -123,7 +122,7 @@ class ClipScore:
         CLIP has its own text tower: the states of the run's text encoder are not read.
         """
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-        batches = self.tokens(list(distinct)).split(self.TEXTS)
+        batches = self.tokens(list(distinct)).split(self.TEXTS_AT_ONCE)
         with strict_float32(self.images.device):
             rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
         return rows[[distinct[caption] for caption in captions]]

@@ -18,7 +18,7 @@ from dmd2.core.provenance import recorded
 from dmd2.core.rng import Draws, stream
 from dmd2.data.sets import TensorSet, load_set, load_shard, save_shard
 from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, load_network
+from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, load_network, provenance
 from eval.detectors.small_clip import SmallClip, train_clip
 
 CPU = torch.device("cpu")
@@ -30,8 +30,7 @@ class Classifier(FeatureNetwork):
     """Small convolutional classifier of one dataset; the features are its 64 activations before the last layer."""
 
     def __init__(self, name: str, channels: int, resolution: int, classes: int) -> None:
-        super().__init__(name, {"weights": None, "verified": False, "resize": "none", "input": resolution,
-                                "layer": "last hidden", "features": FEATURES, "classes": name})  # fmt: skip
+        super().__init__(name, provenance(None, "none", resolution, "last hidden", FEATURES, name))
         del self.about["batch"]  # this one runs on the batch it is given
         self.channels = channels
         width, size = 32, resolution
@@ -125,8 +124,8 @@ def record_network(name: str, out: Path) -> None:
         UserError: unknown, or its weights are missing or changed.
     """
     about = load_detector(name).about
-    write_json(out, {"kind": "network", "name": name, **about,
-                     "files": [{"path": about["file"], "sha256": about["weights"]}]})  # fmt: skip
+    files = [{"path": about["file"], "sha256": about["weights"]}]
+    write_json(out, {"kind": "network", "name": name, **about, "files": files})
 
 
 def main(name: str, out: Path, real: Path | None = None, threads: int = 1, device: Device = "auto") -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from functools import partial, reduce
 from pathlib import Path
@@ -27,7 +27,6 @@ from dmd2.core.progress import Progress
 from dmd2.data.sets import load_shard, save_shard
 from eval.metrics.stats import FeatureStats
 from eval.pixels.images import ImageSource, pixel_digest
-from eval.pixels.resize import NONE, Geometry
 
 ROWS = 1000  # per shard: 8 MB of 2,048 features, two minutes of Inception on two CPU cores
 NAME = re.compile(r"features-(\d+)-(\d+)\.json")
@@ -78,7 +77,7 @@ class FeatureSet:
         return len(self) - len(np.unique(self.found["pixels"]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampled(ImageSource):
     """Images drawn from sample seeds ``0 .. count - 1``: no image file between generator and metric.
 
@@ -86,11 +85,7 @@ class Sampled(ImageSource):
     `sample` makes uint8 ``(n, C, H, W)`` of sample seeds, the same image for a seed in whatever company.
     """
 
-    id: str
-    count: int
     sample: Callable[[list[int]], Tensor]
-    geometry: Geometry = NONE
-    small: int = field(default=0, init=False)
 
     def read(self, indices: range) -> Tensor:
         """See `ImageSource`."""

@@ -98,6 +98,16 @@ def fit(parameters: Iterable[Any], lr: float, steps: int, loss: Callable[[int], 
         schedule.step()
 
 
+def provenance(
+    weights: Weights | None, resize_name: str, side: int, layer: str, features: int, classes: str | None
+) -> dict[str, Any]:
+    """What features depend on; `weights` is None of a network that is trained here and not loaded yet."""
+    found: dict[str, Any] = {"weights": None, "verified": False}
+    if weights is not None:
+        found = {"weights": weights.sha256, "file": weights.path.name, "verified": weights.verified}
+    return {**found, "resize": resize_name, "input": side, "layer": layer, "features": features, "classes": classes}
+
+
 def rgb(images: Tensor) -> Tensor:
     """uint8 images with three channels; grey ones are replicated.
 
@@ -118,7 +128,7 @@ class TorchScriptInception(FeatureNetwork):
     """
 
     def __init__(self, name: str, weights: Weights, resize_name: str) -> None:
-        super().__init__(name, _about(weights, resize_name, 299, "pool3", 2048, "Inception-2015 (1008)"))
+        super().__init__(name, provenance(weights, resize_name, 299, "pool3", 2048, "Inception-2015 (1008)"))
         with warnings.catch_warnings():
             # torch.jit is deprecated, but the canonical network exists in no other form.
             warnings.simplefilter("ignore", FutureWarning)
@@ -149,7 +159,7 @@ class PortedInception(FeatureNetwork):
     """The 2015 Inception as pytorch-fid's state dict, with pytorch-fid's resize; logits leave out the bias."""
 
     def __init__(self, name: str, weights: Weights) -> None:
-        super().__init__(name, _about(weights, "pt", 299, "pool3", 2048, "Inception-2015 (1008)"))
+        super().__init__(name, provenance(weights, "pt", 299, "pool3", 2048, "Inception-2015 (1008)"))
         net = inception_2015()
         _load(net, load_state(weights.path), weights.path)
         self.last: Any = net.fc
@@ -174,7 +184,7 @@ class Lite0(FeatureNetwork):
 
     def __init__(self, name: str, weights: Weights, features: int, size: int) -> None:
         layer = {112: "blocks.4", 320: "blocks.6", 1280: "conv_head"}[features]
-        super().__init__(name, _about(weights, "clean", size, layer, features, {1280: "ImageNet-1k"}.get(features)))
+        super().__init__(name, provenance(weights, "clean", size, layer, features, {1280: "ImageNet-1k"}.get(features)))
         self.net = _timm("tf_efficientnet_lite0")
         _load(self.net, by_position(load_state(weights.path), self.net, weights.path), weights.path)
         self.to(memory_format=torch.channels_last)
@@ -201,7 +211,7 @@ class DinoV2(FeatureNetwork):
 
     def __init__(self, name: str, weights: Weights, **reduced: Any) -> None:
         net = _timm("vit_large_patch14_dinov2", **{"img_size": self.SIZE, "num_classes": 0, **reduced})
-        super().__init__(name, _about(weights, "antialiased-bicubic", self.SIZE, "class token", net.num_features, None))
+        super().__init__(name, provenance(weights, "antialiased-bicubic", 224, "class token", net.num_features, None))
         state = {key: value for key, value in load_state(weights.path).items() if key != "mask_token"}
         if "pos_embed" in state:
             state["pos_embed"] = position_embedding(state["pos_embed"], self.GRID)
@@ -231,11 +241,6 @@ def position_embedding(embedding: Tensor, grid: int) -> Tensor:
     square = patches.reshape(1, m, m, -1).permute(0, 3, 1, 2)
     square = F.interpolate(square, scale_factor=(grid + 0.1) / m, mode="bicubic", antialias=False)
     return torch.cat([token, square.flatten(2).mT], dim=1)
-
-
-def _about(weights: Weights, resize_name: str, side: int, layer: str, features: int, classes: str | None) -> dict:
-    found = {"weights": weights.sha256, "file": weights.path.name, "verified": weights.verified}
-    return {**found, "resize": resize_name, "input": side, "layer": layer, "features": features, "classes": classes}
 
 
 def by_position(state: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:

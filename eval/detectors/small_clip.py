@@ -20,7 +20,7 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.precision import strict_float32
 from dmd2.core.rng import Draws, stream
 from dmd2.data.sets import TensorSet, load_shard, save_shard
-from eval.detectors.networks import FeatureNetwork, fit, rgb
+from eval.detectors.networks import FeatureNetwork, fit, provenance, rgb
 from eval.pixels.resize import NONE
 
 CPU = torch.device("cpu")
@@ -34,8 +34,7 @@ class Images(FeatureNetwork):
     """The image tower as a detector: embeddings ``(n, 128)``, not normalised."""
 
     def __init__(self, name: str, resolution: int) -> None:
-        super().__init__(name, {"weights": None, "verified": False, "resize": "none", "input": resolution,
-                                "layer": "image embedding", "features": WIDTH, "classes": None})  # fmt: skip
+        super().__init__(name, provenance(None, "none", resolution, "image embedding", WIDTH, None))
         self.resolution = resolution
         width, size = 24, resolution
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(4, width), nn.SiLU()]
@@ -111,8 +110,11 @@ def pooled(states: Tensor) -> Tensor:
 def augmented(images: Tensor, draws: Draws) -> Tensor:
     """Images in [-1, 1] shifted, scaled, of other brightness and contrast; never flipped: arrows have a side."""
     n = len(images)
-    shift, scale, colour = (2 * torch.rand(shape, generator=stream(f"{draws.seed}/{draws.iteration}/{name}")) - 1
-                            for name, shape in (("shift", (n, 2)), ("scale", (n,)), ("colour", (n, 2))))  # fmt: skip
+
+    def drawn(name: str, *shape: int) -> Tensor:
+        return 2 * torch.rand(shape, generator=stream(f"{draws.seed}/{draws.iteration}/{name}")) - 1
+
+    shift, scale, colour = drawn("shift", n, 2), drawn("scale", n), drawn("colour", n, 2)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + SCALE * scale
     theta[:, :, 2] = 2 * SHIFT * shift
@@ -139,10 +141,10 @@ def train_clip(name: str, real: TensorSet, out: Path, device: torch.device = CPU
     model.requires_grad_(False).eval()
     path = out.parent / "clip.safetensors"
     save_shard(path, {key: value.cpu() for key, value in model.state_dict().items()})
-    about = {"kind": "clip", "name": name, **shape, "trained_on": int((~held_out).sum())}
-    found = {"held_out": retrieval(model, pixels[held_out], states[held_out]),
-             "trained": retrieval(model, pixels[~held_out], states[~held_out])}  # fmt: skip
-    write_json(out, {**about, **found, "files": listing([path], out.parent)})
+    about: dict[str, Any] = {"kind": "clip", "name": name, **shape, "trained_on": int((~held_out).sum())}
+    for part, rows in (("held_out", held_out), ("trained", ~held_out)):
+        about[part] = retrieval(model, pixels[rows], states[rows])
+    write_json(out, {**about, "files": listing([path], out.parent)})
 
 
 def _rows(name: str, real: TensorSet) -> tuple[Tensor, Tensor]:
@@ -180,10 +182,11 @@ def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any
     cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     n, own = len(cosines), cosines.diagonal()
     rank = (cosines > own[:, None]).sum(dim=1)
-    others = (cosines.sum() - own.sum()) / max(n * (n - 1), 1)
-    return {
-        "pairs": n, "caption_first": round(float((rank == 0).float().mean()), 4),
-        "caption_in_first_5": round(float((rank < 5).float().mean()), 4),
-        "image_first": round(float((cosines.argmax(dim=0) == torch.arange(n)).float().mean()), 4),
-        "cosine": round(float(own.mean()), 4), "cosine_of_others": round(float(others), 4),
-    }  # fmt: skip
+    shares = {
+        "caption_first": (rank == 0).float().mean(),
+        "caption_in_first_5": (rank < 5).float().mean(),
+        "image_first": (cosines.argmax(dim=0) == torch.arange(n)).float().mean(),
+        "cosine": own.mean(),
+        "cosine_of_others": (cosines.sum() - own.sum()) / max(n * (n - 1), 1),
+    }
+    return {"pairs": n, **{name: round(float(value), 4) for name, value in shares.items()}}

@@ -62,7 +62,8 @@ def sample_grid(path: Path, side: int | None) -> Grid:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
         fix = f"delete {path.with_name('metrics.json')} if it is there and make the table again with Snakemake"
         raise UserError(f"sample grid {path} {reason}: {fix}, or run from the repository root") from error
-    return Grid(_data_url("png" if small else "jpeg", buffer.getvalue()), *shown.size, small)
+    kind, content = "png" if small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
+    return Grid(f"data:image/{kind};base64,{content}", *shown.size, small)
 
 
 def _spaced(image: Image.Image, side: int) -> Image.Image:
@@ -74,7 +75,3 @@ def _spaced(image: Image.Image, side: int) -> Image.Image:
             x, y = column * side, row * side
             spaced.paste(image.crop((x, y, x + side, y + side)), (x + column, y + row))
     return spaced
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

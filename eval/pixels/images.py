@@ -30,6 +30,7 @@ ARRAYS = (".npz", ".npy", ".safetensors")
 HASHED_AT_ONCE = 1000  # images
 
 
+@dataclass(frozen=True)
 class ImageSource:
     """Images in a fixed order, read by index.
 
@@ -39,8 +40,8 @@ class ImageSource:
 
     id: str
     count: int
-    geometry: Geometry
-    small: int
+    geometry: Geometry = NONE
+    small: int = 0
 
     def __len__(self) -> int:
         return self.count
@@ -191,17 +192,13 @@ def _files(place: Path, geometry: Geometry, first: int | None) -> ImageSource:
             names = [name for name, out in zip(names, tiny, strict=True) if not out]
     names = names[: _count(len(names), first, place)]
     digest = _digest((hashlib.sha256(data).digest() for data in _bytes(place, names)), geometry)
-    return FileImages(digest, len(names), geometry, sum(tiny), place, tuple(names))
+    return FileImages(digest, len(names), geometry, sum(tiny), place=place, names=tuple(names))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileImages(ImageSource):
     """Encoded files in a folder or zip."""
 
-    id: str
-    count: int
-    geometry: Geometry
-    small: int
     place: Path
     names: tuple[str, ...]
 
@@ -264,21 +261,17 @@ def _arrays(paths: list[Path], place: Path, geometry: Geometry, first: int | Non
     if small and geometry.policy != "official":
         raise UserError(f"{place}: all {small} images have a side below {geometry.side}: {geometry.name} leaves none")
     count = _count(found, first, place)
-    plain = ArrayImages("", count, NONE, 0, tuple(paths), tuple(shape[0] for shape in shapes))
+    plain = ArrayImages("", count, paths=tuple(paths), lengths=tuple(shape[0] for shape in shapes))
     rows = range(count)
     batches = (plain.read(rows[start : start + HASHED_AT_ONCE]) for start in range(0, count, HASHED_AT_ONCE))
     digest = _digest(chain([str(kinds[0]).encode()], (batch.numpy().tobytes() for batch in batches)), geometry)
     return replace(plain, id=digest, geometry=geometry, small=small)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayImages(ImageSource):
     """Array files one after the other; only their names and lengths are held."""
 
-    id: str
-    count: int
-    geometry: Geometry
-    small: int
     paths: tuple[Path, ...]
     lengths: tuple[int, ...]
 

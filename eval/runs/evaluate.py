@@ -130,10 +130,8 @@ def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:
     captions = _save_grid(cfg, generator, out.with_name("grid.png"))
     files = save_influence(out.with_name("influence.safetensors"), protocol.distance, found)
     seconds = round(time.monotonic() - started, 1)
-    return {
-        "kind": "metrics", "run": name, "protocol": protocol.names, **captions, "snapshots": listed,
-        "eval_commit": commit(), "eval_seconds": seconds, "files": files,
-    }  # fmt: skip
+    made = {"eval_commit": commit(), "eval_seconds": seconds, "files": files}
+    return {"kind": "metrics", "run": name, "protocol": protocol.names, **captions, "snapshots": listed, **made}
 
 
 def evaluate_run(run: RunId, cfg: RunConfig, device: torch.device, out: Path) -> None:

@@ -166,7 +166,7 @@ class Protocol:
             def images(rows: list[int], first: int = first) -> Tensor:
                 return quantise(generate([first + row for row in rows]), spec.rounding)
 
-            yield first, Sampled(digest_of({**about, "first": first}), spec.images, images)
+            yield first, Sampled(digest_of({**about, "first": first}), spec.images, sample=images)
 
     def _numbers(self, source: Sampled, first: int, scratch: Path) -> dict[str, Estimate]:
         """The metrics of one draw by number."""

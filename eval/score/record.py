@@ -116,12 +116,17 @@ def _columns(document: dict[str, Any]) -> dict[str, Any]:
     detector, reference = document["detector"] or {}, document["reference"] or {}
     clip, diversity = document.get("clip-score", {}), document.get("lpips-diversity", {})
     return {
-        "protocol": document.get("protocol", {}).get("title"), "detector": detector.get("name"),
-        "weights": detector.get("weights"), "reference": reference.get("id"), "geometry": document["geometry"],
-        "labels": document["labels"], "samples": document["samples"], "interval": document["interval"],
-        "clip": clip.get("weights"), "prompts": clip.get("prompts_sha256"), "per_prompt": diversity.get("per_prompt"),
-        "seconds": sum(document["seconds"].values()), **document["versions"],
-    }  # fmt: skip
+        "protocol": document.get("protocol", {}).get("title"),
+        "detector": detector.get("name"),
+        "weights": detector.get("weights"),
+        "reference": reference.get("id"),
+        **{name: document[name] for name in ("geometry", "labels", "samples", "interval")},
+        "clip": clip.get("weights"),
+        "prompts": clip.get("prompts_sha256"),
+        "per_prompt": diversity.get("per_prompt"),
+        "seconds": sum(document["seconds"].values()),
+        **document["versions"],
+    }
 
 
 def _header(document: dict[str, Any]) -> list[str]:

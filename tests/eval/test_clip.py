@@ -123,7 +123,7 @@ def test_cosines_do_not_depend_on_the_batch(score) -> None:
 def test_texts_are_embedded_in_batches_and_a_repeated_one_once(score, monkeypatch) -> None:
     seen, encode = [], score.model.encode_text
     monkeypatch.setattr(score.model, "encode_text", lambda x: (seen.append(len(x)), encode(x))[1], raising=False)
-    monkeypatch.setattr(ClipScore, "TEXTS", 2)
+    monkeypatch.setattr(ClipScore, "TEXTS_AT_ONCE", 2)
     captions = ["a cat", "a dog", "a cat", "a house", "a cat"]
     rows = score.texts(captions)
     assert seen == [2, 1] and torch.equal(rows[0], rows[2]) and torch.equal(rows[0], rows[4])

@@ -63,7 +63,7 @@ def features_of(*batches: torch.Tensor, detector: Observer | None = None) -> Fea
     return FeatureSet({"features": values, "logits": logits, "pixels": pixels}, about, features.account(found))
 
 
-IMAGES = Sampled("images", COUNT, draw)
+IMAGES = Sampled("images", COUNT, sample=draw)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_two_processes_that_fill_the_same_shard_leave_a_whole_one(tmp_path, monk
         def __call__(self, images):
             return tuple(x + 1e-6 * (x.abs() + 1) for x in super().__call__(images))
 
-    source, original = Sampled("images", 50, draw), features.listing
+    source, original = Sampled("images", 50, sample=draw), features.listing
     other = threading.Thread(target=lambda: extract(source, Rounded(), tmp_path))
 
     def listing(paths, folder):
@@ -196,8 +196,8 @@ def test_cache_is_reused_for_the_same_content_and_detector_only(tmp_path) -> Non
     again = Quadrants()
     assert extract(IMAGES, again, tmp_path, batch=13) == first and not again.seen
     for source, detector in (
-        (Sampled("other images", COUNT, draw), Quadrants()),
-        (Sampled("images", COUNT - 1, draw), Quadrants()),
+        (Sampled("other images", COUNT, sample=draw), Quadrants()),
+        (Sampled("images", COUNT - 1, sample=draw), Quadrants()),
         (IMAGES, Quadrants("1" * 64)),
     ):
         assert extract(source, detector, tmp_path, [range(0, 30)]) != first
@@ -225,7 +225,7 @@ def test_shard_shorter_than_its_name_is_refused(tmp_path) -> None:
 
 def test_generator_that_returns_too_few_images_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="samples 0 to 49 gave 49 images"):
-        extract(Sampled("short", 50, lambda seeds: draw(seeds[1:])), Quadrants(), tmp_path)
+        extract(Sampled("short", 50, sample=lambda seeds: draw(seeds[1:])), Quadrants(), tmp_path)
 
 
 def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
@@ -241,7 +241,7 @@ def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
 
 def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path) -> None:
     assert whole(tmp_path).duplicates == 0
-    folder = extract(Sampled("twice", 300, lambda seeds: draw([s % 150 for s in seeds])), Quadrants(), tmp_path)
+    folder = extract(Sampled("twice", 300, sample=lambda seeds: draw([s % 150 for s in seeds])), Quadrants(), tmp_path)
     assert join(folder, 300).duplicates == 150
     grey = draw([1])[:, :1]
     assert features_of(grey, grey.expand(-1, 3, -1, -1), draw([2])).duplicates == 1
@@ -249,8 +249,6 @@ def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path
 
 class Unreadable(ImageSource):
     """A source whose tenth image cannot be read."""
-
-    id, count, small, geometry = "unreadable", 20, 0, features.NONE
 
     def read(self, indices: range) -> torch.Tensor:
         if 10 in indices:
@@ -260,7 +258,7 @@ class Unreadable(ImageSource):
 
 def test_error_in_a_worker_arrives_as_its_sentence(tmp_path) -> None:
     with pytest.raises(UserError) as error:
-        extract(Unreadable(), Quadrants(), tmp_path, batch=5, workers=2)
+        extract(Unreadable("unreadable", 20), Quadrants(), tmp_path, batch=5, workers=2)
     assert str(error.value) == "image 10 is truncated"
 
 

@@ -83,7 +83,7 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
         others = {"clip": (tower, NONE), "patch": (main, Geometry("square-crop+lanczos-32"))}
         observers = Observers(main, NONE, others, ["saturation", "sharpness"])
         images = noise(COUNT, 32).to(where)
-        source = Sampled(where.type, COUNT, lambda seeds, images=images: images[torch.tensor(seeds)])
+        source = Sampled(where.type, COUNT, sample=lambda seeds, images=images: images[torch.tensor(seeds)])
         made[where.type] = join(extract(source, observers, weights / "cache", batch=32), COUNT)
     mine, wanted = made[device.type].found, made["cpu"].found
     assert np.array_equal(mine.pop("pixels"), wanted["pixels"]) and {"clip", "patch", "sharpness"} <= mine.keys()
