@@ -15,9 +15,7 @@ from scipy.linalg import cholesky, eigh
 
 from dmd2.core.errors import UserError
 from eval.metrics.estimate import Estimate, Features, blocks, linear, matrix
-from eval.metrics.stats import ROWS_AT_ONCE, FeatureStats, frechet_distance, ones_initialised
-
-EPS = float(np.finfo(np.float64).eps)
+from eval.metrics.stats import EPS, ROWS_AT_ONCE, FeatureStats, frechet_distance, ones_initialised, settled
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Reference:
         roots = np.sqrt(values.clip(0))
         error = np.minimum(delta / (2 * roots.clip(EPS * max(roots[-1], 1e-300))), np.sqrt(delta)).sum()
         if self._factor.shape[1] < len(stats.mean) or error > 1e-9 * traces:
-            return settled(frechet_distance(stats, self.stats), 0.0, traces)
+            return frechet_distance(stats, self.stats)
         return settled(float(((stats.mean - self.stats.mean) ** 2).sum()), traces - 2 * float(roots.sum()), traces)
 
     def estimate(self, features: Features, strata: Features | None = None) -> Estimate:
@@ -169,15 +167,3 @@ def from_ones(features: Features, reference: Reference, processes: int) -> Estim
     """
     stats = ones_initialised(FeatureStats.of(features), processes)
     return Estimate(reference.distance(stats), None, len(features))
-
-
-def settled(means: float, covariances: float, traces: float) -> float:
-    """Sum of the two terms of the distance; a covariance term within rounding of zero is zero.
-
-    Raises:
-        UserError: clearly negative, which no two covariances can be.
-    """
-    distance = means + (0.0 if abs(covariances) <= 64 * EPS * traces else covariances)
-    if not distance > -1e-6 * traces - 1e-300:
-        raise UserError(f"the Frechet distance came out as {distance:.3g}: a covariance is not positive semi-definite")
-    return max(distance, 0.0)

@@ -16,6 +16,7 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.data.sets import load_shard, save_shard
 from eval.metrics.estimate import Features, blocks
 
+EPS = float(np.finfo(np.float64).eps)
 ROWS_AT_ONCE = 4096  # of features, in float64
 
 
@@ -66,21 +67,30 @@ def ones_initialised(stats: FeatureStats, processes: int = 1) -> FeatureStats:
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
-    """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``.
+    """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`` of features of equal dimensions.
 
     With ``S = A A^T`` by a symmetric eigendecomposition the last trace is the nuclear norm of ``A^T B``: real by
     construction, exact for rank-deficient covariances, no `sqrtm`.
 
     Raises:
-        UserError: the features have different dimensions, or either side has fewer than two samples.
+        UserError: either side has fewer than two samples, or a covariance is none.
     """
-    if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared: other detectors?")
     cov_a, cov_b = a.covariance, b.covariance
     cross = np.linalg.svd(_root(a).T @ _root(b), compute_uv=False).sum()
-    traces = np.trace(cov_a) + np.trace(cov_b)
-    distance = float(((a.mean - b.mean) ** 2).sum() + traces - 2 * cross)
-    return max(distance, 0.0) if distance > -1e-6 * traces else distance
+    traces = float(np.trace(cov_a) + np.trace(cov_b))
+    return settled(float(((a.mean - b.mean) ** 2).sum() + traces - 2 * cross), 0.0, traces)
+
+
+def settled(means: float, covariances: float, traces: float) -> float:
+    """Sum of the two terms of the distance; a covariance term within rounding of zero is zero.
+
+    Raises:
+        UserError: clearly negative, which no two covariances can be.
+    """
+    distance = means + (0.0 if abs(covariances) <= 64 * EPS * traces else covariances)
+    if not distance > -1e-6 * traces - 1e-300:
+        raise UserError(f"the Frechet distance came out as {distance:.3g}: a covariance is not positive semi-definite")
+    return max(distance, 0.0)
 
 
 def _root(stats: FeatureStats) -> np.ndarray:
@@ -88,7 +98,7 @@ def _root(stats: FeatureStats) -> np.ndarray:
     values, vectors = np.linalg.eigh(stats.covariance)
     d = len(values)
     # Fewer images than dimensions: the eigenvalues that must be 0 come out near eps, and their roots near 1e-8
-    noise = d * np.finfo(np.float64).eps * values[-1] if stats.count <= d else 0.0
+    noise = d * EPS * values[-1] if stats.count <= d else 0.0
     return vectors * np.sqrt(np.where(values > noise, values, 0.0))
 
 

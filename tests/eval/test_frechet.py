@@ -10,13 +10,25 @@ from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
 from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import Reference, between_samples
-from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
-from tests.eval.test_stats import commuting
-from tests.eval.test_stats import moments as stats
+from eval.metrics.stats import FeatureStats, frechet_distance, load_stats, ones_initialised, save_stats
 
 RNG = np.random.default_rng(0)
+
+
+def stats(mean: np.ndarray, covariance: np.ndarray, count: int = 100) -> FeatureStats:
+    return FeatureStats(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
+
+
+def commuting(d: int, power: float) -> tuple[FeatureStats, FeatureStats, float]:
+    """Two covariances with common eigenvectors and spectra like k^-power, and their distance in closed form."""
+    rng = np.random.default_rng(d)
+    q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    s, r = np.arange(1, d + 1.0) ** -power, rng.uniform(0.5, 2, d) * np.arange(1, d + 1.0) ** -power
+    a, b = stats(np.zeros(d), q * s @ q.T, 10_000), stats(np.zeros(d), q * r @ q.T, 10_000)
+    return a, b, float(((np.sqrt(s) - np.sqrt(r)) ** 2).sum())
 
 
 def sample(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -209,3 +221,27 @@ def test_quirk_of_the_official_evaluator_is_an_accumulator_started_at_ones(proce
     official = stats(x.mean(0), (second - 300 * np.outer(x.mean(0), x.mean(0))) / 299)
     quirky = reference.distance(ones_initialised(FeatureStats.of(x), processes))
     assert quirky == pytest.approx(reference.distance(official), abs=1e-10)
+
+
+@pytest.mark.parametrize("pieces", [2, 7, 64])
+def test_merging_pieces_in_any_order_gives_the_moments_of_the_whole(pieces: int) -> None:
+    x = 30 + RNG.standard_normal((1000, 16))
+    parts = [FeatureStats.of(part) for part in np.array_split(x, pieces)]
+    for order in (parts, parts[::-1]):
+        merged = order[0]
+        for part in order[1:]:
+            merged = merged.merge(part)
+        whole = FeatureStats.of(x)
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
+        np.testing.assert_allclose(merged.covariance, np.cov(x.T), atol=1e-12)
+
+
+def test_saved_moments_come_back_and_damage_is_named(tmp_path) -> None:
+    stats = FeatureStats.of(RNG.standard_normal((10, 3)))
+    save_stats(stats, tmp_path / "manifest.json", {"detector": "d"})
+    loaded = load_stats(tmp_path / "manifest.json")
+    assert loaded.count == 10 and np.array_equal(loaded.scatter, stats.scatter)
+    path = tmp_path / read_json(tmp_path / "manifest.json")["files"][0]["path"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated"):
+        load_stats(tmp_path / "manifest.json")

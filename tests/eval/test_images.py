@@ -1,7 +1,6 @@
 """Equal pixels from every kind of source give equal batches; everything else is refused in one sentence."""
 
 import io
-import multiprocessing
 import pickle
 import struct
 import zipfile
@@ -18,7 +17,7 @@ from torch import Tensor
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, write_json
 from dmd2.data.sets import save_shard
-from eval.pixels.images import ImageSource, open_images, pixel_digest
+from eval.pixels.images import open_images
 from eval.pixels.resize import Geometry
 
 COUNT = 7
@@ -140,25 +139,6 @@ def test_a_palette_becomes_rgb_and_grey_meets_rgb_replicated(tmp_path: Path) -> 
     assert source.batch(range(1, 2)).shape == (1, 1, 4, 4)
 
 
-def duplicates(source: ImageSource) -> int:
-    return len(source) - len(set(map(pixel_digest, source.batch(range(len(source))))))
-
-
-def test_exact_duplicates_are_counted(tmp_path: Path) -> None:
-    images = pixels()
-    assert duplicates(open_images(write("npy", tmp_path, images))) == 0
-    images[3], images[6] = images[0], images[0]
-    for kind in ("folder", "npz", "manifest"):
-        assert duplicates(open_images(write(kind, tmp_path, images))) == 2
-
-
-def test_a_grey_image_duplicates_its_rgb_replica(tmp_path: Path) -> None:
-    Image.new("L", (4, 4), 5).save(tmp_path / "a.png")
-    Image.new("RGB", (4, 4), (5, 5, 5)).save(tmp_path / "b.png")
-    source = open_images(tmp_path)
-    assert len({pixel_digest(source.batch(range(i, i + 1))[0]) for i in (0, 1)}) == 1
-
-
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz", "npy", "manifest"])
 def test_a_source_survives_pickling_and_is_light(kind: str, tmp_path: Path) -> None:
     source = open_images(write(kind, tmp_path, pixels(count=40)))
@@ -166,17 +146,6 @@ def test_a_source_survives_pickling_and_is_light(kind: str, tmp_path: Path) -> N
     data = pickle.dumps(source)
     assert len(data) < 2000
     assert torch.equal(pickle.loads(data).batch(range(40)), source.batch(range(40)))
-
-
-def in_workers(source: ImageSource, method: str) -> Tensor:
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        return torch.cat(pool.map(source.batch, [range(0, 3), range(3, COUNT)], chunksize=1))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_read_the_same_images(method: str, tmp_path: Path) -> None:
-    source = open_images(write("zip", tmp_path, pixels()), SMALLER)
-    assert torch.equal(in_workers(source, method), source.batch(range(COUNT)))
 
 
 @pytest.mark.parametrize("indices", [range(0), range(5, 8), range(-1, 2), range(3, 0, -1)])

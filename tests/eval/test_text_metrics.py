@@ -13,7 +13,6 @@ from dmd2.core.errors import UserError
 from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.checks.measurement import metric_problems
-from eval.detectors import features
 from eval.detectors.alignment import Alignment
 from eval.detectors.small_clip import SmallClip
 from eval.metrics.appearance import brightness, saturation, sharpness
@@ -89,18 +88,6 @@ def test_further_metrics_leave_the_distance_as_it_is_bit_for_bit(tmp_path) -> No
     assert np.array_equal(alone["fd"].influence, beside["fd"].influence) and set(alone) == {"fd", "brightness"}
     for name in ("fd", "brightness"):
         assert alone[name] == beside[name]
-
-
-def test_jobs_that_share_the_features_fill_all_of_them(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(features, "ROWS", 100)
-    alone = protocol(Quadrants()).measure(Sampler(), {}, tmp_path / "one")
-    for part in (1, 0):
-        protocol(Quadrants(), shards=2).fill(Sampler(), {}, tmp_path / "two", part)
-    joining = Sampler()
-    joined = protocol(Quadrants(), shards=2).measure(joining, {}, tmp_path / "two")
-    assert joining.drawn == 0 and joined == alone
-    for name in ("fd", "patch_fd", "clip_score"):
-        assert np.array_equal(joined[name].influence, alone[name].influence)
 
 
 def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
