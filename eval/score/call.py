@@ -102,7 +102,7 @@ class Call:
         detector = self.engine.detector if self.options.features else None
         return detector if isinstance(detector, ClipImages) and detector.folder.resolve() == folder.resolve() else None
 
-    def _open(self, path: Path) -> dict[str, ImageSource]:
+    def open(self, path: Path) -> dict[str, ImageSource]:
         """A set as each network sees it, by `Metric.sees`."""
         first, images, found = self.options.first, self.options.images, dict[str, ImageSource]()
         if self.options.features:
@@ -118,7 +118,7 @@ class Call:
         Raises:
             UserError: no such share, or no metric has features.
         """
-        process, sources, todo = share_of(share), self._open(generated), []
+        process, sources, todo = share_of(share), self.open(generated), []
         if self.options.features:
             todo.append((self.engine, sources["detector"]))
             reference = self.options.reference
@@ -145,16 +145,13 @@ class Call:
             found.rows("--reference-sampled")  # refused now and not after hours of features
         return found
 
-    def arms(self, paths: list[Path]) -> list[Arm]:
-        """Features and values of sets; all are opened first, so that what is wrong with them is said at once."""
-        arms = []
-        for path, sources in [(path, self._open(path)) for path in paths]:
-            features = self.engine.features(sources["detector"]) if self.options.features else None
-            scored = {name: network.scored(sources[METRICS[name].sees]) for name, network in self.prompted.items()}
-            values = {name: found for name, (found, _) in scored.items()}
-            repeats = features.duplicates if features else next(iter(scored.values()))[1]
-            arms.append(Arm(path, identity(next(iter(sources.values()))), repeats, features, values))
-        return arms
+    def arm(self, path: Path, sources: dict[str, ImageSource]) -> Arm:
+        """Features and values of a set that `open` opened."""
+        features = self.engine.features(sources["detector"]) if self.options.features else None
+        scored = {name: network.scored(sources[METRICS[name].sees]) for name, network in self.prompted.items()}
+        values = {name: found for name, (found, _) in scored.items()}
+        repeats = features.duplicates if features else next(iter(scored.values()))[1]
+        return Arm(path, identity(next(iter(sources.values()))), repeats, features, values)
 
     def results(self, arm: Arm, reference: Reference | None) -> dict[str, Estimate]:
         """All metrics of a set by the names of their rows; image i is of class ``i mod classes``.

@@ -173,10 +173,11 @@ def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **opt
 def _measured(call: Call, sets: dict[str, Path], allow_duplicates: bool, margin: float | None = None) -> dict[str, Any]:
     """Rows of one set, or of two and of their difference, and everything these depend on."""
     seconds: dict[str, float] = {}
+    opened = [(path, call.open(path)) for path in sets.values()]  # what is wrong with one is said before any feature
     with _timed(seconds, "reference"):
         reference = call.reference()
     with _timed(seconds, "features"):
-        arms = call.arms([*sets.values()])
+        arms = [call.arm(path, sources) for path, sources in opened]
     for arm in arms if not allow_duplicates else []:
         arm.refuse_duplicates()
     with _timed(seconds, "metrics"):

@@ -13,7 +13,7 @@ import torch
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
-from dmd2.core.rng import sample_labels, sample_noise
+from dmd2.core.rng import sample_noise
 from eval.detectors import features
 from eval.detectors.features import (
     FeatureSet,
@@ -125,19 +125,6 @@ def test_moments_in_pieces_keep_their_digits_at_a_large_offset(tmp_path) -> None
 def test_shards_of_all_processes_are_all_indices_once(count, processes) -> None:
     rows = [index for process in range(processes) for block in shards_of(count, process, processes) for index in block]
     assert sorted(rows) == list(range(count))
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_labels_by_global_index_are_balanced_for_any_number_of_processes(processes, monkeypatch) -> None:
-    monkeypatch.setattr(features, "ROWS", 1000)
-    blocks = [block for process in range(processes) for block in shards_of(50_000, process, processes)]
-    labels = torch.cat([sample_labels(list(block), 1000, "cyclic") for block in blocks])
-    assert torch.bincount(labels, minlength=1000).tolist() == [50] * 1000
-
-
-def test_process_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match="no shard 3/3"):
-        shards_of(10, 3, 3)
 
 
 def killed_in_shard_three(cache: Path) -> None:
@@ -283,7 +270,3 @@ def test_folder_says_what_it_holds(tmp_path) -> None:
     assert about["source"] == {"id": "images", "images": COUNT, "geometry": "none", "small": 0}
     assert about["detector"]["weights"] == "0" * 64
     assert json.loads((folder / "features-000000-000010.json").read_text())["batch"] == 64
-
-
-def test_shards_are_fixed_ranges_of_rows() -> None:
-    assert shards_of(250) == [range(0, 100), range(100, 200), range(200, 250)]

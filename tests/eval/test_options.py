@@ -81,21 +81,6 @@ def test_metrics_of_a_protocol_that_cannot_be_paired_are_refused(monkeypatch) ->
         Options.of(PAIRED, "p", None)
 
 
-@pytest.mark.parametrize(
-    ("metrics", "given", "sentence"),
-    [
-        ("fd", {"reference": Path("r")}, "fd: --detector is missing"),
-        ("is,accuracy", {}, "is, accuracy: --detector is missing"),
-        ("is,kid", {"detector": "x"}, "^kid: REFERENCE is missing"),
-        ("clip-score", {}, "clip-score: --prompts is missing"),
-        ("lpips-diversity", {}, "lpips-diversity: --per-prompt K is missing"),
-    ],
-)
-def test_what_lacks_is_one_sentence(metrics, given, sentence) -> None:
-    with pytest.raises(UserError, match=sentence):
-        Options.of(METRICS, None, metrics, **given).check()
-
-
 def test_what_no_metric_uses_is_said() -> None:
     given = {
         "reference": Path("r"), "prompts": Path("p.txt"), "clip": Path("clip"), "per_prompt": 4, "detector": "x",

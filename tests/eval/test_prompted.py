@@ -1,14 +1,12 @@
 """CLIP score and LPIPS diversity from the command line: values by hand, pairs, the cache, protocols, refusals."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import eval.score.command as command
 from dmd2.core.files import sha256
@@ -24,6 +22,7 @@ from eval.score import options as options_module
 from eval.score import prompted
 from eval.score.call import Call
 from eval.score.options import Options
+from tests.eval.test_cli import call, document, refusal
 from tests.eval.test_clip import cosines as clip_cosines
 from tests.eval.test_clip import write_model
 from tests.eval.test_features import Quadrants, draw
@@ -63,12 +62,6 @@ def run(tmp_path, monkeypatch, weights):
         save_file({"images": draw(list(seeds))}, f"{name}.safetensors")
     Path("prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
 
-    def call(line: str, code: int = 0):
-        result = CliRunner().invoke(command.app, line.split())
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert result.exit_code == code, result.output
-        return result
-
     return call
 
 
@@ -78,10 +71,6 @@ LPIPS = "--metrics lpips-diversity --per-prompt 2 --weights weights --geometry s
 
 def images(name: str) -> torch.Tensor:
     return load_file(f"{name}.safetensors")["images"]
-
-
-def document() -> dict:
-    return json.loads(Path("out.json").read_text())
 
 
 def same(row: dict, expected: Estimate) -> bool:
@@ -253,7 +242,8 @@ def test_scores_of_logits_need_no_reference(run) -> None:
     ("line", "message"),
     [
         ("score a.safetensors", "fd: --detector is missing"),
-        ("score a.safetensors --detector quadrants", "fd: REFERENCE is missing"),
+        ("score a.safetensors --metrics is,accuracy", "is, accuracy: --detector is missing"),
+        ("score a.safetensors --detector quadrants --metrics is,kid", "error: kid: REFERENCE is missing"),
         ("paired a.safetensors b.safetensors --detector quadrants", "fd: REFERENCE is missing"),
         ("stats a.safetensors out/manifest.json", "--detector is missing"),
         ("score a.safetensors --metrics clip-score", "--prompts is missing"),
@@ -277,8 +267,7 @@ def test_scores_of_logits_need_no_reference(run) -> None:
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(run, line, message) -> None:
-    error = [text for text in run(line, 1).output.splitlines() if text.startswith("error: ")]
-    assert len(error) == 1 and message in error[0], error
+    assert message in refusal(line)
 
 
 def test_weights_of_lpips_that_are_not_the_listed_ones_are_refused(run, monkeypatch) -> None:
