@@ -5,9 +5,8 @@ import runpy
 import shutil
 import sys
 from contextlib import AbstractContextManager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -135,19 +134,12 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
         model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")
 
 
-class Select(StrEnum):
-    """Which snapshot of a run, without naming its step."""
-
-    last = "last"
-    best = "best"
-
-
 def main(
     run: Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
     step: Annotated[int | None, typer.Option(help="snapshot of this step")] = None,
     select: Annotated[
-        Select | None, typer.Option(help="last (default), or best by the first metric of eval.metrics")
+        Literal["last", "best"] | None, typer.Option(help="last (default), or best by the first metric of eval.metrics")
     ] = None,
     teacher_licence: Annotated[str | None, typer.Option(help="identifier or name, for the card")] = None,
     force: Annotated[bool, typer.Option(help="replace an earlier export")] = False,

@@ -38,13 +38,12 @@ def columns(table: TableRecord) -> list[Column]:
     rows: list[RowRecord] = table["rows"]
     gpu = any(cost["gpu_hours"] for row in rows for cost in row["cost"].values())
     hours = "gpu_hours" if gpu else "cpu_hours"
-    gap_to = "the paper" if to_paper(table) else f"`{table['reference_row'] or 'none'}`"
     return [
         Column("run", "run", [f"`{row['run']}`" for row in rows]),
         *(Column(name, "tick", ["✓" * row["ticks"].get(name, False) for row in rows]) for name in table["columns"]),
         Column(label(first), first, [mean_sd(row["values"][first].values()) for row in rows]),
         Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", [_paper(row, first) for row in rows]),
-        Column(f"gap to {gap_to}", "text", [gap(table, row) for row in rows]),
+        _gaps(table),
         *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
         Column("student updates", "text", [_updates(row) for row in rows]),
         Column("training time", "text", [_training_time(row) for row in rows]),
@@ -82,24 +81,21 @@ def _decimals(paper: float) -> int:
     return 2 if abs(paper) >= 1 else 3
 
 
-def to_paper(table: TableRecord) -> bool:
-    """Whether the column of gaps is to the paper, which has numbers of the first metric itself."""
-    return any(row["paper"].get(table["metrics"][0]) is not None for row in table["rows"])
-
-
-def gap(table: TableRecord, row: RowRecord) -> str:
-    """Difference to the paper's number where the metric is the paper's own, else both ratios to the reference row."""
-    metric = table["metrics"][0]
-    value = _mean(row, metric)
-    if to_paper(table):
-        own = row["paper"].get(metric)
-        return NONE if own is None else f"{value - own:+.{_decimals(own)}f}"
-    reference = next((r for r in table["rows"] if r["run"] == table["reference_row"]), None)
-    if reference is None:
-        return NONE
-    paper, base = paper_value(row, metric), paper_value(reference, metric)
-    ratio = f" (paper ×{paper / base:.2f})" if paper is not None and base else ""
-    return f"×{value / _mean(reference, metric):.2f}{ratio}"
+def _gaps(table: TableRecord) -> Column:
+    """Differences to the paper's numbers where the metric is the paper's own, else both ratios to the reference row."""
+    metric, rows, reference = table["metrics"][0], table["rows"], table["reference_row"]
+    means = [float(np.mean([*row["values"][metric].values()])) for row in rows]
+    own = [row["paper"].get(metric) for row in rows]
+    if any(paper is not None for paper in own):
+        gaps = [NONE if p is None else f"{mean - p:+.{_decimals(p)}f}" for mean, p in zip(means, own, strict=True)]
+        return Column("gap to the paper", "text", gaps)
+    runs, texts = [row["run"] for row in rows], [NONE for _ in rows]
+    if reference in runs:
+        at, papers = runs.index(reference), [paper_value(row, metric) for row in rows]
+        base = papers[at]
+        theirs = [f" (paper ×{p / base:.2f})" if p is not None and base else "" for p in papers]
+        texts = [f"×{mean / means[at]:.2f}{paper}" for mean, paper in zip(means, theirs, strict=True)]
+    return Column(f"gap to `{reference or 'none'}`", "text", texts)
 
 
 def other(row: RowRecord, metric: str) -> str:
@@ -108,10 +104,6 @@ def other(row: RowRecord, metric: str) -> str:
         return NONE
     paper = paper_value(row, metric)
     return mean_sd(row["values"][metric].values()) + ("" if paper is None else f" (paper {paper:g})")
-
-
-def _mean(row: RowRecord, metric: str) -> float:
-    return float(np.mean([*row["values"][metric].values()]))
 
 
 def _updates(row: RowRecord) -> str:
