@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import eval.catalogue.read
 from dmd2.core.errors import UserError
-from dmd2.core.files import read_json, sha256
+from dmd2.core.files import read_json, sha256, write_text
 from dmd2.experiment.metrics import OF_RUNS, measured
 from eval.catalogue.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.catalogue.read import catalogue, training_logs
@@ -169,6 +169,15 @@ def test_the_command_writes_what_it_is_asked_for(place: Path, tmp_path: Path) ->
         assert_frame_equal(pd.read_parquet("a/l.parquet"), training_logs(tmp_path / "w"))
         assert pd.read_csv("a/c.csv").fd.tolist() == catalogue("w").fd.tolist()
         assert sorted(path.name for path in Path("a").iterdir()) == ["c.csv", "c.parquet", "l.parquet"]
+
+
+def test_a_file_is_replaced_as_a_whole_and_never_written_into(place: Path) -> None:
+    out = Path("c.parquet")
+    write_text(out, "earlier")
+    with open(out, encoding="utf-8") as reader:
+        write_parquet(catalogue(), out, describe(catalogue().columns))
+        assert reader.read() == "earlier"
+    assert len(pd.read_parquet(out)) == 13 and [p.name for p in Path().iterdir() if p.is_file()] == ["c.parquet"]
 
 
 def test_schema_explains_everything_without_a_workspace(tmp_path: Path) -> None:
