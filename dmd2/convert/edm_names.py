@@ -257,9 +257,8 @@ def _names(network: EdmAble, where: Path) -> dict[str, str]:
 def _blocks(sizes: list[str], layers: int, places: dict[str, str]) -> Iterator[tuple[str, str]]:
     """EDM's name and ours of every residual block."""
     yield from ((f"dec.{sizes[-1]}_in{i}", places["middle"].format(i=i)) for i in (0, 1))
-    for edm, order, resampling, count, in_level in (
-        ("enc", sizes, "down", layers, "encoder"), ("dec", sizes[::-1], "up", layers + 1, "decoder")
-    ):  # fmt: skip
+    halves = {"enc": (sizes, "encoder", "down", layers), "dec": (sizes[::-1], "decoder", "up", layers + 1)}
+    for edm, (order, in_level, resampling, count) in halves.items():
         for level, r in enumerate(order):
             if level:
                 yield f"{edm}.{r}_{resampling}", places[resampling].format(level=level, above=level - 1)

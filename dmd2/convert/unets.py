@@ -181,9 +181,8 @@ def _torch_file(source: Path) -> dict[str, Any]:
     except Exception as error:  # the reader's own exceptions are of many types
         if name := foreign(error):
             raise UserError(f"{source} would run {name}: refused; a state dict holds only tensors") from None
-        detail = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source} is truncated or no plain state dict ({detail.strip()[:200]}): download it again"
-                        ) from None  # fmt: skip
+        detail = (str(error) or type(error).__name__).splitlines()[0].strip()[:200]
+        raise UserError(f"{source} is truncated or no plain state dict ({detail}): download it again") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{source} holds a {type(state).__name__} and no state dict with names")
     return dict(state)

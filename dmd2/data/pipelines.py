@@ -98,10 +98,8 @@ class Pipeline:
         """
         states, pooled = [], None
         for tokenizer, model in self._text:
-            tokens = tokenizer(
-                prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+            length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            tokens = tokenizer(prompts, return_tensors="pt", **length).to(self.device)
             if type(model).__name__ == "BertModel":
                 mask = tokens.attention_mask
                 states.append(model(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None])

@@ -6,6 +6,7 @@ Jobs encode contiguous parts of the source side by side; `join_parts` lists the 
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,12 +50,13 @@ def prepare_labelled(data: Data, folder: Path) -> Path:
         print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
     if not shards.count:
         raise UserError(f"data {data.name}: {data.source.path} holds no images")
-    files = listing(shards.finish(), folder)
-    write_json(manifest, {
-        "kind": "real", "name": data.name, "count": shards.count, "shape": list(data.shape), "classes": data.classes,
-        "class_counts": counts.tolist(), "source": data.source.settings(), "files": files,
-    })  # fmt: skip
+    _write_real(manifest, data, shards.count, listing(shards.finish(), folder), class_counts=counts.tolist())
     return manifest
+
+
+def _write_real(manifest: Path, data: Data, count: int, files: list[dict[str, Any]], **more: Any) -> None:
+    record = {"kind": "real", "name": data.name, "count": count, "shape": list(data.shape), "classes": data.classes}
+    write_json(manifest, {**record, **more, "source": data.source.settings(), "files": files})
 
 
 def text_rows(pipeline: Pipeline, prompts: list[str], pixels: int) -> Rows:
@@ -107,14 +109,11 @@ def _write_manifest(out: Path, record: dict[str, str], shards: ShardWriter, capt
 
 def join_parts(data: Data, parts: list[Path], out: Path) -> None:
     """One manifest over all parts, after verifying each file."""
-    entries = [entry for part in parts for entry in read_json(part)["files"]]
-    for entry in entries:
+    records = [read_json(part) for part in parts]
+    files = [entry for record in records for entry in record["files"]]
+    for entry in files:
         verified(out.parent, entry)
-    write_json(out, {
-        "kind": "real", "name": data.name, "count": sum(read_json(part)["count"] for part in parts),
-        "shape": list(data.shape), "classes": 0, "source": data.source.settings(), "latents": data.latents,
-        "files": entries,
-    })  # fmt: skip
+    _write_real(out, data, sum(record["count"] for record in records), files, latents=data.latents)
 
 
 def encode_prompts(data: Data, manifest: Path, source: Path, out: Path, device: torch.device) -> None:

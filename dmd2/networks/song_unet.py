@@ -187,10 +187,8 @@ class SongUNet(ModelMixin, ConfigMixin):
         positional = embedding_type == "positional"
         self.time_proj = Timesteps(noise_channels, False, 1) if positional else Fourier(noise_channels // 2)
         self.class_embedding = nn.Linear(num_class_embeds, noise_channels) if num_class_embeds else None
-        self.embedding = nn.Sequential(
-            nn.Linear(noise_channels, embedding_channels), nn.SiLU(),
-            nn.Linear(embedding_channels, embedding_channels), nn.SiLU(),
-        )  # fmt: skip
+        first, second = (nn.Linear(width, embedding_channels) for width in (noise_channels, embedding_channels))
+        self.embedding = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
         common = (embedding_channels, tuple(resample_filter))
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
         self.encoder: Any = nn.ModuleList()  # of Level
