@@ -41,7 +41,7 @@ AUGMENTATION = "map_augment.weight"  # of no effect without augmentation labels,
 
 
 def infer(state: State, where: Path) -> dict[str, Any]:
-    """The config of our network, with its ``_class_name``, read off names and shapes of EDM's.
+    """Config of our network, with its ``_class_name``, inferred from the names and shapes of EDM's tensors.
 
     Raises:
         UserError: these are not the tensors of such a network, or `UNet2DModel` cannot express it.
@@ -184,8 +184,10 @@ def _edm_state(own: State, network: EdmAble, where: Path) -> State:
 
 
 def _split(ours: str, tensor: Tensor) -> State:
-    """A tensor of ADM as diffusers has it: classes are rows, attention is of matrices, not of 1x1 convolutions, and
-    query, key and value of a channel, whose rows lie beside each other in ADM, are three tensors.
+    """A tensor of ADM in the layout of `UNet2DModel`.
+
+    Class embeddings are rows; attention has matrices instead of 1x1 convolutions; query, key and value, whose rows
+    alternate in ADM, are three tensors.
     """
     if ours == "class_embedding.weight":
         return {ours: tensor.T}
@@ -195,7 +197,7 @@ def _split(ours: str, tensor: Tensor) -> State:
 
 
 def _joined(ours: str, own: State) -> Tensor:
-    """The opposite of `_split`."""
+    """A tensor of `UNet2DModel` in the layout of ADM: the inverse of `_split`."""
     parts = [own[name] for name in _parts(ours)]
     if ours == "class_embedding.weight":
         return parts[0].T

@@ -1,8 +1,8 @@
 """The network in a pickle of NVlabs' EDM: its settings, and its tensors under EDM's names.
 
 Such a file holds a dict with the network under ``ema``, beside what it was trained with (``loss_fn``, ``augment_pipe``,
-``dataset_kwargs``). Every module comes with the source text of its class, which is not read: that a module computes
-what we think is checked by its attributes.
+``dataset_kwargs``). Every module comes with the source text of its class, which is not read. Instead, the attributes of
+the modules are compared with those of the two architectures.
 """
 
 import math
@@ -18,7 +18,7 @@ from dmd2.data.inert_pickle import Record, Refused, read_inert, shown
 from dmd2.networks.schedules import SIGMA_DATA
 
 DEPTH = 8  # modules within modules; EDM's networks have five
-# What the modules of the two networks have in common with ours, whatever their shape.
+# Attributes of all modules of the two networks that our networks have fixed.
 ATTRIBUTES: dict[str, dict[str, float]] = {
     "DhariwalUNet": {"skip_scale": 1, "adaptive_scale": 1, "eps": 1e-5, "endpoint": 0, "max_positions": 10000},
     "SongUNet": {"skip_scale": math.sqrt(0.5), "adaptive_scale": 0, "eps": 1e-6, "endpoint": 1, "max_positions": 10000},
@@ -26,10 +26,10 @@ ATTRIBUTES: dict[str, dict[str, float]] = {
 
 
 def read_edm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The network of a pickle: what it says of itself, and its tensors named as in ``ema``.
+    """Settings of the network in a pickle, and its tensors named as in ``ema``.
 
-    The former are ``model_type`` (``DhariwalUNet``, which is ADM, or ``SongUNet``), ``img_resolution``,
-    ``img_channels`` and ``label_dim`` (0 for none), each whatever the file holds.
+    The settings are ``model_type`` (``DhariwalUNet``, which is ADM, or ``SongUNet``), ``img_resolution``,
+    ``img_channels`` and ``label_dim`` (0 for none). Their types are not checked.
 
     Raises:
         UserError: see `read_pickle`; or there is no network, or it is not of a kind that we can convert.

@@ -39,7 +39,7 @@ def from_kohya(state: State, weights: State, source: Path) -> State:
     """The factors of a file in our names (`dmd2.networks.lora`), each with an alpha: the rank, if not given.
 
     Args:
-        state: the file's tensors. weights: those of the plain UNet it is for. source: the file, to tell.
+        state: the file's tensors. weights: those of the plain UNet it is for. source: the file, for messages.
 
     Raises:
         UserError: a tensor is foreign, missing, or does not fit the UNet.

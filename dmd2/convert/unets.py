@@ -54,7 +54,7 @@ def convert(source: Path, folder: Path, base: Path | None = None) -> Path:
 
 
 def _edm_network(source: Path) -> EdmAble:
-    """The network in a file of EDM's, after comparing what a pickle says of it with what its tensors are."""
+    """The network in a file of EDM's; the settings in a pickle must agree with the shapes of its tensors."""
     state, said = _read(source)
     bare = _bare(state)
     config = infer(bare, source)
@@ -149,7 +149,7 @@ def export_edm(folder: Path, file: Path) -> Path:
 
 
 def _read(source: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors of a file, float32 and finite, each with memory of its own; of a pickle also what it says of itself."""
+    """Tensors of a file, float32 and finite, each with memory of its own; and the settings that a pickle records."""
     if not source.is_file():
         raise UserError(f"{source} is {'no file' if source.exists() else 'missing'}: give a file of kind {KINDS}")
     said: dict[str, Any] = {}

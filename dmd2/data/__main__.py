@@ -1,6 +1,6 @@
-"""``python -m dmd2.data``: the jobs that bring real data, prompts, and what encodes them into their places.
+"""``python -m dmd2.data``: the jobs that prepare real data, prompts and the pipelines that encode them.
 
-Each writes OUT, a manifest, and its files beside it. Pipelines run in IEEE float32 on every device.
+Each job writes OUT, a manifest, and puts its files beside it. Pipelines run in IEEE float32 on every device.
 """
 
 import json

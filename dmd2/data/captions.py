@@ -1,4 +1,4 @@
-"""Captions and prompts: in texts and tables of the user's, in JSON lines beside our own sets, and of an evaluation."""
+"""Captions and prompts: in texts and tables of the user, in JSON lines beside our own sets, and of an evaluation."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ def texts(table: pd.DataFrame) -> list[str]:
 
 
 def as_caption(value: Any) -> str:
-    """A caption as text; None is the empty one, as in the official lists.
+    """A caption as text; None becomes the empty caption, as in the official lists.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither text nor None.
     """
     if not isinstance(value, str | None):
         raise UserError(f"has {value!r:.60} instead of one text as its caption")

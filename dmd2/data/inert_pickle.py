@@ -35,7 +35,7 @@ DAMAGE = (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, A
 
 
 class Refused(Exception):
-    """Why a pickle is not read, as the predicate of a sentence whose subject is the file."""
+    """A pickle is refused; the text is the rest of a sentence that begins with the name of the file."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Name:
     name: str
 
     def __call__(self, *args: Any) -> Any:
-        """What calling a listed function would have given, as data."""
+        """Return as data what the named function would return."""
         if self.name not in FUNCTIONS:
             raise Refused(f"would call {self.name}")
         return FUNCTIONS[self.name](*args)
@@ -158,7 +158,7 @@ for _opcode in opcodes:
 
 
 def shown(text: Any) -> str:
-    """A value of a file for a one-line message; of a container, whose text may have no end, only its type."""
+    """A value of a file for a one-line message; for a container, whose text may have no end, its type."""
     return repr(str(text)[:100])[1:-1] if isinstance(text, SCALAR) else type(text).__name__
 
 

@@ -1,4 +1,4 @@
-"""What stands around the UNet of a text-to-image pipeline: tokenisers, text encoders and autoencoder, as one object.
+"""Tokenisers, text encoders and autoencoder of a text-to-image pipeline, as one object.
 
 They come from a diffusers pipeline folder, listed and checksummed by ``data/pipelines/NAME/manifest.json``. Everything
 here runs in float32, as in the paper's runs: SDXL's autoencoder overflows in float16.

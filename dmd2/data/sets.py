@@ -90,7 +90,7 @@ def load_shard(path: Path) -> Rows:
 def load_set(manifest: Path) -> TensorSet:
     """Map every safetensors shard a manifest lists into memory, each verified against its checksum.
 
-    Pages are read when used and are the system's to drop again: a set may be larger than memory.
+    The system reads pages when they are used and may drop them again, so a set may be larger than memory.
 
     Raises:
         UserError: a shard is missing, changed, or of other tensors than the first.

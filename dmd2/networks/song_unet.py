@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class PyramidLevel(nn.Module):
-    """NCSN++'s residual path: a filtered convolution of what the level above saw, which the level's input is added to.
+    """NCSN++'s residual path: a filtered convolution of the level above, added to the input of this level.
 
     The convolution comes first and reaches over the border as far as the filter needs (one kernel of both, in effect).
     """
@@ -133,7 +133,7 @@ class PyramidLevel(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, after a resampling one at all but the first level."""
+    """The blocks of one resolution; all levels but the first begin with a resampling block."""
 
     resampling: Block | None
     pyramid: PyramidLevel | None

@@ -1,4 +1,4 @@
-"""What a training iteration consumes, and AdamW's states, as shapes on PyTorch's meta device: no numbers, no memory."""
+"""Batches of a training iteration and AdamW's states as shapes on PyTorch's meta device, without numbers or memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class ShapeBatches(Batches):
 
 
 class ShapeOptimiser(Optimiser):
-    """AdamW as it lies in memory: two moments per parameter. Its fused update needs nothing more."""
+    """AdamW's memory: two moments per parameter. Its fused update needs nothing more."""
 
     def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float) -> None:
         super().__init__(modules, cfg.model_copy(update={"states": "fp32"}), lr)  # 8-bit states need no package here

@@ -1,4 +1,4 @@
-"""What PyTorch's meta device lacks to stand for a GPU: a ledger of memory and arithmetic, autocast, fused attention."""
+"""PyTorch's meta device as a model of a GPU: a ledger of memory and arithmetic, autocast, fused attention."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ class Ledger(TorchDispatchMode):
         self.standing = self.peak = self.live
 
     def shrink(self, tensor: Tensor) -> None:
-        """From now on a GPU holds its part of that tensor alone, as after gradients are summed and scattered."""
+        """Count only one GPU's part of that tensor from now on, as after gradients are summed and scattered."""
         storage = tensor.untyped_storage()
         size = rounded(-(-storage.nbytes() // self.parts))
         self.live += size - self._known[storage._cdata]
@@ -107,7 +107,7 @@ def _storages(values: Any) -> set[int]:
 
 
 def _form(value: Any) -> Any:
-    """All that the forms of an operation's results depend on, hashable."""
+    """A hashable key of everything that the forms of an operation's results depend on."""
     if isinstance(value, Tensor):
         return _Form(value.shape, value.stride(), value.dtype, value.device)
     return tuple(map(_form, value)) if isinstance(value, tuple | list) else _Value(type(value), value)
@@ -157,7 +157,7 @@ class GpuFunctions(TorchFunctionMode):
 
     @contextmanager
     def again(self, lowered: bool) -> Iterator[None]:
-        """What holds when backward runs a part of the forward pass again, within which no mode is active."""
+        """Modes for a part of the forward pass that backward runs again, where no mode is active."""
         with self, self.autocast(lowered):
             yield
 

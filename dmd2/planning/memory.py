@@ -42,7 +42,7 @@ class Iteration(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What lies in the memory of one GPU, in bytes, and how it grows with the images of one forward pass.
+    """Bytes in the memory of one GPU, and how they grow with the images of one forward pass.
 
     standing: weights by network and AdamW's moments. gradients: of the larger of the two updates. points: micro-batch
     and counted peak, linear between and beyond.
@@ -120,7 +120,7 @@ class Counted:
         return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
 
     def _on_gpu(self, denoiser: Denoiser) -> Denoiser:
-        """Give it the autocast that `Denoiser.autocast` is on a GPU."""
+        """Let a denoiser use the modelled autocast of a GPU."""
         autocast: Any = lambda _: self.functions.autocast(denoiser.lowered)  # noqa: E731
         denoiser.autocast = autocast  # type: ignore[method-assign]
         return denoiser
@@ -246,7 +246,7 @@ class Counted:
 
 
 def architecture(cfg: TrainConfig) -> dict[str, Any]:
-    """The diffusers config of a run's networks: of its base, else of the teacher that lies in data/teachers.
+    """The diffusers config of a run's networks: that of its base, else that of the teacher in data/teachers.
 
     Raises:
         UserError: neither says what the network is, or it is of a class that cannot be built.

@@ -25,7 +25,7 @@ RESERVE, FRAGMENTED = 2.0, 0.1  # GiB of CUDA's context, workspaces and NCCL; sh
 def plan_page(
     base: str, plan: Plan, gpus: int, cards: Iterable[float], micro_batch: int, cluster: tuple[str, Cluster] | None
 ) -> str:
-    """What a run takes on `gpus` GPUs of each of `cards` GiB and, of a cluster file with its name, on the host."""
+    """The page of a run on `gpus` GPUs of each size in `cards` (GiB) and on the hosts of a named cluster file."""
     return _rendered(
         "plan.txt.j2",
         name=f"workflow/base/{base}.yaml" if plan.name == base else f"{base}/{plan.name}",
@@ -64,7 +64,7 @@ def show(text: str) -> None:
 
 
 def host(plan: Plan, name: str, cluster: Cluster) -> dict[str, Any]:
-    """Bytes of a node for the processes of a cluster file and to save, and the MB that it needs and asks for."""
+    """Bytes of a node for processes and for saving, and the MB that a cluster file needs and asks for."""
     share = -(-plan.cfg.optim.batch // (cluster.processes * cluster.training.nodes))
     peak = plan.memory.at(min(share, cluster.training.micro_batch or share), accumulated=True)
     running, saving = host_memory(plan.counted, cluster, peak)
@@ -73,7 +73,7 @@ def host(plan: Plan, name: str, cluster: Cluster) -> dict[str, Any]:
 
 
 def _processes(rate: Rate, gpus: int) -> int:
-    """A rate of CPUs says nothing of several GPUs."""
+    """Number of processes that share the hours; a rate measured on a CPU says nothing about several GPUs."""
     return gpus if rate.unit == "GPU" else 1
 
 

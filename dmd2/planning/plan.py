@@ -55,7 +55,7 @@ class Disk(NamedTuple):
 
 
 def disk_of(cfg: RunConfig, counted: Counted) -> Disk:
-    """As trainer, pairs and data write them: in float32, real images as uint8, latents and text states in float16."""
+    """Bytes on disk of a run: float32, but real images are uint8, and latents and text states float16."""
     pixels = cfg.data.channels * cfg.data.resolution**2
     found = vars(counted.condition(counted.models.teacher, 1)).items()
     condition = sum(value.numel() * STORED[name] for name, value in found if value is not None)
@@ -75,7 +75,7 @@ def saved_bytes(counted: Counted) -> int:
 
 
 def _features(detector: str) -> int:
-    """Features of one image, 0 of a detector whose number is not known here."""
+    """Number of features of one image; 0 for a detector that is not known here."""
     if found := re.fullmatch(r"lite0-(\d+)@\d+", detector):
         return int(found[1])
     return next((count for start, count in FEATURES.items() if start in detector), 0)
@@ -87,7 +87,7 @@ def snapshots(cfg: RunConfig) -> int:
 
 
 def real_images(cfg: RunConfig) -> int | None:
-    """Images of the real set: as its manifest says, else as is known of it."""
+    """Images of the real set, by its manifest or else by what is published."""
     manifest = REAL / cfg.data.name / "manifest.json"
     if manifest.exists() and (count := read_json(manifest).get("count")) is not None:
         return int(count)

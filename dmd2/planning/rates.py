@@ -53,7 +53,7 @@ class Rate:
 
 
 def rate_of(base: str, run: str, cfg: RunConfig, flops: Flops) -> Rate:
-    """The best rate there is for a run that nobody gave one for; an A100's if there is none."""
+    """The measured rate of a run, else the published one, else that of an A100 at an assumed utilisation."""
     assumed = f"assumed: an A100 at {UTILISATION:.0%} of its {A100_PEAK / 1e12:.0f} TFLOP/s"
     return (
         measured(base, run, cfg, flops) or published(base, cfg, flops) or Rate(A100_PEAK * UTILISATION, A100, assumed)
@@ -87,7 +87,7 @@ def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None
 
 
 def published(base: str, cfg: RunConfig, flops: Flops) -> Rate | None:
-    """Rate of the paper's run of that base, with or without GAN as this one, or else of its other run."""
+    """Rate of the paper's run of that base: with or without GAN as this one, or else the other run."""
     gan = next((gan for gan in (cfg.gan.on, not cfg.gan.on) if (base, gan) in PUBLISHED), None)
     if gan is None:
         return None
