@@ -16,8 +16,7 @@ from dmd2.data.readers import read_idx
 from dmd2.data.sets import TensorSet
 from eval.detectors.detectors import load_detector, train_classifier
 from eval.detectors.networks import FeatureNetwork
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats, Reference
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSIFIER = "fashion-classifier"

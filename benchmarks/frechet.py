@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats, frechet_distance
+from eval.metrics.frechet import FeatureStats, Reference, frechet_distance
 
 DIMENSIONS, IMAGES, ROUNDS = 2048, 6000, 3
 

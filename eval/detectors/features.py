@@ -25,7 +25,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
 from dmd2.data.sets import load_shard, save_shard
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats
 from eval.pixels.images import ImageSource, pixel_digest
 
 ROWS = 1000  # per shard: 8 MB of 2,048 features, two minutes of Inception on two CPU cores

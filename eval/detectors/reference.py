@@ -26,8 +26,7 @@ from eval.detectors.detectors import load_detector
 from eval.detectors.features import FeatureSet, account, extract, identity, join, shards_of, stream_moments
 from eval.detectors.networks import FeatureNetwork
 from eval.metrics.estimate import matrix
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats, load_stats, save_stats
+from eval.metrics.frechet import FeatureStats, Reference, load_stats, save_stats
 from eval.pixels.images import ImageSource, open_images
 from eval.pixels.resize import NONE, Geometry
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from eval.metrics.estimate import Estimate, mean
-from eval.metrics.frechet import Reference, between_samples
+from eval.metrics.frechet import FeatureStats, Reference, between_samples
 from eval.metrics.kid import kid
 from eval.metrics.neighbours import prdc
 from eval.metrics.scores import accuracy, inception_score
-from eval.metrics.stats import FeatureStats
 
 REPEATS = 200
 

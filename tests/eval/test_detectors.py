@@ -10,7 +10,7 @@ from dmd2.data.prepare import prepare_labelled
 from dmd2.data.sets import load_set
 from dmd2.experiment.tables import load_base
 from eval.detectors.detectors import load_detector, record_network, train_classifier
-from eval.metrics.stats import FeatureStats, frechet_distance
+from eval.metrics.frechet import FeatureStats, frechet_distance
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from eval.detectors.features import (
     stream_moments,
 )
 from eval.detectors.networks import FeatureNetwork
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats
 from eval.pixels.images import ImageSource, pixel_digest
 
 COUNT = 730

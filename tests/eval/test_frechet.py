@@ -12,8 +12,15 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from eval.metrics.estimate import Estimate
-from eval.metrics.frechet import Reference, between_samples
-from eval.metrics.stats import FeatureStats, frechet_distance, load_stats, ones_initialised, save_stats
+from eval.metrics.frechet import (
+    FeatureStats,
+    Reference,
+    between_samples,
+    frechet_distance,
+    load_stats,
+    ones_initialised,
+    save_stats,
+)
 
 RNG = np.random.default_rng(0)
 

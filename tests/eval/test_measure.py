@@ -12,10 +12,9 @@ from dmd2.experiment.metrics import METRICS, of_option
 from eval.detectors.features import FeatureSet
 from eval.detectors.reference import Engine, holds_moments
 from eval.metrics.estimate import Estimate
-from eval.metrics.frechet import Reference, between_samples
+from eval.metrics.frechet import FeatureStats, Reference, between_samples
 from eval.metrics.measures import Sample
 from eval.metrics.measures import measure as numbers_of
-from eval.metrics.stats import FeatureStats
 from eval.pixels.images import open_images
 from eval.pixels.resize import NONE, Geometry
 from eval.score.call import Arm
@@ -180,7 +179,7 @@ def test_moments_saved_once_serve_as_reference(engine, tmp_path) -> None:
 
 
 def test_older_manifest_with_the_name_only_is_accepted_for_that_name(engine, tmp_path) -> None:
-    from eval.metrics.stats import save_stats
+    from eval.metrics.frechet import save_stats
 
     save_stats(FeatureStats.of(sample(range(50)).features), tmp_path / "manifest.json", {"detector": "quadrants"})
     assert engine.reference(tmp_path).stats.count == 50

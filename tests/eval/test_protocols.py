@@ -15,8 +15,7 @@ from dmd2.experiment.tables import BASES, load_base, load_experiment
 from eval.detectors import features
 from eval.detectors.networks import NETWORKS
 from eval.detectors.weights import registry
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats, frechet_distance, ones_initialised
+from eval.metrics.frechet import FeatureStats, Reference, frechet_distance, ones_initialised
 from eval.pixels.resize import Geometry
 from eval.runs.protocol import Protocol, spoken
 from tests.eval.test_features import Quadrants, draw

@@ -7,7 +7,7 @@ from dmd2.core.files import listing, read_json, write_json
 from dmd2.data.sets import save_shard
 from eval.detectors import reference
 from eval.detectors.reference import Engine, main
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats
 from eval.pixels.resize import NONE
 from tests.eval.test_features import Quadrants, draw
 from tests.eval.test_measure import Canonical

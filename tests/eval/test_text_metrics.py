@@ -16,10 +16,9 @@ from dmd2.experiment.checks.measurement import metric_problems
 from eval.detectors.alignment import Alignment
 from eval.detectors.small_clip import SmallClip
 from eval.metrics.appearance import brightness, saturation, sharpness
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats, Reference
 from eval.pixels.resize import Geometry
-from eval.report.differences import influences
+from eval.report.differences import with_influences
 from eval.runs.protocol import Protocol, save_influence
 from tests.eval.test_features import Quadrants, draw
 from tests.tiny import TEXT_WIDTH, TOKENS, config
@@ -95,7 +94,7 @@ def test_each_metric_keeps_its_own_influences(tmp_path) -> None:
     files = {"files": save_influence(tmp_path / "influence.safetensors", "fd", {20: found})}
     for metric in ("fd", "patch_fd", "clip_score"):
         psi = found[metric].influence.astype(np.float32)
-        np.testing.assert_array_equal(influences(files, tmp_path, 20, metric), psi)
+        np.testing.assert_array_equal(with_influences(files, tmp_path, 20, metric, 0.0, None).influence, psi)
     assert load_file(tmp_path / "influence.safetensors").keys() == {"0000020", "0000020-patch_fd", "0000020-clip_score"}
     scores = found["clip_score"].influence
     assert scores.mean() == pytest.approx(0, abs=1e-7) and scores.std() > 0

@@ -16,8 +16,7 @@ from eval.detectors.features import Sampled, extract, join
 from eval.detectors.networks import DinoV2, FeatureNetwork
 from eval.detectors.small_clip import SmallClip, train_clip
 from eval.metrics.appearance import brightness, saturation, sharpness
-from eval.metrics.frechet import Reference
-from eval.metrics.stats import FeatureStats
+from eval.metrics.frechet import FeatureStats, Reference
 from eval.pixels import resize
 from eval.pixels.resize import NONE, Geometry
 from eval.runs.protocol import Observers
