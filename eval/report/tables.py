@@ -1,7 +1,6 @@
 """One table of results: values beside the paper's, as JSON for the pages, Markdown (`table_text`), and tidy CSV."""
 
 import json
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -40,26 +39,24 @@ def build(name: str) -> TableRecord:
     """
     experiment = load_experiment()
     table = experiment.tables[name]
+    folders = {row.run: {s: RunId(table.base, row.run, s).folder for s in table.seeds} for row in experiment.rows[name]}
+    folders |= {f"teacher-{sampler}": {0: SAMPLERS / table.base / sampler} for sampler in table.teachers}
+    papers = [row.paper for row in experiment.rows[name]] + [*table.teachers.values()]
     records, rows = dict[str, Records](), list[RowRecord]()
-    for spec in experiment.rows[name]:
-        folders = {seed: RunId(table.base, spec.run, seed).folder for seed in table.seeds}
-        records[spec.run] = found = _read(folders)
-        about = {"run": spec.run, "paper": spec.paper, "ticks": experiment.ticks(name, spec.run)}
-        changed = differences(experiment.bases[table.base], experiment.runs[table.base, spec.run])
-        rows.append({**about, **_measured(table, folders, found), **_trained(folders, found, changed)})
-    warnings = _code_warnings(records)
-    for sampler, paper in table.teachers.items():
-        run, folders = f"teacher-{sampler}", {0: SAMPLERS / table.base / sampler}
-        records[run] = found = _read(folders)
-        rows.append({"run": run, "paper": paper, "ticks": {}, **_measured(table, folders, found), **_sampled(found[0])})
+    for (run, of_run), paper in zip(folders.items(), papers, strict=True):
+        records[run] = found = {seed: read_json(folder / "metrics.json") for seed, folder in of_run.items()}
+        row = {"run": run, "paper": paper, **_measured(table, of_run, found)}
+        if cfg := experiment.runs.get((table.base, run)):
+            changed = {key: value for key, _, value in differences(experiment.bases[table.base], cfg)}
+            row |= {"ticks": experiment.ticks(name, run), "changed": changed, **_trained(of_run, found)}
+        else:
+            row |= _sampled(found[0])
+        rows.append(row)
     _add_differences(table, rows, records)
     claims = judge(table.claims, measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
-    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": _warnings(table, rows) + warnings}
-
-
-def _read(folders: dict[int, Path]) -> Records:
-    return {seed: read_json(folder / "metrics.json") for seed, folder in folders.items()}
+    warnings = _warnings(table, rows) + _code_warnings(records)
+    return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
 
 
 def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRecord:
@@ -81,7 +78,7 @@ def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRe
     }
 
 
-def _trained(folders: dict[int, Path], records: Records, changed: Iterable[tuple[str, Any, Any]]) -> RowRecord:
+def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
     """What only a row that was trained has, or whose training was released."""
     first = next(iter(records.values()))
     released = first["config"]["train"]["released"] is not None
@@ -95,7 +92,6 @@ def _trained(folders: dict[int, Path], records: Records, changed: Iterable[tuple
         "curves": {s: record["snapshots"] for s, record in records.items()},
         "times": {s: _times(records[s], log) for s, log in logs.items()},
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
-        "changed": {key: value for key, _, value in changed},
         "config": first["config"],
         "commits": {s: record["train_commit"] for s, record in records.items()},
     }
@@ -107,7 +103,7 @@ def _sampled(metrics: dict[str, Any]) -> RowRecord:
         "kind": "teacher",
         "student_updates": 0,
         "device": "",
-        **{name: {} for name in ("cost", "curves", "probe", "changed")},
+        **{name: {} for name in ("ticks", "cost", "curves", "probe", "changed")},
         "config": metrics["sampler"],
         "commits": {0: metrics["eval_commit"]},
         "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,
