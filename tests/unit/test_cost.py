@@ -45,12 +45,9 @@ def test_a_start_that_got_no_resources_costs_nothing(fake):
     assert slurm_cost(["7"])["cpu_hours"] == 2.0
 
 
-def test_a_cluster_without_accounting_gives_none(fake):
+def test_without_accounting_or_slurm_there_is_no_cost(fake):
     fake.refuse("sacct", "Slurm accounting storage is disabled")
     assert slurm_cost(["7"]) is None
-
-
-def test_no_slurm_gives_none(fake):
     fake.remove()
     assert slurm_cost(["7"]) is None
 

@@ -74,7 +74,7 @@ def test_a_waiting_launcher_keeps_the_folder_of_the_logs_without_which_slurm_sta
     queued(fake)
     RUN.folder.mkdir(parents=True)
     whenever_it_sleeps(monkeypatch, finish)
-    wait(goal_of(RUN, CONFIG), "7", 15)
+    assert wait(goal_of(RUN, CONFIG), "7", 15)["settings"] == goal_of(RUN, CONFIG).config
     assert (RUN.folder / "jobs").is_dir()
 
 

@@ -160,9 +160,6 @@ def test_setup_comes_before_srun_and_the_container_before_python():
         command,
         re.M,
     )
-
-
-def test_without_a_container_this_python_runs():
     assert f" {sys.executable} -u -m dmd2.launch.job" in training().script()
 
 
@@ -249,12 +246,6 @@ def test_a_job_that_never_started_is_told_even_without_accounting(fake):
     told = obituary(RUN, "7")
     assert "sacct has no record of it" in told
     assert told.endswith("7_0_log.err was never written: the job did not start")
-
-
-def test_a_result_that_appears_while_waiting_ends_the_wait(fake, monkeypatch):
-    queued(fake)
-    whenever_it_sleeps(monkeypatch, finish)
-    assert wait(goal_of(RUN, CONFIG), "7", 15)["settings"] == goal_of(RUN, CONFIG).config
 
 
 def test_a_silent_controller_is_said_once_and_waited_for(fake, monkeypatch, capsys):

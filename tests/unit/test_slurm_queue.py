@@ -7,7 +7,7 @@ import pytest
 import dmd2.core.slurm_queue
 from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
-from dmd2.core.slurm_queue import NO_SLURM, Entry, Queue, slurm, squeue
+from dmd2.core.slurm_queue import Entry, Queue, slurm, squeue
 from dmd2.launch.wait import RELEASES, SETTLE, Watch
 
 RUN = RunId("digits", "dmd2", 0)
@@ -42,13 +42,6 @@ def test_a_command_that_does_not_answer_becomes_a_sentence(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(UserError, match=r"Slurm did not answer `sleep 60` within 0 s"):
         slurm("sleep", "60", timeout=0.01)
-
-
-def test_a_machine_without_slurm_is_told_what_to_do(fake):
-    fake.remove()
-    with pytest.raises(UserError) as told:
-        squeue()
-    assert str(told.value) == NO_SLURM
 
 
 # One question for all launchers.
@@ -121,18 +114,16 @@ def test_a_job_that_waits_or_runs_is_not_over(state):
     assert verdicts((0, entry(state)), (1e6, entry(state))) == [False, False]
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"])
-def test_a_job_that_ended_is_over_once_it_stayed_so(state):
-    assert verdicts((0, entry(state)), (SETTLE - 1, entry(state)), (SETTLE, entry(state))) == [False, False, True]
+@pytest.mark.parametrize(("state", "seconds"), [
+    *((state, SETTLE) for state in ("CANCELLED", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")),
+    *((state, 60) for state in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "COMPLETED")),
+])  # fmt: skip
+def test_a_job_that_ended_is_over_once_it_stayed_so_and_after_a_minute_where_more_may_come(state, seconds):
+    assert verdicts((0, entry(state)), (seconds - 1, entry(state)), (seconds, entry(state))) == [False, False, True]
 
 
 def test_a_vanished_job_is_over_once_it_stayed_away():
     assert verdicts((0, entry("RUNNING")), (1, None), (SETTLE, None), (1 + SETTLE, None)) == [False] * 3 + [True]
-
-
-@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "COMPLETED"])
-def test_where_more_may_come_a_job_is_given_a_minute(state):
-    assert verdicts((0, entry(state)), (59, entry(state)), (60, entry(state))) == [False, False, True]
 
 
 def test_a_requeued_job_is_not_over_and_its_next_end_counts_anew():
