@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 VP = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "block_out_channels": (16, 24),
       "layers_per_block": 1, "attention_resolutions": (4,), "num_class_embeds": tiny.CLASSES, "noise_channels": 8,
       "embedding_channels": 32}  # fmt: skip
-VE = {
-    **VP,
-    "embedding_type": "fourier",
-    "noise_channels": 16,
-    "encoder_type": "residual",
-    "resample_filter": (1, 3, 3, 1),
-}
+VE = {**VP, "embedding_type": "fourier", "noise_channels": 16, "encoder_type": "residual",
+      "resample_filter": (1, 3, 3, 1)}  # fmt: skip
+
+
+@pytest.fixture(params=[VP, VE], ids=["VP", "VE"])
+def config(request):
+    return request.param
 
 
 def network(config, seed=0):
@@ -43,7 +43,6 @@ def inputs(count=3):
     return torch.randn(count, 1, 8, 8, generator=g), torch.linspace(-1, 1, count), labels
 
 
-@pytest.mark.parametrize("config", [VP, VE])
 def test_a_saved_network_comes_back_whole(tmp_path, config):
     made, (x, t, labels) = network(config), inputs()
     made.save_pretrained(tmp_path, safe_serialization=True)
@@ -53,7 +52,6 @@ def test_a_saved_network_comes_back_whole(tmp_path, config):
     assert not any("kernel" in name for name in load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
 
 
-@pytest.mark.parametrize("config", [VP, VE])
 def test_one_time_serves_the_whole_batch_as_in_a_unet2dmodel(config):
     made, (x, _, labels) = network(config), inputs()
     together = made(x, torch.tensor(0.3), labels).sample
@@ -62,7 +60,6 @@ def test_one_time_serves_the_whole_batch_as_in_a_unet2dmodel(config):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [VP, VE])
 def test_time_and_class_matter_and_a_class_is_needed(config):
     made, (x, t, labels) = network(config), inputs()
     out = made(x, t, labels).sample
@@ -87,7 +84,6 @@ def test_an_unconditional_network_takes_no_notice_of_labels(made):
         assert torch.equal(call(x, t.exp(), Condition(labels=labels)), call(x, t.exp(), Condition()))
 
 
-@pytest.mark.parametrize("config", [VP, VE])
 def test_features_are_the_last_encoder_blocks_output_and_the_decoder_is_not_run(config):
     made, (x, t, labels) = network(config), inputs()
     seen = []
@@ -105,7 +101,6 @@ def test_the_head_fits_the_bottleneck():
     assert head(denoiser.features(x, t.exp(), Condition(labels=labels))).shape == (3, 1)
 
 
-@pytest.mark.parametrize("config", [VP, VE])
 def test_a_fresh_network_starts_near_zero_and_belongs_to_its_seed(config):
     x, t, labels = inputs()
     first, again, other = (build_network({"_class_name": "SongUNet", **config}, seed) for seed in (0, 0, 1))
