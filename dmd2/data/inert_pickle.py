@@ -116,13 +116,6 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         _set_state(self.stack[-1], state)
 
-    def load_append(self) -> None:
-        item = self.stack.pop()
-        self._extend(list, [item])
-
-    def load_appends(self) -> None:
-        self._extend(list, self.pop_mark())
-
     def load_additems(self) -> None:
         self._extend(set, self.pop_mark())
 
@@ -139,16 +132,11 @@ class _Unpickler(pickle._Unpickler):
         self._extend(dict, items)
 
     def _extend(self, kind: Any, items: list[Any]) -> None:
-        """Add to the container on top, which must be one that the pickle made."""
+        """Add to the set or dict on top, which must be one that the pickle made; others than lists have no append."""
         target: Any = self.stack[-1]
         if not isinstance(target, kind):
             raise Refused(f"would add to a {type(target).__name__}")
-        if kind is list:
-            target.extend(items)
-        elif kind is set:
-            target.update(_set(items))
-        else:
-            target.update(_dict(zip(items[::2], items[1::2], strict=True)))
+        target.update(_set(items) if kind is set else _dict(zip(items[::2], items[1::2], strict=True)))
 
 
 for _opcode in opcodes:
@@ -171,20 +159,16 @@ def foreign(error: Exception) -> str | None:
 def _dict(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """A dict, whatever kind of dict the file wants."""
     pairs = [(key, value) for key, value in items]
-    _check_keys(key for key, _ in pairs)
+    _set(key for key, _ in pairs)
     return dict(pairs)
 
 
 def _set(items: Iterable[Any] = ()) -> set[Any]:
+    """A set, not of containers, since hashing nested tuples can take for ever."""
     items = list(items)
-    _check_keys(items)
-    return set(items)
-
-
-def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuse a container as key, since hashing nested tuples can take for ever."""
-    if not all(isinstance(key, SCALAR) for key in keys):
+    if not all(isinstance(item, SCALAR) for item in items):
         raise Refused("has a container as key")
+    return set(items)
 
 
 def _text_bytes(text: str, encoding: str) -> bytes:

@@ -45,7 +45,10 @@ def train_autoencoder(spec: Autoencoder, images: Tensor, folder: Path, device: t
         optimiser.zero_grad(set_to_none=True)
         schedule.step()
         progress.update(it + 1, {"L1": error.detach()})
-    deviation = _deviation(vae.eval(), images, device)
+    vae.eval()
+    with torch.no_grad():
+        parts = [vae.encode(part.to(device).float().div(127.5).sub(1)).latent_dist.mean for part in images.split(256)]
+    deviation = float(torch.cat(parts).std())
     if not math.isfinite(deviation):
         raise UserError(f"the autoencoder diverged, its latents deviate by {deviation}: lower autoencoder.train.lr")
     vae.register_to_config(scaling_factor=round(1 / deviation, 5))
@@ -55,10 +58,3 @@ def train_autoencoder(spec: Autoencoder, images: Tensor, folder: Path, device: t
         "steps": train.steps,
         "l1": round(float(error.detach()), 4),
     }
-
-
-@torch.no_grad()
-def _deviation(vae: AutoencoderKL, images: Tensor, device: torch.device) -> float:
-    """Standard deviation of the latents' means over the set."""
-    parts = [vae.encode(part.to(device).float().div(127.5).sub(1)).latent_dist.mean for part in images.split(256)]
-    return float(torch.cat(parts).std())

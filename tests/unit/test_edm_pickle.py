@@ -111,7 +111,8 @@ def test_a_call_is_refused_by_name_and_not_made(tmp_path, protocol):
         (b"\x80\x02c_codecs\nencode\n)\x81.", "would make a _codecs.encode"),
         (b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x04\0\0\0rot_\x86R.", "encode text as rot_"),
         (b"\x80\x02}))s.", "container as key"),
-        (b"\x80\x02}K\x01a.", "would add to a dict"),
+        (b"\x80\x02}K\x01a.", "no attribute 'append'"),
+        (b"\x80\x04}(K\x01\x90.", "would add to a dict"),
     ],
 )
 def test_tricks_with_opcodes_are_refused(tmp_path, code, said):
