@@ -60,7 +60,7 @@ def build(name: str) -> TableRecord:
 
 
 def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRecord:
-    """What a row has whether it was trained or is a sampler of the teacher; numbers by seed."""
+    """The part of a row that students and samplers of the teacher share; numbers are by training seed."""
     chosen = {seed: _chosen(record["snapshots"], table) for seed, record in records.items()}
     values = {metric: {s: snapshot[metric] for s, snapshot in chosen.items()} for metric in table.metrics}
     if steadiness := {s: r["brightness_std"] for s, r in records.items() if "brightness_std" in r}:
@@ -79,7 +79,7 @@ def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRe
 
 
 def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
-    """What only a row that was trained has, or whose training was released."""
+    """The part of a row that only students have, those of released weights included."""
     first = next(iter(records.values()))
     released = first["config"]["train"]["released"] is not None
     logs = {} if released else {s: read_json_lines(folder / "log.jsonl") for s, folder in folders.items()}
@@ -98,7 +98,7 @@ def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
 
 
 def _sampled(metrics: dict[str, Any]) -> RowRecord:
-    """What only a sampler of the teacher has; it has no training seeds, its numbers stand under 0."""
+    """The part of a row that only samplers of the teacher have. They have no training seeds: numbers are under 0."""
     return {
         "kind": "teacher",
         "student_updates": 0,
@@ -111,25 +111,26 @@ def _sampled(metrics: dict[str, Any]) -> RowRecord:
 
 
 def _chosen(snapshots: list[dict[str, Any]], table: Table) -> dict[str, Any]:
-    """The snapshot that is reported: the last one, or, if the table says so, the best of its first metric."""
+    """The snapshot that the table reports: the last one, or with ``select: best`` the best by its first metric."""
     metric = table.metrics[0]
     return snapshots[-1] if table.select == "last" else min(snapshots, key=lambda s: best_first(metric, s[metric]))
 
 
 def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
-    """Seconds trained until every snapshot: as logged, for a run may have gone on elsewhere, at another speed."""
+    """Seconds of training before each snapshot, from the log: a run may have continued on a faster or slower machine."""
     steps = [snapshot["step"] for snapshot in metrics["snapshots"]]
     known = [(line["step"], line["seconds"]) for line in log if "seconds" in line]
-    if not known or known[-1][0] < steps[-1]:  # no times, or the log of a training that goes on
+    if not known or known[-1][0] < steps[-1]:  # no times, or a newer training has begun another log
         known = [(steps[-1], metrics["seconds"])]
     at, seconds = np.array([(0, 0.0), *known]).T
     return [float(value) for value in np.interp(steps, at, seconds)]
 
 
 def measurements(table: Table, rows: list[RowRecord]) -> Measurements:
-    """What the claims may ask for; the best published value of a metric is ``published best``.
+    """The values and curves that claims are judged by, of each row and of two more.
 
-    ``teacher`` is its sampler at the guidance that is distilled, and where none has that one the last of the table.
+    ``published best`` has the best published value of each metric. ``teacher`` is the sampler with the guidance that is
+    distilled, or the table's last sampler if none has that guidance.
     """
     values, curves = {}, {}
     for row in rows:
@@ -142,7 +143,7 @@ def measurements(table: Table, rows: list[RowRecord]) -> Measurements:
             values["published best", metric] = {0: min(known, key=partial(best_first, metric))}
     teachers, students = ([row for row in rows if row["kind"] == kind] for kind in ("teacher", "student"))
     distilled = students[0]["config"]["teacher"]["guidance"]
-    for row in sorted(teachers, key=lambda row: row["config"]["guidance"] == distilled):  # that one last, so it stays
+    for row in sorted(teachers, key=lambda row: row["config"]["guidance"] == distilled):  # the last one overwrites
         values |= {(TEACHER, metric): found for metric, found in row["values"].items()}
     for row in (row for row in students if all(row["seconds"].values())):
         for metric in table.metrics:
@@ -157,13 +158,13 @@ def _add_differences(table: Table, rows: list[RowRecord], records: dict[str, Rec
     """Give every row its paired difference to the reference row in the first metric, if that is a Frechet distance."""
     metric = table.metrics[0]
     base = next((row for row in rows if row["run"] == table.reference_row and metric in FRECHET), None)
-    # Captions are not cyclic.
+    # Only cyclic labels say of which class an image is; images drawn for captions have none.
     classes = base["config"]["data"]["classes"] if base and base["protocol"]["labels"] == "cyclic" else None
     for row in rows:
         row["difference"] = None
         if base is not None and row is not base:
             ours, theirs = (_by_seed(metric, each, records[each["run"]], classes) for each in (row, base))
-            if row["kind"] == "teacher":  # its one value stands beside every seed
+            if row["kind"] == "teacher":  # its one value is compared with every seed
                 ours = dict.fromkeys(theirs, ours[0])
             elif base["kind"] == "teacher":
                 theirs = dict.fromkeys(ours, theirs[0])
@@ -194,7 +195,7 @@ def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:
 
 
 def _code_warnings(records: dict[str, Records]) -> list[str]:
-    """Which code trained the rows, where that is known; the table is not out of date when the code changes."""
+    """Warnings about rows that were trained by different code, as far as the records say which."""
     trained = {run: [record.get("train_code", []) for record in of_run.values()] for run, of_run in records.items()}
     parts = {run: [part for seed in seeds for part in seed] for run, seeds in trained.items()}
     files = code_differences([part for found in parts.values() for part in found])
