@@ -117,7 +117,7 @@ def _chosen(snapshots: list[dict[str, Any]], table: Table) -> dict[str, Any]:
 
 
 def _times(metrics: dict[str, Any], log: list[dict[str, Any]]) -> list[float]:
-    """Seconds of training before each snapshot, from the log: a run may have continued on a faster or slower machine."""
+    """Seconds of training before each snapshot, from the log: a run may have continued on another machine."""
     steps = [snapshot["step"] for snapshot in metrics["snapshots"]]
     known = [(line["step"], line["seconds"]) for line in log if "seconds" in line]
     if not known or known[-1][0] < steps[-1]:  # no times, or a newer training has begun another log
