@@ -66,12 +66,11 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
     for key in network:
         if key not in known and not key.startswith("_"):
             yield f"{NETWORK}.{key}", f"a {kind} has no {key}{did_you_mean(key, known)}"
-    sizes = {"in_channels": data.channels, "out_channels": data.channels, "sample_size": data.resolution}
-    for key, size in sizes.items():
-        field = "data.resolution" if key == "sample_size" else "data.channels"
-        square = key == "sample_size" and values[key] in (None, [size, size], (size, size))
-        if values[key] != size and not square:
-            yield f"{NETWORK}.{key}", field, f"{key} is {values[key]}, but {field} is {size}"
+    for key, field in (("in_channels", "channels"), ("out_channels", "channels"), ("sample_size", "resolution")):
+        size = getattr(data, field)
+        fits = values[key] in ((size, None, [size, size], (size, size)) if field == "resolution" else (size,))
+        if not fits:
+            yield f"{NETWORK}.{key}", f"data.{field}", f"{key} is {values[key]}, but data.{field} is {size}"
     yield from _levels(kind, values, data)
     yield from _classes(values, data, guided)
 
@@ -92,14 +91,14 @@ def _levels(kind: str, values: Mapping[str, Any], data: Data) -> Iterator[Proble
     halvings, side = len(widths) - 1, data.resolution
     # Only UNet2DConditionModel can enlarge to a size that is not twice the smaller one; the head cannot.
     if side % 2**halvings and (kind != "UNet2DConditionModel" or side < 2**halvings):
-        told = (
-            f"{len(widths)} levels halve the resolution {halvings} times, but data.resolution {side} is no multiple of"
-        )
-        yield key, "data.resolution", f"{told} {2**halvings}"
-    if not song:
+        told = f"{len(widths)} levels halve the resolution {halvings} times"
+        yield key, "data.resolution", f"{told}, but data.resolution {side} is no multiple of {2**halvings}"
+    if song:
+        groups = {width: min(32, width // 4) for width in (*widths, values["model_channels"])}
+    else:
+        groups = dict.fromkeys(widths, values["norm_num_groups"])
         yield from _blocks(values, min(widths))
-    groups = {w: min(32, w // 4) for w in (*widths, values["model_channels"])} if song else {}
-    for width, count in (groups or dict.fromkeys(widths, values["norm_num_groups"])).items():
+    for width, count in groups.items():
         if count is not None and not (_is_count(count) and width % count == 0):
             told = f"a level of width {width} cannot be normalised in {count} groups"
             yield key if song else f"{NETWORK}.norm_num_groups", key, told

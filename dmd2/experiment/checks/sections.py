@@ -118,11 +118,8 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
         told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
         yield "dm.weight", "gan.lambda_g", "regression.weight", told
     if gan.lambda_g > 0 and gan.lambda_d == 0:
-        yield (
-            "gan.lambda_d",
-            "gan.lambda_g",
-            "gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained",
-        )
+        told = "gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained"
+        yield "gan.lambda_d", "gan.lambda_g", told
     if dm.weight > 0 and not cfg.trains_critic:
         told = "critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic"
         yield "critic.denoise_weight", "gan.lambda_d", told
