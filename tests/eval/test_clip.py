@@ -131,13 +131,6 @@ def test_texts_are_embedded_in_batches_and_a_repeated_one_once(score, monkeypatc
         assert torch.allclose(row, score.texts([caption])[0], atol=1e-5)
 
 
-def test_detector_that_is_loaded_serves_the_score(folder, score) -> None:
-    again = ClipScore(folder, tower=score.images)
-    assert again.model is score.model
-    images, captions = photographs(2, 64, 64), ["a cat", "a dog"]
-    assert torch.equal(cosines(again, images, captions), cosines(score, images, captions))
-
-
 def test_provenance_states_scale_prefix_and_checksum(score) -> None:
     about = score.about
     assert about["prefix"] == "A photo depicts " and "no factor" in about["scale"] and "256" in about["geometry"]

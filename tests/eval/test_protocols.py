@@ -43,11 +43,6 @@ def test_values_of_the_papers_protocols() -> None:
     assert patch.geometry == "patch-299-skip"
 
 
-def test_unknown_protocol_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="there is no protocol coco-30k, did you mean coco30k?"):
-        named("coco-30k")
-
-
 @pytest.mark.parametrize(("base", "name"), PAPER_BASES.items())
 def test_base_takes_the_values_of_its_protocol(base, name) -> None:
     cfg = load_base(base)
