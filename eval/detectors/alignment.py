@@ -1,4 +1,4 @@
-"""How well images follow their captions: the CLIP score of a run's samples, and which model it is taken from."""
+"""Caption embeddings for the CLIP score of a run, and the model that makes them."""
 
 from __future__ import annotations
 

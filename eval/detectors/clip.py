@@ -24,7 +24,7 @@ from eval.pixels.resize import Geometry, resize_uint8, square_crop
 
 PREFIX = "A photo depicts "
 CHECKPOINTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-PROTOCOL_GEOMETRY = Geometry("square-crop+lanczos-256")  # of captioned images, even where FID uses 512
+PROTOCOL_GEOMETRY = Geometry("square-crop+lanczos-256")  # for captioned images; FID may use another, such as 512
 
 
 def load_clip(model_dir: Path) -> tuple[Any, Any, dict[str, Any]]:

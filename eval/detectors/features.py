@@ -33,7 +33,7 @@ NAME = re.compile(r"features-(\d+)-(\d+)\.json")
 
 
 class Observer(Protocol):
-    """What looks at images: a detector, or several networks at once."""
+    """A detector, or several networks that look at the same images in one pass."""
 
     name: str
     about: dict[str, Any]
@@ -44,7 +44,7 @@ class Observer(Protocol):
         """How a Frechet distance of its features is called: ``FID`` or ``FD (<name>)``."""
 
     def look(self, images: Tensor) -> dict[str, Tensor]:
-        """What it finds in uint8 ``(n, C, H, W)``, by name: ``features`` ``(n, d)``, perhaps ``logits`` and others."""
+        """Outputs for uint8 ``(n, C, H, W)`` by name: ``features`` ``(n, d)``, and perhaps ``logits`` and others."""
 
 
 def account(observer: Observer) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def account(observer: Observer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What an observer found in a set of images, float32, in sample order by name.
+    """Outputs of an observer for a set of images by name, float32, in sample order.
 
     `source` and `detector` say what it is of and from; ``pixels`` ``(n,)`` are int64 digests of the images.
     """
@@ -93,7 +93,7 @@ class Sampled(ImageSource):
 
 
 def identity(source: ImageSource) -> dict[str, Any]:
-    """What identifies the images of a source; `small` counts those without a patch."""
+    """Identity of the images of a source, for the address of a cache; `small` counts those without a patch."""
     return {"id": source.id, "images": len(source), "geometry": source.geometry.name, "small": source.small}
 
 
@@ -207,7 +207,7 @@ def _batch(source: ImageSource, indices: range) -> Tensor | UserError:
 
 
 def _observed(images: Tensor, indices: range, observer: Observer) -> dict[str, Tensor]:
-    """What is found in one batch, and the digests of its pixels."""
+    """Outputs for one batch, and the digests of its pixels."""
     with torch.inference_mode():
         found = observer.look(images)
     for what, tensor in {"images": images, **found}.items():

@@ -101,7 +101,7 @@ def fit(parameters: Iterable[Any], lr: float, steps: int, loss: Callable[[int], 
 def provenance(
     weights: Weights | None, resize_name: str, side: int, layer: str, features: int, classes: str | None
 ) -> dict[str, Any]:
-    """What features depend on; `weights` is None of a network that is trained here and not loaded yet."""
+    """Everything that features depend on; `weights` is None before the weights of a network trained here are loaded."""
     found: dict[str, Any] = {"weights": None, "verified": False}
     if weights is not None:
         found = {"weights": weights.sha256, "file": weights.path.name, "verified": weights.verified}

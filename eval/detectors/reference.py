@@ -82,7 +82,7 @@ class Engine:
 
 
 def holds_moments(path: Path) -> bool:
-    """Whether a reference is moments or features already, so that no image of it needs a detector."""
+    """Whether a reference consists of moments or features, so that it needs no detector."""
     if path.suffix == ".npz":
         try:
             with np.load(path) as file:
@@ -98,7 +98,7 @@ def _manifest(path: Path) -> Path:
 
 
 def _moments(path: Path, geometry: Geometry) -> Reference:
-    """What `save_stats` wrote; an older manifest gives the name of its detector only."""
+    """Moments that `save_stats` wrote; an older manifest names its detector and says nothing else about it."""
     manifest = _manifest(path)
     entry, stats = read_json(manifest), load_stats(manifest)
     made_with = entry.get("geometry", "none")

@@ -24,7 +24,7 @@ from eval.detectors.networks import FeatureNetwork, fit, provenance, rgb
 from eval.pixels.resize import NONE
 
 CPU = torch.device("cpu")
-WIDTH = 128  # of the embeddings
+WIDTH = 128  # dimensions of the embeddings
 STEPS, BATCH, LR = 300, 128, 2e-3  # a minute on one CPU core for the emoji
 HELD_OUT = 10  # every tenth image
 SHIFT, SCALE, COLOUR = 0.15, 0.2, 0.15  # augmentation: shares of the side, of the size, of brightness and contrast
@@ -176,7 +176,7 @@ def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int
 
 @torch.no_grad()
 def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any]:
-    """How often image and caption find each other among all of the set, and their mean cosines."""
+    """Shares of images and captions that retrieve each other among all rows, and mean cosines."""
     images = torch.cat([model.images(part)[0] for part in pixels.split(256)])
     texts = torch.cat([model.words(pooled(part.to(model.images.device))).cpu() for part in states.split(256)])
     cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T

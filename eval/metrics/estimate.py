@@ -20,7 +20,7 @@ class Estimate:
     """A metric of `n` images or prompts.
 
     Args:
-        value: of the sample.
+        value: the metric of this sample.
         se: standard error from the finite sample alone (another training run is not in it); None where it is unknown.
         n: number of images or prompts.
         bias: what the value exceeds its infinite-sample limit by; None where it is unknown or zero.

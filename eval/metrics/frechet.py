@@ -22,7 +22,7 @@ from dmd2.data.sets import load_shard, save_shard
 from eval.metrics.estimate import Estimate, Features, blocks, linear, matrix
 
 EPS = float(np.finfo(np.float64).eps)
-ROWS_AT_ONCE = 4096  # of features, in float64
+ROWS_AT_ONCE = 4096  # rows of features that are held in float64
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dmd2.core.errors import UserError
 from eval.metrics.estimate import Estimate, Features, matrix, mean, standard_error
 
-PAIRS_AT_ONCE = 6  # of images: at 512 px VGG16 holds 2 x 67 MB for each in its first layer alone
+PAIRS_AT_ONCE = 6  # pairs of images: at 512 px the first layer of VGG16 alone holds 2 x 67 MB for each
 
 
 def accuracy(logits: Features, labels: Features, strata: Features | None = None) -> Estimate:

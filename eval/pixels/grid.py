@@ -36,7 +36,7 @@ class Grid:
 
 
 def sample_side(data: dict[str, Any]) -> int | None:
-    """Side of a sample in pixels, None where only the grid itself tells: of decoded latents."""
+    """Side of a sample in pixels; None for latents, whose decoded size only the grid itself shows."""
     return None if (data.get("text") or {}).get("latents") else data["resolution"]
 
 

@@ -45,8 +45,8 @@ SCRATCH = "features"  # folder of the features beside metrics.json, gone once th
 class Generator:
     """Makes the images of sample seeds: samples under the prompt of each seed, if there are prompts, and decodes.
 
-    `sample` makes images or latents of seeds under their conditions. `snapshots` loads one of `total` snapshots after
-    the other; it gives the step, and what the images depend on besides the protocol.
+    `sample` makes images or latents of seeds under their conditions. `snapshots` loads the `total` snapshots one after
+    the other and yields the step of each and what its images depend on besides the protocol.
     """
 
     cfg: RunConfig
@@ -116,7 +116,11 @@ def _teacher(cfg: RunConfig, device: torch.device) -> Denoiser:
 
 
 def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:
-    """What metrics.json says of all snapshots; the influences of their images and a grid are written beside `out`."""
+    """Measure all snapshots, and write the influences of their images and a grid of samples beside `out`.
+
+    Returns:
+        What metrics.json says about them.
+    """
     cfg, started = generator.cfg, time.monotonic()
     protocol = Protocol.of(cfg, generator.device)
     found: dict[int, dict[str, Estimate]] = {}

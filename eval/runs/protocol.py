@@ -1,4 +1,4 @@
-"""How images of a run become numbers: its evaluation section, applied."""
+"""The evaluation section of a run, applied: from a sampler to the numbers of its images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -77,7 +77,7 @@ class Call:
 
     @cached_property
     def prompted(self) -> dict[str, ClipCosines | LpipsDiversity]:
-        """What scores images of prompts, by metric.
+        """The networks that score images of prompts, by metric.
 
         Raises:
             UserError: weights or captions are missing or damaged.
@@ -133,7 +133,7 @@ class Call:
         return done, sum(len(source) for _, source in todo)
 
     def reference(self) -> Reference | None:
-        """What the metrics compare with, if one does.
+        """The reference, if a metric needs one.
 
         Raises:
             UserError: as `Engine.reference`, or moments where images are needed.

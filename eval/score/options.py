@@ -86,7 +86,7 @@ class Options:
 
     @property
     def counts_reference(self) -> bool:
-        """Whether a distance counts the sampling of its reference."""
+        """Whether the error of the Frechet distance counts the sampling of the reference."""
         return self.reference_sampled and "fd" in self.metrics
 
     @property
@@ -144,9 +144,9 @@ class Options:
 
 
 def _settings(protocol: NamedProtocol | None) -> dict[str, Any]:
-    """What a protocol says of the options."""
+    """Options that a protocol sets."""
     if protocol is None:
         return {}
-    # only labels that go round the classes can be told from an image's place
+    # the class of an image follows from its index only where labels go round the classes
     classes = protocol.classes if protocol.labels == "cyclic" else None
     return {**{key: getattr(protocol, key) for key in OF_A_PROTOCOL}, "classes": classes}

@@ -1,4 +1,4 @@
-"""What is written and printed of a call's numbers: all that they depend on, and what a reader must know of them."""
+"""The record of a call: its numbers with everything that they depend on, and warnings; printed and written to files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGES_PER_DIMENSION = 4  # below, the bias estimate is off by more than about 1
 
 
 def warnings(arm: Arm, reference: Reference | None, options: Options) -> list[str]:
-    """What a reader must know about numbers of a set and its reference."""
+    """Warnings about the numbers of a set and its reference."""
     found, n, classes = [], arm.source["images"], options.classes
     if arm.features is not None and reference is not None:
         found += _sizes(n, arm.features.features.shape[1], reference, options.counts_reference)
@@ -112,7 +112,7 @@ def publish(document: dict[str, Any], json: Path | None, csv: Path | None) -> No
 
 
 def _columns(document: dict[str, Any]) -> dict[str, Any]:
-    """What every line of the CSV says of its number's protocol."""
+    """Columns of the CSV that describe the protocol; they are the same in every line."""
     detector, reference = document["detector"] or {}, document["reference"] or {}
     clip, diversity = document.get("clip-score", {}), document.get("lpips-diversity", {})
     return {
