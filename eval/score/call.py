@@ -24,7 +24,7 @@ from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import Reference, from_ones
 from eval.metrics.measures import Sample, measure
 from eval.pixels.images import ImageSource, open_images
-from eval.pixels.resize import Geometry
+from eval.pixels.resize import NONE, Geometry
 from eval.score.options import Options
 from eval.score.prompted import DIVERSITY_GEOMETRY, ClipCosines, LpipsDiversity
 
@@ -69,7 +69,7 @@ class Call:
         """
         if self.options.detector is None:
             raise UserError("--detector is missing, for example lite0-320@64")
-        geometry = Geometry(self.options.geometry)
+        geometry = Geometry(self.options.geometry or NONE.name)
         return self._engine(load_detector(self.options.detector, self.options.weights, self.options.device), geometry)
 
     def _engine(self, detector: FeatureNetwork, geometry: Geometry) -> Engine:
@@ -91,7 +91,8 @@ class Call:
             found["clip_score"] = ClipCosines(score, engine, options.prompts, captions)
         if options.per_prompt and options.which(needs="images per prompt"):
             # a protocol's geometry is that of its Frechet distance
-            geometry = Geometry(options.geometry) if "geometry" in options.given else DIVERSITY_GEOMETRY
+            own = options.given.get("geometry")
+            geometry = Geometry(own) if own else DIVERSITY_GEOMETRY
             found["lpips_diversity"] = LpipsDiversity(
                 options.per_prompt, geometry, options.weights, options.device, options.workers
             )

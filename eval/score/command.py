@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import pandas as pd
 import torch
@@ -18,42 +18,37 @@ import typer
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.experiment.metrics import options as metric_options
 from dmd2.experiment.protocols import known_protocols
-from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.reference import FEATURES
 from eval.pixels.images import open_images
 from eval.score.call import Call, differences, share_of
 from eval.score.options import Options
 from eval.score.record import provenance, publish, verdict
 
 SCORED, PAIRED = metric_options(), metric_options(paired=True)
-Text, Number, File = str | None, int | None, Path | None
-# Options that several commands share: type, default, lowest number, help.
-OPTIONS: dict[str, tuple[Any, Any, int | None, str]] = {
-    "protocol": (Text, None, None, "sets what other options leave out; see python -m eval protocols"),
-    "detector": (Text, None, None, "network of the features, e.g. lite0-320@64"),
-    "geometry": (Text, None, None, "none, square-crop+lanczos-S or patch-S, on both sides; clip-score keeps its own"),
-    "images": (Number, None, None, "number of generated images the protocol asks for, exactly"),
-    "first": (Number, None, 1, "use the first this many generated images only"),
-    "classes": (Number, None, 1, "image i was drawn for class i mod this"),
-    "prompts": (
-        File,
-        None,
-        None,
-        "a caption per image: lines, or column caption of csv, jsonl, parquet (clip-score)",
-    ),
-    "clip": (File, None, None, "folder of an open_clip model; by default clip-ViT-g-14 in --weights"),
-    "per_prompt": (Number, None, 2, "images i K to i K + K - 1 belong to one prompt (lpips-diversity)"),
-    "allow_duplicates": (bool, False, None, "repeated generated images are meant"),
-    "json": (File, None, None, "write numbers and provenance here"),
-    "csv": (File, None, None, "write one line per number here"),
-    "shard": (Text, None, None, "i/k: only compute part i of k of the features, i from 0"),
-    "cache": (Path, FEATURES, None, "folder of feature shards"),
-    "batch": (int, 64, 1, "images per call of the network"),
-    "workers": (int, 0, 0, "processes that decode images; 0 decodes in this one"),
-    "threads": (int, 0, 0, "CPU threads; 0 leaves the choice to PyTorch"),
-    "device": (str, "cpu", None, "cpu, cuda, cuda:1, or auto: cuda where there is a GPU"),
-    "weights": (Path, WEIGHTS, None, "folder of network weights"),
+# Lowest number and help of the options that several commands share; their types and defaults are those of `Options`.
+OPTIONS: dict[str, tuple[int | None, str]] = {
+    "protocol": (None, "sets what other options leave out; see python -m eval protocols"),
+    "detector": (None, "network of the features, e.g. lite0-320@64"),
+    "geometry": (None, "none, square-crop+lanczos-S or patch-S, on both sides; clip-score keeps its own"),
+    "images": (None, "number of generated images the protocol asks for, exactly"),
+    "first": (1, "use the first this many generated images only"),
+    "classes": (1, "image i was drawn for class i mod this"),
+    "prompts": (None, "one caption per image: lines of a text, or column caption of csv, jsonl, parquet (clip-score)"),
+    "clip": (None, "folder of an open_clip model; by default clip-ViT-g-14 in --weights"),
+    "per_prompt": (2, "images i K to i K + K - 1 belong to one prompt (lpips-diversity)"),
+    "reference_sampled": (None, "the reference is a sample, too: count its error in FD's"),
+    "allow_duplicates": (None, "repeated generated images are meant"),
+    "json": (None, "write numbers and provenance here"),
+    "csv": (None, "write one line per number here"),
+    "shard": (None, "i/k: only compute part i of k of the features, i from 0"),
+    "cache": (None, "folder of feature shards"),
+    "batch": (1, "images per call of the network"),
+    "workers": (0, "processes that decode images; 0 decodes in this one"),
+    "threads": (0, "CPU threads; 0 leaves the choice to PyTorch"),
+    "device": (None, "cpu, cuda, cuda:1, or auto: cuda where there is a GPU"),
+    "weights": (None, "folder of network weights"),
 }
+TYPES = get_type_hints(Options) | {"protocol": str | None}
+DEFAULTS = {field.name: field.default for field in fields(Options)}
 NETWORKS = ("protocol", "detector", "geometry")
 MACHINE = ("cache", "batch", "workers", "threads", "device", "weights")
 SETS = ("images", "first", "classes", "prompts", "clip", "per_prompt", "allow_duplicates", "json", "csv")
@@ -67,11 +62,10 @@ def takes(*shared: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parameters = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         for name in shared:
-            kind, default, lowest, told = OPTIONS[name]
+            lowest, told = OPTIONS[name]
             flag = typer.Option(f"--{name.replace('_', '-')}", help=told, min=lowest)
-            annotation = Annotated[kind, flag]  # type: ignore[valid-type]
-            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-            function.__annotations__[name] = annotation
+            kind = function.__annotations__[name] = Annotated[TYPES[name], flag]
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=kind))
         function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         return app.command(function.__name__)(function)
 
@@ -89,26 +83,22 @@ def _metrics(known: Sequence[str]) -> Any:
     return typer.Option(help=f"some of {','.join(known)}; by default the protocol's, or fd")
 
 
-@takes(*NETWORKS, *SETS, "shard", *MACHINE)
+@takes(*NETWORKS, *SETS, "reference_sampled", "shard", *MACHINE)
 def score(
     generated: Images,
     reference: Reference = None,
     metrics: Annotated[str | None, _metrics(SCORED)] = None,
-    reference_sampled: Annotated[
-        bool, typer.Option("--reference-sampled", help="the reference is a sample, too: count its error in FD's")
-    ] = False,
     **options: Any,
 ) -> None:
     """Measure GENERATED, against REFERENCE where a metric compares: values, standard errors, 95 % intervals, bias."""
     with readable_errors():
-        call = _call(SCORED, metrics, reference=reference, reference_sampled=reference_sampled, **options)
+        call = _call(SCORED, metrics, reference=reference, **options)
         call.options.check()
-        if shard := options["shard"]:
+        if shard := call.options.shard:
             done, total = call.fill(generated, shard)
             print(f"shard {shard}: features of {done} of {total} images are in {call.options.cache}")
             return
-        document = _measured(call, {"generated": generated}, options["allow_duplicates"])
-        publish({"kind": "score", **document}, options["json"], options["csv"])
+        publish({"kind": "score", **_measured(call, {"generated": generated})}, call.options)
 
 
 @takes(*NETWORKS, *SETS, *MACHINE)
@@ -124,8 +114,7 @@ def paired(
     with readable_errors():
         call = _call(PAIRED, metrics, reference=reference, **options)
         call.options.check()
-        document = _measured(call, {"a": a, "b": b}, options["allow_duplicates"], margin)
-        publish({"kind": "paired", "margin": margin, **document}, options["json"], options["csv"])
+        publish({"kind": "paired", "margin": margin, **_measured(call, {"a": a, "b": b}, margin)}, call.options)
 
 
 @takes(*NETWORKS, "shard", *MACHINE)
@@ -138,7 +127,7 @@ def stats(
     with readable_errors():
         call = _call(SCORED, None, **options)
         source = open_images(images, call.engine.geometry)
-        if shard := options["shard"]:
+        if shard := call.options.shard:
             done = call.engine.fill(source, *share_of(shard))
             print(f"shard {shard}: features of {done} of {len(source)} images are in {call.options.cache}")
             return
@@ -166,11 +155,10 @@ def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **opt
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if options["device"].startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"there is no device {options['device']} here: use --device cpu")
-    wanted = {field.name for field in fields(Options)}
-    return Call(Options.of(known, protocol, metrics, **{k: v for k, v in options.items() if k in wanted}))
+    return Call(Options.of(known, protocol, metrics, **options))
 
 
-def _measured(call: Call, sets: dict[str, Path], allow_duplicates: bool, margin: float | None = None) -> dict[str, Any]:
+def _measured(call: Call, sets: dict[str, Path], margin: float | None = None) -> dict[str, Any]:
     """Rows of one set, or of two and of their difference, and everything these depend on."""
     seconds: dict[str, float] = {}
     opened = [(path, call.open(path)) for path in sets.values()]  # what is wrong with one is said before any feature
@@ -178,7 +166,7 @@ def _measured(call: Call, sets: dict[str, Path], allow_duplicates: bool, margin:
         reference = call.reference()
     with _timed(seconds, "features"):
         arms = [call.arm(path, sources) for path, sources in opened]
-    for arm in arms if not allow_duplicates else []:
+    for arm in arms if not call.options.allow_duplicates else []:
         arm.refuse_duplicates()
     with _timed(seconds, "metrics"):
         results = [call.results(arm, reference) for arm in arms]

@@ -12,7 +12,6 @@ from dmd2.experiment.metrics import of_option
 from dmd2.experiment.protocols import NamedProtocol, named
 from dmd2.experiment.run_inputs import WEIGHTS
 from eval.detectors.reference import FEATURES
-from eval.pixels.resize import NONE
 
 OF_A_PROTOCOL = ("images", "classes", "detector", "geometry", "metrics")
 SHOWN = {"reference": "REFERENCE", "per_prompt": "--per-prompt", "reference_sampled": "--reference-sampled"}
@@ -24,7 +23,7 @@ class Options:
 
     metrics: tuple[str, ...]
     detector: str | None = None
-    geometry: str = NONE.name
+    geometry: str | None = None
     images: int | None = None
     classes: int | None = None
     first: int | None = None
@@ -33,10 +32,15 @@ class Options:
     clip: Path | None = None
     per_prompt: int | None = None
     reference_sampled: bool = False
+    allow_duplicates: bool = False
+    json: Path | None = None
+    csv: Path | None = None
+    shard: str | None = None
     cache: Path = FEATURES
     weights: Path = WEIGHTS
     batch: int = 64
     workers: int = 0
+    threads: int = 0
     device: str = "cpu"
     protocol: NamedProtocol | None = None
     given: Mapping[str, Any] = field(default_factory=dict)

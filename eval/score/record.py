@@ -6,7 +6,6 @@ import math
 import platform
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -97,15 +96,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "commit": commit()}
 
 
-def publish(document: dict[str, Any], json: Path | None, csv: Path | None) -> None:
+def publish(document: dict[str, Any], options: Options) -> None:
     """Warnings to stderr, the table to stdout, everything to the files asked for."""
     for warning in document["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     rows = pd.DataFrame(document["rows"])
-    if json:
-        write_json(json, document)
-    if csv:
-        write_text(csv, rows.assign(**_columns(document)).to_csv(index=False))
+    if options.json:
+        write_json(options.json, document)
+    if options.csv:
+        write_text(options.csv, rows.assign(**_columns(document)).to_csv(index=False))
     print("\n".join(_header(document)))
     shown = rows.astype(object).where(rows.notna(), "-").map(lambda x: f"{x:.6g}" if isinstance(x, float) else x)
     print(shown.to_string(index=False))

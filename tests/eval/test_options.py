@@ -56,7 +56,7 @@ def test_random_labels_are_no_classes_by_index(monkeypatch) -> None:
 
 def test_without_a_protocol_the_defaults_hold() -> None:
     asked = Options.of(METRICS, None, None)
-    assert (asked.metrics, asked.geometry, asked.about()) == (("fd",), "none", None)
+    assert (asked.metrics, asked.geometry, asked.about()) == (("fd",), None, None)
 
 
 @pytest.mark.parametrize("name", known_protocols())

@@ -173,7 +173,7 @@ def test_classes_are_no_strata_of_prompts() -> None:
 
 
 PROTOCOL = NamedProtocol(
-    name="tiny", detector="quadrants", geometry="none", images=COUNT, labels="cyclic", classes=4, rounding="trunc",
+    name="tiny", detector="quadrants", geometry="square-crop+lanczos-4", images=COUNT, labels="cyclic", classes=4, rounding="trunc",
     metrics=("fd",), covariance_init="ones-on-8-ranks", reference="r", reference_is="the sixty of r",
 )  # fmt: skip
 
@@ -184,8 +184,8 @@ def test_protocol_sets_what_is_left_out_and_says_what_was_overridden(run, monkey
     right, quirk = document()["rows"]
     assert quirk["metric"] == "FD (quadrants), covariance from ones x 8"
     assert right["metric"] == "FD (quadrants)" and right["value"] != quirk["value"] and quirk["se"] is None
-    plain = document()["labels"], document()["protocol"]["title"]
-    assert plain == ("index mod 4", "tiny") and "protocol tiny\n" in result.stdout
+    plain = document()["labels"], document()["geometry"], document()["protocol"]["title"]
+    assert plain == ("index mod 4", "square-crop+lanczos-4", "tiny") and "protocol tiny\n" in result.stdout
     assert "images quantised by trunc, reference the sixty of r" in result.stdout
     result = run("score a.safetensors r.safetensors --protocol tiny --first 8 --images 8 --json out.json --csv out.csv")
     title = "tiny, but images 8"
