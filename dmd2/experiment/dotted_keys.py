@@ -87,7 +87,7 @@ class LocatedConfig:
 
 
 def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedAt | None = None) -> Model:
-    """Validate values that are written at `place`, apart from the keys that changes gave.
+    """Validate values that are written at `place`; `changed_at` says where the keys are that changes gave.
 
     Raises:
         UserError: one sentence about the first problem, with key, file and line.
@@ -95,7 +95,7 @@ def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedA
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        errors = error.errors()  # a misspelled key also makes the right one "missing": the misspelling is the news
+        errors = error.errors()  # a misspelled key also makes the right one "missing": tell the misspelling
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = [
         k

@@ -65,7 +65,7 @@ def load_base(name: str, folder: Path = BASES) -> RunConfig:
 
 
 def _base(name: str, folder: Path) -> LocatedConfig:
-    """A base, whose eval section has the values of the protocol that it names where it gives none."""
+    """A base. Keys that its eval section leaves out have the values of the protocol that it names."""
     values, place = read_named("base", name, folder)
     measured = values.get("eval")
     if isinstance(measured, dict) and isinstance(measured.get("protocol"), str):
