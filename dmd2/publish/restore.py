@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def locked(targets: list[str], cache: Path) -> dict[Path, Listed]:
+def versioned_files(targets: list[str], cache: Path) -> dict[Path, Listed]:
     """MD5 of every versioned file that the targets (stages or paths; none means all) name.
 
     Raises:
@@ -151,10 +151,10 @@ def verify(targets: Iterable[str] = ()) -> tuple[int, list[str]]:
     """Number of files that were read, and a sentence for each that is damaged or missing.
 
     Raises:
-        UserError: see `locked`.
+        UserError: see `versioned_files`.
     """
     cache, targets = cache_folder(), [str(target) for target in targets]
-    listed = with_manifests(locked(targets, cache), bool(targets))
+    listed = with_manifests(versioned_files(targets, cache), bool(targets))
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda path: judged(path, listed[path], cache), sorted(listed))
         shown = track(found, "comparing checksums", len(listed), transient=True, disable=not sys.stderr.isatty())

@@ -10,7 +10,7 @@ import yaml
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, write_json, write_text
 from dmd2.core.provenance import recorded
-from dmd2.publish.restore import CACHE, locked, verify
+from dmd2.publish.restore import CACHE, verify, versioned_files
 
 RUNS = Path("results/runs/digits")
 RUN = RUNS / "dmd2/seed0"
@@ -109,7 +109,7 @@ def test_damaged_or_missing_listing_of_a_folder_is_named() -> None:
     ("runs", 3), ("runs@digits", 3), (str(RUNS), 3), ("results", 4), (str(RUN / "log.jsonl"), 1), ("tables", 1),
 ])  # fmt: skip
 def test_targets_are_stages_folders_and_files(target: str, count: int) -> None:
-    assert len(locked([target], CACHE)) == count
+    assert len(versioned_files([target], CACHE)) == count
 
 
 def test_what_a_partial_restore_left_out_is_no_damage() -> None:
