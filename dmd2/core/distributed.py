@@ -85,14 +85,14 @@ def verify_first(store: Any, me: int, verify: Callable[[], None]) -> None:
     trust(files)
 
 
-def part(total: int, parts: int, index: int) -> range:
-    """Part `index` of `total` items: contiguous, each in exactly one part, sizes differing by at most one."""
+def rows_of_part(total: int, parts: int, index: int) -> range:
+    """Rows of part `index` of `total`: contiguous, each in exactly one part, sizes differing by at most one."""
     return range(total * index // parts, total * (index + 1) // parts)
 
 
 def rows(total: int) -> range:
     """Rows of a global batch of `total` that this process computes."""
-    return part(total, world_size(), rank())
+    return rows_of_part(total, world_size(), rank())
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from dmd2.core.distributed import part as share
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.decode import Encoded
 from dmd2.experiment.data_config import Data
@@ -39,7 +39,7 @@ def emoji(data: Data, part: int, parts: int) -> Iterator[Encoded]:
         raise UserError(f"{path} is not the bitmap font of Noto Color Emoji ({error})") from None
     names = {chr(p): unicodedata.name(chr(p), "") for p in POINTS if p not in SKIN_TONES}
     named = [(c, name) for c, name in names.items() if name and not name.startswith(("REGIONAL INDICATOR", "TAG "))]
-    for character, name in (named[i] for i in share(len(named), parts, part)):
+    for character, name in (named[i] for i in rows_of_part(len(named), parts, part)):
         canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
         ImageDraw.Draw(canvas).text((80, 80), character, font=font, embedded_color=True, anchor="mm")
         if (box := canvas.getbbox()) is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dmd2.core.distributed import part as share
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.captions import as_caption
 from dmd2.data.decode import Encoded
@@ -77,7 +77,7 @@ def _part_of(rows: Any, place: Path, part: int, parts: int) -> Any:
     if parts == 1:
         return rows
     if hasattr(rows, "__len__"):
-        return rows.select(share(len(rows), parts, part))
+        return rows.select(rows_of_part(len(rows), parts, part))
     if rows.num_shards < parts:
         raise UserError(
             f"the {rows.num_shards} files of {place} cannot be shared by {parts} jobs: set data.text.jobs to at most "

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmd2.core.distributed import part as share
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.captions import TABLES, texts
 from dmd2.data.decode import BROKEN, SUFFIXES, Encoded
@@ -61,7 +61,7 @@ class Files:
 
 
 def _hidden(name: str) -> bool:
-    return any(part[0] == "." or part == "__MACOSX" for part in name.split("/"))
+    return any(word[0] == "." or word == "__MACOSX" for word in name.split("/"))
 
 
 def image_files(data: Data, part: int, parts: int) -> Iterator[Encoded]:
@@ -78,7 +78,7 @@ def image_files(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     files = Files(Path(data.source.path or ""))
     images = files.images()
     conditions = _labels(files, images, data.classes) if data.text is None else _captions(files, images)
-    for name in (images[i] for i in share(len(images), parts, part)):
+    for name in (images[i] for i in rows_of_part(len(images), parts, part)):
         condition = _caption_beside(files, name) if conditions is None else conditions[name]
         yield f"{files.place}/{name}", files.read(name), condition
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dmd2.core.distributed import part as share
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.decode import Block
 from dmd2.experiment.data_config import Data
@@ -61,7 +61,7 @@ def _check_whole(file: Path, environment: Any) -> None:
 def _blocks(get: Get, data: Data, part: int, parts: int) -> Iterator[Block]:
     array, conditions = ("images", "labels") if data.text is None else ("latents", "prompts")
     size = math.prod(data.shape) * np.dtype(DTYPES[array]).itemsize
-    mine, step = share(_count(get, array, conditions, data.shape), parts, part), max(1, BLOCK_BYTES // size)
+    mine, step = rows_of_part(_count(get, array, conditions, data.shape), parts, part), max(1, BLOCK_BYTES // size)
     for start in range(mine.start, mine.stop, min(BLOCK_ROWS, step)):
         block = range(start, min(start + min(BLOCK_ROWS, step), mine.stop))
         rows = bytearray().join(_row(get, array, i, size) for i in block)

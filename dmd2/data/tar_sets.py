@@ -14,7 +14,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from dmd2.core.distributed import part as share
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.captions import as_caption
 from dmd2.data.decode import Encoded
@@ -45,7 +45,7 @@ def webdataset(data: Data, part: int, parts: int) -> Iterator[Encoded]:
             f"the {len(tars)} tar files at {pattern} cannot be shared by {parts} jobs: set data.text.jobs to at most "
             f"{len(tars)}"
         )
-    for i in share(len(tars), parts, part):
+    for i in rows_of_part(len(tars), parts, part):
         yield from _samples(tars[i], data.source.caption)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from dmd2.core.distributed import Device, local_device, part
+from dmd2.core.distributed import Device, local_device, rows_of_part
 from dmd2.core.errors import readable_errors
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
@@ -42,7 +42,7 @@ class PairsConfig(Section):
 
 def shard_seeds(count: int, shards: int, index: int) -> range:
     """Seeds of one shard: contiguous, every seed in exactly one shard, sizes differing by at most one."""
-    rows = part(count, shards, index)
+    rows = rows_of_part(count, shards, index)
     return range(FIRST_SEED + rows.start, FIRST_SEED + rows.stop)
 
 

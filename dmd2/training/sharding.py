@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from dmd2.core.distributed import part, rank, world_size
+from dmd2.core.distributed import rank, rows_of_part, world_size
 from dmd2.core.errors import UserError
 from dmd2.networks import song_unet
 from dmd2.training.checkpoint_parts import Rows, fill
@@ -132,7 +132,7 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def equal_passes(batch: int, micro_batch: int) -> bool:
     """Whether all processes need as many passes for their rows: gathering a block takes all of them."""
-    sizes = [len(part(batch, world_size(), index)) for index in range(world_size())]
+    sizes = [len(rows_of_part(batch, world_size(), index)) for index in range(world_size())]
     return len({-(-size // micro_batch) for size in sizes}) == 1
 
 

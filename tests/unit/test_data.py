@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import re
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from dmd2.data.prepare import prepare_labelled
 from dmd2.data.readers import read_idx
 from dmd2.data.sets import TensorSet, load_set, save_shard
 from dmd2.experiment.config import Data
+from tests.unit.test_host_memory import anonymous_mib, in_linux
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 PIXELS = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)
@@ -124,13 +123,7 @@ def test_rows_outside_the_set_are_errors(shards, indices):
         load_set(shards).images(torch.tensor(indices))
 
 
-def anonymous_mib():
-    """Memory of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@in_linux
 def test_shards_stay_on_disk(tmp_path):
     paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
     for path in paths:
