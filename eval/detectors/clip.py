@@ -67,13 +67,6 @@ def _side(model: Any) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def preprocess(model: Any, images: Tensor) -> Tensor:
-    """The model's own validation transform, of square uint8 images: bicubic on uint8, ``/ 255``, mean and std."""
-    side, settings = _side(model), model.visual.preprocess_cfg
-    x = resize_uint8(images, side, "bicubic") if images.shape[-1] != side else images
-    return normalize(x.float() / 255, settings["mean"], settings["std"])
-
-
 class ClipImages(FeatureNetwork):
     """Image embeddings (not normalised) of an open_clip folder, of the centre square of each image."""
 
@@ -86,8 +79,10 @@ class ClipImages(FeatureNetwork):
         self.folder = model_dir
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings ``(n, d)``."""
-        return self.model.encode_image(preprocess(self.model, square_crop(images))), None
+        """Embeddings ``(n, d)`` after the model's own validation transform: bicubic on uint8, mean and SD."""
+        side, settings, x = _side(self.model), self.model.visual.preprocess_cfg, square_crop(images)
+        x = resize_uint8(x, side, "bicubic") if x.shape[-1] != side else x
+        return self.model.encode_image(normalize(x.float() / 255, settings["mean"], settings["std"])), None
 
 
 class ClipScore:

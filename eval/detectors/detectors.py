@@ -18,8 +18,9 @@ from dmd2.core.provenance import recorded
 from dmd2.core.rng import Draws, stream
 from dmd2.data.sets import TensorSet, load_set, load_shard, save_shard
 from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, load_network, provenance
+from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, provenance
 from eval.detectors.small_clip import SmallClip, train_clip
+from eval.detectors.weights import locate
 
 CPU = torch.device("cpu")
 FEATURES = 64
@@ -95,7 +96,8 @@ def load_detector(name: str, weights: Path = WEIGHTS, device: torch.device | str
         UserError: unknown, or its weights are missing (nothing is downloaded here) or changed.
     """
     if name in NETWORKS:
-        return load_network(name, weights, device)
+        entry, build = NETWORKS[name]
+        return build(name, locate(entry, weights)).on(device)
     if name.startswith("clip-"):
         from eval.detectors.clip import ClipImages  # open_clip: 46 MB that no other detector needs
 

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import normalize
 
 from dmd2.core.errors import UserError
 from dmd2.core.precision import strict_float32
-from eval.detectors.weights import WEIGHTS, Weights, fid_checksums, load_state, locate
+from eval.detectors.weights import Weights, fid_checksums, load_state
 from eval.pixels import resize
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
@@ -272,13 +272,3 @@ NETWORKS: dict[str, tuple[str, Callable[[str, Weights], FeatureNetwork]]] = {
     "lite0-112@64": ("efficientnet-lite0", partial(Lite0, features=112, size=64)),
     "dinov2-vitl14": ("dinov2-vitl14", DinoV2),
 }
-
-
-def load_network(name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """The network `name` of `NETWORKS` on `device`, its weights from a folder in `folder` verified.
-
-    Raises:
-        UserError: the weights are missing or changed.
-    """
-    entry, build = NETWORKS[name]
-    return build(name, locate(entry, folder)).on(device)

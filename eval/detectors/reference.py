@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -77,7 +77,13 @@ class Engine:
             about = {"path": str(path), **images.source, "duplicates": images.duplicates}
             return Reference(FeatureStats.of(images.features), images.features, about, images.detector)
         found = _npz(path, self.detector) if path.suffix == ".npz" else _moments(path, self.geometry)
-        same_detector(account(self.detector), found)
+        ours, theirs = account(self.detector), found.detector or {}
+        for key, value in theirs.items():
+            if value != ours.get(key):
+                raise UserError(
+                    f"{path} was made by {theirs['name']}, whose {key} is {value} and not {ours.get(key)} as here: "
+                    "numbers of different protocols are not comparable"
+                )
         return found
 
 
@@ -126,21 +132,6 @@ def _npz(path: Path, detector: FeatureNetwork) -> Reference:
         raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a finite mean and covariance")
     # The file does not say how many images it is of; only the covariance is used, so any count above 1 will do.
     return Reference(FeatureStats(2, mu, sigma), None, about)
-
-
-def same_detector(ours: dict[str, Any], reference: Reference) -> None:
-    """Refuse a reference whose detector gave another account of itself than `ours`.
-
-    Raises:
-        UserError: the first point in which they differ.
-    """
-    theirs = reference.detector or {}
-    for key, value in theirs.items():
-        if value != ours.get(key):
-            raise UserError(
-                f"{reference.about['path']} was made by {theirs['name']}, whose {key} is {value} and not "
-                f"{ours.get(key)} as here: numbers of different protocols are not comparable"
-            )
 
 
 def main(

@@ -28,8 +28,7 @@ from eval.detectors.reference import FEATURES, Engine
 from eval.metrics import appearance
 from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import Reference, describe, from_ones
-from eval.metrics.measures import Sample, measure
-from eval.metrics.scores import cosines
+from eval.metrics.measures import Sample, cosines, measure
 from eval.pixels.resize import Geometry
 
 Generate = Callable[[list[int]], Tensor]  # sample seeds to images in [-1, 1]

@@ -23,7 +23,7 @@ from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipScore
 from eval.detectors.features import read
 from eval.detectors.reference import Engine
 from eval.detectors.weights import locate
-from eval.metrics.scores import cosines, diversities
+from eval.metrics.measures import cosines, diversities
 from eval.pixels.images import ImageSource, pixel_digest
 from eval.pixels.resize import Geometry
 

@@ -8,8 +8,8 @@ import pytest
 from eval.metrics.estimate import Estimate, mean
 from eval.metrics.frechet import FeatureStats, Reference, between_samples
 from eval.metrics.kid import kid
+from eval.metrics.measures import accuracy, inception_score
 from eval.metrics.neighbours import prdc
-from eval.metrics.scores import accuracy, inception_score
 
 REPEATS = 200
 

@@ -17,7 +17,7 @@ from torch import nn
 from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.core.precision import GPU_PRODUCTS
-from eval.detectors import networks
+from eval.detectors import detectors, networks
 from eval.detectors.detectors import load_detector
 from eval.detectors.features import account
 from eval.detectors.networks import NETWORKS, DinoV2, inception_2015, position_embedding
@@ -148,7 +148,7 @@ def test_weights_that_are_not_verified_are_never_called_fid(folder, name) -> Non
 def test_verified_inception_is_called_fid_and_nothing_else_is(folder, monkeypatch) -> None:
     path = folder / "inception-2015-12-05/inception-2015-12-05.pt"
     weights = Weights(path, registry()["inception-2015-12-05"].files[0].sha256, verified=True)
-    monkeypatch.setattr(networks, "locate", lambda *_args, **_kwargs: weights)
+    monkeypatch.setattr(detectors, "locate", lambda *_args, **_kwargs: weights)
     assert load_detector("inception-2015-12-05", folder).label == "FID"
     assert load_detector("inception-2015-12-05-clean", folder).is_fid
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dmd2.core.errors import UserError
 from eval.metrics.estimate import Estimate, mean
-from eval.metrics.scores import accuracy, diversities, inception_score
+from eval.metrics.measures import accuracy, diversities, inception_score
 
 RNG = np.random.default_rng(0)
 
