@@ -32,8 +32,8 @@ from dmd2.experiment.run_inputs import Inputs
 from dmd2.experiment.tables import load_base
 from dmd2.method.batches import Batches
 from dmd2.method.step import Models, train_step
-from dmd2.planning.command import varied
 from dmd2.planning.memory import Counted, Setup, architecture
+from dmd2.planning.plan import varied
 from dmd2.training.build import build_models
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.sharding import materialise, recompute_activations

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dmd2.core.files import read_json
 from dmd2.experiment.cluster import Cluster
-from dmd2.experiment.config import RunConfig, TrainConfig, digest
+from dmd2.experiment.config import Lora, RunConfig, TrainConfig, digest
 from dmd2.experiment.run_inputs import REAL
 from dmd2.planning.memory import WHOLE, Counted, Memory, Setup
 from dmd2.planning.rates import Rate, rate_of
@@ -42,6 +42,14 @@ def counting(setup: Setup = WHOLE) -> Counting:
         return known[key]
 
     return counted
+
+
+def varied(cfg: RunConfig, lora: int, states: str | None) -> RunConfig:
+    """The run with low-rank factors of that rank, and with those states of AdamW."""
+    if lora:
+        generator = cfg.generator.model_copy(update={"lora": Lora(rank=lora, alpha=float(lora))})
+        cfg = cfg.model_copy(update={"generator": generator})
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"states": states})}) if states else cfg
 
 
 class Disk(NamedTuple):

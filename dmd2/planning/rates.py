@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dmd2.core.files import read_json
 from dmd2.core.run import RUNS
-from dmd2.experiment.config import RunConfig, TrainConfig, digest
+from dmd2.experiment.config import RunConfig, TrainConfig
 from dmd2.experiment.tables import load_base
 
 A100 = "A100"
@@ -55,9 +55,7 @@ class Rate:
 def rate_of(base: str, run: str, cfg: RunConfig, flops: Flops) -> Rate:
     """The measured rate of a run, else the published one, else that of an A100 at an assumed utilisation."""
     assumed = f"assumed: an A100 at {UTILISATION:.0%} of its {A100_PEAK / 1e12:.0f} TFLOP/s"
-    return (
-        measured(base, run, cfg, flops) or published(base, cfg, flops) or Rate(A100_PEAK * UTILISATION, A100, assumed)
-    )
+    return measured(base, run, flops) or published(base, cfg, flops) or Rate(A100_PEAK * UTILISATION, A100, assumed)
 
 
 def given(seconds: float, processes: int, operations: float) -> Rate:
@@ -65,7 +63,7 @@ def given(seconds: float, processes: int, operations: float) -> Rate:
     return Rate(operations / seconds / processes, "GPU", f"given: {seconds:g} s per iteration on {processes} GPUs")
 
 
-def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None:
+def measured(base: str, run: str, flops: Flops) -> Rate | None:
     """Rate of the newest finished run of that base in results/runs, one of the same row if there is one."""
     found = []
     for path in RUNS.glob(f"{base}/*/seed*/train.json"):
@@ -78,7 +76,7 @@ def measured(base: str, run: str, cfg: TrainConfig, flops: Flops) -> Rate | None
         return None
     _, _, path, record, trained = max(found, key=lambda entry: entry[:2])
     seconds, processes = record["seconds"] / record["steps"], record.get("processes", 1)
-    speed = flops(cfg if digest(cfg) == digest(trained) else trained) * trained.optim.batch / seconds / processes
+    speed = flops(trained) * trained.optim.batch / seconds / processes
     where = f"{processes} x {record['device']}"
     if record["device"] == "cpu":
         where += f" with {record['threads']} thread{'s' * (record['threads'] > 1)}"

@@ -10,8 +10,8 @@ from benchmarks.full_size import _changed, _standing, allocated_peak, random_bat
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base
 from dmd2.method.step import train_step
-from dmd2.planning.command import varied
 from dmd2.planning.memory import Counted, Setup, architecture
+from dmd2.planning.plan import varied
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.teachers import build_network
 

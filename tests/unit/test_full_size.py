@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.full_size import random_batches, random_models
 from dmd2.method.step import train_step
-from dmd2.planning.command import varied
 from dmd2.planning.memory import Setup
+from dmd2.planning.plan import varied
 from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
 

@@ -9,9 +9,9 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.tables import load_base
 from dmd2.method.step import train_step
 from dmd2.planning import ledger, memory
-from dmd2.planning.command import varied
 from dmd2.planning.ledger import GpuFunctions, Ledger
 from dmd2.planning.memory import META, Counted, Memory, Setup, architecture
+from dmd2.planning.plan import varied
 from dmd2.training.sharding import recompute_activations
 from tests import tiny
 

@@ -13,7 +13,7 @@ from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.method.step import train_step
 from dmd2.planning import plan, rates
-from dmd2.planning.command import main
+from dmd2.planning.__main__ import main
 from dmd2.planning.memory import Counted, Memory
 from dmd2.planning.page import GIB, MB, available, fit, plan_page
 from dmd2.planning.plan import KEPT, Plan, TablePlan, counting, disk_of, host_memory, requested_memory, snapshots
