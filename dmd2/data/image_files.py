@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from dmd2.core.distributed import rows_of_part
@@ -24,18 +25,21 @@ class Files:
     """
 
     def __init__(self, place: Path) -> None:
-        self.place, self._zip = place, None
+        self.place = place
         if not place.exists():
             raise UserError(f"{place} does not exist: put a folder or zip of images there")
-        if place.is_dir():
-            found = ((Path(folder), names) for folder, _, names in os.walk(place, followlinks=True))
-            self.names = [(folder / name).relative_to(place).as_posix() for folder, names in found for name in names]
-            return
         try:
-            self._zip = zipfile.ZipFile(place)
+            self._zip = None if place.is_dir() else zipfile.ZipFile(place)
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{place} is not a whole zip ({error}); make it again") from None
-        self.names = self._zip.namelist()
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Paths of all files, in no order."""
+        if self._zip is not None:
+            return self._zip.namelist()
+        found = ((Path(folder), names) for folder, _, names in os.walk(self.place, followlinks=True))
+        return [(folder / name).relative_to(self.place).as_posix() for folder, names in found for name in names]
 
     def images(self) -> list[str]:
         """Names of the images, sorted, without hidden ones and those of hidden folders.
