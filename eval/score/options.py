@@ -14,12 +14,11 @@ from dmd2.experiment.run_inputs import WEIGHTS
 from eval.detectors.reference import FEATURES
 
 OF_A_PROTOCOL = ("images", "classes", "detector", "geometry", "metrics")
-SHOWN = {"reference": "REFERENCE", "per_prompt": "--per-prompt", "reference_sampled": "--reference-sampled"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options by their names on the command line; `given` are those that were given there."""
+    """The options by their names on the command line; `given` holds those that `of` got, before it completed them."""
 
     metrics: tuple[str, ...]
     detector: str | None = None
@@ -143,8 +142,9 @@ class Options:
             "detector": self.features,
             "geometry": [*self.features, *diversity],
         }
-        idle = [SHOWN.get(name, f"--{name}") for name in users if self.given.get(name) and not users[name]]
-        return [f"{name} is not used: no metric of {','.join(self.metrics)} needs it" for name in idle]
+        idle = [name for name in users if self.given.get(name) and not users[name]]
+        shown = ["REFERENCE" if name == "reference" else f"--{name.replace('_', '-')}" for name in idle]
+        return [f"{name} is not used: no metric of {','.join(self.metrics)} needs it" for name in shown]
 
 
 def _settings(protocol: NamedProtocol | None) -> dict[str, Any]:

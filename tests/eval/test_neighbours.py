@@ -82,15 +82,10 @@ def test_copies_of_duplicated_images_lie_in_their_balls_of_radius_zero() -> None
     assert (got["precision"], got["coverage"], got["density"]) == (1, 1, 6 / 5)
 
 
-def test_features_far_from_the_origin_in_float32_keep_their_neighbours() -> None:
-    real, fake = ((10 + 1e-3 * x).astype(np.float32) for x in (REAL, FAKE))
-    expected = brute_force(real.astype(float), fake.astype(float), 5)
-    assert values(real, fake) == pytest.approx(expected, rel=1e-12)
-
-
-def test_features_far_from_the_origin_in_float64_keep_their_neighbours() -> None:
-    real, fake = REAL + 1e7, FAKE + 1e7
-    assert values(real, fake) == pytest.approx(brute_force(real, fake, 5), rel=1e-12)
+@pytest.mark.parametrize(("scale", "offset", "dtype"), [(1e-3, 10, np.float32), (1, 1e7, np.float64)])
+def test_features_far_from_the_origin_keep_their_neighbours(scale: float, offset: float, dtype: type) -> None:
+    real, fake = ((offset + scale * x).astype(dtype) for x in (REAL, FAKE))
+    assert values(real, fake) == pytest.approx(brute_force(real.astype(float), fake.astype(float), 5), rel=1e-12)
 
 
 def test_standard_errors_are_reproducible_and_absent_for_tiny_sets() -> None:
