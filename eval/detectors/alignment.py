@@ -46,13 +46,10 @@ class Alignment:
 
     def texts(self, seeds: list[int]) -> Tensor:
         """Embeddings ``(n, d)`` of the captions of sample seeds; a repeated caption is embedded once."""
-        count = len(self.prompts.captions)
-        distinct = sorted({seed % count for seed in seeds})
+        numbers, place = (torch.tensor(seeds) % len(self.prompts.captions)).unique(return_inverse=True)
         rows = []
-        for start in range(0, len(distinct), TEXTS_AT_ONCE):
-            some = distinct[start : start + TEXTS_AT_ONCE]
-            states = self.prompts.condition(some).text
+        for part in numbers.split(TEXTS_AT_ONCE):
+            states = self.prompts.condition(part.tolist()).text
             assert states is not None
-            rows.append(self.model.texts(self.prompts.captions_of(some), states).float().cpu())
-        place = {number: row for row, number in enumerate(distinct)}
-        return torch.cat(rows)[[place[seed % count] for seed in seeds]]
+            rows.append(self.model.texts(self.prompts.captions_of(part.tolist()), states).float().cpu())
+        return torch.cat(rows)[place]

@@ -99,7 +99,7 @@ class Call:
         return found
 
     def _tower(self, folder: Path) -> ClipImages | None:
-        """The detector, if it is the very CLIP model in `folder`."""
+        """The detector where it is the CLIP model of `folder`, so that the model is loaded once."""
         detector = self.engine.detector if self.options.features else None
         return detector if isinstance(detector, ClipImages) and detector.folder.resolve() == folder.resolve() else None
 
