@@ -13,7 +13,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import content_of, listing, read_json, sha256, write_json
 from dmd2.data.prepare import prepare_labelled
 from dmd2.data.readers import read_idx
-from dmd2.data.sets import TensorSet, load_set, save_shard
+from dmd2.data.sets import ShardWriter, TensorSet, load_set, load_shard, save_shard
 from dmd2.experiment.config import Data
 from tests.unit.test_host_memory import anonymous_mib, in_linux
 
@@ -107,6 +107,14 @@ def test_shards_hold_the_images_in_order(shards, manifest):
     for name in ("images", "labels"):
         assert torch.equal(many.tensors[name], one.tensors[name])
     assert len(many) == 3
+
+
+def test_rows_of_any_blocks_are_cut_into_equal_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmd2.data.sets.SHARD_BYTES", 9)
+    writer = ShardWriter(tmp_path / "manifest.json", "shard", row_bytes=4)
+    for rows in (torch.arange(3), torch.arange(3, 5)):
+        writer.add({"images": rows})
+    assert [load_shard(path)["images"].tolist() for path in writer.finish()] == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("indices", [[0], [2], [2, 0, 1, 2], []])
