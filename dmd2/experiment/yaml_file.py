@@ -73,7 +73,8 @@ def read_named(kind: str, name: str, folder: Path) -> tuple[dict[str, Any], Plac
     path = folder / f"{name}.yaml"
     if not path.exists():
         known = [file.stem for file in sorted(folder.glob("*.yaml"))]
-        raise UserError(f"there is no {kind} {path}{did_you_mean(name, known, f'; known: {known}')}")
+        hint = did_you_mean(name, known, f"; known: {', '.join(known)}")
+        raise UserError(f"there is no {kind} {path}{hint}")
     return read_yaml(path)
 
 
