@@ -16,6 +16,7 @@ from typing import Any
 PACKAGE = __name__.partition(".")[0]
 ROOT = Path(str(sys.modules[PACKAGE].__file__)).parents[1]
 START = f"{PACKAGE}.training.trainer"
+AROUND = f"{PACKAGE}.core.precision"  # what a job sets up around the trainer, which does not import it
 # Modules, by the last part of their name, that imports reach but that have no part in the numbers: they read and write
 # files (whose content is part of a run's key), prepare sets, check or digest settings, or print.
 NO_PART = {
@@ -33,7 +34,7 @@ Modules = Mapping[str, str]
 def modules_of(start: str = START) -> dict[str, str]:
     """Digest of every module that has a part in the numbers of `start`, by dotted name."""
     found: dict[str, str] = {}
-    waiting = [start]
+    waiting = [start, AROUND]
     while waiting:
         name = waiting.pop()
         path = _file(name)

@@ -46,8 +46,10 @@ def prepare_labelled(data: Data, folder: Path) -> Path:
                 f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
             )
         counts += np.bincount(labels, minlength=data.classes)
+        before = len(shards.paths)
         shards.add({"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
-        print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
+        if len(shards.paths) > before:
+            print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
     if not shards.count:
         raise UserError(f"data {data.name}: {data.source.path} holds no images")
     _write_real(manifest, data, shards.count, listing(shards.finish(), folder), class_counts=counts.tolist())

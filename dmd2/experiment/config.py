@@ -43,7 +43,7 @@ class Generator(Section):
 
 
 class DistributionMatching(Section):
-    """L_DM.
+    """The distribution-matching loss of the student (paper Eq. 1).
 
     index_range: noise levels, both ends included.
     normaliser_eps: smallest value of the normaliser.

@@ -61,7 +61,9 @@ class Experiment:
 
 def load_base(name: str, folder: Path = BASES) -> RunConfig:
     """The run that a base describes; see `load_experiment` for errors."""
-    return _base(name, folder).cfg
+    located = _base(name, folder)
+    check_all([located])
+    return located.cfg
 
 
 def _base(name: str, folder: Path) -> LocatedConfig:

@@ -160,10 +160,11 @@ def _add_differences(table: Table, rows: list[RowRecord], records: dict[str, Rec
     base = next((row for row in rows if row["run"] == table.reference_row and metric in FRECHET), None)
     # Only cyclic labels say of which class an image is; images drawn for captions have none.
     classes = base["config"]["data"]["classes"] if base and base["protocol"]["labels"] == "cyclic" else None
+    reference = _by_seed(metric, base, records[base["run"]], classes) if base else {}
     for row in rows:
         row["difference"] = None
         if base is not None and row is not base:
-            ours, theirs = (_by_seed(metric, each, records[each["run"]], classes) for each in (row, base))
+            ours, theirs = _by_seed(metric, row, records[row["run"]], classes), reference
             if row["kind"] == "teacher":  # its one value is compared with every seed
                 ours = dict.fromkeys(theirs, ours[0])
             elif base["kind"] == "teacher":

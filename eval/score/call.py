@@ -84,11 +84,8 @@ class Call:
         """
         options, found = self.options, dict[str, ClipCosines | LpipsDiversity]()
         if options.prompts and options.which(needs="captions"):
-            folder = options.clip or options.weights / PUBLISHED_CLIP
-            score = ClipScore(folder, options.device, self._tower(folder))
             captions = read_captions(options.prompts)[: options.first]
-            engine = self._engine(score.images, score.geometry)
-            found["clip_score"] = ClipCosines(score, engine, options.prompts, captions)
+            found["clip_score"] = ClipCosines(self._clip_score, self._engine, options.prompts, captions)
         if options.per_prompt and options.which(needs="images per prompt"):
             # a protocol's geometry is that of its Frechet distance
             own = options.given.get("geometry")
@@ -98,10 +95,13 @@ class Call:
             )
         return found
 
-    def _tower(self, folder: Path) -> ClipImages | None:
-        """The detector where it is the CLIP model of `folder`, so that the model is loaded once."""
-        detector = self.engine.detector if self.options.features else None
-        return detector if isinstance(detector, ClipImages) and detector.folder.resolve() == folder.resolve() else None
+    def _clip_score(self) -> ClipScore:
+        """CLIP as `--clip` names it; the detector's own model where that is the same, so that it is loaded once."""
+        folder = self.options.clip or self.options.weights / PUBLISHED_CLIP
+        tower = self.engine.detector if self.options.features else None
+        if not isinstance(tower, ClipImages) or tower.folder.resolve() != folder.resolve():
+            tower = None
+        return ClipScore(folder, self.options.device, tower)
 
     def open(self, path: Path) -> dict[str, ImageSource]:
         """A set as each network sees it, by `Metric.sees`."""

@@ -21,6 +21,7 @@ from dmd2.core.precision import strict_float32
 from dmd2.core.progress import Progress
 from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipScore
 from eval.detectors.features import read
+from eval.detectors.networks import FeatureNetwork
 from eval.detectors.reference import Engine
 from eval.detectors.weights import locate
 from eval.metrics.measures import cosines, diversities
@@ -34,15 +35,26 @@ DIVERSITY_GEOMETRY = Geometry("square-crop+lanczos-512")  # of DMD2's diversity 
 class ClipCosines:
     """Cosine of every image and its caption by ``clip-dmd2``.
 
-    `engine` takes image embeddings from the feature cache, in the protocol's geometry whatever that of a Frechet
+    The model is loaded by `load` when the first image needs it, after images and captions were checked. Image
+    embeddings come from the feature cache of `engine_of`, in the protocol's geometry whatever that of a Frechet
     distance; `captions`, read from `prompts`, are those of the images in their order.
     """
 
-    score: ClipScore
-    engine: Engine
+    load: Callable[[], ClipScore]
+    engine_of: Callable[[FeatureNetwork, Geometry], Engine]
     prompts: Path
     captions: list[str]
     geometry = PROTOCOL_GEOMETRY
+
+    @cached_property
+    def score(self) -> ClipScore:
+        """The model."""
+        return self.load()
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Its image tower with the feature cache."""
+        return self.engine_of(self.score.images, self.geometry)
 
     @cached_property
     def texts(self) -> Tensor:

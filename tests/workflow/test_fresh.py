@@ -106,6 +106,12 @@ def test_what_was_not_pulled_is_not_made_again(pulled: Workspace, missing: str) 
     assert pulled.planned("demo") == {}
 
 
+def test_run_of_a_seed_that_no_table_has_is_finished_too(pulled: Workspace) -> None:
+    runs = pulled.path / "results/runs/digits/dmd"
+    shutil.copytree(runs / "seed0", runs / "seed7")
+    assert pulled.planned("results/runs/digits/dmd/seed7/metrics.json") == {}
+
+
 def test_retraining_that_was_killed_goes_on(pulled: Workspace) -> None:
     (manifest,) = (pulled.path / "data/pairs").glob("*/*/manifest.json")
     remake(manifest)  # Snakemake then deletes what the training will make, which is killed

@@ -44,6 +44,7 @@ rule detector:
             settings=lambda w: w.detector,
             inputs=detector_inputs,
         ),
+        # No part of the record: other weights in this place are refused by their checksum when they are loaded.
         lambda w: WEIGHTS_OF.get(w.detector, []),
     output:
         "data/weights/{detector}/manifest.json",

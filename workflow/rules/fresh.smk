@@ -57,7 +57,9 @@ OUTDATED, FILES = {}, []
 if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
     found = list(artefacts())
     OUTDATED = outdated(found)
-    known = {file for a in found for file in (*a.outputs, *a.inputs)}
+    # Runs and samplers that no table has any more, and what evaluations left behind, are as old as the rest, too.
+    made = [*Path("results/runs").glob("*/*/*/*"), *Path("results/teachers").glob("*/*/*")]
+    known = {file for a in found for file in (*a.outputs, *a.inputs)} | {str(path) for path in made if path.is_file()}
     FILES = [file for file in known | {*WEIGHTS_OF.values(), "results/report.html"} if Path(file).exists()]
     trained = [a.outputs[0] for a in found if a.outputs[0].endswith("/train.json") and a.outputs[0] not in OUTDATED]
     other_code = {path: reason for path in trained if (reason := trained_by_other_code(Path(path)))}

@@ -23,7 +23,7 @@ LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.s
 
 
 def check_all(located: Sequence[LocatedConfig]) -> None:
-    """Check the config of every base and row that a table uses.
+    """Check configs of bases and rows, together with the other sets that they name.
 
     Raises:
         UserError: one sentence with file, line and key for the first problem.
@@ -118,8 +118,11 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
         told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
         yield "dm.weight", "gan.lambda_g", "regression.weight", told
     if gan.lambda_g > 0 and gan.lambda_d == 0:
-        told = "gan.lambda_g is on but gan.lambda_d is 0: the head would never be trained"
-        yield "gan.lambda_d", "gan.lambda_g", told
+        yield (
+            "gan.lambda_d",
+            "gan.lambda_g",
+            "gan.lambda_d is 0 but gan.lambda_g is not: the head would never be trained",
+        )
     if dm.weight > 0 and not cfg.trains_critic:
         told = "critic.denoise_weight and gan.lambda_d are both 0: nothing would train the critic"
         yield "critic.denoise_weight", "gan.lambda_d", told
