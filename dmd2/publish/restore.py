@@ -11,17 +11,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import file_digest, md5
+from hashlib import md5, sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.progress import track
 
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import read_json, sha256
+from dmd2.core.files import read_json
 from dmd2.core.provenance import altered
 
 LOCK, CACHE = Path("dvc.lock"), Path(".dvc/cache")
@@ -30,6 +30,7 @@ MANIFESTS = ("data/*/*/manifest.json", "data/pairs/*/*/manifest.json", "data/pai
              "results/runs/*/*/seed*/train.json", "results/runs/*/*/seed*/metrics.json",
              "results/teachers/*/*/metrics.json", "results/tables/*.json")  # fmt: skip
 THREADS = 8
+CHUNK = 1 << 20  # bytes that are read at a time
 
 
 @dataclass
@@ -79,9 +80,10 @@ def _files(path: Path, digest: str, cache: Path) -> Iterator[tuple[Path, str]]:
     listing = _cached(cache, digest)
     if not listing.exists():
         raise UserError(f"{listing}, the list of what {path} holds, is missing: dvc pull did not bring it")
-    if _md5(listing) != digest.removesuffix(".dir"):
+    raw = listing.read_bytes()
+    if md5(raw, usedforsecurity=False).hexdigest() != digest.removesuffix(".dir"):
         raise UserError(f"{listing}, the list of what {path} holds, is damaged: delete it and restore again")
-    for entry in json.loads(listing.read_bytes()):
+    for entry in json.loads(raw):
         yield path / entry["relpath"], entry["md5"]
 
 
@@ -89,9 +91,14 @@ def _cached(cache: Path, digest: str) -> Path:
     return cache / "files" / "md5" / digest[:2] / digest[2:]
 
 
-def _md5(path: Path) -> str:
+def _digests(path: Path) -> tuple[str, str]:
+    """MD5 and SHA-256 of a file, which is read once."""
+    hashes = md5(usedforsecurity=False), sha256()
     with open(path, "rb") as file:
-        return file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest()
+        while chunk := file.read(CHUNK):
+            for each in hashes:
+                each.update(chunk)
+    return hashes[0].hexdigest(), hashes[1].hexdigest()
 
 
 def with_manifests(listed: dict[Path, Listed], partial: bool) -> dict[Path, Listed]:
@@ -101,15 +108,22 @@ def with_manifests(listed: dict[Path, Listed], partial: bool) -> dict[Path, List
     """
     versioned = set(listed)
     for manifest in sorted(path for pattern in MANIFESTS for path in Path().glob(pattern)):
-        try:
-            entries = [(manifest.parent / entry["path"], entry["sha256"]) for entry in read_json(manifest)["files"]]
-        except (UserError, KeyError, TypeError):
-            continue
-        for path, checksum in entries:
+        for entry in _entries(manifest):
+            path = manifest.parent / entry["path"]
             if path in listed or path.exists() or not (partial or manifest in versioned):
                 about = listed.setdefault(path, Listed())
-                about.sha256, about.manifest = checksum, manifest
+                about.sha256, about.manifest = entry["sha256"], manifest
     return listed
+
+
+def _entries(manifest: Path) -> list[dict[str, Any]]:
+    """Files that a manifest lists, without entries that cannot be read."""
+    try:
+        value = read_json(manifest)
+    except UserError:
+        return []
+    files = value.get("files", []) if isinstance(value, dict) else []
+    return [entry for entry in files if isinstance(entry, dict) and {"path", "sha256"} <= entry.keys()]
 
 
 def judged(path: Path, listed: Listed, cache: Path) -> str | None:
@@ -124,9 +138,10 @@ def judged(path: Path, listed: Listed, cache: Path) -> str | None:
     if not path.exists():
         where = LOCK if listed.md5 else listed.manifest
         return f"{path} is missing although {where} lists it: " + _again(None, copy)
-    if listed.md5 and _md5(path) != listed.md5:
+    by_md5, by_sha256 = _digests(path)
+    if listed.md5 and by_md5 != listed.md5:
         return f"{path} is not what dvc.lock lists: if you made it anew, run dvc repro; else " + _again(path, copy)
-    if listed.sha256 and sha256(path) != listed.sha256:
+    if listed.sha256 and by_sha256 != listed.sha256:
         return (
             f"{path} does not match the checksum in {listed.manifest}, as it was versioned: delete both and let "
             "Snakemake make them again"
@@ -140,7 +155,7 @@ def _again(path: Path | None, copy: Path | None) -> str:
     """How to get a file back."""
     if copy is None:
         return "delete that and let Snakemake make both again"
-    bad = copy.exists() and _md5(copy) != "".join(copy.parts[-2:])
+    bad = copy.exists() and _digests(copy)[0] != "".join(copy.parts[-2:])
     files = " and ".join(str(file) for file in (path, copy if bad else None) if file)
     text = f"delete {files} and restore again" if files else "restore again"
     lasting = "; if it comes back so, the remote holds it damaged: push it again from where it was made"
