@@ -36,7 +36,7 @@ from dmd2.training.teachers import build_network, load_teacher, wrap
 from eval.metrics.estimate import Estimate
 from eval.pixels import grid
 from eval.pixels.resize import resize_uint8
-from eval.runs.protocol import Generate, Protocol, save_influence
+from eval.runs.protocol import Protocol, save_influence
 
 SCRATCH = "features"  # folder of the features beside metrics.json, gone once those are written
 
@@ -131,7 +131,7 @@ def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:
         numbers = protocol.as_json(found[step])
         listed.append({"step": step, "student_updates": cfg.critic.student_updates(step), **numbers})
         progress.update(len(listed), {key: found[step][key].value for key in numbers["estimates"]})
-    captions = _save_grid(cfg, generator, out.with_name("grid.png"))
+    captions = _save_grid(generator, out.with_name("grid.png"))
     files = save_influence(out.with_name("influence.safetensors"), protocol.distance, found)
     seconds = round(time.monotonic() - started, 1)
     made = {"eval_commit": commit(), "eval_seconds": seconds, "files": files}
@@ -189,19 +189,19 @@ def fill(generator: Generator, part: int, out: Path, about: dict[str, Any]) -> N
     write_json(out, {"kind": "features", **about, "part": part, "shards": generator.cfg.eval.shards})
 
 
-def _save_grid(cfg: RunConfig, generate: Generate, out: Path) -> dict[str, list[str]]:
+def _save_grid(generator: Generator, out: Path) -> dict[str, list[str]]:
     """PNG of fixed-noise samples: one column a class or prompt (of the first ten), `grid.ROWS` rows, no margins.
 
     Returns:
         The ``captions`` of the columns, nothing for classes.
     """
-    prompts = EvalPrompts.of(cfg)
+    cfg, prompts = generator.cfg, generator.prompts
     kinds = cfg.data.classes if prompts is None else len(prompts.captions)
     columns = min(grid.COLUMNS, kinds)
     rows = [[column + row * kinds for column in range(columns)] for row in range(grid.ROWS)]
     seeds = [seed for row in rows for seed in row]
     batches = [seeds] if prompts is None else rows  # decoded images are large
-    images = torch.cat([_shown(quantise(generate(batch), cfg.eval.rounding).cpu()) for batch in batches]).numpy()
+    images = torch.cat([_shown(quantise(generator(batch), cfg.eval.rounding).cpu()) for batch in batches]).numpy()
     c, h, w = images.shape[1:]
     tiled = images.reshape(grid.ROWS, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(grid.ROWS * h, columns * w, c)
     with atomic(out) as temporary:
