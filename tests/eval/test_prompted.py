@@ -165,6 +165,11 @@ def test_classes_are_strata_of_cosines(run, weights) -> None:
     assert same(document()["rows"][0], mean(cosines, np.arange(COUNT) % 3))
 
 
+def test_captions_are_counted_before_clip_is_loaded(run, monkeypatch) -> None:
+    monkeypatch.setattr("eval.score.call.ClipScore", lambda *_: pytest.fail("CLIP was loaded"))
+    assert "12 captions but odd.safetensors 7 images" in refusal(f"score odd.safetensors {CLIP}")
+
+
 def test_classes_are_no_strata_of_prompts() -> None:
     call = Call(Options(("lpips-diversity",), classes=2, per_prompt=4))
     values = np.array([0.1, 0.9, 0.2, 0.8, 0.15, 0.85])

@@ -13,6 +13,7 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import networks
 from dmd2.experiment.checks.network import defaults
 from dmd2.experiment.checks.sections import second_time
+from dmd2.experiment.tables import load_base
 from dmd2.experiment.yaml_file import read_yaml
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import call_network
@@ -159,6 +160,12 @@ def test_what_does_not_fit_is_told_with_file_line_and_key(folder, base: str, nam
     write(folder, base, base, changes)
     error = folder.error()
     assert error.startswith(tuple(f"{place(folder, base, key)}: {key}{end}" for end in ": ,")) and part in error, error
+
+
+def test_base_that_no_table_uses_is_checked_too(folder) -> None:
+    folder.base("alone", tiny.put(shipped("digits"), {"gan.lambda_d": 0.0}))
+    with pytest.raises(UserError, match=r"alone\.yaml:\d+: gan\.lambda_d is 0 .* never be trained"):
+        load_base("alone", folder.bases)
 
 
 OTHER = {"data.name": "colour", "data.source": {"kind": "latents"}, "data.resolution": 16, f"{NET}.sample_size": 16,

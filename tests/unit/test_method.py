@@ -89,7 +89,7 @@ def test_every_module_that_a_training_imports_counts_or_is_said_to_have_no_part(
     assert len(loaded) > 20 and unknown == set()
     method_of = "step losses student_input batches rng schedules denoisers samplers condition head optimiser build"
     known = {name.rpartition(".")[2] for name in modules_of()}
-    assert set(f"{method_of} trainer lora lpips song_unet quantised".split()) <= known
+    assert set(f"{method_of} trainer lora lpips song_unet quantised precision".split()) <= known
 
 
 def test_stale_exclusions_are_named() -> None:
