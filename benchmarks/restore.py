@@ -107,7 +107,7 @@ def stages() -> None:
 def main(count: int) -> None:
     with TemporaryDirectory() as folder:
         origin = copy_repository(Path(folder) / "origin")
-        for path in (origin.path / "workflow/tables").glob("d*.yaml"):
+        for path in (origin.path / "workflow/tables").glob("*.yaml"):
             path.unlink()
         os.chdir(origin.path)
         make_sweep(count)
