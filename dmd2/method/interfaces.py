@@ -1,8 +1,14 @@
-"""What the step asks of its surroundings, so that the method depends on no training loop."""
+"""What the step works on: the networks, and the optimisers as far as the method uses them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.head import Head
 
 
 class Optimiser(Protocol):
@@ -21,3 +27,17 @@ class Optimiser(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student G, frozen teacher R, critic K, its GAN head h, and the optimisers of G and of K with h."""
+
+    student: Denoiser
+    teacher: Denoiser
+    critic: Denoiser
+    head: Head | None
+    student_optimiser: Optimiser
+    critic_optimiser: Optimiser
+    null: Condition | None = None  # the unconditional condition of one sample, when the teacher is guided
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # of the regression, between what the run diffuses

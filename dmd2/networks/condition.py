@@ -27,8 +27,13 @@ class Condition:
         return Condition(**{name: None if value is None else change(name, value) for name, value in vars(self).items()})
 
     def join(self, other: Condition) -> Condition:
-        """Concatenate two conditions along the batch."""
-        return self._each(lambda name, value: torch.cat([value, getattr(other, name)]))
+        """Concatenate two conditions along the batch.
+
+        A field that only one of them has is left out: an unconditional network reads no labels, and its real images
+        have none. Any other network then fails for want of it.
+        """
+        both = Condition(**{name: value for name, value in vars(self).items() if getattr(other, name) is not None})
+        return both._each(lambda name, value: torch.cat([value, getattr(other, name)]))
 
     def expand(self, count: int) -> Condition:
         """Repeat a condition of one sample `count` times."""

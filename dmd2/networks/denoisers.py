@@ -1,65 +1,32 @@
 """Denoisers ``D(x_t, t, cond) -> x0``: the only place that knows how a network's output is parameterised.
 
 Teacher, student and critic are all denoisers. `Denoiser.features` gives the bottleneck for the GAN head without
-running the decoder.
+running the decoder, and `Denoiser.joined` predicts for some samples and gives the bottleneck of others in one pass.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from dmd2.networks.condition import Condition
+from dmd2.networks.halves import Network, decode, encode, labels_of
 from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
-from dmd2.networks.song_unet import SongUNet
 
 Precision = Literal["fp32", "tf32", "bf16", "bf16-all"]
 SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
-Network: TypeAlias = "UNet2DModel | SongUNet | UNet2DConditionModel"
-
-
-def _labels(network: Network, cond: Condition) -> Tensor | None:
-    """The class labels, or None for an unconditional network, which also serves on labelled data."""
-    return None if network.class_embedding is None else cond.labels
 
 
 def call_network(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Run a UNet on ``sample`` ``(B, C, H, W)`` with its conditioning; returns its raw output."""
-    labels = _labels(network, cond)
+    labels = labels_of(network, cond)
     if not isinstance(network, UNet2DConditionModel):
         return network(sample, time, class_labels=labels).sample
     extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     return network(sample, time, encoder_hidden_states=cond.text, class_labels=labels, added_cond_kwargs=extra).sample
-
-
-def encode(network: Network, sample: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """Bottleneck features ``(B, C, h, w)``: last encoder block, or mid block of the `UNet2DConditionModel`."""
-    if isinstance(network, SongUNet):
-        return network.encode(sample, time, _labels(network, cond))
-    if isinstance(network, UNet2DModel):
-        emb = network.time_embedding(network.time_proj(time).to(network.dtype))
-        if network.class_embedding is not None:
-            emb = emb + network.class_embedding(cond.labels).to(network.dtype)
-        hidden = network.conv_in(sample)
-        for block in network.down_blocks:
-            hidden, _ = block(hidden_states=hidden, temb=emb)
-        return hidden
-    emb = network.time_embedding(network.get_time_embed(sample, time))
-    if (class_emb := network.get_class_embed(sample, cond.labels)) is not None:
-        emb = emb + class_emb
-    extra = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    if (extra_emb := network.get_aug_embed(emb, cond.text, extra)) is not None:
-        emb = emb + extra_emb
-    text = network.process_encoder_hidden_states(cond.text, extra)
-    hidden = network.conv_in(sample)
-    for block in [*network.down_blocks, network.mid_block]:
-        states = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        output = block(hidden, temb=emb, **states)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 class Denoiser(nn.Module):
@@ -77,23 +44,36 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Clean-sample prediction ``(B, C, H, W)`` for noisy ``x_t`` at times ``t`` ``(B,)``."""
-        raise NotImplementedError
-
-    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Bottleneck features of the network at ``x_t``, float32 ``(B, C, h, w)``; the decoder is not run."""
-        sample, time = self.network_input(x_t, t)
-        with self.autocast(x_t):
-            return encode(self.network, sample, time, cond.cast(sample.dtype)).float()
-
-    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled sample and time as the network wants them."""
-        raise NotImplementedError
+        return self.prediction(x_t, t, self.body(x_t, t, cond))
 
     def body(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's raw output for ``x_t``, float32."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
             return call_network(self.network, sample, time, cond.cast(sample.dtype)).float()
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Bottleneck features of the network at ``x_t``, float32 ``(B, C, h, w)``; the decoder is not run."""
+        sample, time = self.network_input(x_t, t)
+        with self.autocast(x_t):
+            return encode(self.network, sample, time, cond.cast(sample.dtype)).bottleneck.float()
+
+    def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
+        """`forward` of the first `predicted` samples and `features` of the others, in one pass."""
+        sample, time = self.network_input(x_t, t)
+        with self.autocast(x_t):
+            encoded = encode(self.network, sample, time, cond.cast(sample.dtype))
+            raw = decode(self.network, encoded.first(predicted))
+        prediction = self.prediction(x_t[:predicted], t[:predicted], raw.float())
+        return prediction, encoded.bottleneck[predicted:].float()
+
+    def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
+        """Clean-sample prediction from the network's float32 output."""
+        raise NotImplementedError
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled sample and time as the network wants them."""
+        raise NotImplementedError
 
     @property
     def lowered(self) -> bool:
@@ -111,16 +91,17 @@ class EdmDenoiser(Denoiser):
     kind = KarrasSchedule
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``c_in x`` and ``ln(sigma) / 4``."""
+        """``c_in x`` and ``ln(sigma) / 4``, float32."""
+        x_t, t = x_t.float(), t.float()
         c_in = (SIGMA_DATA**2 + t**2).rsqrt()
         return spread(c_in, x_t) * x_t, t.log() / 4
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``c_skip x + c_out F``, float32."""
         x_t, t = x_t.float(), t.float()
         total = SIGMA_DATA**2 + t**2
         c_skip, c_out = SIGMA_DATA**2 / total, SIGMA_DATA * t * total.rsqrt()
-        return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * self.body(x_t, t, cond)
+        return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
 
 
 class EpsDenoiser(Denoiser):
@@ -138,10 +119,10 @@ class EpsDenoiser(Denoiser):
         """The sample in the dtype of the weights, and the step."""
         return x_t.to(self.network.dtype), t
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``(x_t - sigma_t eps) / alpha_t``, float64."""
         alpha, sigma = self.schedule.alpha_sigma(t, torch.float64)
-        return (x_t.double() - spread(sigma, x_t) * self.body(x_t, t, cond).double()) / spread(alpha, x_t)
+        return (x_t.double() - spread(sigma, x_t) * raw.double()) / spread(alpha, x_t)
 
     @property
     def lowered(self) -> bool:
@@ -149,13 +130,25 @@ class EpsDenoiser(Denoiser):
         return self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
 
 
-def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:
-    """Classifier-free guidance ``u + s (c - u)``, applied only when ``s > 1``; one doubled batch [uncond, cond].
+Inputs = tuple[Tensor, Tensor, Condition]
+
+
+def with_unconditional(x_t: Tensor, t: Tensor, cond: Condition, null: Condition) -> Inputs:
+    """A batch twice: first with the condition `null`, then with its own."""
+    return torch.cat([x_t, x_t]), torch.cat([t, t]), null.join(cond)
+
+
+def guidance(both: Tensor, scale: float) -> Tensor:
+    """``u + s (c - u)`` of predictions for `with_unconditional`.
 
     x0 is affine in the predicted noise, so guiding x0 equals guiding the noise (some codes use ``c + s(c-u)``).
     """
-    if scale <= 1 or null is None:
-        return denoiser(x_t, t, cond)
-    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), null.join(cond))
     unconditional, conditional = both.chunk(2)
     return unconditional + scale * (conditional - unconditional)
+
+
+def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:
+    """The prediction with classifier-free guidance, which is applied only when ``s > 1``."""
+    if scale <= 1 or null is None:
+        return denoiser(x_t, t, cond)
+    return guidance(denoiser(*with_unconditional(x_t, t, cond, null)), scale)

@@ -239,8 +239,14 @@ class SongUNet(ModelMixin, ConfigMixin):
             embedding = embedding + self.class_embedding(F.one_hot(class_labels, classes).to(sample) * classes**0.5)
         return self.embedding(embedding)
 
-    def _encode(self, sample: Tensor, embedding: Tensor) -> list[Tensor]:
-        """Outputs of the first convolution and of every encoder block, which the decoder's blocks read backwards."""
+    def encode(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embedding of times and classes, and outputs of the first convolution and of every encoder block.
+
+        The last one, ``(B, block_out_channels[-1], r, r)`` at the lowest resolution r, is the bottleneck.
+        """
+        embedding = self._embed(sample, timestep, class_labels)
         x, above = self.conv_in(sample), sample
         skips = [x]
         for level in self.encoder:
@@ -252,16 +258,10 @@ class SongUNet(ModelMixin, ConfigMixin):
             for block in level.blocks:
                 x = block(x, embedding)
                 skips.append(x)
-        return skips
+        return embedding, skips
 
-    def encode(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Output of the last encoder block, ``(B, block_out_channels[-1], r, r)`` at the lowest resolution r."""
-        return self._encode(sample, self._embed(sample, timestep, class_labels))[-1]
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
-        """F of ``sample`` ``(B, in_channels, h, w)`` at `timestep` ``(B,)`` or ``()`` for classes ``(B,)``."""
-        embedding = self._embed(sample, timestep, class_labels)
-        skips = self._encode(sample, embedding)
+    def decode(self, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        """F, given what `encode` returned; the list is emptied."""
         x = skips[-1]
         for block in self.middle:
             x = block(x, embedding)
@@ -270,4 +270,8 @@ class SongUNet(ModelMixin, ConfigMixin):
                 x = level.resampling(x, embedding)
             for block in level.blocks:
                 x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return UNet2DOutput(sample=self.conv_out(F.silu(self.norm_out(x))))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
+        """F of ``sample`` ``(B, in_channels, h, w)`` at `timestep` ``(B,)`` or ``()`` for classes ``(B,)``."""
+        return UNet2DOutput(sample=self.decode(*self.encode(sample, timestep, class_labels)))

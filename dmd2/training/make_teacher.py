@@ -22,7 +22,7 @@ from dmd2.experiment.checks.network import network_problems
 from dmd2.experiment.config import Data, Optim, Teacher
 from dmd2.experiment.run_inputs import pipeline_manifest
 from dmd2.experiment.teacher_config import TeacherTraining
-from dmd2.method.losses import denoising_loss
+from dmd2.method.objectives.denoising import denoising_loss
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser, EdmDenoiser
 from dmd2.networks.schedules import LEVELS, add_noise, loss_weight

@@ -60,9 +60,10 @@ def shard_module(module: nn.Module, device: torch.device, dtype: torch.dtype | N
     for unit in (*units(module), module):
         materialise(unit, device, dtype)
         _wrap(unit, mesh)
-    # FSDP gathers the root's parameters for `forward` only; `Denoiser.features` is a second entry.
-    if hasattr(module, "features"):
-        register_fsdp_forward_method(module, "features")
+    # FSDP gathers the root's parameters for `forward` only; these are other entries.
+    for method in ("features", "joined"):
+        if hasattr(module, method):
+            register_fsdp_forward_method(module, method)
 
 
 def units(module: nn.Module) -> list[nn.Module]:

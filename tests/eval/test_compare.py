@@ -92,16 +92,16 @@ def test_one_changed_hyper_parameter_and_another_commit_are_said(places: tuple[P
 
 
 def test_other_code_of_the_method_is_told_where_both_sides_know_theirs(places: tuple[Path, Path]) -> None:
-    old = {"dmd2.method.losses": "a", "dmd2.method.step": "b"}
+    old = {"dmd2.method.batches": "a", "dmd2.method.step": "b"}
     student(places[0], "dmd2", THREE, code=old)
     student(places[1], "dmd2", THREE)
     assert "trained by other code" not in run(places).stdout
     for modules, told in (
-        ({**old, "dmd2.method.losses": "c"}, True),
+        ({**old, "dmd2.method.batches": "c"}, True),
         ({"dmd2.x.losses": "a", "dmd2.x.step": "b"}, False),
     ):
         student(places[1], "dmd2", THREE, code=modules)
-        assert ("- trained by other code: dmd2/method/losses.py differ" in run(places).stdout) is told
+        assert ("- trained by other code: dmd2/method/batches.py differ" in run(places).stdout) is told
 
 
 def test_without_influences_the_seeds_are_paired_all_the_same(places: tuple[Path, Path]) -> None:

@@ -119,14 +119,14 @@ def trained_by(run: str, *modules: dict[str, str]) -> None:
 
 
 def test_table_and_report_tell_by_which_code_rows_were_trained(table3: Path) -> None:
-    present, old = modules_of(), {**modules_of(), "dmd2.method.losses": "old"}
+    present, old = modules_of(), {**modules_of(), "dmd2.method.batches": "old"}
     trained_by("dmd2", present)
     assert not any("code" in warning for warning in build("digits-table3")["warnings"])
     trained_by("dmd", old)
     trained_by("gan-only", old, present)
     table = build("digits-table3")
     told = [
-        "not all of this was trained by the same code: dmd2/method/losses.py differ",
+        "not all of this was trained by the same code: dmd2/method/batches.py differ",
         "other code went on with half-trained runs: gan-only",
         "trained by other code than the table was made with: dmd, gan-only",
     ]

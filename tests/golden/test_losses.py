@@ -5,13 +5,9 @@ import math
 import pytest
 import torch
 
-from dmd2.method.losses import (
-    denoising_loss,
-    discriminator_loss,
-    distribution_matching_gradient,
-    distribution_matching_loss,
-    generator_gan_loss,
-)
+from dmd2.method.objectives.denoising import denoising_loss
+from dmd2.method.objectives.distribution_matching import distribution_matching_gradient, distribution_matching_loss
+from dmd2.method.objectives.gan import discriminator_loss, generator_gan_loss
 from dmd2.networks.schedules import KarrasSchedule, loss_weight
 
 N = torch.arange(24, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmd2.networks.condition import Condition
-from dmd2.networks.denoisers import encode
+from dmd2.networks.halves import encode
 from dmd2.networks.head import Head
 from dmd2.training.teachers import build_network
 
@@ -81,5 +81,5 @@ def test_imagenet_bottleneck_is_768_by_8_by_8():
     with torch.device("meta"):
         network = build_network(EDM_64, seed=0)
         labels = Condition(labels=torch.zeros(2, dtype=torch.long))
-        features = encode(network, torch.zeros(2, 3, 64, 64), torch.ones(2), labels)
+        features = encode(network, torch.zeros(2, 3, 64, 64), torch.ones(2), labels).bottleneck
     assert features.shape == (2, 768, 8, 8)

@@ -27,8 +27,8 @@ from dmd2.launch.overview import run_line
 from tests import tiny
 
 RUN = RunId("tiny", "full", 0)
-NEW = {"dmd2.method.losses": "new", "dmd2.method.step": "s"}
-OLD = {"dmd2.method.losses": "old", "dmd2.method.step": "s"}
+NEW = {"dmd2.method.batches": "new", "dmd2.method.step": "s"}
+OLD = {"dmd2.method.batches": "old", "dmd2.method.step": "s"}
 CLUSTER = Cluster(launcher="local", jobs=Jobs(**{kind: {} for kind in Jobs.model_fields}))  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ def test_record_names_the_code_and_a_change_of_it(monkeypatch) -> None:
     path = RUN.folder / "train.json"
     assert trained_by_other_code(path) is None
     code(monkeypatch, NEW)
-    told = "was trained by other code (dmd2/method/losses.py changed since commit 0123abcde)"
+    told = "was trained by other code (dmd2/method/batches.py changed since commit 0123abcde)"
     assert trained_by_other_code(path) == told
 
 
@@ -134,8 +134,8 @@ def test_run_that_other_code_continues_is_recorded_in_parts_and_said(monkeypatch
     code(monkeypatch, NEW)
     parts = train(4)["code"]
     assert [(part["step"], part["modules"]) for part in parts] == [(0, OLD), (2, NEW)]
-    assert "tiny/full/seed0 was trained in part by other code (dmd2/method/losses.py" in capsys.readouterr().err
-    told = "was trained in part by other code (dmd2/method/losses.py changed since commit 0123abcde)"
+    assert "tiny/full/seed0 was trained in part by other code (dmd2/method/batches.py" in capsys.readouterr().err
+    told = "was trained in part by other code (dmd2/method/batches.py changed since commit 0123abcde)"
     assert other_code(parts) == told
 
 

@@ -71,3 +71,19 @@ def test_features_of_a_bf16_network_are_float32():
     denoiser = tiny.denoiser("eps-text")
     denoiser.network.to(torch.bfloat16)
     assert denoiser.features(*inputs("eps-text")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_joined_pass_predicts_for_the_first_samples_and_gives_the_features_of_the_others(kind):
+    denoiser, (x_t, t, cond) = tiny.denoiser(kind), inputs(kind)
+    prediction, features = denoiser.joined(x_t, t, cond, 2)
+    torch.testing.assert_close(prediction, denoiser(x_t, t, cond)[:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features, denoiser.features(x_t, t, cond)[2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_joined_pass_runs_the_decoder_on_the_first_samples_only(kind):
+    denoiser, ran = tiny.denoiser(kind), []
+    denoiser.network.conv_out.register_forward_hook(lambda module, args, out: ran.append(len(out)))
+    denoiser.joined(*inputs(kind), 1)
+    assert ran == [1]

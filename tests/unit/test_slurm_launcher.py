@@ -102,7 +102,7 @@ def test_a_finished_training_is_submitted_again_if_asked_to_and_once(fake):
 
 
 def test_a_training_of_other_code_is_submitted_again_only_under_the_policy(fake):
-    continued(RUN, training().goal.key, 0, {"dmd2.method.losses": "old"})
+    continued(RUN, training().goal.key, 0, {"dmd2.method.batches": "old"})
     record = finish()
     assert training().submit_or_attach() is None and training().goal.reached() == record
     assert dataclasses.replace(training(), again="changed").submit_or_attach() == "7"

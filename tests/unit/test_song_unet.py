@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from dmd2.networks.condition import Condition
-from dmd2.networks.denoisers import encode
+from dmd2.networks.halves import encode
 from dmd2.networks.song_unet import SongUNet
 from dmd2.publish.export import export
 from dmd2.training.build import build_head
@@ -89,10 +89,19 @@ def test_features_are_the_last_encoder_blocks_output_and_the_decoder_is_not_run(
     seen = []
     made.encoder[-1].blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
     made.middle[0].register_forward_hook(lambda *args: seen.append("middle"))
-    features = encode(made, x, t, Condition(labels=labels))
+    features = encode(made, x, t, Condition(labels=labels)).bottleneck
     assert features.shape == (3, 24, 4, 4)
     assert len(seen) == 1
     assert torch.equal(features, seen[0])
+
+
+@pytest.mark.parametrize("config", [VP, VE])
+def test_joined_pass_decodes_the_first_samples_only(config):
+    denoiser, (x, t, labels) = wrap(network(config), "edm"), inputs()
+    arguments = (x, t.exp(), Condition(labels=labels))
+    prediction, features = denoiser.joined(*arguments, 2)
+    torch.testing.assert_close(prediction, denoiser(*arguments)[:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features, denoiser.features(*arguments)[2:], rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_fits_the_bottleneck():

@@ -10,6 +10,7 @@ from dmd2.method.step import critic_loss, student_loss, train_step
 from dmd2.networks.schedules import KarrasSchedule
 from tests import reference, tiny
 from tests.draws import keeping
+from tests.passes import kept_passes
 
 
 def image(kind, seed=0):
@@ -43,17 +44,17 @@ NO_GAN = {"gan__lambda_g": 0.0, "gan__lambda_d": 0.0}
 
 # Zero is off.
 def test_full_method_evaluates_each_term_once():
-    # critic: DM, generator's GAN, denoising, discriminator on fake and on real; head: generator, fake, real
-    assert counted(0)[0] == {"student": 1, "teacher": 1, "critic": 5, "head": 3}
+    # critic: DM; generator's GAN; denoising with the discriminator's fake and real. head: generator, fake, real
+    assert counted(0)[0] == {"student": 1, "teacher": 1, "critic": 3, "head": 3}
 
 
 def test_critic_only_iteration_does_not_run_teacher_or_generator_terms():
-    assert counted(1)[0] == {"student": 1, "teacher": 0, "critic": 3, "head": 2}
+    assert counted(1)[0] == {"student": 1, "teacher": 0, "critic": 1, "head": 2}
 
 
 def test_without_dm_the_teacher_is_never_called():
     counts, logs = counted(0, dm__weight=0.0)
-    assert (counts["teacher"], counts["critic"]) == (0, 4)
+    assert (counts["teacher"], counts["critic"]) == (0, 2)
     assert "student/dm" not in logs
 
 
@@ -78,7 +79,7 @@ def test_without_generator_gan_the_discriminator_still_trains():
 
 def test_without_denoising_the_critic_runs_for_the_discriminator_alone():
     counts, logs = counted(1, critic__denoise_weight=0.0)
-    assert counts["critic"] == 2
+    assert counts["critic"] == 1
     assert "critic/denoise" not in logs
 
 
@@ -165,14 +166,12 @@ def test_dm_index_range_is_inclusive(index):
 def features_called(kind, **changes):
     """Image and time that the head's network was given in the generator's turn, with the student image."""
     cfg = tiny.config(kind, dm__weight=0.0, **changes)
-    m, seen = tiny.models(kind, cfg), []
-    network = m.critic if cfg.gan.features_from == "critic" else m.teacher
-    original = network.features
-    network.features = lambda x_t, t, cond: seen.append((x_t.detach(), t)) or original(x_t, t, cond)
     x = image(kind)
-    student_loss(m, x.requires_grad_(), tiny.one_batch(kind, cfg), cfg, {}).backward()
-    ((x_t, t),) = seen
-    return x.detach(), x_t, t
+    with kept_passes() as kept:
+        student_loss(tiny.models(kind, cfg), x, tiny.one_batch(kind, cfg), cfg, {})
+    ((one, _),) = kept
+    assert one.features
+    return x, one.x_t, one.t
 
 
 @pytest.mark.parametrize(("kind", "time"), [("edm", float(KarrasSchedule().sigmas[0])), ("eps-text", 0)])
@@ -198,7 +197,7 @@ def test_gan_images_are_diffused_by_the_forward_process():
 # Where the features come from.
 def test_features_from_teacher_leaves_the_critic_out_of_the_gan():
     counts, _ = counted(1, gan__features_from="teacher")
-    assert (counts["teacher"], counts["critic"], counts["head"]) == (2, 1, 2)
+    assert (counts["teacher"], counts["critic"], counts["head"]) == (1, 1, 2)
 
 
 def test_features_from_teacher_trains_the_head_and_moves_the_image():
@@ -216,18 +215,13 @@ def clean_discriminator(**changes):
     """Discriminator loss on clean images, with the logit of each image by what the image is."""
     cfg = tiny.config("edm", gan__noise_range=None, critic__denoise_weight=0.0, **changes)
     m, batch, fake, logits, logs = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm"), {}, {}
-    original = m.critic.features
-
-    def spy(x_t, t, cond):
-        features = original(x_t, t, cond)
-        side = next(name for name, x in (("fake", fake), ("real", batch.real[0])) if torch.equal(x, x_t))
+    with kept_passes() as kept:
+        critic_loss(m, fake, batch, cfg, logs)
+    for one, features in kept:
+        side = next(name for name, x in (("fake", fake), ("real", batch.real[0])) if torch.equal(x, one.x_t))
         labels = {"fake": batch.cond.labels, "real": batch.real[1].labels}[side]
-        assert torch.equal(cond.labels, labels)
+        assert torch.equal(one.cond.labels, labels)
         logits[side] = m.head(features).detach().double().numpy()
-        return features
-
-    m.critic.features = spy
-    critic_loss(m, fake, batch, cfg, logs)
     return logits, logs
 
 

@@ -8,13 +8,14 @@ import torch
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import digest
-from dmd2.method.losses import generator_gan_loss
+from dmd2.method.objectives.gan import generator_gan_loss
 from dmd2.method.step import critic_loss, student_loss, train_step
 from dmd2.method.student_input import student_input
 from dmd2.networks.schedules import KarrasSchedule, VPSchedule, add_noise
 from dmd2.training.trainer import Training
 from tests import tiny
 from tests.draws import keeping
+from tests.passes import kept_passes
 from tests.unit.test_trainer import inputs, workspace  # noqa: F401
 
 ONE_RANGE = {"dm__index_range": [2, 998], "critic__index_range": [2, 998], "gan__noise_range": [2, 998]}
@@ -36,19 +37,10 @@ def image(kind):
 def noised_inputs(kind, turn, **changes):
     """Noised images and times by who was given them in a turn: teacher and critic whole, and each pass for features."""
     cfg = tiny.config(kind, **changes)
-    m, batch, given = tiny.models(kind, cfg), tiny.one_batch(kind, cfg), {"features": []}
-    for name in ("teacher", "critic"):
-        getattr(m, name).register_forward_hook(lambda module, args, out, name=name: given.update({name: args[:2]}))
-        network = getattr(m, name)
-        original = network.features
-
-        def spy(x_t, t, cond, original=original):
-            given["features"].append((x_t, t))
-            return original(x_t, t, cond)
-
-        network.features = spy
-    turn(m, image(kind), batch, cfg, {})
-    return given
+    with kept_passes() as kept:
+        turn(tiny.models(kind, cfg), image(kind), tiny.one_batch(kind, cfg), cfg, {})
+    given = {one.network: (one.x_t, one.t) for one, _ in kept if not one.features}
+    return {**given, "features": [(one.x_t, one.t) for one, _ in kept if one.features]}
 
 
 def same(a, b):

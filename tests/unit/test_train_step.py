@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import dmd2.method.step
+from dmd2.method.objectives import distribution_matching
 from dmd2.method.step import critic_loss, student_loss, train_step
 from tests import reference, tiny
 from tests.draws import keeping
+from tests.passes import kept_passes
 
 KINDS = ["edm", "edm-attention", "eps-labels", "eps-text", "eps-sdxl"]
 
@@ -70,13 +72,13 @@ def test_dm_noises_the_image_by_the_forward_process():
 
 @pytest.mark.parametrize("kind", ["eps-text", "eps-sdxl"])
 def test_vp_predictions_are_compared_in_float64(kind, monkeypatch):
-    dtypes, original = [], dmd2.method.step.distribution_matching_gradient
+    dtypes, original = [], distribution_matching.distribution_matching_gradient
 
     def spy(x, real, fake, *rest):
         dtypes.extend((real.dtype, fake.dtype))
         return original(x, real, fake, *rest)
 
-    monkeypatch.setattr(dmd2.method.step, "distribution_matching_gradient", spy)
+    monkeypatch.setattr(distribution_matching, "distribution_matching_gradient", spy)
     dm_pass(kind)
     assert set(dtypes) == {torch.float64}
 
@@ -221,9 +223,9 @@ def test_critic_sees_exactly_the_tensor_the_student_made_in_this_iteration(kind,
 
 def test_critic_is_conditioned_as_the_student_was():
     cfg = tiny.config("eps-text")
-    m, conditions = tiny.models("eps-text", cfg), {"student": [], "critic": [], "teacher": []}
-    for name, calls in conditions.items():
-        getattr(m, name).register_forward_hook(lambda module, args, out, calls=calls: calls.append(args[2].text))
-    train_step(m, tiny.batches("eps-text", cfg).at(0), 0, cfg)
-    (made_for,) = conditions["student"]
-    assert all(torch.equal(made_for, text) for calls in conditions.values() for text in calls)
+    m, made_for = tiny.models("eps-text", cfg), []
+    m.student.register_forward_hook(lambda module, args, out: made_for.append(args[2].text))
+    with kept_passes() as kept:
+        train_step(m, tiny.batches("eps-text", cfg).at(0), 0, cfg)
+    conditions = [one.cond.text for one, _ in kept if not one.features]
+    assert len(conditions) == 3 and all(torch.equal(made_for[0], text) for text in conditions)

@@ -1,0 +1,135 @@
+"""What objectives need of the networks, and how the needs of all objectives become few, large passes.
+
+An objective is a generator function of a `Turn`. It yields the passes that it needs, is sent their results in the same
+order, and returns its loss with what is logged of it::
+
+    def my_objective(turn):
+        x_t, t = turn.noised(turn.x, "mine", (20, 980))
+        (prediction,) = yield [Pass("teacher", x_t, t, turn.batch.cond)]
+        return F.mse_loss(turn.x, prediction), {}
+
+`evaluate` runs all objectives of a turn side by side. What they need at the same time of the same network, with or
+without gradient, is one pass: samples of which the prediction is needed come first, and the decoder runs on them alone.
+Networks act on every sample by itself, so joining changes results by rounding only. Where activations are recomputed
+in backward (``training.checkpointing``) passes stay apart: a block recomputed for all of them would need the memory
+that recomputing saves.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dmd2.experiment.config import TrainConfig
+from dmd2.method.batches import Batch
+from dmd2.method.interfaces import Models
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Inputs, guidance, with_unconditional
+from dmd2.networks.schedules import add_noise
+
+Logs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One network at noisy images ``(B, C, H, W)`` and times ``(B,)``.
+
+    The result is the prediction ``(B, C, H, W)`` of the clean images, or with `features` the bottleneck ``(B, c, h,
+    w)``, float32. gradient: whether one flows through the pass; without, the result is detached. guided: apply the
+    run's classifier-free guidance, ``u + s (c - u)``, if its scale is above 1.
+    """
+
+    network: Literal["student", "teacher", "critic"]
+    x_t: Tensor
+    t: Tensor
+    cond: Condition
+    gradient: bool = True
+    features: bool = False
+    guided: bool = False
+
+
+Objective: TypeAlias = Generator[Sequence[Pass], list[Tensor], tuple[Tensor, Logs]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The student's or the critic's turn on one micro-batch.
+
+    x: images of the student, ``(B, C, H, W)``; in the critic's turn without gradient.
+    """
+
+    m: Models
+    x: Tensor
+    batch: Batch
+    cfg: TrainConfig
+
+    def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Images at a level that is drawn per sample from an inclusive index range, and the times of these levels.
+
+        Level and noise are addressed by `name`: equal names give equal draws.
+        """
+        schedule, draws = self.m.teacher.schedule, self.batch.draws
+        t = schedule.time(draws.integers(f"{name}/level", *index_range))
+        return add_noise(schedule, images, draws.normal(f"{name}/noise", tuple(images.shape[1:])), t), t
+
+
+def evaluate(turn: Turn, objectives: Mapping[str, Objective]) -> dict[str, tuple[Tensor, Logs]]:
+    """Loss and logs of each objective, with the passes that they need joined."""
+    needs = {name: next(objective) for name, objective in objectives.items()}
+    finished: dict[str, tuple[Tensor, Logs]] = {}
+    while needs:
+        results = iter(run_passes(turn, [one for passes in needs.values() for one in passes]))
+        given = {name: [next(results) for _ in passes] for name, passes in needs.items()}
+        needs = {}
+        for name, found in given.items():
+            try:
+                needs[name] = objectives[name].send(found)
+            except StopIteration as end:
+                finished[name] = end.value
+    return {name: finished[name] for name in objectives}
+
+
+def run_passes(turn: Turn, passes: Sequence[Pass]) -> list[Tensor]:
+    """The result of each pass; those of the same network, all with or all without gradient, run as one."""
+    groups: dict[tuple[str, bool, int], list[Pass]] = {}
+    for number, one in enumerate(passes):
+        apart = one.gradient and getattr(turn.m, one.network).network.is_gradient_checkpointing
+        groups.setdefault((one.network, one.gradient, number if apart else 0), []).append(one)
+    results: dict[Pass, Tensor] = {}
+    for (_, gradient, _), group in groups.items():
+        with torch.set_grad_enabled(gradient):
+            results |= _joined(turn, sorted(group, key=lambda one: one.features))
+    return [results[one] for one in passes]
+
+
+def _joined(turn: Turn, group: list[Pass]) -> dict[Pass, Tensor]:
+    """Results of passes of one network; predictions come before features."""
+    network, scale = getattr(turn.m, group[0].network), turn.cfg.teacher.guidance
+    rows = [_rows(turn, one) for one in group]
+    x_t, t, cond = rows[0]
+    if len(rows) > 1:
+        x_t, t = torch.cat([x for x, _, _ in rows]), torch.cat([t for _, t, _ in rows])
+        cond = reduce(Condition.join, (cond for _, _, cond in rows))
+    sizes = [len(x) for x, _, _ in rows]
+    predictions = sum(not one.features for one in group)
+    if predictions == len(group):
+        parts = network(x_t, t, cond).split(sizes)
+    elif predictions == 0:
+        parts = network.features(x_t, t, cond).split(sizes)
+    else:
+        predicted, features = network.joined(x_t, t, cond, sum(sizes[:predictions]))
+        parts = (*predicted.split(sizes[:predictions]), *features.split(sizes[predictions:]))
+    doubled = [len(part) > len(one.t) for one, part in zip(group, parts, strict=True)]
+    return {
+        one: guidance(part, scale) if twice else part for one, part, twice in zip(group, parts, doubled, strict=True)
+    }
+
+
+def _rows(turn: Turn, one: Pass) -> Inputs:
+    """What the network is given for a pass: a guided one twice, without its condition and with it."""
+    if one.guided and turn.cfg.teacher.guidance > 1 and turn.m.null is not None:
+        return with_unconditional(one.x_t, one.t, one.cond, turn.m.null.expand(len(one.t)))
+    return one.x_t, one.t, one.cond
