@@ -10,6 +10,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
 
 from dmd2.core.files import write_json, write_text
 from dmd2.core.run import RunId
@@ -45,8 +48,7 @@ def invent(root: Path, run: RunId, config: dict[str, object]) -> None:
     write_text(folder / "log.jsonl", "".join(log))
 
 
-def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else RUNS
+def main(count: Annotated[int, typer.Argument()] = RUNS) -> None:
     config = load_experiment().runs["digits", "dmd2"].model_dump(mode="json")
     with TemporaryDirectory() as name:
         root = Path(name)
@@ -72,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

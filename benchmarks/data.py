@@ -10,15 +10,16 @@ which the system may drop. ``python -m benchmarks.data [IMAGES [ROUNDS]]``
 import multiprocessing
 import re
 import statistics
-import sys
 import time
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import lmdb
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 import dmd2.data.sets
@@ -100,7 +101,7 @@ def measured(way: str, folder: Path, count: int, number: int) -> dict[str, float
             "anonymous": anonymous - anonymous_before, "mapped": mapped - mapped_before}  # fmt: skip
 
 
-def main(count: int = IMAGES, rounds: int = ROUNDS) -> None:
+def main(count: Annotated[int, typer.Argument()] = IMAGES, rounds: Annotated[int, typer.Argument()] = ROUNDS) -> None:
     spawn = multiprocessing.get_context("spawn")
     source = Data(name="benchmark", source={"kind": "lmdb", "path": "lmdb"}, resolution=64, channels=3, classes=CLASSES)
     with TemporaryDirectory() as name:
@@ -126,4 +127,4 @@ def main(count: int = IMAGES, rounds: int = ROUNDS) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    typer.run(main)

@@ -4,12 +4,13 @@ Every column must grow downwards within a group. The first lines are the noise f
 ``python -m benchmarks.detector_order [DETECTOR ...]`` (Debian package dataset-fashion-mnist)
 """
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from scipy.ndimage import gaussian_filter
 
 from dmd2.data.readers import read_idx
@@ -67,13 +68,14 @@ def detector_of(name: str, folder: Path, train: np.ndarray, labels: np.ndarray) 
     return load_detector(name, folder)
 
 
-def main(names: list[str]) -> None:
+def main(names: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    torch.set_num_threads(1)
     train, train_labels = images("train")
     test, labels = (array[:IMAGES] for array in images("t10k"))
     order = np.random.default_rng(0).permutation(len(train))
     sets = spoiled(test, labels)
     with TemporaryDirectory() as folder:
-        for name in names:
+        for name in names or DETECTORS:
             detector = detector_of(name, Path(folder), train[order[2 * IMAGES :]], train_labels[order[2 * IMAGES :]])
             reference = Reference(FeatureStats.of(features(detector, train[order[:IMAGES]])))
             print(f"\n{detector.label}\n{'other train images':<20}"
@@ -86,5 +88,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1:] or DETECTORS)
+    typer.run(main)

@@ -8,9 +8,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from scipy.linalg import sqrtm
 
 from eval.metrics.frechet import FeatureStats, Reference, frechet_distance
@@ -24,8 +26,7 @@ def by_sqrtm(a: FeatureStats, b: FeatureStats) -> float:
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
 
 
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+def main(rounds: Annotated[int, typer.Argument()] = ROUNDS) -> None:
     rng = np.random.default_rng(0)
     scale = np.arange(1, DIMENSIONS + 1.0) ** -0.5  # a power-law spectrum, as Inception features have
     x, y = ((rng.standard_normal((IMAGES, DIMENSIONS)) * scale).astype(np.float32) for _ in range(2))
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,9 +8,11 @@ Needs root on Debian. The test cluster's time-outs are short (a dead node is not
 import os
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
 
 from tests.slurm.faults import STEPS, checkpoint_signal, killed_node, preemption, requeue
 from tests.slurm.workspace import CLUSTER_FILE, Slurm, SlurmWorkspace
@@ -19,7 +21,7 @@ from tests.workspace import copy_repository
 FAULTS = (checkpoint_signal, preemption, requeue, killed_node)
 
 
-def main(repeats: int) -> None:
+def main(repeats: Annotated[int, typer.Argument()] = 3) -> None:
     with TemporaryDirectory() as folder:
         slurm = Slurm(Path("/tmp") / f"slurm-test-{os.getpid()}")
         slurm.script("up")
@@ -44,4 +46,4 @@ def main(repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    typer.run(main)

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
+import typer
 import yaml
 
 from dmd2.core.files import listing, write_json, write_text
@@ -104,7 +106,7 @@ def stages() -> None:
     Path("dvc.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
 
 
-def main(count: int) -> None:
+def main(count: Annotated[int, typer.Argument()] = RUNS) -> None:
     with TemporaryDirectory() as folder:
         origin = copy_repository(Path(folder) / "origin")
         for path in (origin.path / "workflow/tables").glob("*.yaml"):
@@ -132,4 +134,4 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else RUNS)
+    typer.run(main)

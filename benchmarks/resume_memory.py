@@ -17,7 +17,8 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.full_size import GB, _changed, _status, _teacher, random_rows
+from benchmarks.full_size import GB, status
+from benchmarks.random_runs import changed, random_rows, random_teacher
 from dmd2.core.files import listing, write_json
 from dmd2.core.run import RunId
 from dmd2.data.sets import save_shard
@@ -33,16 +34,16 @@ def config(width: int) -> RunConfig:
     assert cfg.teacher.network is not None
     levels = [width * times for times in (1, 2, 3, 4)]
     teacher = cfg.teacher.model_copy(update={"network": {**cfg.teacher.network, "block_out_channels": levels}})
-    return _changed(cfg.model_copy(update={"teacher": teacher}), 2, "fp32")
+    return changed(cfg.model_copy(update={"teacher": teacher}), 2, "fp32")
 
 
 def act(phase: str, width: int) -> None:
     """In a process of its own: start, update once with zero gradients and save; or start and resume."""
-    peaks, before = [0], _status("RssAnon")
+    peaks, before = [0], status("RssAnon")
 
     def watch() -> None:
         while True:
-            peaks[0] = max(peaks[0], _status("RssAnon"))
+            peaks[0] = max(peaks[0], status("RssAnon"))
             time.sleep(0.002)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -60,7 +61,7 @@ def act(phase: str, width: int) -> None:
         t.step = 1
         t.checkpoints.save(1, t.state())
     print(f"{phase}: trained weights {weights / GB:.2f} GB; peak above the libraries, anonymous {started / GB:.2f} GB, "
-          f"VmHWM {_status('VmHWM') / GB:.2f} GB")  # fmt: skip
+          f"VmHWM {status('VmHWM') / GB:.2f} GB")  # fmt: skip
 
 
 def main(width: Annotated[int, typer.Option(help="channels of the first level")] = 192, phase: str = "") -> None:
@@ -68,7 +69,7 @@ def main(width: Annotated[int, typer.Option(help="channels of the first level")]
         return act(phase, width)
     with tempfile.TemporaryDirectory() as folder:
         cfg = config(width)
-        _teacher(cfg, Path(folder))
+        random_teacher(cfg, Path(folder))
         path = Path(folder, "set.safetensors")
         save_shard(path, {name: t for name, t in random_rows(cfg, 2).tensors.items() if name != "noise"})
         write_json(Path(folder, "set.json"), {"files": listing([path], Path(folder))})

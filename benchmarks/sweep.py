@@ -8,12 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import psutil
+import typer
 import yaml
 
 from tests.slurm.workspace import CLUSTER_FILE, Slurm, SlurmWorkspace, until
@@ -68,7 +69,7 @@ def wait_in_queue(workspace: SlurmWorkspace, slurm: Slurm, count: int) -> None:
     process.wait()
 
 
-def main(count: int) -> None:
+def main(waiting: Annotated[int, typer.Argument()] = 200) -> None:
     with TemporaryDirectory() as folder:
         slurm = Slurm(Path("/tmp") / f"slurm-test-{os.getpid()}")
         slurm.script("up")
@@ -85,10 +86,10 @@ def main(count: int) -> None:
             (workspace.path / "workflow/cluster/slurm.yaml").write_text(
                 CLUSTER_FILE.read_text().replace("poll_seconds: 1}", "poll_seconds: 15}")  # as shipped
             )
-            wait_in_queue(workspace, slurm, count)
+            wait_in_queue(workspace, slurm, waiting)
         finally:
             slurm.script("wipe")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    typer.run(main)

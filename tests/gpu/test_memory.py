@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.full_size import _changed, _standing, allocated_peak, random_batches, random_models
+from benchmarks.full_size import allocated_peak, standing
+from benchmarks.random_runs import changed, hardware, random_training
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base
-from dmd2.method.step import train_step
 from dmd2.planning.memory import Counted, Setup, architecture
 from dmd2.planning.plan import varied
 from dmd2.training.make_teacher import adopt_teacher
@@ -44,21 +44,22 @@ def test_the_peak_of_an_iteration_is_what_plan_counts(name: str, real_device: to
     if has < card:
         pytest.skip(f"{base} needs a GPU of {card} GB, this device has {has:.0f}")
     cfg = load_base(base)
-    cfg = _changed(varied(cfg, lora, states), batch, "bf16" if card else "fp32")
-    models = random_models(cfg, teacher(cfg, tmp_path), real_device, setup)
-    batches, ratio = random_batches(cfg, real_device), cfg.critic.ratio
-    train_step(models, batches.at(0), 0, cfg)  # makes AdamW's moments
+    cfg = changed(varied(cfg, lora, states), batch, "bf16" if card else "fp32")
+    place = hardware(str(real_device), checkpointing=setup.checkpointing)
+    training = random_training(cfg, place, teacher(cfg, tmp_path))
+    training.iterate()  # makes AdamW's moments
+    training.step = cfg.critic.ratio
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() - _standing(models)  # of other tests
-        train_step(models, batches.at(ratio), ratio, cfg)
+        before = torch.cuda.memory_allocated() - standing(training.models)  # of other tests
+        training.iterate()
         measured = torch.cuda.max_memory_allocated() - max(before, 0)
     else:
-        standing = _standing(models)
+        weights = standing(training.models)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train_step(models, batches.at(ratio), ratio, cfg)
-        measured = standing + allocated_peak(profiler)
+            training.iterate()
+        measured = weights + allocated_peak(profiler)
     counted = Counted(cfg, setup).iteration(batch).peak
     print(f"{name}: measured {measured / GB:.2f} GB, counted {counted / GB:.2f} GB, {measured / counted:.2f}")
     assert low < measured / counted < high

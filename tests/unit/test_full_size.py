@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.full_size import random_batches, random_models
-from dmd2.method.step import train_step
-from dmd2.planning.memory import Setup
+from benchmarks.random_runs import changed, hardware, random_training
 from dmd2.planning.plan import varied
 from dmd2.training.make_teacher import adopt_teacher
 from tests import tiny
@@ -18,11 +16,11 @@ def test_random_text_networks_train_as_the_benchmark_runs_them(tmp_path, lora, s
     cfg = varied(tiny.config("eps-sdxl", **teacher, train__precision="bf16"), lora, states)
     tiny.network("eps-sdxl", 1).save_pretrained(tmp_path / "unet")
     manifest = adopt_teacher(cfg.teacher.model_copy(update={"network": None}), tmp_path)
-    device = torch.device("cpu")
-    models, batches = random_models(cfg, manifest, device, Setup(checkpointing=True)), random_batches(cfg, device)
-    for it in range(2):
-        logs = train_step(models, batches.at(it), it, cfg)
-        assert all(bool(torch.isfinite(value)) for value in logs.values())
+    training = random_training(changed(cfg, 2, "bf16"), hardware("cpu", checkpointing=True), manifest)
+    for _ in range(2):
+        training.iterate()
+    models = training.models
+    assert all(bool(torch.isfinite(value)) for _, logs in training.recent for value in logs.values())
     assert models.null is not None
     assert models.null.text.shape == (1, 77, tiny.TEXT_WIDTH)
     assert models.student.network.mid_block.gradient_checkpointing

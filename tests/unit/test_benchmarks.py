@@ -1,0 +1,35 @@
+"""Benchmarks measure, tests do not; but benchmarks must run: all start, and what needs no GPU counts."""
+
+import importlib
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.counting import Case, on_cpu
+from benchmarks.counts import table
+from tests.conftest import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "typer.run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_starts(name: str) -> None:
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"benchmarks.{name}").main)
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0, result.output
+
+
+def test_counts_of_digits() -> None:
+    """What the step is to keep: no wait for the device, one pass of the critic in its turn."""
+    found = on_cpu(Case("digits", 4, "fp32", meta=False))
+    assert found["student"]["host waits"] == found["critic only"]["host waits"] == 0
+    assert found["critic only"]["passes"] == {
+        "student encoder": [4], "student decoder": [4], "critic encoder": [12], "critic decoder": [4],
+    }  # fmt: skip
+    assert found["student"]["passes"]["teacher decoder"] == [4]
+    assert found["critic only"]["operations that launch kernels"] < found["student"]["operations that launch kernels"]
+    shown = table({"a": found, "b": found}, 5).splitlines()
+    assert shown[2].split("|")[1:4] == [" network passes                 ", " 5          ", " 2              "]
+    assert {line.split("|")[-2].strip() for line in shown[2:]} == {"1.000", "-"}
