@@ -1,5 +1,6 @@
 """Tensor sets on disk: real images, teacher pairs and prompts, as safetensors shards behind a checksummed manifest."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ class TensorSet:
         self.shards = shards
         self.ends = torch.tensor([len(next(iter(shard.values()))) for shard in shards]).cumsum(0)
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1]])
+        self.length = int(self.ends[-1])
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.length
 
     @property
     def tensors(self) -> Rows:
@@ -52,10 +54,13 @@ class TensorSet:
         found = zip(shard.tolist(), rows.tolist(), strict=True)
         return torch.stack([self.shards[number][name][row] for number, row in found]).to(device)
 
+    def rows(self, indices: Tensor, names: Iterable[str], device: torch.device | str = "cpu") -> Rows:
+        """Rows of those of the named tensors that the set has, as they are stored."""
+        return {name: self.tensor(name, indices, device) for name in names if name in self.shards[0]}
+
     def images(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """Images in [-1, 1] (or latents), float32 ``(B, C, H, W)``."""
-        images = self.tensor("images", indices, device)
-        return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
+        """Images of `indices` as `images_of` returns them."""
+        return images_of(self.rows(indices, ["images"], device))
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Condition]:
         """Images and conditions of the same rows."""
@@ -63,8 +68,19 @@ class TensorSet:
 
     def condition(self, indices: Tensor, device: torch.device | str = "cpu") -> Condition:
         """Conditions of the same rows."""
-        rows = {name: self.tensor(name, indices, device) for name in CONDITIONS if name in self.shards[0]}
-        return Condition(**{name: row.float() if row.is_floating_point() else row for name, row in rows.items()})
+        return condition_of(self.rows(indices, CONDITIONS, device))
+
+
+def images_of(rows: Rows) -> Tensor:
+    """Images in [-1, 1] (or latents), float32 ``(B, C, H, W)``."""
+    images = rows["images"]
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
+
+
+def condition_of(rows: Rows) -> Condition:
+    """What the rows say of their conditions, numbers as float32."""
+    found = {name: rows[name] for name in CONDITIONS if name in rows}
+    return Condition(**{name: row.float() if row.is_floating_point() else row for name, row in found.items()})
 
 
 def save_shard(path: Path, tensors: Rows) -> None:

@@ -1,25 +1,35 @@
-"""What one iteration consumes: conditions, real images and pairs, all addressed by (seed, iteration, name)."""
+"""What one iteration consumes: conditions, real images and pairs, all addressed by (seed, iteration, name).
+
+Only what the losses of the iteration's turns need is read. For a GPU a thread gathers the rows of the next iteration
+into pinned memory while this one runs, and they are uploaded without waiting. On the CPU rows are gathered when they
+are needed: that takes about a thousandth of an iteration there, and the thread would take a core from the iteration.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dmd2.core.distributed import rows
 from dmd2.core.rng import Draws
-from dmd2.data.sets import TensorSet
+from dmd2.data.sets import CONDITIONS, Rows, TensorSet, condition_of, images_of
 from dmd2.experiment.config import TrainConfig
 from dmd2.networks.condition import Condition
+
+Gathered = tuple[Draws, dict[str, Rows]]  # rows on the host by the name under which they were drawn
 
 
 @dataclass(frozen=True)
 class Batch:
     """A slice of one iteration's global batch.
 
-    cond: what the student generates for. real: real images of the GAN with their condition. source: real images that
-    ``noised_real`` starts from (their condition is `cond`). pairs: (noise, image, condition) of the regression.
-    share: this slice's part of the global batch, so that shares of all slices sum to 1.
+    cond: what the student generates for. real: real images with their condition, where the discriminator is updated.
+    source: real images that ``noised_real`` starts from (their condition is `cond`). pairs: (noise, image, condition)
+    of the regression, where the student is updated. share: this slice's part of the global batch, so that shares of all
+    slices sum to 1.
     """
 
     draws: Draws
@@ -41,31 +51,97 @@ class Batches:
     real: TensorSet | None = None
     pairs: TensorSet | None = None
     prompts: TensorSet | None = None
+    _begun: dict[int, Future[list[Gathered]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, iteration: int) -> Iterator[Batch]:
         """Micro-batches that together, over all processes, are the global batch of `iteration`."""
+        parts = self.ahead(iteration) if self.device.type == "cuda" else self._gathered(iteration)
+        for draws, found in parts:
+            yield self._batch(draws, found)
+
+    def ahead(self, iteration: int) -> list[Gathered]:
+        """Rows of `iteration`, while a thread begins with those of the next one; any iteration may be asked for.
+
+        What goes wrong in the thread is raised here, when its iteration is asked for.
+        """
+        begun = self._begun.pop(iteration, None)
+        self._begun.clear()
+        found = list(self._gathered(iteration)) if begun is None else begun.result()
+        if iteration + 1 < self.cfg.train.steps:
+            self._begun[iteration + 1] = self._thread.submit(lambda: list(self._gathered(iteration + 1)))
+        return found
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        if not self._pins:
+            return ThreadPoolExecutor(1, "inputs")
+        return ThreadPoolExecutor(1, "inputs", torch.cuda.set_device, (torch.cuda.current_device(),))
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_available()
+
+    @property
+    def _conditions(self) -> str | None:
+        """Name under which the rows are drawn whose conditions the student gets; None where labels are drawn."""
+        cfg = self.cfg
+        if cfg.generator.conditions == "real":
+            return "gan/real"
+        if self.prompts is not None:
+            return "student/prompts"
+        # Multi-step runs, and text-conditioned ones without prompts, take their conditions from the real set.
+        from_real = cfg.generator.input != "noise" or cfg.data.text is not None
+        return "source" if from_real and self.real is not None else None
+
+    def reads(self, iteration: int) -> dict[str, set[str]]:
+        """Tensors that an iteration reads, by the name under which their rows are drawn."""
+        cfg, (student, critic) = self.cfg, self.cfg.critic.turns(iteration)
+        found: dict[str, set[str]] = {}
+        if critic and cfg.gan.lambda_d > 0:
+            found["gan/real"] = {"images", *CONDITIONS}
+        if self._conditions is not None:
+            noised = {"images"} if cfg.generator.input == "noised_real" else set()
+            found[self._conditions] = found.get(self._conditions, set()) | {*CONDITIONS} | noised
+        if student and cfg.needs_pairs and self.pairs is not None:
+            found["regression/pairs"] = {"noise", "images", *CONDITIONS}
+        return found
+
+    def slice_of(self, draws: Draws) -> Batch:
+        """The rows of a global batch that `draws` is for."""
+        return self._batch(draws, self._rows(draws))
+
+    def _gathered(self, iteration: int) -> Iterator[Gathered]:
         total = self.cfg.optim.batch
         mine = rows(total)
         for start in range(mine.start, mine.stop, self.micro_batch):
             stop = min(start + self.micro_batch, mine.stop)
-            yield self._slice(Draws(self.seed, iteration, total, start, stop, self.device))
+            draws = Draws(self.seed, iteration, total, start, stop, self.device)
+            yield draws, self._rows(draws)
 
-    def _slice(self, draws: Draws) -> Batch:
-        cfg, real, source, pairs = self.cfg, None, None, None
-        assert self.real is not None or not cfg.needs_real
-        if self.real is not None and (cfg.gan.on or cfg.generator.conditions == "real"):
-            real = self.real.batch(draws.shuffled("gan/real", len(self.real)), self.device)
-        if real is not None and cfg.generator.conditions == "real":
-            source, cond = real
-        elif self.prompts is not None:
-            cond = self.prompts.condition(draws.shuffled("student/prompts", len(self.prompts)), self.device)
-        elif self.real is not None and (cfg.generator.input != "noise" or cfg.data.text is not None):
-            # Multi-step runs, and text-conditioned ones without prompts, take their conditions from the real set.
-            source, cond = self.real.batch(draws.shuffled("source", len(self.real)), self.device)
-        else:
+    def _rows(self, draws: Draws) -> dict[str, Rows]:
+        sets = {"student/prompts": self.prompts, "regression/pairs": self.pairs}
+        found: dict[str, Rows] = {}
+        for name, tensors in self.reads(draws.iteration).items():
+            one = sets.get(name, self.real)
+            assert one is not None
+            gathered = one.rows(draws.shuffled(name, len(one)), sorted(tensors))
+            found[name] = {key: row.pin_memory() for key, row in gathered.items()} if self._pins else gathered
+        return found
+
+    def _batch(self, draws: Draws, found: dict[str, Rows]) -> Batch:
+        cfg, critic = self.cfg, self.cfg.critic.turns(draws.iteration)[1]
+        there = {
+            name: {key: row.to(self.device, non_blocking=True) for key, row in one.items()}
+            for name, one in found.items()
+        }
+        real, source, pairs = None, None, None
+        if critic and cfg.gan.lambda_d > 0:
+            real = images_of(there["gan/real"]), condition_of(there["gan/real"])
+        if self._conditions is None:
             cond = Condition(labels=draws.integers("student/labels", 0, cfg.data.classes - 1))
-        if self.pairs is not None and cfg.needs_pairs:
-            indices = draws.shuffled("regression/pairs", len(self.pairs))
-            noise = self.pairs.tensor("noise", indices, self.device).float()
-            pairs = (noise, *self.pairs.batch(indices, self.device))
+        else:
+            cond = condition_of(there[self._conditions])
+            source = images_of(there[self._conditions]) if cfg.generator.input == "noised_real" else None
+        if (one := there.get("regression/pairs")) is not None:
+            pairs = one["noise"].float(), images_of(one), condition_of(one)
         return Batch(draws, (draws.stop - draws.start) / draws.total, cond, real, source, pairs)

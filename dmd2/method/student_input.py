@@ -7,7 +7,7 @@ from dmd2.experiment.config import Generator
 from dmd2.method.batches import Batch
 from dmd2.method.samplers import few_step, times_like
 from dmd2.networks.denoisers import Denoiser
-from dmd2.networks.schedules import add_noise
+from dmd2.networks.schedules import add_noise, spread, step_index
 
 
 def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -30,10 +30,9 @@ def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor)
     """Each sample draws its own step; at the first one the input is pure noise (ablation "w/o backward simulation")."""
     assert batch.source is not None
     step = batch.draws.integers("student/step", 0, len(times) - 1)
-    t = torch.tensor(times, device=z.device)[step]
-    first = (step == 0).reshape(-1, 1, 1, 1)
+    t = student.schedule.time(step_index(step, len(times))).float().masked_fill(step == 0, times[0])
     noised = add_noise(student.schedule, batch.source, z, t)
-    return torch.where(first, student.schedule.pure_noise(z, t), noised), t
+    return torch.where(spread(step == 0, z), student.schedule.pure_noise(z, t), noised), t
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ A *time* is what the network is told: a sigma for Karras, an integer step for VP
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
 class Schedule:
     """Forward process ``x_t = alpha_t x + sigma_t n`` on a grid of `LEVELS` indices."""
 
+    def __init__(self) -> None:
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device, grid: Tensor) -> Tensor:
+        """The schedule's `grid` on `device`, copied once: a copy in every pass would make a GPU wait."""
+        if device not in self._copies:
+            self._copies[device] = grid.to(device)
+        return self._copies[device]
+
     def time(self, index: Tensor) -> Tensor:
         """Network time of grid indices, shape kept."""
         raise NotImplementedError
@@ -42,7 +51,8 @@ class Schedule:
         Args:
             first: 80.0 of the published runs with EDM; 999, and 399 for one-step SDXL.
         """
-        return [first, *(float(self.time(torch.tensor(index))) for index in step_indices(steps)[1:])]
+        later = torch.tensor(step_indices(steps)[1:], dtype=torch.long)
+        return [first, *map(float, self.time(later).tolist())]
 
 
 def add_noise(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -66,7 +76,15 @@ def loss_weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
 
 def step_indices(steps: int) -> list[int]:
     """Grid indices of an n-step student: 999 downwards in strides of ``1000 // n`` (n = 4: 999, 749, 499, 249)."""
-    return [LEVELS - 1 - k * (LEVELS // steps) for k in range(steps)]
+    return [step_index(k, steps) for k in range(steps)]
+
+
+Step = TypeVar("Step", int, Tensor)
+
+
+def step_index(k: Step, steps: int) -> Step:
+    """Grid index of step `k` (a number or a tensor of them) of an n-step student."""
+    return LEVELS - 1 - k * (LEVELS // steps)
 
 
 def karras_sigmas(count: int) -> Tensor:
@@ -80,11 +98,12 @@ class KarrasSchedule(Schedule):
     """``x_t = x + sigma n``; the time is sigma. Uniform indices on this grid are DMD2's training distribution."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sigmas = karras_sigmas(LEVELS).float()
 
     def time(self, index: Tensor) -> Tensor:
         """Sigma of each index, float32."""
-        return self.sigmas.to(index.device)[index]
+        return self.on(index.device, self.sigmas)[index]
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``(1, sigma)``."""
@@ -100,6 +119,7 @@ class VPSchedule(Schedule):
 
     def __init__(self) -> None:
         betas = torch.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), LEVELS, dtype=torch.float64) ** 2
+        super().__init__()
         self.abar = torch.cumprod(1 - betas, 0)
 
     def time(self, index: Tensor) -> Tensor:
@@ -108,7 +128,7 @@ class VPSchedule(Schedule):
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``(sqrt(abar_t), sqrt(1 - abar_t))``."""
-        abar = self.abar.to(t.device)[t.long()]
+        abar = self.on(t.device, self.abar)[t.long()]
         return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
 
     def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:

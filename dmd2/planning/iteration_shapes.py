@@ -35,11 +35,12 @@ class ShapeDraws(Draws):
 class ShapeBatches(Batches):
     """Equal micro-batches of one process, out of `ShapeDraws`."""
 
-    def some(self, count: int) -> Iterator[Batch]:
+    def some(self, iteration: int, count: int) -> Iterator[Batch]:
         """The first `count` micro-batches of an iteration."""
         total = max(self.cfg.optim.batch, count * self.micro_batch)
         for i in range(count):
-            yield self._slice(ShapeDraws(0, 0, total, i * self.micro_batch, (i + 1) * self.micro_batch, META))
+            start = i * self.micro_batch
+            yield self.slice_of(ShapeDraws(0, iteration, total, start, start + self.micro_batch, META))
 
 
 class ShapeOptimiser(Optimiser):

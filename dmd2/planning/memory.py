@@ -196,7 +196,7 @@ class Counted:
         trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
         with Ledger(standing, parts) as ledger, self.functions:
             hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad)) for p in trained]
-            train_step(self.models, batches.some(micro_batches), it, cfg)
+            train_step(self.models, batches.some(it, micro_batches), it, cfg)
             for hook in hooks:
                 hook.remove()
         return Iteration(ledger.peak + self.transient, ledger.flops)

@@ -77,7 +77,7 @@ def numbers(kind: str, precision: str, device: torch.device, dtype: torch.dtype)
 
 def _batch(cfg: RunConfig, real: TensorSet, device: torch.device, dtype: torch.dtype) -> list[Batch]:
     batches = Batches(cfg, 0, device, 1 << 30, real, real)
-    return [batches._slice(HostDraws(0, 0, cfg.optim.batch, 0, cfg.optim.batch, device, dtype))]
+    return [batches.slice_of(HostDraws(0, 0, cfg.optim.batch, 0, cfg.optim.batch, device, dtype))]
 
 
 def in_float64(kind: str) -> dict[str, Tensor]:

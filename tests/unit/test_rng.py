@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dmd2.core.rng import Draws, sample_labels, sample_noise, stream
+from dmd2.core.rng import Draws, orders, sample_labels, sample_noise, stream
 
 
 def draws(start=0, stop=12, total=12, seed=0, iteration=3):
@@ -87,6 +87,34 @@ def test_shuffled_is_a_permutation_within_each_epoch(size, total):
     indices = epoch(size, total, 3 * size)
     for start in range(0, len(indices) - size + 1, size):
         assert sorted(indices[start : start + size]) == list(range(size))
+
+
+def by_the_definition(d, name, size):
+    """A row's place in the run says its epoch, whose order is one permutation; computed anew for every row."""
+    positions = range(d.iteration * d.total + d.start, d.iteration * d.total + d.stop)
+    orders = [torch.randperm(size, generator=stream(f"{d.seed}/epoch{p // size}/{name}")) for p in positions]
+    return [int(order[p % size]) for order, p in zip(orders, positions, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 12, 50])
+@pytest.mark.parametrize("cut", [(0, 12), (5, 12), (3, 4)])
+def test_shuffled_is_what_its_definition_says_in_any_order_of_iterations(cut, size):
+    for iteration in (9, 0, 4, 3, 10):
+        d = draws(*cut, iteration=iteration)
+        found = d.shuffled("real", size)
+        assert found.dtype == torch.long and found.tolist() == by_the_definition(d, "real", size)
+
+
+def test_the_order_of_a_set_is_computed_once_an_epoch_and_two_are_held(monkeypatch):
+    computed, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda size, **options: computed.append(size) or randperm(size, **options))
+    for iteration in range(30):  # three epochs, each of which begins within an iteration, of two sets
+        draws(iteration=iteration, seed=77).shuffled("once", 125)
+        draws(iteration=iteration, seed=77).shuffled("twice", 125)
+    assert computed == [125] * 6
+    orders(77, "once", 125)(0)
+    assert len(computed) == 7  # dropped, and computed again
+    assert orders(77, "once", 125)(2).dtype == torch.int32 and len(computed) == 7
 
 
 def test_epochs_are_shuffled_differently():

@@ -1,0 +1,63 @@
+"""An iteration never makes the GPU and the CPU wait for each other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Hardware
+from dmd2.experiment.yaml_file import read_yaml
+from dmd2.training.trainer import Training
+from tests import tiny
+from tests.conftest import ROOT
+from tests.gpu.test_training import EVERY, FOUR, prepared
+from tests.waits import nothing_waits
+
+LONG = {**EVERY, "train__steps": 50, "train__log_every": 50}
+SIMULATED = {"generator": {"input": "backward_simulation", **FOUR}}
+FASTGEN = {**read_yaml(ROOT / "workflow/presets/fastgen.yaml")[0]["change"], "critic.ratio": 2}
+CASES = {
+    "every term": ("edm", LONG),
+    "guided text": ("eps-text", {**LONG, "teacher__guidance": 2.0, "gan__r1_weight": 0.0}),
+    "SDXL in bf16": ("eps-sdxl", {**LONG, "train__precision": "bf16"}),
+    "backward simulation": ("edm", {**LONG, **SIMULATED}),
+    "FastGen": ("edm", {"train__steps": 50, "train__log_every": 50, **{k.replace(".", "__"): v for k, v in FASTGEN.items()}}),
+    "FastGen, several steps": ("edm", {**LONG, "generator": {"input": "noised_real", "conditions": "real", **FOUR}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_iteration_waits(name: str, device: torch.device, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu" and name == "backward simulation":
+        pytest.skip("its step is drawn on the CPU")
+    kind, changes = CASES[name]
+    monkeypatch.setattr(
+        "dmd2.training.build.null_condition", lambda _, guidance: tiny.null(kind) if guidance > 1 else None
+    )
+    cfg = tiny.config(kind, **changes).training()
+    training = Training(RunId("tiny", "waits", 0), cfg, Hardware(str(device), micro_batch=2), prepared(kind))
+    for _ in range(2):  # schedules are uploaded, AdamW's moments are made
+        training.iterate()
+    before = {name: p.detach().clone() for name, p in training.models.student.named_parameters()}
+    with nothing_waits(device):
+        for _ in range(4):
+            training.iterate()
+    assert any(not torch.equal(p.cpu(), before[name].cpu()) for name, p in training.models.student.named_parameters())
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: float(x[0]), lambda x: bool(x[0] > 0),
+    lambda x: x.unique(), lambda x: x.cpu() if x.is_cuda else x[0].item(),
+])  # fmt: skip
+def test_waiting_is_found(wait, device: torch.device) -> None:
+    x = torch.ones(3, device=device)
+    with pytest.raises((AssertionError, RuntimeError)), nothing_waits(device):
+        wait(x)
+
+
+def test_an_upload_of_a_list_is_found(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("there is nothing to upload to")
+    with pytest.raises((AssertionError, RuntimeError)), nothing_waits(device):
+        torch.tensor([1.0, 2.0], device=device)
