@@ -1,7 +1,7 @@
 """Counts of a training iteration without a GPU, of this checkout and of another side by side, as a Markdown table.
 
     git worktree add /tmp/release 8819aa2
-    python -m benchmarks.counts imagenet64 sdxl-lora --against /tmp/release --precision bf16 --precision bf16-body
+    python -m benchmarks.counts imagenet64 sdxl-lora --against /tmp/release --precision bf16,bf16-body
 
 Network passes by network, operations that launch kernels, bytes that conversions of dtype write, uploads, places where
 the host waits for the device, arithmetic, and the peak of memory: see `benchmarks.counting`. The other checkout takes
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.counting import Case
-from benchmarks.tables import markdown
+from benchmarks.tables import listed, markdown
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.experiment.tables import load_base
 
@@ -84,14 +84,14 @@ def passes(columns: dict[str, Found]) -> list[str]:
 def main(
     cases: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(CASES)}; all by default")] = None,
     against: Annotated[Path | None, typer.Option(help="another checkout, which comes first")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="of this checkout; by default the base's")] = None,
+    precision: Annotated[str, typer.Option(help="of this checkout, separated by commas; by default the base's")] = "",
 ) -> None:
     with readable_errors():
         for name in cases or CASES:
             if name not in CASES:
                 raise UserError(f"there is no case {name}: {', '.join(CASES)}")
             case, cfg = CASES[name], load_base(CASES[name].base)
-            given = precision or [cfg.train.precision]
+            given = listed(precision) or [cfg.train.precision]
             columns = {} if against is None else {against.name: counted(against, case._replace(precision=given[0]))}
             columns |= {one if len(given) > 1 else "now": counted(ROOT, case._replace(precision=one)) for one in given}
             print(f"\n**{name}**, {case.batch} images, {', '.join(given)}\n")

@@ -3,11 +3,11 @@
 Beside each measured peak stands what dmd2/planning/memory.py predicts for the same settings. On the CPU (float32, two
 images; 14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the
 convolutions on top, and once that of the tensors alone. On a GPU (40 images, 2 of a text base; see `--batch`) a
-Markdown table with a line for each `--precision`, each `--compile` and each `--batch`. The weights are random, so the
-losses mean nothing; no data, no teacher and no pipeline are needed. Stable Diffusion on one GPU:
+Markdown table with a line for each `--precision`, `--compile` and `--batch`, which are separated by commas. The
+weights are random, so the losses mean nothing; no data, no teacher and no pipeline are needed. Stable Diffusion:
 
     python -m benchmarks.full_size sd15 --checkpointing
-    python -m benchmarks.full_size sdxl --checkpointing --lora 64 --states 8bit --batch 1 --batch 4
+    python -m benchmarks.full_size sdxl --checkpointing --lora 64 --states 8bit --batch 1,4
 """
 
 import resource
@@ -23,7 +23,7 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.random_runs import changed, hardware, random_teacher, random_training
-from benchmarks.tables import markdown
+from benchmarks.tables import listed, markdown
 from dmd2.core.errors import readable_errors
 from dmd2.core.precision import float32_products
 from dmd2.experiment.cluster import Hardware
@@ -40,21 +40,21 @@ HEAD = ["precision", "compile", "images", "s/iteration", "images/s", "peak, GB",
 
 def main(
     base: Annotated[str, typer.Argument(help="file in workflow/base, without .yaml")] = "imagenet64",
-    batch: Annotated[list[int] | None, typer.Option(help="2 on the CPU; on a GPU 40, and 2 of a text base")] = None,
+    batch: Annotated[str, typer.Option(help="by default 2 on the CPU; on a GPU 40, and 2 of a text base")] = "",
     threads: int = 2,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute activations in backward")] = False,
     lora: Annotated[int, typer.Option(help="rank of a low-rank student; 0: as the base says")] = 0,
     states: Annotated[str, typer.Option(help="of AdamW: fp32 or 8bit")] = "fp32",
-    precision: Annotated[list[str] | None, typer.Option(help="bf16 on a GPU, fp32 on the CPU")] = None,
-    compile: Annotated[list[str] | None, typer.Option(help="compilation, as in a cluster file; on a GPU")] = None,
+    precision: Annotated[str, typer.Option(help="by default bf16 on a GPU, fp32 on the CPU")] = "",
+    compile: Annotated[str, typer.Option(help="training.compile of a cluster file")] = "",
 ) -> None:
     torch.set_num_threads(threads)
     with readable_errors(), tempfile.TemporaryDirectory() as folder:
         cfg, on_a_gpu = varied(load_base(base), lora, states), torch.cuda.is_available()
-        sizes = batch or [(40 if cfg.data.text is None else 2) if on_a_gpu else 2]
+        sizes = [int(size) for size in listed(batch)] or [(40 if cfg.data.text is None else 2) if on_a_gpu else 2]
         manifest = random_teacher(cfg, Path(folder))
-        rows = []
-        for kind, how, size in product(precision or ["bf16" if on_a_gpu else "fp32"], compile or [None], sizes):
+        kinds, rows = listed(precision) or ["bf16" if on_a_gpu else "fp32"], []
+        for kind, how, size in product(kinds, listed(compile) or [None], sizes):
             place = hardware("cuda" if on_a_gpu else "cpu", threads, checkpointing=checkpointing, compile=how)
             case = changed(cfg, size, kind)
             if on_a_gpu:

@@ -11,3 +11,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def listed(values: str) -> list[str]:
+    """The values of an option that are separated by commas."""
+    return [value.strip() for value in values.split(",") if value.strip()]

@@ -1,44 +1,185 @@
-"""Cost of one iteration of every row of digits-table3, relative to the `ttur` row, side by side in one process.
+"""A training step beside the official one of DMD2 on ImageNet-64: both in one process on one GPU, in turns.
 
-Rows are interleaved and medians taken, so machine noise hits them alike. Needs data/ (run `make demo` once).
+    git clone https://github.com/tianweiy/DMD2 && git -C DMD2 checkout 8d8fa55
+    python -m benchmarks.train_step --official DMD2 --precision bf16,bf16-body --compile off,network --graphs off,on
+
+Nothing of the official code is in this project: see `benchmarks.official`. Weights are random, and so are real images;
+the official ones lie on the GPU, ours come through our own batches. Blocks of one update of the student are taken in
+turns, so that clocks and neighbours hit all procedures alike. Ours are one training for each combination of the
+options; the present default comes first. ``--tiny`` runs all of it with small networks, for a trial on a CPU.
 """
 
 import statistics
-import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from dmd2.core.run import RunId
-from dmd2.experiment.cluster import Hardware
-from dmd2.experiment.run_inputs import Inputs
-from dmd2.experiment.tables import load_experiment
-from dmd2.method.step import train_step
-from dmd2.training.trainer import Training
+from benchmarks import official
+from benchmarks.device import matrix_rate, name_of_device, runtime_calls, seconds
+from benchmarks.random_runs import changed, hardware, random_training
+from benchmarks.tables import listed, markdown
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.precision import float32_products
+from dmd2.core.run import commit
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.tables import load_base
+from dmd2.planning.memory import Counted
 
-ROUNDS, BLOCK = 8, 10  # a block of 10 iterations holds 2 student updates at ratio 5
+CALLS = ["launches", "kernels", "waits", "to host"]  # per iteration, by the profiler
+HEAD = ["procedure", "ms / iteration (range)", "images / s", "peak, GB", *CALLS,
+        "share of the matrix rate", "official / this"]  # fmt: skip
+# 16 x 16 images, two levels, the lower one with attention: the same network in either code.
+TINY_OFFICIAL = {"augment_dim": 0, "model_channels": 32, "channel_mult": [1, 2], "channel_mult_emb": 4, "num_blocks": 1,
+                 "attn_resolutions": [8], "dropout": 0.0, "label_dropout": 0}  # fmt: skip
+TINY = {
+    "sample_size": 16, "layers_per_block": 1, "block_out_channels": [32, 64],
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}  # fmt: skip
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    experiment = load_experiment()
-    trainings = {}
-    for row in experiment.rows["digits-table3"]:
-        cfg = experiment.runs["digits", row.run].training()
-        run = RunId("digits", row.run, 999)
-        trainings[row.run] = Training(run, cfg, Hardware("cpu", 1), Inputs.of(run, cfg))
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    for block in range(ROUNDS + 1):
-        for name, t in trainings.items():
-            started = time.perf_counter()
-            for it in range(block * BLOCK, (block + 1) * BLOCK):
-                train_step(t.models, t.batches.at(it), it, t.cfg)
-            if block:  # the first block warms up
-                times[name].append((time.perf_counter() - started) / BLOCK)
-    base = statistics.median(times["ttur"])
-    print(f"{'row':<16}{'ms/iteration':>14}{'relative':>10}")
-    for name, values in times.items():
-        print(f"{name:<16}{1000 * statistics.median(values):>14.1f}{statistics.median(values) / base:>10.2f}")
+@dataclass
+class Procedure:
+    """Something that trains, and what was measured of it.
+
+    standing: bytes that it holds between iterations. peak: most bytes, with those of no other procedure. refused: why
+    it does not run.
+    """
+
+    name: str
+    iterate: Callable[[], Any] = lambda: None
+    standing: int = 0
+    peak: int = 0
+    refused: str = ""
+    times: list[float] = field(default_factory=list)
+    calls: dict[str, float] = field(default_factory=dict)
+
+
+def started(name: str, build: Callable[[], Callable[[], Any]], block: int) -> Procedure:
+    """A procedure after its first block, which makes moments, compiles and captures."""
+    found, before = Procedure(name), allocated()
+    try:
+        found.iterate = build()
+        reset_peak()
+        for _ in range(2 * block):
+            found.iterate()
+        found.standing = allocated() - before
+        found.peak = peak() - before
+    except (UserError, torch.OutOfMemoryError) as error:
+        found.refused = str(error).splitlines()[0]
+        found.iterate = lambda: None
+    return found
+
+
+def timed(one: Procedure, block: int) -> None:
+    """Time one more block, and look at the peak."""
+    before = allocated()
+    reset_peak()
+    one.times.append(seconds(lambda: [one.iterate() for _ in range(block)]) / block)
+    one.peak = max(one.peak, peak() - before + one.standing)
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def row(one: Procedure, batch: int, flops: float, rate: float, first: Procedure) -> list[str]:
+    """A line of the table."""
+    if one.refused:
+        return [one.name, one.refused, *[""] * (len(HEAD) - 2)]
+    middle, shown = statistics.median(one.times), torch.cuda.is_available()
+    calls = [f"{one.calls[name]:,.0f}" if shown else "-" for name in CALLS]
+    ratio = statistics.median(first.times) / middle if first.times else 0
+    return [one.name, f"{1000 * middle:.0f} ({1000 * min(one.times):.0f} to {1000 * max(one.times):.0f})",
+            f"{batch / middle:.1f}", f"{one.peak / 1e9:.1f}" if shown else "-", *calls,
+            f"{flops / middle / rate:.0%}", f"{ratio:.2f}"]  # fmt: skip
+
+
+def tiny_config(cfg: RunConfig) -> RunConfig:
+    """The run with the small network."""
+    assert cfg.teacher.network is not None
+    teacher = cfg.teacher.model_copy(update={"network": {**cfg.teacher.network, **TINY}})
+    return cfg.model_copy(update={"teacher": teacher, "data": cfg.data.model_copy(update={"resolution": 16})})
+
+
+def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, list[Any]]) -> list[Procedure]:
+    """The official one, if it is asked for, and ours in each combination of `ways`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ratio, batch, found = cfg.critic.ratio, cfg.optim.batch, []
+
+    def theirs() -> Callable[[], Any]:
+        small = TINY_OFFICIAL if tiny else None
+        return official.Official(batch, cfg.data.resolution, ratio, torch.device(device), small).iterate
+
+    if with_official:
+        found.append(started("official", theirs, ratio))
+    for precision, compilation, graphs in product(*ways.values()):
+        options = {"compile": compilation, "graphs": graphs}
+
+        def ours(precision: str = precision, options: dict[str, Any] = options) -> Callable[[], Any]:
+            place = hardware(device, torch.get_num_threads(), **options)
+            training = random_training(changed(cfg, batch, precision), place)
+
+            def iterate() -> None:
+                training.iterate()
+                training.recent.clear()
+
+            return iterate
+
+        words = [precision, *(f"compile {compilation}" for _ in [0] if compilation), *(["graphs"] if graphs else [])]
+        found.append(started("ours, " + ", ".join(words), ours, ratio))
+    return found
+
+
+def main(
+    checkout: Annotated[Path | None, typer.Option("--official", help="checkout of tianweiy/DMD2 (8d8fa55)")] = None,
+    edm: Annotated[Path | None, typer.Option(help="checkout of NVlabs/edm, in the place of DMD2's copy of it")] = None,
+    base: Annotated[str, typer.Option(help="of ours; the official code knows imagenet64 only")] = "imagenet64",
+    batch: Annotated[int, typer.Option(help="images; 0: 40, or 2 if tiny")] = 0,
+    blocks: Annotated[int, typer.Option(help="that are timed, each of one update of the student")] = 8,
+    precision: Annotated[str, typer.Option(help="values of train.precision, separated by commas")] = "",
+    compile: Annotated[str, typer.Option(help="values of training.compile of a cluster file")] = "",
+    graphs: Annotated[str, typer.Option(help="off, on or both: training.graphs")] = "",
+    tiny: Annotated[bool, typer.Option("--tiny", help="small networks on two images")] = False,
+    threads: int = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    with readable_errors(), float32_products("tf32"):
+        cfg = tiny_config(load_base(base)) if tiny else load_base(base)
+        cfg = changed(cfg, batch or (2 if tiny else 40), cfg.train.precision)
+        if checkout is not None:
+            official.use(checkout, edm)
+        ways = {"precision": listed(precision) or [cfg.train.precision], "compile": listed(compile) or [None],
+                "graphs": [{"on": True, "off": False}[value] for value in listed(graphs)] or [None]}  # fmt: skip
+        found, ratio = procedures(cfg, tiny, checkout is not None, ways), cfg.critic.ratio
+        for number in range(blocks):
+            for one in found[:: 1 if number % 2 else -1]:
+                if not one.refused:
+                    timed(one, ratio)
+        for one in found:
+            if not one.refused and torch.cuda.is_available():
+                counts = runtime_calls(lambda one=one: [one.iterate() for _ in range(ratio)])
+                one.calls = {name: value / ratio for name, value in counts.items()}
+        rate, flops = matrix_rate(), Counted(cfg).image_flops * cfg.optim.batch
+        print(f"{base}{', tiny' if tiny else ''}, batch {cfg.optim.batch}, ratio {ratio}, {name_of_device()}, torch "
+              f"{torch.__version__}, commit {commit()}; {flops / 1e12:.3g} TFLOP an iteration, matrix products at "
+              f"{rate / 1e12:.3g} TFLOP/s; medians of {blocks} blocks of {ratio}, interleaved\n")  # fmt: skip
+        print(markdown(HEAD, [row(one, cfg.optim.batch, flops, rate, found[0]) for one in found]))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
