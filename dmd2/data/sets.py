@@ -42,19 +42,23 @@ class TensorSet:
             return self.shards[0]
         return {name: torch.cat([shard[name] for shard in self.shards]) for name in self.shards[0]}
 
-    def tensor(self, name: str, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """Rows of one tensor on `device`; `indices` are int64 ``(B,)`` from 0 to the length - 1."""
+    def tensor(self, name: str, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Rows of one tensor on `device`, or where they are; `indices` are int64 ``(B,)`` from 0 to the length - 1."""
+        found = self._tensor(name, indices)
+        return found if device is None else found.to(device)
+
+    def _tensor(self, name: str, indices: Tensor) -> Tensor:
         if len(self.shards) == 1 or not len(indices):
-            return self.shards[0][name][indices].to(device)
+            return self.shards[0][name][indices]
         shard = torch.bucketize(indices, self.ends, right=True)
         if indices.min() < 0 or shard.max() == len(self.shards):
             raise IndexError(f"rows {int(indices.min())} to {int(indices.max())} are not all in a set of {len(self)}")
         rows = indices - self.starts[shard]
         # A row is a contiguous piece of one file; per-shard gathers would be ten times slower with sixty shards.
         found = zip(shard.tolist(), rows.tolist(), strict=True)
-        return torch.stack([self.shards[number][name][row] for number, row in found]).to(device)
+        return torch.stack([self.shards[number][name][row] for number, row in found])
 
-    def rows(self, indices: Tensor, names: Iterable[str], device: torch.device | str = "cpu") -> Rows:
+    def rows(self, indices: Tensor, names: Iterable[str], device: torch.device | str | None = None) -> Rows:
         """Rows of those of the named tensors that the set has, as they are stored."""
         return {name: self.tensor(name, indices, device) for name in names if name in self.shards[0]}
 
