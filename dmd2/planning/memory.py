@@ -99,7 +99,7 @@ class Counted:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         teacher = self._on_gpu(wrap(network, cfg.teacher.parameterisation, cfg.train.precision))
-        # Schedules are copied to the device by their first use: before the copies of the teacher, and before the ledger.
+        # A schedule is copied to the device when it is first used: before the teacher is copied and a ledger counts.
         schedule, level = teacher.schedule, torch.zeros(1, dtype=torch.long, device=META)
         schedule.alpha_sigma(schedule.time(level), torch.float32)
         student, critic = (self._on_gpu(deepcopy(teacher).train().requires_grad_(True)) for _ in range(2))
