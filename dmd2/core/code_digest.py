@@ -22,7 +22,7 @@ AROUND = f"{PACKAGE}.core.precision"  # what a job sets up around the trainer, w
 NO_PART = {
     "checkpoint", "checkpoint_parts", "cluster", "code_digest", "dotted_keys", "errors", "eval_config", "files",
     "interfaces", "interrupts", "network", "prepare", "progress", "provenance", "retraining", "run", "run_inputs",
-    "section", "slurm_queue", "sources", "yaml_file",
+    "section", "slurm_queue", "sources", "upload", "yaml_file",
 }  # fmt: skip
 RENAMED = {"network_checks": "network", "encode": "prepare"}
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}

@@ -82,7 +82,7 @@ def vp_solver(
     else:
         scheduler = EulerDiscreteScheduler(**options, timestep_spacing=spec.spacing)
     eta = 1.0 if ddpm else spec.eta
-    scheduler.set_timesteps(spec.steps, device=z.device)
+    scheduler.set_timesteps(spec.steps)  # they stay on the host, which would wait for the device to read them back
     x = z * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dmd2.core.upload import upload
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -51,7 +53,7 @@ class Condition:
 
     def to(self, device: torch.device) -> Condition:
         """The same condition on `device`."""
-        return self._each(lambda _, value: value.to(device))
+        return self._each(lambda _, value: upload(value, device))
 
     def cast(self, dtype: torch.dtype) -> Condition:
         """The same condition with its embeddings in `dtype`."""

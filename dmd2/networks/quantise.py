@@ -21,9 +21,28 @@ def quantise(x: Tensor, rule: str) -> Tensor:
     Raises:
         UserError: an unknown rule, or values that are not finite.
     """
+    images, finite = quantised(x, rule)
+    refuse_unless(finite, "image {} of the batch")
+    return images
+
+
+def quantised(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """The same without a look at the values, for which the host would wait: images, and which are finite ``(n,)``.
+
+    Raises:
+        UserError: an unknown rule.
+    """
     if rule not in RULES:
         raise UserError(f"there is no quantisation {rule}: choose one of {', '.join(RULES)}")
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1).nonzero()[0].item()
-        raise UserError(f"image {bad} of the batch has NaN or infinite pixels: the generator diverged")
-    return RULES[rule](x.float()).clamp(0, 255).to(torch.uint8)
+    return RULES[rule](x.float()).clamp(0, 255).to(torch.uint8), torch.isfinite(x).reshape(len(x), -1).all(dim=1)
+
+
+def refuse_unless(finite: Tensor, image: str, first: int = 0) -> None:
+    """Refuse images that are not all `finite` ``(n,)``; `image` is how the sentence calls one by its number.
+
+    Raises:
+        UserError: the first that is not; the first of all has the number `first`.
+    """
+    if not finite.all():
+        bad = first + int((~finite).nonzero()[0])
+        raise UserError(f"{image.format(bad)} has NaN or infinite pixels: the generator diverged")

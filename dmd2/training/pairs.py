@@ -15,6 +15,7 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
 from dmd2.core.provenance import recorded
 from dmd2.core.rng import sample_labels, sample_noise
+from dmd2.core.upload import upload
 from dmd2.data.sets import load_set, save_shard
 from dmd2.experiment.config import Data, Pairs, Section, Teacher, TrainConfig
 from dmd2.experiment.run_inputs import pair_inputs, pair_prompts
@@ -71,7 +72,7 @@ def make_shard(
         z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
         unconditional = null and null.expand(len(chunk)).to(device)
         with float32_products(pairs.precision):
-            images = teacher_sample(teacher, z.to(device), drawn.to(device), unconditional, spec, _no_noise)
+            images = teacher_sample(teacher, upload(z, device), drawn.to(device), unconditional, spec, _no_noise)
         rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})
         progress.update(start + len(chunk), {})
     path = out.with_suffix(".safetensors")

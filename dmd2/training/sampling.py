@@ -27,7 +27,7 @@ def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torc
     """
     if cfg.data.text is not None:
         raise UserError(f"data {cfg.data.name} is conditioned on text: seeds alone do not say which prompts to draw")
-    return Condition(labels=sample_labels(seeds, cfg.data.classes, labels).to(device))
+    return Condition(labels=sample_labels(seeds, cfg.data.classes, labels)).to(device)
 
 
 @torch.no_grad()

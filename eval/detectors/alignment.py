@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,13 @@ TEXTS_AT_ONCE = 256
 class Alignment:
     """A model whose embeddings of image and caption are compared by their cosine, and the prompts of an evaluation.
 
-    Caption i is that of sample seed i.
+    Caption i is that of sample seed i. `known` holds the embeddings of captions by their numbers, since snapshots and
+    draws share them.
     """
 
     model: ClipScore | SmallClip
     prompts: EvalPrompts
+    known: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def load(manifest: Path, prompts: EvalPrompts, device: torch.device | str = "cpu") -> Alignment:
@@ -45,11 +47,11 @@ class Alignment:
         return Alignment(ClipScore(manifest.parent, device), prompts)
 
     def texts(self, seeds: list[int]) -> Tensor:
-        """Embeddings ``(n, d)`` of the captions of sample seeds; a repeated caption is embedded once."""
-        numbers, place = (torch.tensor(seeds) % len(self.prompts.captions)).unique(return_inverse=True)
-        rows = []
-        for part in numbers.split(TEXTS_AT_ONCE):
-            states = self.prompts.condition(part.tolist()).text
-            assert states is not None
-            rows.append(self.model.texts(self.prompts.captions_of(part.tolist()), states).float().cpu())
-        return torch.cat(rows)[place]
+        """Embeddings ``(n, d)`` of the captions of sample seeds, each computed once for all calls."""
+        numbers = [seed % len(self.prompts.captions) for seed in seeds]
+        new = sorted(set(numbers) - self.known.keys())
+        for start in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[start : start + TEXTS_AT_ONCE]
+            states = self.prompts.condition(part).text if self.model.reads_states else None
+            self.known.update(zip(part, self.model.texts(self.prompts.captions_of(part), states), strict=True))
+        return torch.stack([self.known[number] for number in numbers])

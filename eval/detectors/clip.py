@@ -13,13 +13,14 @@ import open_clip
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torchvision.transforms.functional import normalize
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.core.precision import strict_float32
+from dmd2.core.upload import upload
 from eval.detectors.networks import FeatureNetwork
 from eval.detectors.weights import registry
+from eval.pixels.channels import normalised
 from eval.pixels.resize import Geometry, resize_uint8, square_crop
 
 PREFIX = "A photo depicts "
@@ -82,7 +83,7 @@ class ClipImages(FeatureNetwork):
         """Embeddings ``(n, d)`` after the model's own validation transform: bicubic on uint8, mean and SD."""
         side, settings, x = _side(self.model), self.model.visual.preprocess_cfg, square_crop(images)
         x = resize_uint8(x, side, "bicubic") if x.shape[-1] != side else x
-        return self.model.encode_image(normalize(x.float() / 255, settings["mean"], settings["std"])), None
+        return self.model.encode_image(normalised(x.float() / 255, settings["mean"], settings["std"])), None
 
 
 class ClipScore:
@@ -95,7 +96,7 @@ class ClipScore:
     """
 
     TEXTS_AT_ONCE = 64  # captions in a call of the text tower
-    geometry = PROTOCOL_GEOMETRY
+    geometry, reads_states = PROTOCOL_GEOMETRY, False
 
     def __init__(self, model_dir: Path, device: torch.device | str = "cpu", tower: ClipImages | None = None) -> None:
         self.folder = model_dir
@@ -119,5 +120,6 @@ class ClipScore:
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         batches = self.tokens(list(distinct)).split(self.TEXTS_AT_ONCE)
         with strict_float32(self.images.device):
-            rows = torch.cat([self.model.encode_text(part.to(self.images.device)).float().cpu() for part in batches])
+            rows = torch.cat([self.model.encode_text(upload(part, self.images.device)) for part in batches])
+        rows = rows.float().cpu()
         return rows[[distinct[caption] for caption in captions]]

@@ -10,25 +10,29 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
-from dmd2.data.sets import load_shard, save_shard
+from dmd2.data.sets import Rows, load_shard, save_shard
+from dmd2.networks.quantise import refuse_unless
+from eval.detectors.reading import decoders, digests, read
 from eval.metrics.frechet import FeatureStats
-from eval.pixels.images import ImageSource, pixel_digest
+from eval.pixels.images import ImageSource
 
 ROWS = 1000  # per shard: 8 MB of 2,048 features, two minutes of Inception on two CPU cores
+HELD = 1 << 28  # bytes of images and outputs that may wait on a GPU to be copied to the host
+BATCH, GPU_BATCH = 64, 128  # images per call of the observer
 NAME = re.compile(r"features-(\d+)-(\d+)\.json")
 
 
@@ -36,6 +40,7 @@ class Observer(Protocol):
     """A detector, or several networks that look at the same images in one pass."""
 
     name: str
+    device: torch.device
     about: dict[str, Any]
     """Checksum of the weights, resize, input size, layer, precision: the provenance of every number."""
 
@@ -44,7 +49,10 @@ class Observer(Protocol):
         """How a Frechet distance of its features is called: ``FID`` or ``FD (<name>)``."""
 
     def look(self, images: Tensor) -> dict[str, Tensor]:
-        """Outputs for uint8 ``(n, C, H, W)`` by name: ``features`` ``(n, d)``, and perhaps ``logits`` and others."""
+        """Outputs for uint8 ``(n, C, H, W)``, of any device, by name: ``features`` ``(n, d)``, ``logits`` and others.
+
+        On a GPU it should read nothing back, for which the host would wait.
+        """
 
 
 def account(observer: Observer) -> dict[str, Any]:
@@ -77,21 +85,6 @@ class FeatureSet:
         return len(self) - len(np.unique(self.found["pixels"]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampled(ImageSource):
-    """Images drawn from sample seeds ``0 .. count - 1``: no image file between generator and metric.
-
-    `id` is a digest of everything the images depend on (weights, config, label rule, rounding); it addresses the cache.
-    `sample` makes uint8 ``(n, C, H, W)`` of sample seeds, the same image for a seed in whatever company.
-    """
-
-    sample: Callable[[list[int]], Tensor]
-
-    def read(self, indices: range) -> Tensor:
-        """See `ImageSource`."""
-        return self.sample(list(indices)).cpu()
-
-
 def identity(source: ImageSource) -> dict[str, Any]:
     """Identity of the images of a source, for the address of a cache; `small` counts those without a patch."""
     return {"id": source.id, "images": len(source), "geometry": source.geometry.name, "small": source.small}
@@ -119,43 +112,94 @@ def extract(
     observer: Observer,
     cache: Path,
     rows: Sequence[range] | None = None,
-    batch: int = 64,
-    workers: int = 0,
+    batch: int | None = None,
+    workers: int | None = None,
 ) -> Path:
-    """Write the shards that are not there yet; a kill loses at most the shard in work.
+    """Write the shards that are not there yet; a kill loses at most the shard in work, on a GPU the one before, too.
+
+    Outputs stay on a GPU until a shard is whole or `HELD` bytes wait. Then a thread copies them to the host, checks and
+    stores them while the next images are made, so that the GPU never waits for the host.
 
     Args:
         source: the images.
         observer: looks at batches of them.
         cache: root of all caches.
         rows: some of `shards_of`; by default all of them.
-        batch: images per call of the observer; batches never cross a shard, so a resumed run repeats the same ones.
-        workers: processes that decode images; 0 decodes in this one, which on a CPU costs least.
+        batch: images per call of the observer, by default `BATCH`, on a GPU `GPU_BATCH`; batches never cross a shard,
+            so a resumed run repeats the same ones.
+        workers: threads that decode images ahead; by default those of `decoders`.
 
     Returns:
         The folder of the shards.
 
     Raises:
-        UserError: an image cannot be read, or features are too few or not finite.
+        UserError: an image cannot be read, or images or features are too few or not finite.
     """
-    folder = cache_folder(source, observer, cache)
-    wanted = shards_of(len(source)) if rows is None else list(rows)
+    folder, on_gpu = cache_folder(source, observer, cache), observer.device.type != "cpu"
+    wanted, batch = shards_of(len(source)) if rows is None else list(rows), batch or (GPU_BATCH if on_gpu else BATCH)
     todo = [shard for shard in wanted if not all(path.exists() for path in _paths(folder, shard))]
     write_json(folder / "about.json", {"source": identity(source), "detector": account(observer)})
     total = sum(map(len, wanted))
     done = total - sum(map(len, todo))
     progress = Progress(f"features {observer.name} {source.id}", total, done)
     pieces = [shard[start : start + batch] for shard in todo for start in range(0, len(shard), batch)]
-    batches = zip(pieces, read(source, pieces, workers), strict=True)
-    for shard in todo:
-        parts: list[dict[str, Tensor]] = []
-        while sum(len(part["features"]) for part in parts) < len(shard):
-            indices, images = next(batches)
-            parts.append(_observed(images, indices, observer))
-            done += len(indices)
-            progress.update(done, {})
-        _publish(folder, shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, batch)
+    batches = read(source, pieces, decoders(source, observer.device) if workers is None else workers)
+    with ThreadPoolExecutor(1) if on_gpu else _AtOnce() as storing:
+        stored: Future[None] | None = None
+        for shard in todo:
+            kept, held = list[Rows](), list[Rows]()
+            for indices in (piece for piece in pieces if piece[0] in shard):
+                held.append(_observed(next(batches), indices, observer))
+                if not on_gpu or indices[-1] == shard[-1] or _bytes(held) > HELD:
+                    if stored is not None:
+                        stored.result()  # so that no more than one task waits for the device
+                    stored, held = storing.submit(_store, folder, shard, kept, held, batch, observer.name), []
+                done += len(indices)
+                progress.update(done, {})
+        if stored is not None:
+            stored.result()
     return folder
+
+
+class _AtOnce(Executor):
+    """Runs a task when it is submitted: on a CPU nobody waits for a device."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """See `Executor`; what the task raises is raised here."""
+        done: Future[Any] = Future()
+        done.set_result(task(*args, **options))
+        return done
+
+
+def _bytes(held: list[Rows]) -> int:
+    return sum(tensor.nbytes for part in held for tensor in part.values())
+
+
+def _observed(given: Rows, indices: range, observer: Observer) -> Rows:
+    """Outputs for one batch beside what `read` gave, without images whose digests are known."""
+    with torch.no_grad():
+        found = {what: tensor.float() for what, tensor in observer.look(given["images"]).items()}
+    for what, tensor in {**given, **found}.items():
+        if len(tensor) != len(indices):
+            raise UserError(f"samples {indices.start} to {indices.stop - 1} gave {len(tensor)} {what}")
+    return {what: tensor for what, tensor in given.items() if what != "images" or "pixels" not in given} | found
+
+
+def _store(folder: Path, shard: range, kept: list[Rows], held: list[Rows], batch: int, observer: str) -> None:
+    """Move what is `held` on the device to what is `kept` on the host, checked; write the shard once it is whole."""
+    first = shard.start + sum(len(part["pixels"]) for part in kept)
+    found = {what: torch.cat([part[what] for part in held]).cpu() for what in held[0]}
+    if "finite" in found:
+        refuse_unless(found.pop("finite"), "image {}", first)
+    for what, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            row = first + int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
+            raise UserError(f"{observer} gave NaN or infinite {what} for image {row}")
+    if "images" in found:
+        found["pixels"] = digests(found.pop("images"))
+    kept.append(found)
+    if first + len(found["pixels"]) == shard.stop:
+        _publish(folder, shard, {what: torch.cat([part[what] for part in kept]) for what in found}, batch)
 
 
 def _publish(folder: Path, shard: range, tensors: dict[str, Tensor], batch: int) -> None:
@@ -188,37 +232,6 @@ def _paths(folder: Path, shard: range) -> tuple[Path, Path]:
     """A shard and the note with its checksum, which is written last and so marks it complete."""
     name = f"features-{shard.start:06d}-{shard.stop:06d}"
     return folder / f"{name}.safetensors", folder / f"{name}.json"
-
-
-def read(source: ImageSource, pieces: list[range], workers: int = 0) -> Iterator[Tensor]:
-    """Batches of a source by their index ranges, in this order, decoded by `workers` processes (see `extract`)."""
-    loader: Any = partial(DataLoader, batch_size=None, num_workers=workers, collate_fn=partial(_batch, source))
-    for item in loader(pieces):
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-def _batch(source: ImageSource, indices: range) -> Tensor | UserError:
-    try:
-        return source.batch(indices)
-    except UserError as error:
-        return error  # raised in a worker, it would arrive as a traceback instead of a sentence
-
-
-def _observed(images: Tensor, indices: range, observer: Observer) -> dict[str, Tensor]:
-    """Outputs for one batch, and the digests of its pixels."""
-    with torch.inference_mode():
-        found = observer.look(images)
-    for what, tensor in {"images": images, **found}.items():
-        if len(tensor) != len(indices):
-            raise UserError(f"samples {indices.start} to {indices.stop - 1} gave {len(tensor)} {what}")
-    for what, tensor in found.items():
-        if not torch.isfinite(tensor).all():
-            row = indices[int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])]
-            raise UserError(f"{observer.name} gave NaN or infinite {what} for image {row}")
-    pixels = torch.tensor([pixel_digest(image) for image in images])
-    return {**{what: tensor.float().cpu() for what, tensor in found.items()}, "pixels": pixels}
 
 
 def _shards(folder: Path, count: int) -> Iterator[dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Feature networks of the field: Inception in its two published forms, EfficientNet-lite0 taps, DINOv2.
 
 Every network takes uint8 images ``(n, C, H, W)``, does its own resize and normalisation, and returns float32 features
-``(n, d)`` on the CPU. Only features of verified canonical Inception weights may be called FID.
+``(n, d)`` on its device. Only features of verified canonical Inception weights may be called FID.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from cleanfid.inception_pytorch import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
 from torch import Tensor, nn
 from torchvision.models import inception_v3
-from torchvision.transforms.functional import normalize
 
 from dmd2.core.errors import UserError
 from dmd2.core.precision import strict_float32
+from dmd2.core.upload import upload
 from eval.detectors.weights import Weights, fid_checksums, load_state
 from eval.pixels import resize
+from eval.pixels.channels import normalised
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 
@@ -30,11 +31,12 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 class FeatureNetwork(nn.Module):
     """A detector with a name and, in `about`, everything its features depend on besides the images.
 
-    It runs in IEEE float32 whatever the process allows, and on exactly `BATCH` images, since kernels change with the
-    batch size and move features by some 1e-5 of their spread; give it multiples of that.
+    It runs in IEEE float32 whatever the process allows. On a CPU it runs on exactly `BATCH` images, which `about`
+    records, since kernels change with the batch size and move features by some 1e-5 of their spread; give it multiples
+    of that. A GPU, whose kernels are others anyway, takes up to `ON_GPU` images, filled up to a multiple of `BATCH`.
     """
 
-    BATCH = 16
+    BATCH, ON_GPU = 16, 128
 
     def __init__(self, name: str, about: dict[str, Any]) -> None:
         super().__init__()
@@ -70,16 +72,17 @@ class FeatureNetwork(nn.Module):
         Raises:
             UserError: the images are not uint8 ``(n, 1 or 3, H, W)``.
         """
-        parts = [self._padded(part) for part in rgb(images).split(self.BATCH)]
+        images = rgb(upload(images, self.device))
+        parts = [self._padded(part) for part in images.split(self.BATCH if images.is_cpu else self.ON_GPU)]
         features, logits = torch.cat([part[0] for part in parts]), [part[1] for part in parts if part[1] is not None]
         return features, torch.cat(logits) if logits else None
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         n = len(images)
-        filled = torch.cat([images, images[:1].expand(self.BATCH - n, -1, -1, -1)]).to(self.device)
+        filled = torch.cat([images, images[:1].expand(-n % self.BATCH, -1, -1, -1)])
         with strict_float32(self.device):
             features, logits = self.extract(filled)
-        return features[:n].float().cpu(), None if logits is None else logits[:n].float().cpu()
+        return features[:n].float(), None if logits is None else logits[:n].float()
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same from uint8 ``(n, 3, H, W)`` on the network's device."""
@@ -221,7 +224,7 @@ class DinoV2(FeatureNetwork):
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Class token after the last normalisation."""
         x = F.interpolate(images.float(), size=(self.SIZE, self.SIZE), mode="bicubic", antialias=True)
-        return self.net(normalize(x / 255, *IMAGENET)), None
+        return self.net(normalised(x / 255, *IMAGENET)), None
 
 
 def _timm(name: str, **architecture: Any) -> Any:

@@ -43,8 +43,8 @@ class Engine:
     detector: FeatureNetwork
     geometry: Geometry
     cache: Path
-    batch: int = 64
-    workers: int = 0
+    batch: int | None = None
+    workers: int | None = None
 
     def features(self, source: ImageSource) -> FeatureSet:
         """All features of a source, from the cache as far as they are there."""

@@ -59,7 +59,7 @@ class Images(FeatureNetwork):
 class SmallClip(nn.Module):
     """Both towers, and the logarithm of the inverse temperature. Text is embedded on the CPU once it is trained."""
 
-    geometry = NONE  # what is done to an image before it
+    geometry, reads_states = NONE, True  # what is done to an image before it; it embeds states, not words
 
     def __init__(self, name: str, resolution: int, text_width: int) -> None:
         super().__init__()
@@ -82,12 +82,13 @@ class SmallClip(nn.Module):
         return model
 
     @torch.no_grad()
-    def texts(self, captions: list[str], states: Tensor) -> Tensor:
+    def texts(self, captions: list[str], states: Tensor | None) -> Tensor:
         """Embeddings ``(n, 128)`` of captions by their encoder states ``(n, L, D)``; the words are not read.
 
         Raises:
             UserError: the states are of another text encoder than it was trained on.
         """
+        assert states is not None
         if states.shape[-1] != self.text_width:
             wanted, had = self.text_width, states.shape[-1]
             raise UserError(f"{self.images.name} was trained on text states of {wanted} dimensions, these have {had}")
@@ -177,7 +178,7 @@ def _fit(name: str, model: SmallClip, pixels: Tensor, states: Tensor, steps: int
 @torch.no_grad()
 def retrieval(model: SmallClip, pixels: Tensor, states: Tensor) -> dict[str, Any]:
     """Shares of images and captions that retrieve each other among all rows, and mean cosines."""
-    images = torch.cat([model.images(part)[0] for part in pixels.split(256)])
+    images = torch.cat([model.images(part)[0].cpu() for part in pixels.split(256)])
     texts = torch.cat([model.words(pooled(part.to(model.images.device))).cpu() for part in states.split(256)])
     cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     n, own = len(cosines), cosines.diagonal()

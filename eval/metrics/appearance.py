@@ -1,8 +1,9 @@
 """Statistics of pixels: uint8 images ``(n, C, H, W)`` to one value each, float64 ``(n,)``."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from eval.pixels.channels import per_channel
 
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
@@ -23,7 +24,7 @@ def sharpness(images: Tensor) -> Tensor:
 
     What averaging neighbours takes away, so fine texture and edges: over-smooth images lack it.
     """
-    weights = torch.tensor(LUMA, dtype=torch.float64, device=images.device)[None, :, None, None]
-    luma = (images.expand(-1, 3, -1, -1).double() * weights).sum(dim=1, keepdim=True) / 255
+    pixels = images.expand(-1, 3, -1, -1).double()
+    luma = (pixels * per_channel(LUMA, pixels)).sum(dim=1, keepdim=True) / 255
     fine = luma[:, :, 1:-1, 1:-1] - F.avg_pool2d(luma, 3, stride=1)
     return fine.square().mean(dim=(1, 2, 3)).sqrt()

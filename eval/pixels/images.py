@@ -1,7 +1,7 @@
 """Sources of images to be scored: a folder, a zip, an array file or safetensors shards; equal pixels, equal batches.
 
-A source is a light description (paths and counts) that survives pickling, so worker processes of any start method can
-read it. Nothing is converted silently: what is not 8-bit RGB or grey is refused.
+A source is a light description, paths and counts, that any number of threads may read. Nothing is converted silently:
+what is not 8-bit RGB or grey is refused.
 """
 
 from __future__ import annotations

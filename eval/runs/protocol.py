@@ -19,11 +19,11 @@ from dmd2.experiment.eval_config import Eval
 from dmd2.experiment.metrics import FRECHET, METRICS, measured
 from dmd2.experiment.protocols import named, ranks_of
 from dmd2.experiment.run_inputs import REAL, measured_with
-from dmd2.networks.quantise import quantise
 from eval.detectors.alignment import Alignment
 from eval.detectors.detectors import load_detector
-from eval.detectors.features import Sampled, account, extract, join, shards_of
+from eval.detectors.features import account, extract, join, shards_of
 from eval.detectors.networks import FeatureNetwork
+from eval.detectors.reading import Sampled
 from eval.detectors.reference import FEATURES, Engine
 from eval.metrics import appearance
 from eval.metrics.estimate import Estimate
@@ -53,7 +53,7 @@ class Observers:
         statistics: list[str],
     ) -> None:
         self.detector, self.geometry, self.others, self.statistics = detector, geometry, others, statistics
-        self.name, self.label = detector.name, detector.label
+        self.name, self.label, self.device = detector.name, detector.label, detector.device
         beside = {name: [account(network), where.name] for name, (network, where) in others.items()}
         seen = {"geometry": geometry.name, "others": beside, "statistics": statistics}
         self.about: dict[str, Any] = {**detector.about, **seen}
@@ -162,9 +162,10 @@ class Protocol:
         for first in range(0, spec.draws * spec.images, spec.images):
 
             def images(rows: list[int], first: int = first) -> Tensor:
-                return quantise(generate([first + row for row in rows]), spec.rounding)
+                return generate([first + row for row in rows])
 
-            yield first, Sampled(digest_of({**about, "first": first}), spec.images, sample=images)
+            name = digest_of({**about, "first": first})
+            yield first, Sampled(name, spec.images, sample=images, rounding=spec.rounding)
 
     def _numbers(self, source: Sampled, first: int, scratch: Path) -> dict[str, Estimate]:
         """The metrics of one draw by number."""

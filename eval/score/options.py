@@ -37,8 +37,8 @@ class Options:
     shard: str | None = None
     cache: Path = FEATURES
     weights: Path = WEIGHTS
-    batch: int = 64
-    workers: int = 0
+    batch: int | None = None
+    workers: int | None = None
     threads: int = 0
     device: str = "cpu"
     protocol: NamedProtocol | None = None

@@ -19,13 +19,14 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.core.precision import strict_float32
 from dmd2.core.progress import Progress
+from dmd2.core.upload import upload
 from eval.detectors.clip import PROTOCOL_GEOMETRY, ClipScore
-from eval.detectors.features import read
 from eval.detectors.networks import FeatureNetwork
+from eval.detectors.reading import decoders, read
 from eval.detectors.reference import Engine
 from eval.detectors.weights import locate
 from eval.metrics.measures import cosines, diversities
-from eval.pixels.images import ImageSource, pixel_digest
+from eval.pixels.images import ImageSource
 from eval.pixels.resize import Geometry
 
 DIVERSITY_GEOMETRY = Geometry("square-crop+lanczos-512")  # of DMD2's diversity (its Table 6)
@@ -89,15 +90,15 @@ class ClipCosines:
 class LpipsDiversity:
     """Mean pairwise LPIPS of the images of one prompt: images ``i k .. i k + k - 1`` belong to prompt or class i.
 
-    `per_prompt` is k, at least 2 (DMD2 draws four), `weights` the folder of network weights, `workers` the processes
-    that decode images.
+    `per_prompt` is k, at least 2 (DMD2 draws four), `weights` the folder of network weights, `workers` the threads
+    that decode images, if given.
     """
 
     per_prompt: int
     geometry: Geometry
     weights: Path
     device: str
-    workers: int
+    workers: int | None
 
     @cached_property
     def network(self) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, Any]]:
@@ -139,7 +140,8 @@ class LpipsDiversity:
         k, count = self.per_prompt, len(source)
         progress = Progress(f"diversity {source.id}", count // k)
         groups = [range(start, start + k) for start in range(0, count, k)]
-        for done, group in enumerate(read(source, groups, self.workers), start=1):
-            digests.update(map(pixel_digest, group))
-            yield group.to(self.device)
+        workers = decoders(source, torch.device(self.device)) if self.workers is None else self.workers
+        for done, group in enumerate(read(source, groups, workers), start=1):
+            digests.update(group["pixels"].tolist())
+            yield upload(group["images"], self.device)
             progress.update(done, {})

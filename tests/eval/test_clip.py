@@ -52,7 +52,7 @@ def score(folder) -> ClipScore:
 
 def cosines(score: ClipScore, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
     """Of every image with its caption; a CLIP score is their mean."""
-    return F.cosine_similarity(score.images(score.geometry(images))[0], score.texts(captions))
+    return F.cosine_similarity(score.images(score.geometry(images))[0].cpu(), score.texts(captions))
 
 
 def photographs(n: int, height: int, width: int) -> torch.Tensor:

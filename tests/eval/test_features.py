@@ -18,7 +18,6 @@ from eval.detectors import features
 from eval.detectors.features import (
     FeatureSet,
     Observer,
-    Sampled,
     cache_folder,
     extract,
     join,
@@ -26,6 +25,7 @@ from eval.detectors.features import (
     stream_moments,
 )
 from eval.detectors.networks import FeatureNetwork
+from eval.detectors.reading import Sampled
 from eval.metrics.frechet import FeatureStats
 from eval.pixels.images import ImageSource, pixel_digest
 
@@ -35,7 +35,7 @@ COUNT = 730
 class Quadrants:
     """Detector of tests: means of the quadrants of each channel; an image's features never depend on its company."""
 
-    name, label, is_fid = "quadrants", "FD (quadrants)", False
+    name, label, is_fid, device = "quadrants", "FD (quadrants)", False, torch.device("cpu")
 
     def __init__(self, weights: str = "0" * 64) -> None:
         self.about = {"weights": weights, "resize": "none"}
@@ -63,7 +63,12 @@ def features_of(*batches: torch.Tensor, detector: Observer | None = None) -> Fea
     return FeatureSet({"features": values, "logits": logits, "pixels": pixels}, about, features.account(found))
 
 
-IMAGES = Sampled("images", COUNT, sample=draw)
+def drawn(seeds: list[int]) -> torch.Tensor:
+    """The same images in [-1, 1]."""
+    return draw(seeds).float() / 127.5 - 1
+
+
+IMAGES = Sampled("images", COUNT, sample=drawn)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +99,7 @@ def test_two_processes_that_fill_the_same_shard_leave_a_whole_one(tmp_path, monk
         def __call__(self, images):
             return tuple(x + 1e-6 * (x.abs() + 1) for x in super().__call__(images))
 
-    source, original = Sampled("images", 50, sample=draw), features.listing
+    source, original = Sampled("images", 50, sample=drawn), features.listing
     other = threading.Thread(target=lambda: extract(source, Rounded(), tmp_path))
 
     def listing(paths, folder):
@@ -183,8 +188,8 @@ def test_cache_is_reused_for_the_same_content_and_detector_only(tmp_path) -> Non
     again = Quadrants()
     assert extract(IMAGES, again, tmp_path, batch=13) == first and not again.seen
     for source, detector in (
-        (Sampled("other images", COUNT, sample=draw), Quadrants()),
-        (Sampled("images", COUNT - 1, sample=draw), Quadrants()),
+        (Sampled("other images", COUNT, sample=drawn), Quadrants()),
+        (Sampled("images", COUNT - 1, sample=drawn), Quadrants()),
         (IMAGES, Quadrants("1" * 64)),
     ):
         assert extract(source, detector, tmp_path, [range(0, 30)]) != first
@@ -212,7 +217,7 @@ def test_shard_shorter_than_its_name_is_refused(tmp_path) -> None:
 
 def test_generator_that_returns_too_few_images_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="samples 0 to 49 gave 49 images"):
-        extract(Sampled("short", 50, sample=lambda seeds: draw(seeds[1:])), Quadrants(), tmp_path)
+        extract(Sampled("short", 50, sample=lambda seeds: drawn(seeds[1:])), Quadrants(), tmp_path)
 
 
 def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
@@ -228,7 +233,7 @@ def test_features_that_are_not_finite_name_their_image(tmp_path) -> None:
 
 def test_duplicates_are_found_across_shards_and_grey_equals_its_replica(tmp_path) -> None:
     assert whole(tmp_path).duplicates == 0
-    folder = extract(Sampled("twice", 300, sample=lambda seeds: draw([s % 150 for s in seeds])), Quadrants(), tmp_path)
+    folder = extract(Sampled("twice", 300, sample=lambda seeds: drawn([s % 150 for s in seeds])), Quadrants(), tmp_path)
     assert join(folder, 300).duplicates == 150
     grey = draw([1])[:, :1]
     assert features_of(grey, grey.expand(-1, 3, -1, -1), draw([2])).duplicates == 1

@@ -12,8 +12,9 @@ from torch import Tensor
 from dmd2.data.sets import TensorSet
 from eval.detectors.clip import ClipScore
 from eval.detectors.detectors import load_detector, train_classifier
-from eval.detectors.features import Sampled, extract, join
+from eval.detectors.features import extract, join
 from eval.detectors.networks import DinoV2, FeatureNetwork
+from eval.detectors.reading import Sampled
 from eval.detectors.small_clip import SmallClip, train_clip
 from eval.metrics.appearance import brightness, saturation, sharpness
 from eval.metrics.frechet import FeatureStats, Reference
@@ -81,7 +82,7 @@ def test_distances_are_those_of_the_cpu(weights: Path, inceptions: Path, device:
         main, tower = (of(name, weights, inceptions, where) for name in ("digits-classifier", "colours-clip"))
         others = {"clip": (tower, NONE), "patch": (main, Geometry("square-crop+lanczos-32"))}
         observers = Observers(main, NONE, others, ["saturation", "sharpness"])
-        images = noise(COUNT, 32).to(where)
+        images = noise(COUNT, 32).to(where).float() / 127.5 - 1
         source = Sampled(where.type, COUNT, sample=lambda seeds, images=images: images[torch.tensor(seeds)])
         made[where.type] = join(extract(source, observers, weights / "cache", batch=32), COUNT)
     mine, wanted = made[device.type].found, made["cpu"].found
@@ -103,7 +104,7 @@ def test_clip_scores_are_those_of_the_cpu(weights: Path, device: torch.device) -
     states = torch.randn(6, 5, 6)
     small = [SmallClip.load(weights / "colours-clip/manifest.json", where) for where in (device, CPU)]
     cosines = [
-        torch.cosine_similarity(towers.images(noise(6, 32))[0], towers.texts(captions, states)) for towers in small
+        torch.cosine_similarity(towers.images(noise(6, 32))[0].cpu(), towers.texts(captions, states)) for towers in small
     ]
     assert float((cosines[0].mean() - cosines[1].mean()).abs()) < TOLERANCE * float(cosines[1].std())
 
@@ -132,7 +133,7 @@ def test_dinov2_sees_what_it_sees_on_the_cpu(device: torch.device, tmp_path: Pat
     torch.save(net.state_dict(), tmp_path / "dino.pth")
     where = SimpleNamespace(path=tmp_path / "dino.pth", sha256="0" * 64, verified=False)
     ours, theirs = (DinoV2("dinov2-random", where, **reduced).on(place)(noise(4, 32))[0] for place in (device, CPU))
-    assert apart(ours, theirs) < TOLERANCE
+    assert apart(ours.cpu(), theirs) < TOLERANCE
 
 
 def test_detectors_of_a_set_are_trained(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
