@@ -14,6 +14,6 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
 
     An ordinary copy from the host first waits until the device has done all that was asked of it before.
     """
-    if tensor.is_cpu and pinned(device):
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if not tensor.is_cpu:
+        return tensor.to(device)
+    return (tensor.pin_memory() if pinned(device) else tensor).to(device, non_blocking=True)

@@ -104,7 +104,8 @@ def test_clip_scores_are_those_of_the_cpu(weights: Path, device: torch.device) -
     states = torch.randn(6, 5, 6)
     small = [SmallClip.load(weights / "colours-clip/manifest.json", where) for where in (device, CPU)]
     cosines = [
-        torch.cosine_similarity(towers.images(noise(6, 32))[0].cpu(), towers.texts(captions, states)) for towers in small
+        torch.cosine_similarity(towers.images(noise(6, 32))[0].cpu(), towers.texts(captions, states))
+        for towers in small
     ]
     assert float((cosines[0].mean() - cosines[1].mean()).abs()) < TOLERANCE * float(cosines[1].std())
 
