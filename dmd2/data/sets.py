@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import atomic, read_json, verified
+from dmd2.core.upload import upload
 from dmd2.networks.condition import Condition
 
 SHARD_BYTES = 1 << 28
@@ -45,7 +46,7 @@ class TensorSet:
     def tensor(self, name: str, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
         """Rows of one tensor on `device`, or where they are; `indices` are int64 ``(B,)`` from 0 to the length - 1."""
         found = self._tensor(name, indices)
-        return found if device is None else found.to(device)
+        return found if device is None else upload(found, device)
 
     def _tensor(self, name: str, indices: Tensor) -> Tensor:
         if len(self.shards) == 1 or not len(indices):

@@ -70,7 +70,7 @@ def make_shard(
     for start in range(0, len(seeds), batch):
         chunk = seeds[start : start + batch]
         z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
-        unconditional = null and null.expand(len(chunk)).to(device)
+        unconditional = null and null.to(device).expand(len(chunk))
         with float32_products(pairs.precision):
             images = teacher_sample(teacher, upload(z, device), drawn.to(device), unconditional, spec, _no_noise)
         rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})

@@ -85,7 +85,7 @@ def sample_teacher(
         teacher,
         sample_noise(seeds, shape, "noise", device),
         cond or seed_condition(cfg, seeds, cfg.eval.labels, device),
-        None if null is None else null.expand(len(seeds)).to(device),
+        None if null is None else null.to(device).expand(len(seeds)),
         spec,
         lambda i: sample_noise(seeds, shape, f"step{i}", device),
     )

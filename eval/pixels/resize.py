@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
 from dmd2.core.errors import UserError
+from dmd2.core.upload import upload
 from dmd2.experiment.eval_config import GEOMETRIES
 
 INCEPTION = 299  # side of Inception's input
@@ -63,7 +64,7 @@ def _matrix(source: int, size: int, name: Filter, fixed: bool, device: torch.dev
     found = weights(source, size, name)
     if fixed:
         found = np.trunc(found * FIXED_POINT + np.copysign(0.5, found))
-    return torch.from_numpy(found).to(device)
+    return upload(torch.from_numpy(found), device)
 
 
 def by_products(images: Tensor, size: int, name: Filter, dtype: torch.dtype) -> Tensor:

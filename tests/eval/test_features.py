@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
@@ -25,9 +26,9 @@ from eval.detectors.features import (
     stream_moments,
 )
 from eval.detectors.networks import FeatureNetwork
-from eval.detectors.reading import Sampled
+from eval.detectors.reading import Sampled, decoders
 from eval.metrics.frechet import FeatureStats
-from eval.pixels.images import ImageSource, pixel_digest
+from eval.pixels.images import ImageSource, open_images, pixel_digest
 
 COUNT = 730
 
@@ -254,19 +255,65 @@ def test_error_in_a_worker_arrives_as_its_sentence(tmp_path) -> None:
     assert str(error.value) == "image 10 is truncated"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_every_start_method_gives_equal_features(tmp_path, method, monkeypatch) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_threads_gives_equal_features_and_few_batches_wait(tmp_path, workers) -> None:
+    class Counted(ImageSource):
+        def read(self, indices: range) -> torch.Tensor:
+            begun.append(indices[0])
+            return draw(list(indices))
 
-    from eval.pixels.images import open_images
+    class Slow(Quadrants):
+        def look(self, images):
+            ahead.append(len(begun) - len(ahead))
+            return super().look(images)
 
-    save_file({"images": draw(list(range(130)))}, tmp_path / "images.safetensors")
-    source = open_images(tmp_path / "images.safetensors")
-    monkeypatch.setattr(
-        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
-    )
-    folder = extract(source, Quadrants(), tmp_path, workers=2, batch=16)
+    begun, ahead = list[int](), list[int]()
+    folder = extract(Counted("counted", 130), Slow(), tmp_path, workers=workers, batch=5)
     assert np.array_equal(join(folder, 130).features, Quadrants()(draw(list(range(130))))[0])
+    assert sorted(begun) == list(range(0, 130, 5)) and max(ahead) <= 2 * workers + 1
+
+
+def test_only_files_for_a_gpu_are_decoded_ahead(tmp_path, monkeypatch) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "0.png")
+    np.save(tmp_path / "a.npy", np.zeros((3, 3, 4, 4), np.uint8))
+    files, array = open_images(tmp_path), open_images(tmp_path / "a.npy")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert [decoders(*case) for case in ((files, gpu), (files, cpu), (array, gpu), (IMAGES, gpu))] == [7, 0, 0, 0]
+
+
+class Remote(Quadrants):
+    """Says that it is on a GPU, so that a thread stores what it gave; tensors are the CPU's."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("held", [features.HELD, 1])
+def test_features_that_a_thread_stores_are_the_same(tmp_path, monkeypatch, held) -> None:
+    monkeypatch.setattr(features, "HELD", held)
+    stores: list[int] = []
+    store = features._store
+    monkeypatch.setattr(features, "_store", lambda *args: (stores.append(len(args[3])), store(*args)))
+    detector = Remote()
+    ours, theirs = (join(extract(IMAGES, one, tmp_path, batch=30), COUNT).found for one in (detector, Quadrants()))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    if held > 1:  # seven shards of 100 in batches of 30, 30, 30 and 10, and one of 30
+        assert stores == [4] * 7 + [1]
+
+
+@pytest.mark.parametrize("detector", [Quadrants(), Remote()], ids=["cpu", "gpu"])
+def test_images_that_are_not_finite_are_named_before_their_shard_is_stored(tmp_path, detector) -> None:
+    def sample(seeds: list[int]) -> torch.Tensor:
+        images = drawn(seeds)
+        if 253 in seeds:
+            images[seeds.index(253), 0, 1, 2] = torch.inf
+        return images
+
+    source = Sampled("diverged", COUNT, sample=sample)
+    with pytest.raises(UserError, match="image 253 has NaN or infinite pixels: the generator diverged"):
+        extract(source, detector, tmp_path, batch=40)
+    found = sorted(path.name for path in cache_folder(source, detector, tmp_path).glob("*.json"))
+    assert found == ["about.json", "features-000000-000100.json", "features-000100-000200.json"]
 
 
 def test_folder_says_what_it_holds(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.checks.measurement import metric_problems
 from eval.detectors.alignment import Alignment
+from eval.detectors.clip import ClipScore
 from eval.detectors.small_clip import SmallClip
 from eval.metrics.appearance import brightness, saturation, sharpness
 from eval.metrics.frechet import FeatureStats, Reference
@@ -105,6 +107,25 @@ def test_captions_go_round_by_sample_seed() -> None:
     assert torch.equal(texts[1], texts[2]) and not torch.equal(texts[0], texts[3])
     # Kernels round otherwise for another number of captions: to 1e-6 of embeddings of about 1.
     assert torch.allclose(texts[0], towers().texts([], prompts().condition([2]).text)[0], atol=1e-6)
+
+
+def test_captions_are_embedded_once_for_all_snapshots_and_draws(tmp_path, monkeypatch) -> None:
+    embedded: list[int] = []
+    monkeypatch.setattr(
+        SmallClip, "texts", lambda _, captions, states: (embedded.append(len(captions)), states[:, 0])[1]
+    )
+    alignment = Alignment(SmallClip("tiny-clip", 8, TEXT_WIDTH), prompts())
+    first = alignment.texts([0, 1, 3])
+    assert torch.equal(alignment.texts(list(range(5)))[[0, 1, 3]], first)
+    assert embedded == [2, 1]
+
+
+def test_a_clip_with_a_text_tower_of_its_own_reads_no_states(monkeypatch) -> None:
+    monkeypatch.setattr(EvalPrompts, "condition", lambda *_: pytest.fail("text states were read"))
+    tower = SimpleNamespace(
+        reads_states=ClipScore.reads_states, texts=lambda captions, states: torch.ones(len(captions), 2)
+    )
+    assert Alignment(tower, prompts()).texts([0, 4]).shape == (2, 2)
 
 
 def test_references_of_other_dimensions_are_refused(tmp_path) -> None:
