@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.random_runs import changed, hardware, random_training
-from dmd2.experiment.tables import load_base
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.method.step import train_step
 from dmd2.planning.ledger import Ledger
 from dmd2.planning.memory import Counted, Setup
@@ -36,7 +37,7 @@ CASTS = {"_to_copy", "copy_", "_foreach_copy_"}
 
 
 class Case(NamedTuple):
-    """A base and how it is trained; `lora` is the rank of a low-rank student, 0 none."""
+    """A run of a base (by default the base itself) and how it is trained; `lora` is the rank of a student, 0 none."""
 
     base: str
     batch: int
@@ -44,6 +45,13 @@ class Case(NamedTuple):
     lora: int = 0
     checkpointing: bool = False
     meta: bool = True
+    run: str = ""
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that is counted."""
+        cfg = load_experiment().runs[self.base, self.run] if self.run else load_base(self.base)
+        return varied(changed(cfg, self.batch, self.precision), self.lora, None)
 
 
 class Counts:
@@ -119,8 +127,7 @@ def counting_passes(models: Any, counts: Counts) -> Iterator[None]:
 
 def on_meta(case: Case) -> dict[str, dict[str, Any]]:
     """Counts of a student and of a critic-only iteration on the meta device, with their arithmetic and peak memory."""
-    cfg = varied(changed(load_base(case.base), case.batch, case.precision), case.lora, None)
-    counted, found = Counted(cfg, Setup(checkpointing=case.checkpointing)), {}
+    counted, found = Counted(case.config, Setup(checkpointing=case.checkpointing)), {}
     plain = Ledger.__torch_dispatch__
     for kind, student in (("student", True), ("critic only", False)):
         counts = Counts()
@@ -148,7 +155,7 @@ def on_cpu(case: Case) -> dict[str, dict[str, Any]]:
 
 def trained(case: Case, device: str) -> dict[str, dict[str, Any]]:
     """Counts of the last iteration of each kind of a short training."""
-    cfg = changed(load_base(case.base), case.batch, case.precision)
+    cfg = case.config
     training, found = random_training(cfg, hardware(device)), {}
     for it in range(2 * cfg.critic.ratio):
         counts = Counts()

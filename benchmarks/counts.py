@@ -3,9 +3,9 @@
     git worktree add /tmp/release 8819aa2
     python -m benchmarks.counts imagenet64 sdxl-lora --against /tmp/release --precision bf16,bf16-body
 
-Network passes by network, operations that launch kernels, bytes that conversions of dtype write, uploads, places where
-the host waits for the device, arithmetic, and the peak of memory: see `benchmarks.counting`. The other checkout takes
-the first precision.
+Network passes, samples that are encoded and decoded, operations that launch kernels, bytes that conversions of dtype
+write, uploads, places where the host waits for the device, arithmetic, and the peak of memory: see
+`benchmarks.counting`. The other checkout takes the first precision; small networks always take that of their base.
 """
 
 import json
@@ -29,14 +29,15 @@ CASES = {
     "sdxl-lora": Case("sdxl", 1, "", lora=64),
     "sdxl-lora-checkpointing": Case("sdxl", 1, "", lora=64, checkpointing=True),
     "digits": Case("digits", 64, "", meta=False),
+    "digits-4step": Case("digits", 64, "", meta=False, run="4step"),
 }
-# Quantities, the unit that they are told in, and decimals.
-ROWS = {
-    "network passes": (1, 0), "samples through encoders": (1, 0), "samples through decoders": (1, 0),
-    "operations that launch kernels": (1, 0), "bytes cast": (1e6, 2), "uploads": (1, 0), "host waits": (1, 0),
-    "floating-point operations": (1e12, 3), "peak bytes": (1e9, 2),
+# Quantities of the table: its heading, the unit that they are told in, and decimals.
+COLUMNS = {
+    "network passes": ("passes", 1, 0), "samples through encoders": ("encoded", 1, 0),
+    "samples through decoders": ("decoded", 1, 0), "operations that launch kernels": ("launches", 1, 0),
+    "bytes cast": ("GB cast", 1e9, 2), "uploads": ("uploads", 1, 0), "host waits": ("waits", 1, 0),
+    "floating-point operations": ("TFLOP", 1e12, 3), "peak bytes": ("peak, GB", 1e9, 2),
 }  # fmt: skip
-NAMES = {"bytes cast": "MB cast", "floating-point operations": "TFLOP", "peak bytes": "peak, GB"}
 KINDS = ("student", "critic only")
 Found = dict[str, dict[str, Any]]
 # The first package comes from here, what it imports of dmd2 from the checkout.
@@ -57,28 +58,25 @@ def counted(checkout: Path, case: Case) -> Found:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def mean(found: Found, row: str, ratio: int) -> float:
-    """Of an interval with one update of the student."""
-    return (found["student"][row] + (ratio - 1) * found["critic only"][row]) / ratio
+def rows(name: str, versions: dict[str, Found]) -> list[list[str]]:
+    """Lines of the table for a case, one for each kind of iteration; a cell has one number where all are equal."""
+
+    def cell(kind: str, quantity: str) -> str:
+        _, unit, decimals = COLUMNS[quantity]
+        told = [f"{found[kind][quantity] / unit:,.{decimals}f}" if quantity in found[kind] else ""
+                for found in versions.values()]  # fmt: skip
+        return told[0] if len(set(told)) == 1 else " -> ".join(told)
+
+    return [[name, kind, *(cell(kind, quantity) for quantity in COLUMNS)] for kind in KINDS]
 
 
-def table(columns: dict[str, Found], ratio: int) -> str:
-    """Quantities by checkout and kind of iteration; ratios are those of the last column to the first."""
-    first, last = next(iter(columns.values())), list(columns.values())[-1]
-    head = ["per iteration", *(f"{name}: {kind}" for name in columns for kind in KINDS), "mean, last / first"]
-    rows = []
-    for row, (unit, decimals) in ROWS.items():
-        if row in last["student"]:
-            values = [f"{found[kind][row] / unit:,.{decimals}f}" for found in columns.values() for kind in KINDS]
-            before, after = mean(first, row, ratio), mean(last, row, ratio)
-            rows.append([NAMES.get(row, row), *values, f"{after / before:.3f}" if before else "-"])
-    return markdown(head, rows)
-
-
-def passes(columns: dict[str, Found]) -> list[str]:
-    """What passes there are, a line for each kind of iteration of a checkout: the samples of each."""
-    return [f"- {name}, {kind}: " + "; ".join(f"{who} {', '.join(map(str, n))}" for who, n in one["passes"].items())
-            for name, found in columns.items() for kind, one in found.items()]  # fmt: skip
+def passes(case: str, versions: dict[str, Found]) -> list[str]:
+    """What passes there are, a line for each kind of iteration of a version: the samples of each."""
+    return [
+        f"- {case}, {name}, {kind}: " + "; ".join(f"{who} {', '.join(map(str, sizes))}" for who, sizes in ran.items())
+        for name, found in versions.items()
+        for kind, ran in ((kind, counts["passes"]) for kind, counts in found.items())
+    ]
 
 
 def main(
@@ -87,15 +85,19 @@ def main(
     precision: Annotated[str, typer.Option(help="of this checkout, separated by commas; by default the base's")] = "",
 ) -> None:
     with readable_errors():
-        for name in cases or CASES:
+        wanted, lines, text = cases or list(CASES), [], []
+        for name in wanted:
             if name not in CASES:
                 raise UserError(f"there is no case {name}: {', '.join(CASES)}")
-            case, cfg = CASES[name], load_base(CASES[name].base)
-            given = listed(precision) or [cfg.train.precision]
-            columns = {} if against is None else {against.name: counted(against, case._replace(precision=given[0]))}
-            columns |= {one if len(given) > 1 else "now": counted(ROOT, case._replace(precision=one)) for one in given}
-            print(f"\n**{name}**, {case.batch} images, {', '.join(given)}\n")
-            print(table(columns, cfg.critic.ratio) + "\n\n" + "\n".join(passes(columns)), flush=True)
+            case = CASES[name]
+            given = (listed(precision) if case.meta else []) or [load_base(case.base).train.precision]
+            versions = {} if against is None else {against.name: counted(against, case._replace(precision=given[0]))}
+            versions |= {f"now, {one}": counted(ROOT, case._replace(precision=one)) for one in given}
+            lines += rows(f"{name}, {case.batch} images, {' -> '.join(versions)}", versions)
+            text += passes(name, versions)
+            print(f"{name} is counted", file=sys.stderr, flush=True)
+        print(markdown(["case", "iteration", *(heading for heading, _, _ in COLUMNS.values())], lines))
+        print("\n" + "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -143,16 +143,10 @@ def folders(ways: list[Way], count: int, rounds: int, folder: Path) -> str:
     found: dict[Way, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways[:: 1 if number % 2 else -1]:
-            line = [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "benchmarks.evaluation",
-                "--child",
-                json.dumps([way, str(folder)]),
-            ]
-            done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
+            line = [sys.executable, "-W", "ignore", "-m", "benchmarks.evaluation", "--child"]
+            done = subprocess.run(
+                [*line, json.dumps([way, str(folder)])], check=True, stdout=subprocess.PIPE, text=True
+            )
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
     rows = []
     for size in ways[0].sizes:
@@ -164,9 +158,8 @@ def folders(ways: list[Way], count: int, rounds: int, folder: Path) -> str:
             rows.append([str(size), way.tool, str(way.workers), f"{wall:.1f}", f"{wall / best[0]:.2f}", f"{cpu:.1f}",
                          f"{cpu / best[1]:.2f}", f"{peak:.0f}"])  # fmt: skip
         a, b = (np.load(folder / f"{tool}-{size}.npy") for tool in TOOLS)
-        rows.append(
-            [str(size), "largest difference, in SD", *[""] * 5, f"{np.abs(a - b).max() / b.std(axis=0).mean():.1e}"]
-        )
+        difference = np.abs(a - b).max() / b.std(axis=0).mean()
+        rows.append([str(size), f"features differ by {difference:.1e} of their SD", *[""] * 6])
     return markdown(["pixels", "tool", "workers", "images/s", "/ clean-fid's best", "images / s of CPU time",
                      "/ clean-fid's best", "peak of the process, MiB"], rows)  # fmt: skip
 

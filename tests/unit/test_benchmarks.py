@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.counting import Case, on_cpu
-from benchmarks.counts import table
+from benchmarks.counts import rows
 from tests.conftest import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "typer.run(main)" in path.read_text())
@@ -30,6 +30,8 @@ def test_counts_of_digits() -> None:
     }  # fmt: skip
     assert found["student"]["passes"]["teacher decoder"] == [4]
     assert found["critic only"]["operations that launch kernels"] < found["student"]["operations that launch kernels"]
-    shown = table({"a": found, "b": found}, 5).splitlines()
-    assert shown[2].split("|")[1:4] == [" network passes                 ", " 5          ", " 2              "]
-    assert {line.split("|")[-2].strip() for line in shown[2:]} == {"1.000", "-"}
+    before = {kind: {**counts, "uploads": 7} for kind, counts in found.items()}
+    student, critic = rows("digits", {"before": before, "now": found})
+    assert student[:5] == ["digits", "student", "5", "28", "16"]
+    assert critic[2:4] == ["2", "16"]
+    assert critic[7] == f"7 -> {found['critic only']['uploads']}"
