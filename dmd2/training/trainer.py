@@ -1,7 +1,6 @@
 """The training of one run: loop, checkpoints, snapshots, log. The method itself is in step.py."""
 
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -14,11 +13,11 @@ from torch import Tensor
 from dmd2.core import distributed
 from dmd2.core.code_digest import modules_of
 from dmd2.core.errors import UserError
-from dmd2.core.files import digest_of, listing, write_json, write_text, writing
+from dmd2.core.files import listing, write_json, write_text, writing
 from dmd2.core.interrupts import STOP, Actions, collected, single_writer
 from dmd2.core.progress import Progress
 from dmd2.core.retraining import code_parts, continued, current_key, other_code
-from dmd2.core.run import RunId, commit
+from dmd2.core.run import RunId
 from dmd2.data.sets import load_set, save_shard
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
@@ -31,6 +30,8 @@ from dmd2.networks.lora import snapshot_state
 from dmd2.training.build import build_models
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.checkpoint_parts import Spans
+from dmd2.training.checkpoint_thread import CheckpointThread
+from dmd2.training.record import record_of
 from dmd2.training.sampling import probe_images, to_images
 from dmd2.training.sharding import (
     equal_passes,
@@ -69,6 +70,7 @@ class Training:
             )
         self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
         self.checkpoints = Checkpoints.of(self.folder, self.key)
+        self.writer = CheckpointThread(self.checkpoints)
         self.snapshots = self.folder / f"snapshots-{self.key}"
         self.log_path = self.folder / "log.jsonl"
         self.ema: Denoiser | None = None
@@ -106,8 +108,8 @@ class Training:
             UserError: a loss is not finite, a file cannot be written, or another process trains this run.
             KeyboardInterrupt: on SIGINT or SIGTERM, unless `actions` says otherwise.
         """
-        writer = single_writer(self.folder, patience) if self.leads else nullcontext()
-        with writer, collected(actions) as received:
+        alone = single_writer(self.folder, patience) if self.leads else nullcontext()
+        with alone, collected(actions) as received, self.writer:
             self.resume()
             parts = code_parts(self.run_id, self.key)
             if self.leads and self.step < self.cfg.train.steps:
@@ -177,6 +179,7 @@ class Training:
         for it, logs in self.recent:
             bad = [name for name, value in logs.items() if not bool(torch.isfinite(value))]
             if bad:
+                self.writer.wait()
                 kept = f"the checkpoint of step {self.checkpoints.newest_step()} is kept"
                 raise UserError(
                     f"{self.run_id}: {bad[0]} is {float(logs[bad[0]])} at step {it}; {kept}: lower optim.lr or raise "
@@ -193,7 +196,12 @@ class Training:
         return self.ema or self.models.student
 
     def save(self, force: bool = False) -> None:
-        """Write a snapshot and a checkpoint when they are due."""
+        """Write a snapshot and a checkpoint when they are due.
+
+        Training goes on while the checkpoint is written, unless it ends here or may end (`force`). That of a sharded
+        training is waited for: its parts are listed by a message among all processes, in which a thread may not meddle.
+        """
+        self.writer.check()
         train = self.cfg.train
         last = self.step == train.steps
         if last or self.step % train.snapshot_every == 0:
@@ -201,7 +209,11 @@ class Training:
             self.save_snapshot()
         if last or force or self.step % train.checkpoint_every == 0:
             self.check_finite()
+            if not (last or force or self.sharded):
+                return self.writer.save(self.step, self.state())
+            self.writer.wait()
             self.checkpoints.save(self.step, self.state(), self.spans())
+        return None
 
     def save_snapshot(self) -> None:
         """Write the student as it is now; all processes must take part if it is sharded."""
@@ -271,25 +283,8 @@ class Training:
     def finish(self, code: list[dict[str, Any]]) -> Path:
         """Write finished.json, the record of a complete training, with the `code` that trained each part of it."""
         files = [path for path in sorted(self.snapshots.glob("*.safetensors")) if int(path.stem) <= self.step]
-        record = {
-            "kind": "run",
-            "run": str(self.run_id),
-            "key": self.key,
-            "steps": self.step,
-            "student_updates": self.cfg.critic.student_updates(self.step),
-            "seconds": round(self.seconds, 1),
-            "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-            "processes": distributed.world_size(),
-            "threads": self.hardware.threads,
-            "torch": torch.__version__,
-            "deterministic": self.hardware.deterministic or self.device.type == "cpu",
-            "commit": commit(),
-            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "config": self.cfg.model_dump(mode="json"),
-            "settings": digest_of(self.cfg.settings()),
-            "last": self.log[-1] if self.log else {},
-            "code": code,
-            "files": listing(files, self.folder),
-        }
-        write_json(self.folder / "finished.json", record)
+        done = {"run": str(self.run_id), "key": self.key, "steps": self.step, "seconds": round(self.seconds, 1)}
+        last = self.log[-1] if self.log else {}
+        made = {**record_of(self.cfg, self.hardware, self.step), "last": last, "code": code}
+        write_json(self.folder / "finished.json", {"kind": "run", **done, **made, "files": listing(files, self.folder)})
         return self.folder / "finished.json"

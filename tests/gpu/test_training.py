@@ -96,6 +96,7 @@ def test_a_training_goes_on_from_its_checkpoint(deterministic: bool, device: tor
         halves.folder.mkdir(parents=True)
         halves.iterate()
         halves.save()
+        halves.writer.wait()
         again = Training(RunId("tiny", "halves", 0), cfg, hardware, inputs)
         again.run()
     assert [line["step"] for line in again.log] == [STEPS]

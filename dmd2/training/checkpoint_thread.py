@@ -1,0 +1,91 @@
+"""Checkpoints written by a thread from a copy of the state, while the training goes on."""
+
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmd2.core.errors import UserError
+from dmd2.training.checkpoint import Checkpoints
+
+
+class CheckpointThread:
+    """Writes one checkpoint at a time; leave its context to be sure that the last one is whole.
+
+    A write that fails is raised by the next call of `check`, `wait` or `save`; where the context is left by another
+    error, it is printed.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.pool = ThreadPoolExecutor(1, "checkpoints")
+        self.writing: Future[None] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copy the state after `step` iterations and have it written; waits for the checkpoint before it.
+
+        Raises:
+            UserError: the checkpoint before it could not be written.
+        """
+        self.wait()
+        copied = host_copy(state)
+        arrived = _arrival()
+
+        def write() -> None:
+            arrived()
+            self.checkpoints.save(step, copied)
+
+        self.writing = self.pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what went wrong in a write that has ended; return at once from one that has not."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raise what went wrong."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> "CheckpointThread":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            print(failure, file=sys.stderr, flush=True)
+
+
+def host_copy(value: Any) -> Any:
+    """Nested dicts with their tensors copied to the host and their lists copied.
+
+    From a GPU the copies go into pinned memory, in the order of the stream: what is computed afterwards cannot change
+    them, and they are whole when the stream has come so far. PyTorch keeps pinned memory for the next copy.
+    """
+    if isinstance(value, Mapping):
+        return {key: host_copy(one) for key, one in value.items()}
+    if not isinstance(value, Tensor):
+        return copy(value)
+    if value.device.type == "cpu":
+        return value.detach().clone()
+    place = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
+    place.copy_(value.detach(), non_blocking=True)
+    return place
+
+
+def _arrival() -> Callable[[], None]:
+    """A function that returns when all copies to the host that were begun have arrived."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
