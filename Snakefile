@@ -8,7 +8,7 @@ from dmd2.experiment.cluster import load_cluster
 from dmd2.core.errors import UserError
 from dmd2.core.slurm_queue import slurm
 
-min_version("9.20")
+min_version("9.27") # priorities that are functions
 
 CLUSTER_NAME = config.get("cluster", "local")
 # Of trainings done by other code than the present: `warn` tells of them, `retrain` makes them out of date.

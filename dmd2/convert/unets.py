@@ -9,10 +9,9 @@ import json
 import sys
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from dmd2.convert.edm_names import AUGMENTATION, EdmAble, State, check_fits, empty, from_edm, infer, to_edm
 from dmd2.convert.edm_pickle import read_edm
 from dmd2.convert.kohya import from_kohya, is_kohya, merge
-from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import atomic_folder, read_json, sha256
+from dmd2.core.errors import UserError
+from dmd2.core.files import atomic_folder, read_json
 from dmd2.data.inert_pickle import foreign, shown
 from dmd2.data.sets import save_shard
 from dmd2.networks.song_unet import SongUNet
@@ -204,29 +203,3 @@ def _bare(state: State) -> State:
     """EDM's names without the prefix."""
     prefixed = all(name.startswith(PREFIX) for name in state)
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()} if prefixed else state
-
-
-def main(
-    source: Annotated[Path, typer.Argument(help=f"network: {KINDS}; with --to-edm a diffusers folder")],
-    folder: Annotated[Path | None, typer.Argument(help="diffusers folder to write")] = None,
-    to_edm_file: Annotated[
-        Path | None, typer.Option("--to-edm", help="safetensors file to write (an augmentation layer is gone)")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="diffusers folder of the teacher's UNet, for students of Stable Diffusion")
-    ] = None,
-) -> None:
-    """Convert a network of NVlabs' EDM, or a released DMD2 student, to a diffusers folder; or such a folder back."""
-    with readable_errors():
-        if (folder is None) == (to_edm_file is None):
-            raise UserError("name the folder to write, or with --to-edm the file, and not both")
-        if folder is not None:
-            network, made = convert(source, folder, base), folder
-            weights = made / WEIGHTS
-        else:
-            assert to_edm_file is not None
-            network, weights = source, export_edm(source, to_edm_file)
-            made = weights
-        config = read_json(network / CONFIG)
-        count = sum(p.numel() for p in (empty(config) if base is None else empty_unet(network)).parameters())
-        print(f"{made}: {config['_class_name']}, {count:,} parameters, sha256 {sha256(weights)}")

@@ -9,17 +9,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from torch import Tensor, nn
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import held, trust
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where this process sees a GPU")]
 BUCKET = 1 << 24  # elements summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files

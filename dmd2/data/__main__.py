@@ -8,18 +8,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from dmd2.core.distributed import Device, local_device
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.precision import strict_float32
+from dmd2.core.options import Device
 from dmd2.core.provenance import recorded
-from dmd2.data.prepare import encode_part, encode_prompts, join_parts, prepare_labelled
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.run_inputs import pipeline_settings, prompt_settings
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(help=__doc__)
 Config = Annotated[str, typer.Option(help="JSON of the data section")]
@@ -32,8 +32,13 @@ def offline() -> None:
 
 
 @contextmanager
-def encoder(threads: int, device: str) -> Iterator[torch.device]:
+def encoder(threads: int, device: str) -> Iterator["torch.device"]:
     """Where the pipelines of a job run."""
+    import torch
+
+    from dmd2.core.distributed import local_device
+    from dmd2.core.precision import strict_float32
+
     torch.set_num_threads(threads)
     place = local_device(device, "encode")
     with strict_float32(place):
@@ -43,6 +48,8 @@ def encoder(threads: int, device: str) -> Iterator[torch.device]:
 @app.command()
 def real(config: Config, out: Path) -> None:
     """Prepare real data with labels."""
+    from dmd2.data.prepare import prepare_labelled
+
     with readable_errors():
         data = Data.model_validate_json(config)
         with recorded(out, json.loads(config), sources=[data.source.path]):
@@ -64,6 +71,8 @@ def pipeline(config: Config, out: Path, threads: int = 1, device: Device = "auto
 @app.command()
 def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1, device: Device = "auto") -> None:
     """Encode one part of the real set."""
+    from dmd2.data.prepare import encode_part
+
     with readable_errors():
         data = Data.model_validate_json(config)
         made_from = recorded(out, json.loads(config), [pipeline], sources=[data.source.path])
@@ -74,6 +83,8 @@ def part(config: Config, pipeline: Path, index: int, out: Path, threads: int = 1
 @app.command()
 def join(config: Config, out: Path, parts: list[Path]) -> None:
     """List the shards of finished PARTS."""
+    from dmd2.data.prepare import join_parts
+
     with readable_errors():
         data = Data.model_validate_json(config)
         with recorded(out, json.loads(config), parts, sources=[data.source.path]):
@@ -83,6 +94,8 @@ def join(config: Config, out: Path, parts: list[Path]) -> None:
 @app.command()
 def prompts(config: Config, pipeline: Path, source: Path, out: Path, threads: int = 1, device: Device = "auto") -> None:
     """Encode the prompts of a file."""
+    from dmd2.data.prepare import encode_prompts
+
     with readable_errors():
         data = Data.model_validate_json(config)
         if not source.exists():

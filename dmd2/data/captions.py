@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from dmd2.core.errors import UserError
@@ -19,16 +17,12 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.run_inputs import eval_prompts
 from dmd2.networks.condition import Condition
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLUMN, OTHER_COLUMNS = "caption", ("prompt", "text")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
-TABLES: dict[str, Callable[[Any, bool], pd.DataFrame]] = {
-    # "NA" and "None" are captions. A blank line is a missing caption, but nothing in a list of prompts.
-    ".csv": lambda file, skip_blank: pd.read_csv(
-        file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=skip_blank
-    ),
-    ".jsonl": lambda file, _: pd.read_json(file, lines=True, dtype=False),
-    ".parquet": lambda file, _: pd.read_parquet(file),
-}
+TABLES = (".csv", ".jsonl", ".parquet")
 
 
 def read_captions(path: Path) -> list[str]:
@@ -121,7 +115,7 @@ def _read(path: Path, skip_blank: bool) -> list[str]:
         )
     try:
         if suffix in TABLES:
-            return texts(TABLES[suffix](path, skip_blank))
+            return texts(read_table(path, suffix, skip_blank))
         with open(path, encoding="utf-8-sig") as file:  # splitlines() would cut at other separators, too
             return [line.rstrip("\n") for line in file if line.strip() or not skip_blank]
     except UserError as error:
@@ -131,12 +125,25 @@ def _read(path: Path, skip_blank: bool) -> list[str]:
         raise UserError(f"{path} is not a readable {form} of captions ({str(error).splitlines()[0]})") from None
 
 
+def read_table(file: Any, suffix: str, skip_blank: bool = False) -> pd.DataFrame:
+    """The table in a path or open file, of one of `TABLES`; `skip_blank` leaves out blank lines of a csv."""
+    import pandas as pd  # which other captions need not pay for
+
+    if suffix == ".csv":
+        # "NA" and "None" are captions. A blank line is a missing caption, but nothing in a list of prompts.
+        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+        return pd.read_csv(file, skip_blank_lines=skip_blank, **options)
+    return pd.read_json(file, lines=True, dtype=False) if suffix == ".jsonl" else pd.read_parquet(file)
+
+
 def texts(table: pd.DataFrame) -> list[str]:
     """Captions of a table, in order; empty where there is no text.
 
     Raises:
         UserError: no column can be it, or a row holds something else.
     """
+    import pandas as pd
+
     others = [name for name in OTHER_COLUMNS if name in table]
     if COLUMN not in table and len(others) != 1:
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
-from dmd2.data.captions import TABLES, texts
+from dmd2.data.captions import read_table, texts
 from dmd2.data.decode import BROKEN, SUFFIXES, Encoded
 from dmd2.experiment.data_config import Data
 
@@ -120,7 +120,7 @@ def _captions(files: Files, images: list[str]) -> dict[str, str] | None:
     for name in tables:
         content = io.BytesIO(files.read(name))
         try:
-            table = TABLES[Path(name).suffix](content, True)
+            table = read_table(content, Path(name).suffix, skip_blank=True)
             if FILE not in table:
                 raise UserError(f"there is no column {FILE}: add the path of each image from this file's folder")
             paths = (os.path.normpath(Path(name).parent / str(file)).replace(os.sep, "/") for file in table[FILE])

@@ -12,6 +12,7 @@ from dmd2.experiment.config import Data, RunConfig, TrainConfig, digest
 
 REAL, TEACHERS, PAIRS = Path("data/real"), Path("data/teachers"), Path("data/pairs")
 WEIGHTS, REFS = Path("data/weights"), Path("data/refs")
+FEATURES = Path("data/features")  # cache of all feature shards of evaluations
 PIPELINES, PROMPTS = Path("data/pipelines"), Path("data/prompts")
 
 

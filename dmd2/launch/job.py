@@ -85,6 +85,9 @@ class TrainingJob:
 
         from dmd2.core.distributed import local_device, process_group
         from dmd2.core.precision import deterministic_kernels, float32_products
+        from dmd2.networks.light_diffusers import light_diffusers
+
+        light_diffusers(cfg.data, adapters=cfg.generator.lora is not None)
         from dmd2.training.checkpoint import verify_inputs
         from dmd2.training.trainer import Training
 

@@ -8,10 +8,7 @@ from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
-from dmd2.planning.memory import Setup
-from dmd2.planning.page import CARDS, plan_page, show, table_page
-from dmd2.planning.plan import Plan, TablePlan, counting, varied
-from dmd2.planning.rates import given
+from dmd2.networks.light_diffusers import light_diffusers
 
 
 def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
@@ -52,8 +49,14 @@ def main(
         gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")
-        cfg = varied(cfg, lora, states)
         seeds, rows = rows_of(base, table) if table else (0, {})
+        light_diffusers(cfg.data, adapters=lora > 0 or any(c.generator.lora for c in (cfg, *rows.values())))
+        from dmd2.planning.memory import Setup
+        from dmd2.planning.page import CARDS, plan_page, show, table_page
+        from dmd2.planning.plan import Plan, TablePlan, counting, varied
+        from dmd2.planning.rates import given
+
+        cfg = varied(cfg, lora, states)
         counted, rate = counting(Setup(gpus if shard else 1, checkpointing)), None
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counted(cfg).image_flops * cfg.optim.batch)

@@ -4,17 +4,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import content_of, digest_of, listing, read_json, sha256, write_json
-from dmd2.core.precision import deterministic_kernels, float32_products
 from dmd2.core.progress import Progress
-from dmd2.core.provenance import recorded
 from dmd2.core.rng import Draws
 from dmd2.data.pipelines import belongs
 from dmd2.data.sets import TensorSet, load_set
@@ -163,30 +159,3 @@ def _manifest(folder: Path, name: str, extra: dict[str, Any]) -> Path:
     value = {"kind": "teacher", "folder": name, "class": kind, **extra, "files": listing(files, folder)}
     write_json(folder / "manifest.json", value)
     return folder / "manifest.json"
-
-
-def main(
-    data: Annotated[str, typer.Option(help="JSON of the data section")],
-    teacher: Annotated[str, typer.Option(help="JSON of the teacher section")],
-    out: Path,
-    real: Annotated[Path | None, typer.Option(help="manifest of the real data, to train a teacher")] = None,
-    threads: int = 1,
-    device: Device = "auto",
-    deterministic: Annotated[bool, typer.Option(help="as training.deterministic of the cluster file")] = False,
-) -> None:
-    """Train or adopt a teacher: write OUT (a manifest.json) and the network beside it."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        spec = Teacher.model_validate(json.loads(teacher))
-        settings, inputs = [json.loads(data), json.loads(teacher)], [real] if real else []
-        with recorded(out, settings, inputs, sources=[spec.source]):
-            if spec.train is None or real is None:
-                adopt_teacher(spec, out.parent, Data.model_validate(json.loads(data)))
-            else:
-                place = local_device(device, "teacher")
-                with deterministic_kernels(deterministic), float32_products(spec.train.precision):
-                    train_teacher(Data.model_validate(json.loads(data)), spec, real, out.parent, place)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,24 +1,19 @@
 """Noise-image pairs of the teacher for the regression loss, in shards addressed by seed (DMD Sec. 4.2)."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
-from dmd2.core.distributed import Device, local_device, rows_of_part
-from dmd2.core.errors import readable_errors
+from dmd2.core.distributed import rows_of_part
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
-from dmd2.core.provenance import recorded
 from dmd2.core.rng import sample_labels, sample_noise
 from dmd2.core.upload import upload
 from dmd2.data.sets import load_set, save_shard
 from dmd2.experiment.config import Data, Pairs, Section, Teacher, TrainConfig
-from dmd2.experiment.run_inputs import pair_inputs, pair_prompts
+from dmd2.experiment.run_inputs import pair_prompts
 from dmd2.networks.condition import Condition
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
@@ -108,35 +103,3 @@ def join_shards(shards: list[Path], out: Path) -> None:
     seeds = [read_json(shard)["seeds"] for shard in shards]
     count = sum(last - first + 1 for first, last in seeds)
     write_json(out, {"kind": "pairs", "count": count, "seeds": [seeds[0][0], seeds[-1][1]], "files": entries})
-
-
-app = typer.Typer(help=__doc__)
-
-
-@app.command()
-def shard(
-    config: Annotated[str, typer.Option(help="JSON of data, teacher and regression.pairs")],
-    teacher: Path,
-    index: int,
-    out: Path,
-    threads: int = 1,
-    device: Device = "auto",
-) -> None:
-    """Make one shard."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        cfg = PairsConfig.model_validate(json.loads(config))
-        with recorded(out, json.loads(config), [teacher, *pair_inputs(cfg.data)]):
-            make_shard(cfg, teacher, index, out, local_device(device, "pairs"))
-
-
-@app.command()
-def join(out: Path, shards: list[Path]) -> None:
-    """Write the manifest OUT of finished SHARDS."""
-    with readable_errors():
-        with recorded(out, None, shards):
-            join_shards(shards, out)
-
-
-if __name__ == "__main__":
-    app()

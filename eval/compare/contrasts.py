@@ -12,7 +12,6 @@ from math import isclose, isfinite, sqrt
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import ttest_ind
 
 from dmd2.core.errors import UserError
 from dmd2.core.retraining import differences as code_differences
@@ -97,6 +96,8 @@ class MatchedRow:
             half = NORMAL * float(np.hypot(*np.array(errors, np.float64)))
             return difference(gaps) if gaps else around(mean, half, "finite sample, unpaired")
         if min(len(x), len(y)) > 1:
+            from scipy.stats import ttest_ind  # half a second that most comparisons need not pay
+
             # Welch's degrees of freedom are 0 / 0 where neither side has any spread.
             spread = x.std() > 0 or y.std() > 0
             low, high = ttest_ind(y, x, equal_var=False).confidence_interval(0.95) if spread else (mean, mean)

@@ -7,19 +7,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.precision import strict_float32
-from dmd2.core.provenance import recorded
 from dmd2.core.rng import Draws, stream
-from dmd2.data.sets import TensorSet, load_set, load_shard, save_shard
+from dmd2.data.sets import TensorSet, load_shard, save_shard
 from dmd2.experiment.run_inputs import WEIGHTS
 from eval.detectors.networks import NETWORKS, FeatureNetwork, fit, provenance
-from eval.detectors.small_clip import SmallClip, train_clip
+from eval.detectors.small_clip import SmallClip
 from eval.detectors.weights import locate
 
 CPU = torch.device("cpu")
@@ -128,21 +125,3 @@ def record_network(name: str, out: Path) -> None:
     about = load_detector(name).about
     files = [{"path": about["file"], "sha256": about["weights"]}]
     write_json(out, {"kind": "network", "name": name, **about, "files": files})
-
-
-def main(name: str, out: Path, real: Path | None = None, threads: int = 1, device: Device = "auto") -> None:
-    """Train NAME (SET-classifier, SET-clip) on the manifest --real, or verify the network NAME; write its manifest."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        place = local_device(device, "detector")
-        with recorded(out, name, [real] if real else []), strict_float32(place):
-            if real is None:
-                record_network(name, out)
-            elif name.endswith("-clip"):
-                train_clip(name, load_set(real), out, place)
-            else:
-                train_classifier(name, load_set(real), out, place)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -11,29 +11,20 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import torch
-import typer
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, sha256
-from dmd2.core.provenance import recorded
-from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.detectors import load_detector
 from eval.detectors.features import FeatureSet, account, extract, identity, join, shards_of, stream_moments
 from eval.detectors.networks import FeatureNetwork
 from eval.metrics.estimate import matrix
 from eval.metrics.frechet import FeatureStats, Reference, load_stats, save_stats
 from eval.pixels.images import ImageSource, open_images
-from eval.pixels.resize import NONE, Geometry
+from eval.pixels.resize import Geometry
 
 # numpy raises whatever its zip and array readers raise; TypeError: a single array instead of an archive
 NPZ_ERRORS = (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
-
-FEATURES = Path("data/features")  # cache of all feature shards
 
 
 @dataclass(frozen=True)
@@ -132,30 +123,3 @@ def _npz(path: Path, detector: FeatureNetwork) -> Reference:
         raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a finite mean and covariance")
     # The file does not say how many images it is of; only the covariance is used, so any count above 1 will do.
     return Reference(FeatureStats(2, mu, sigma), None, about)
-
-
-def main(
-    source: Path,
-    out: Path,
-    detector: Annotated[str, typer.Option(help="network of the features")],
-    geometry: Annotated[str, typer.Option(help="what is done to the images first")] = NONE.name,
-    threads: int = 1,
-    device: Device = "auto",
-) -> None:
-    """Write the feature moments of SOURCE (a real set's manifest, or an npz of moments) to the manifest OUT."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        if not source.exists():
-            raise UserError(f"{source} is missing: put the reference statistics (npz with mu and sigma) there")
-        place = local_device(device, "reference")
-        engine = Engine(load_detector(detector, device=place), Geometry(geometry), FEATURES)
-        with recorded(out, [detector, geometry], [WEIGHTS / detector / "manifest.json", source]):
-            if holds_moments(source):
-                about = {"detector": detector, "data": str(source), "images": None, "geometry": geometry}
-                save_stats(engine.reference(source).stats, out, about)
-            else:
-                engine.save_moments(open_images(source, engine.geometry), source, out)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.error import URLError
 
-import torch
 import typer
 import yaml
-from torch import Tensor
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import sha256
-from dmd2.data.sets import load_shard
 from dmd2.experiment.run_inputs import WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,12 @@ def load_state(path: Path) -> dict[str, Tensor]:
         UserError: the file is not such a file.
     """
     if path.suffix == ".safetensors":
+        from dmd2.data.sets import load_shard
+
         return load_shard(path)
     try:
+        import torch
+
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports unreadable files by half a dozen types
         raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0]})") from error
@@ -152,6 +156,8 @@ def fetch(name: str, folder: Path = WEIGHTS) -> list[Path]:
 
 def _download(file: WeightFile, path: Path) -> None:
     """torch.hub writes beside `path`, compares the checksum and only then moves the file into place."""
+    import torch
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256)

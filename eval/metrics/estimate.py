@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from scipy.stats import t
-from torch import Tensor
+from scipy.special import stdtrit
 
 from dmd2.core.errors import UserError
 
-Features = Tensor | np.ndarray
+if TYPE_CHECKING:
+    from torch import Tensor  # tables and reports have numbers only, and need not pay for its import
+
+Features: TypeAlias = "Tensor | np.ndarray"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def mean(values: Features, strata: Features | None = None) -> Estimate:
     Raises:
         UserError: no values, not a vector, or NaN.
     """
-    x = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    x = np.asarray(values if isinstance(values, np.ndarray) else values.detach().double().cpu(), np.float64)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
         raise UserError(f"a mean needs one finite value per image, got shape {x.shape}")
     se, centred = standard_error(x, strata), x - x.mean()
@@ -105,7 +107,7 @@ def mean(values: Features, strata: Features | None = None) -> Estimate:
 
 def t_quantile(n: int, level: float = 0.95) -> float:
     """Standard errors from the mean of `n` values to either end of its two-sided interval at that level."""
-    return float(t.ppf((1 + level) / 2, n - 1))
+    return float(stdtrit(n - 1, (1 + level) / 2))
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
@@ -121,6 +123,8 @@ def matrix(features: Features, what: str = "features") -> Tensor:
     Raises:
         UserError: not a non-empty matrix, or NaN or infinite somewhere.
     """
+    import torch
+
     # torch warns on read-only arrays (memory-mapped shards); those are copied
     x = torch.from_numpy(np.require(features, requirements="W")) if isinstance(features, np.ndarray) else features
     if x.ndim != 2 or 0 in x.shape:
@@ -134,6 +138,8 @@ def matrix(features: Features, what: str = "features") -> Tensor:
 
 def matrices(a: Features, b: Features) -> tuple[Tensor, Tensor]:
     """Two feature tables of one detector, checked, on the device of the first, in the wider of their float types."""
+    import torch
+
     x, y = matrix(a), matrix(b)
     if x.shape[1] != y.shape[1]:
         raise UserError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared: other detectors?")

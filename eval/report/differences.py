@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from dmd2.core.files import verified
-from dmd2.data.sets import load_shard
 from dmd2.experiment.metrics import FRECHET
 from eval.metrics.estimate import Estimate, linear, mean_interval
 
@@ -60,5 +60,5 @@ def with_influences(
         UserError: the file is missing or damaged.
     """
     key = f"{step:07d}" if metric in FRECHET else f"{step:07d}-{metric}"
-    psi = load_shard(verified(folder, metrics["files"][0]))[key].numpy().astype(np.float64)
+    psi = load_file(verified(folder, metrics["files"][0]))[key].astype(np.float64)
     return linear(value, psi, strata=None if classes is None else np.arange(len(psi)) % classes)

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
-from dmd2.core.distributed import Device, local_device
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError
 from dmd2.core.files import atomic, read_json, read_json_lines, verified, write_json
 from dmd2.core.precision import float32_products
 from dmd2.core.progress import Progress
-from dmd2.core.provenance import recorded, sole_maker
 from dmd2.core.run import RunId, commit
 from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import load_shard
@@ -212,45 +209,3 @@ def _save_grid(generator: Generator, out: Path) -> dict[str, list[str]]:
 def _shown(images: Tensor) -> Tensor:
     """Images as they stand in a grid: those of a thousand pixels would make it a hundred megabytes."""
     return resize_uint8(images, grid.SIDE) if images.shape[-1] > grid.SIDE else images
-
-
-app = typer.Typer(help=__doc__)
-Config = Annotated[str, typer.Option(help="JSON of the run")]
-Part = Annotated[int | None, typer.Option(help="only fill the features that fall to job PART of eval.shards")]
-
-
-@app.command()
-def run(name: str, out: Path, config: Config, part: Part = None, threads: int = 1, device: Device = "auto") -> None:
-    """Evaluate every snapshot of the run NAME (base/run/seedN)."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        run, cfg = RunId.parse(name), RunConfig.model_validate(json.loads(config))
-        place = local_device(device, "evaluate")
-        if part is not None:
-            with sole_maker(out):
-                fill(student_of(run, cfg, place), part, out, {"run": name})
-            return
-        inputs = [*measured_with(cfg).values(), run.folder / "train.json"]
-        with recorded(out, json.loads(config), inputs, beside=[out.with_name("grid.png")]):
-            evaluate_run(run, cfg, place, out)
-
-
-@app.command()
-def teacher(
-    sampler: str, out: Path, config: Config, part: Part = None, threads: int = 1, device: Device = "auto"
-) -> None:
-    """Evaluate one of the teacher's samplers."""
-    torch.set_num_threads(threads)
-    with readable_errors():
-        cfg, place = RunConfig.model_validate(json.loads(config)), local_device(device, "evaluate")
-        spec = cfg.eval.teacher_samplers[sampler]
-        if part is not None:
-            with sole_maker(out):
-                fill(teacher_of(cfg, spec, place), part, out, {"sampler": sampler})
-            return
-        with recorded(out, json.loads(config), measured_with(cfg).values(), beside=[out.with_name("grid.png")]):
-            evaluate_teacher(cfg, sampler, spec, place, out)
-
-
-if __name__ == "__main__":
-    app()

@@ -18,13 +18,13 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Eval
 from dmd2.experiment.metrics import FRECHET, METRICS, measured
 from dmd2.experiment.protocols import named, ranks_of
-from dmd2.experiment.run_inputs import REAL, measured_with
+from dmd2.experiment.run_inputs import FEATURES, REAL, measured_with
 from eval.detectors.alignment import Alignment
 from eval.detectors.detectors import load_detector
 from eval.detectors.features import account, extract, join, shards_of
 from eval.detectors.networks import FeatureNetwork
 from eval.detectors.reading import Sampled
-from eval.detectors.reference import FEATURES, Engine
+from eval.detectors.reference import Engine
 from eval.metrics import appearance
 from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import Reference, describe, from_ones

@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import pandas as pd
-import torch
 import typer
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.experiment.metrics import options as metric_options
 from dmd2.experiment.protocols import known_protocols
-from eval.pixels.images import open_images
-from eval.score.call import Call, differences, share_of
 from eval.score.options import Options
-from eval.score.record import provenance, publish, verdict
+
+if TYPE_CHECKING:
+    from eval.score.call import Call
 
 SCORED, PAIRED = metric_options(), metric_options(paired=True)
 # Lowest number and help of the options that several commands share; their types and defaults are those of `Options`.
@@ -92,6 +90,8 @@ def score(
 ) -> None:
     """Measure GENERATED, against REFERENCE where a metric compares: values, standard errors, 95 % intervals, bias."""
     with readable_errors():
+        from eval.score.record import publish
+
         call = _call(SCORED, metrics, reference=reference, **options)
         call.options.check()
         if shard := call.options.shard:
@@ -112,6 +112,8 @@ def paired(
 ) -> None:
     """Measure B minus A, two sets whose images at one index share seed and label or prompt."""
     with readable_errors():
+        from eval.score.record import publish
+
         call = _call(PAIRED, metrics, reference=reference, **options)
         call.options.check()
         publish({"kind": "paired", "margin": margin, **_measured(call, {"a": a, "b": b}, margin)}, call.options)
@@ -125,6 +127,9 @@ def stats(
 ) -> None:
     """Write the moments of IMAGES to OUT, to serve as a REFERENCE that is computed once."""
     with readable_errors():
+        from eval.pixels.images import open_images
+        from eval.score.call import share_of
+
         call = _call(SCORED, None, **options)
         source = open_images(images, call.engine.geometry)
         if shard := call.options.shard:
@@ -138,6 +143,8 @@ def stats(
 @app.command()
 def protocols() -> None:
     """List the protocols that --protocol knows."""
+    import pandas as pd
+
     rows = []
     for protocol in known_protocols().values():
         labels = f"{protocol.labels} of {protocol.classes}" if protocol.labels else "prompts"
@@ -148,7 +155,11 @@ def protocols() -> None:
     print(pd.DataFrame(rows).to_string(index=False))
 
 
-def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **options: Any) -> Call:
+def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **options: Any) -> "Call":
+    import torch
+
+    from eval.score.call import Call
+
     if threads := options["threads"]:
         torch.set_num_threads(threads)
     if options["device"] == "auto":
@@ -158,8 +169,11 @@ def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **opt
     return Call(Options.of(known, protocol, metrics, **options))
 
 
-def _measured(call: Call, sets: dict[str, Path], margin: float | None = None) -> dict[str, Any]:
+def _measured(call: "Call", sets: dict[str, Path], margin: float | None = None) -> dict[str, Any]:
     """Rows of one set, or of two and of their difference, and everything these depend on."""
+    from eval.score.call import differences
+    from eval.score.record import provenance, verdict
+
     seconds: dict[str, float] = {}
     opened = [(path, call.open(path)) for path in sets.values()]  # what is wrong with one is said before any feature
     with _timed(seconds, "reference"):

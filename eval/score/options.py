@@ -10,8 +10,7 @@ from typing import Any
 from dmd2.core.errors import UserError
 from dmd2.experiment.metrics import of_option
 from dmd2.experiment.protocols import NamedProtocol, named
-from dmd2.experiment.run_inputs import WEIGHTS
-from eval.detectors.reference import FEATURES
+from dmd2.experiment.run_inputs import FEATURES, WEIGHTS
 
 OF_A_PROTOCOL = ("images", "classes", "detector", "geometry", "metrics")
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from dmd2.core.files import write_json, write_text
 from dmd2.core.run import commit
@@ -63,7 +63,7 @@ def verdict(difference: Estimate, margin: float | None = None) -> str:
     if difference.se is None or interval is None:
         return "undecided: no standard error"
     centre = sum(interval) / 2
-    if margin is not None and abs(centre) + t.ppf(0.95, difference.n - 1) * difference.se < margin:
+    if margin is not None and abs(centre) + stdtrit(difference.n - 1, 0.95) * difference.se < margin:
         return f"equivalent within {margin:g}"
     if interval[0] > 0 or interval[1] < 0:
         return "b is higher" if centre > 0 else "b is lower"

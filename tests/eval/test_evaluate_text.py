@@ -114,7 +114,7 @@ def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
     samplers = {"twice": config().eval.teacher_samplers["ode"]}
     cfg = config().model_copy(update={"eval": config().eval.model_copy(update={"teacher_samplers": samplers})})
     words, path = ["twice", str(out), "--config", cfg.model_dump_json()], {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "eval.runs.evaluate", "teacher", *words]
+    command = [sys.executable, "-m", "eval.runs", "teacher", *words]
     with subprocess.Popen(command, env=os.environ | path, stderr=subprocess.PIPE, text=True) as first:
         while first.poll() is None and not list(out.parent.glob("features/*/about.json")):
             time.sleep(0.01)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+import eval.detectors.detectors as detectors_by_name
 from dmd2.core.files import listing, read_json, write_json
 from dmd2.data.sets import save_shard
-from eval.detectors import reference
-from eval.detectors.reference import Engine, main
+from eval.detectors.__main__ import reference as main
+from eval.detectors.reference import Engine
 from eval.metrics.frechet import FeatureStats
 from eval.pixels.resize import NONE
 from tests.eval.test_features import Quadrants, draw
@@ -19,7 +20,7 @@ def detectors(tmp_path, monkeypatch):
     for name in ("q", "inception"):
         write_json(tmp_path / "data/weights" / name / "manifest.json", {"kind": "network", "files": []})
     monkeypatch.setattr(
-        reference, "load_detector", lambda name, device: {"q": Quadrants(), "inception": Canonical()}[name]
+        detectors_by_name, "load_detector", lambda name, device: {"q": Quadrants(), "inception": Canonical()}[name]
     )
     return tmp_path
 

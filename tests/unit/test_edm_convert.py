@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from typer import Typer
 from typer.testing import CliRunner
 
+from dmd2.convert.__main__ import main
 from dmd2.convert.edm_names import empty, from_edm, infer
-from dmd2.convert.unets import convert, export_edm, main, student_state
+from dmd2.convert.unets import convert, export_edm, student_state
 from dmd2.core.errors import UserError
 from dmd2.core.files import sha256
 from dmd2.networks.condition import Condition

@@ -8,8 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
+from dmd2.convert.__main__ import main
 from dmd2.convert.kohya import write_kohya
-from dmd2.convert.unets import convert, main, student_state
+from dmd2.convert.unets import convert, student_state
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, sha256, write_json
 from dmd2.core.provenance import Artefact

@@ -14,7 +14,7 @@ from dmd2.data.pipelines import NULL
 from dmd2.data.sets import load_shard, save_shard
 from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import pipeline_manifest
-from dmd2.training.make_teacher import main
+from dmd2.training.__main__ import teacher as main
 from tests import tiny
 
 SPEC = {"steps": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "ema": 0.5, "label_dropout": 0.5}

@@ -31,6 +31,12 @@ def test_pairs_come_in_shards_that_cover_every_seed_once(finished: Workspace) ->
     assert shards[0]["seeds"][1] + 1 == shards[1]["seeds"][0]
 
 
+def test_no_training_begins_before_all_that_trainings_wait_for_is_made(finished: Workspace) -> None:
+    pairs = next((finished.path / "data/pairs").glob("*/*/manifest.json")).stat().st_mtime_ns
+    logs = [path.stat().st_mtime_ns for path in (finished.path / "results/runs/digits").glob("*/seed0/finished.json")]
+    assert len(logs) == len(ROWS) and pairs < min(logs)
+
+
 def test_second_run_has_nothing_to_do(finished: Workspace) -> None:
     assert finished.planned("demo") == {}
 
@@ -69,7 +75,7 @@ def test_a_reference_of_a_strict_process_serves_evaluations_of_one_that_allows_t
     edited: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (edited.path / "sitecustomize.py").write_text(
-        "import sys\nif any(part == 'eval.runs.evaluate' for part in sys.orig_argv):\n    import torch\n"
+        "import sys\nif any(part == 'eval.runs' for part in sys.orig_argv):\n    import torch\n"
         "    torch.set_float32_matmul_precision('high')\n    torch.backends.cudnn.allow_tf32 = True\n"
     )
     metrics = edited.path / "results/runs/digits/dmd2/seed0/metrics.json"

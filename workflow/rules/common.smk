@@ -117,6 +117,8 @@ def device_of(kind):
     return getattr(CLUSTER.jobs, kind).device
 
 
+# What trainings wait for comes before all of them (train.smk), since the longest of them may be the one that waits.
+BEFORE_TRAINING = 1_000_000_000
 KINDS = []
 
 

@@ -57,7 +57,7 @@ rule detector:
     message:
         "detector {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors.detectors {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
+        "{PYTHON} -m eval.detectors detector {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
 
 
 def reference_inputs(w):
@@ -88,7 +88,7 @@ rule reference:
     message:
         "reference statistics {wildcards.statistics}"
     shell:
-        "{PYTHON} -m eval.detectors.reference {params.source} {output} --detector {params.detector}"
+        "{PYTHON} -m eval.detectors reference {params.source} {output} --detector {params.detector}"
         " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
@@ -115,12 +115,13 @@ rule teacher:
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
         real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: threads_of("teacher")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("teacher"),
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "{PYTHON} -m dmd2.training.make_teacher --data {params.data:q} --teacher {params.teacher:q}"
+        "{PYTHON} -m dmd2.training teacher --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
@@ -145,12 +146,13 @@ rule pairs_shard:
         device=device_of("pairs"),
         config=lambda w: json.dumps(pairs_settings(PAIR_SETS[w.pairs]), sort_keys=True),
     threads: threads_of("pairs")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("pairs"),
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.training.pairs shard {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{PYTHON} -m dmd2.training pairs {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule pairs:
@@ -164,7 +166,8 @@ rule pairs:
     output:
         "data/pairs/{pairs}/manifest.json",
     localrule: True
+    priority: BEFORE_TRAINING
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "{PYTHON} -m dmd2.training.pairs join {output} {input.shards}"
+        "{PYTHON} -m dmd2.training join {output} {input.shards}"

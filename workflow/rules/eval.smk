@@ -25,7 +25,7 @@ rule evaluate_part:
     message:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
-        "{PYTHON} -m eval.runs.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
+        "{PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -54,7 +54,7 @@ rule evaluate:
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "{PYTHON} -m eval.runs.evaluate run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
+        "{PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -72,7 +72,7 @@ rule evaluate_teacher_part:
     message:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
-        "{PYTHON} -m eval.runs.evaluate teacher {wildcards.sampler} {output}"
+        "{PYTHON} -m eval.runs teacher {wildcards.sampler} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -102,5 +102,5 @@ rule evaluate_teacher:
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
-        "{PYTHON} -m eval.runs.evaluate teacher {wildcards.sampler} {output.metrics}"
+        "{PYTHON} -m eval.runs teacher {wildcards.sampler} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"

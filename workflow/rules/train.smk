@@ -29,6 +29,12 @@ def lpips_weights(w):
     return [WEIGHTS_OF["lpips-vgg16"]] if cfg.needs_pairs and cfg.regression.distance == "lpips" else []
 
 
+def work(cfg):
+    """Priority of a training: about its length in critic turns, so that the longest begins first and none ends alone."""
+    student = cfg.critic.student_updates(cfg.train.steps)
+    return cfg.train.steps + student * (2 if cfg.needs_pairs else 1)
+
+
 rule train:
     input:
         artefact(
@@ -43,6 +49,7 @@ rule train:
     params:
         config=lambda w: as_json(RUNS[w.base, w.run].training()),
     threads: threads_of("train")
+    priority: lambda w: work(RUNS[w.base, w.run])
     resources:
         **hardware("train"),
     # On Slurm this rule only waits for the job that it submits or finds; a retry would undo a `scancel`.

@@ -1,0 +1,55 @@
+"""What a process imports: commands show their help at once, and pixel runs do without what only others need."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dmd2.networks.light_diffusers import hidden
+
+COMMANDS = [
+    "dmd2.convert", "dmd2.data", "dmd2.launch", "dmd2.planning", "dmd2.publish.prune", "dmd2.publish.restore",
+    "dmd2.training", "eval", "eval.catalogue", "eval.compare", "eval.detectors", "eval.detectors.weights",
+    "eval.report.page", "eval.report.tables", "eval.runs",
+]  # fmt: skip
+SHOWN = "import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
+LOADED = "\nexcept SystemExit: print(*{'torch', 'diffusers', 'transformers', 'scipy.stats'} & {*sys.modules}, file=sys.stderr)"
+
+
+def imported(code: str) -> list[str]:
+    """Words that a fresh Python process prints to stderr."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_shown_without_pytorch(command: str) -> None:
+    assert imported(SHOWN.format(command) + LOADED) == []
+
+
+LIGHT = """
+import sys
+from dmd2.experiment.tables import load_experiment
+from dmd2.networks.light_diffusers import light_diffusers
+light_diffusers(load_experiment().bases["{base}"].data)
+import dmd2.training.trainer, eval.runs.evaluate
+needless = {{"peft", "transformers", "torchao", "scipy.stats", "pandas", "diffusers.models.transformers.transformer_flux"}}
+print(*needless & {{*sys.modules}}, file=sys.stderr)
+"""
+
+
+def test_pixel_runs_import_no_package_of_text_runs() -> None:
+    assert imported(LIGHT.format(base="digits")) == []
+
+
+def test_text_runs_import_diffusers_with_all_that_it_finds() -> None:
+    assert "transformers" in imported(LIGHT.format(base="emoji"))
+
+
+def test_hidden_packages_are_there_again_afterwards() -> None:
+    import transformers
+
+    with hidden("transformers", "tabnanny"), pytest.raises(ImportError):
+        import tabnanny
+    import tabnanny
+
+    assert sys.modules["transformers"] is transformers and tabnanny.check
