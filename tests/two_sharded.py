@@ -31,8 +31,9 @@ KIND, STEPS, EVERY = "eps-sdxl", 4, 2
 WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough for 8-bit states
 INPUTS = Inputs(Path("manifest.json"), Path("set.json"), Path("set.json"), None)
 EIGHT = {"optim__states": "8bit", "train__steps": 3}
+BODY = {"train__precision": "bf16-body"}
 SHARDED = Hardware(shard=True)
-CUT = Hardware(shard=True, micro_batch=2)
+CUT = Hardware(shard=True, micro_batch=2, checkpointing=True)
 PROBES = list(range(2))  # each is a pass through networks that are gathered block by block
 
 
@@ -105,9 +106,10 @@ def refused() -> str:
 
 def first() -> None:
     """Whole trainings, the beginnings of others, and one that is killed."""
-    finish("whole", replace(CUT, checkpointing=True))
+    finish("whole", CUT)
     finish("whole8", **EIGHT)
     finish("begun8", **{**EIGHT, "train__steps": EVERY})
+    finish("body", **BODY)
     signalled_at(3)
     if distributed.rank() == 0:
         Path("refused.txt").write_text(refused())

@@ -61,7 +61,8 @@ def weighted_sum(terms: Sequence[Term], turn: Turn, who: str, logs: Logs) -> Ten
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """Parameters take no gradient inside, while it still flows through them into their input."""
-    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    running: list[nn.Module] = [getattr(module, "running", module) for module in modules if module is not None]
+    parameters = [p for module in running for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:

@@ -6,7 +6,8 @@ running the decoder, and `Denoiser.joined` predicts for some samples and gives t
 
 from __future__ import annotations
 
-from typing import Literal
+from copy import deepcopy
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +17,7 @@ from dmd2.networks.condition import Condition
 from dmd2.networks.halves import Network, decode, encode, labels_of
 from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
 
-Precision = Literal["fp32", "tf32", "bf16", "bf16-all"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
 SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
 
 
@@ -33,7 +34,9 @@ class Denoiser(nn.Module):
     """A UNet seen as a denoiser.
 
     With a precision of ``bf16`` or ``bf16-all`` the network body runs under bfloat16 autocast, on every device;
-    parameters stay float32. Whether float32 products are TF32 is `dmd2.core.precision.float32_products`' to say.
+    parameters stay float32. With ``bf16-body`` it runs with bfloat16 weights and norms, as in EDM's official ImageNet
+    network: those of a network that was cast, of a copy that `hold_lowered` makes, or of FSDP; without them, under
+    autocast. Whether float32 products are TF32 is `dmd2.core.precision.float32_products`' to say.
     """
 
     kind: type[Schedule]
@@ -41,6 +44,7 @@ class Denoiser(nn.Module):
     def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__()
         self.network, self.precision, self.schedule = network, precision, self.kind()
+        self._copy: list[Network] = []  # in a list, so that its weights are none of this module's
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Clean-sample prediction ``(B, C, H, W)`` for noisy ``x_t`` at times ``t`` ``(B,)``."""
@@ -50,20 +54,20 @@ class Denoiser(nn.Module):
         """The network's raw output for ``x_t``, float32."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            return call_network(self.network, sample, time, cond.cast(sample.dtype)).float()
+            return call_network(self.running, sample, time, cond.cast(sample.dtype)).float()
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Bottleneck features of the network at ``x_t``, float32 ``(B, C, h, w)``; the decoder is not run."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            return encode(self.network, sample, time, cond.cast(sample.dtype)).bottleneck.float()
+            return encode(self.running, sample, time, cond.cast(sample.dtype)).bottleneck.float()
 
     def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
         """`forward` of the first `predicted` samples and `features` of the others, in one pass."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            encoded = encode(self.network, sample, time, cond.cast(sample.dtype))
-            raw = decode(self.network, encoded.first(predicted))
+            encoded = encode(self.running, sample, time, cond.cast(sample.dtype))
+            raw = decode(self.running, encoded.first(predicted))
         prediction = self.prediction(x_t[:predicted], t[:predicted], raw.float())
         return prediction, encoded.bottleneck[predicted:].float()
 
@@ -72,13 +76,39 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled sample and time as the network wants them."""
+        """Scaled sample, in the dtype of the weights, and time as the network wants them."""
         raise NotImplementedError
 
     @property
+    def running(self) -> Network:
+        """The network that passes run: the bfloat16 copy, if there is one."""
+        return self._copy[0] if self._copy else self.network
+
+    def hold_lowered(self) -> None:
+        """Keep a copy of the network with bfloat16 weights, in which passes run from now on.
+
+        Its gradients are added to those of `network` in float32, as soon as each is complete. `refresh` must follow
+        every change of the weights.
+        """
+        memo: dict[int, Any] = {id(buffer): buffer for buffer in self.network.buffers()}
+        for p in self.network.parameters():
+            memo[id(p)] = lowered = nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)
+            if p.requires_grad:
+                lowered.register_post_accumulate_grad_hook(lambda lowered, p=p: _hand_over(lowered, p))
+        self._copy = [deepcopy(self.network, memo)]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the weights over into the bfloat16 copy, if there is one."""
+        for copy in self._copy:
+            torch._foreach_copy_(list(copy.parameters()), list(self.network.parameters()))
+
+    @property
     def lowered(self) -> bool:
-        """Whether a pass that starts now runs in bfloat16."""
-        return self.precision.startswith("bf16")
+        """Whether a pass that starts now runs under bfloat16 autocast."""
+        if self.precision == "bf16-body":
+            return self.running.dtype != torch.bfloat16
+        return self.precision in ("bf16", "bf16-all")
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
         """Bfloat16 where it is asked for."""
@@ -91,10 +121,10 @@ class EdmDenoiser(Denoiser):
     kind = KarrasSchedule
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``c_in x`` and ``ln(sigma) / 4``, float32."""
+        """``c_in x`` and ``ln(sigma) / 4``, computed in float32."""
         x_t, t = x_t.float(), t.float()
         c_in = (SIGMA_DATA**2 + t**2).rsqrt()
-        return spread(c_in, x_t) * x_t, t.log() / 4
+        return (spread(c_in, x_t) * x_t).to(self.running.dtype), t.log() / 4
 
     def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``c_skip x + c_out F``, float32."""
@@ -117,7 +147,7 @@ class EpsDenoiser(Denoiser):
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sample in the dtype of the weights, and the step."""
-        return x_t.to(self.network.dtype), t
+        return x_t.to(self.running.dtype), t
 
     def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``(x_t - sigma_t eps) / alpha_t``, float64."""
@@ -127,7 +157,14 @@ class EpsDenoiser(Denoiser):
     @property
     def lowered(self) -> bool:
         """Where a gradient is taken (its authors saw autocast and no-grad interfere), or in all passes."""
-        return self.precision == "bf16-all" or (self.precision == "bf16" and torch.is_grad_enabled())
+        return super().lowered and (self.precision != "bf16" or torch.is_grad_enabled())
+
+
+def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:
+    """Add a bfloat16 gradient to the float32 one of the weights that it belongs to."""
+    assert lowered.grad is not None
+    master.grad = lowered.grad.float() if master.grad is None else master.grad.add_(lowered.grad)
+    lowered.grad = None
 
 
 Inputs = tuple[Tensor, Tensor, Condition]

@@ -25,10 +25,11 @@ from dmd2.networks.lora import add_lora
 from dmd2.networks.lpips import Lpips
 from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
 from dmd2.planning.ledger import GpuFunctions, Ledger, rounded
-from dmd2.training.build import build_head
+from dmd2.training.build import build_head, hold_lowered, in_bfloat16
 from dmd2.training.sharding import recompute_activations, units
 from dmd2.training.teachers import NETWORKS, build_network, wrap
 
+FLOAT = 4  # bytes
 TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
 SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
 
@@ -109,8 +110,9 @@ class Counted:
         if self.setup.checkpointing:
             for trained in (student, critic):
                 recompute_activations(trained.network, lambda: self.functions.again(self.functions.lowered))
-        if cfg.train.precision.startswith("bf16") and cfg.teacher.parameterisation == "eps":
+        if "teacher" in in_bfloat16(cfg):
             nn.Module.to(teacher.network, torch.bfloat16)  # diffusers' own `to` prints a needless warning
+        hold_lowered(cfg, student, critic)
         with META:
             head = build_head(critic, cfg, 0, META) if cfg.gan.on else None
         made = [ShapeOptimiser(modules, cfg.optim, 1.0) for modules in ([student], [critic, head])]
@@ -138,24 +140,30 @@ class Counted:
         }
 
     @property
+    def copies(self) -> dict[str, nn.Module]:
+        """Bfloat16 copies in which passes run; FSDP gathers them block by block instead."""
+        denoisers = {"student": self.models.student, "critic": self.models.critic} if self.setup.parts == 1 else {}
+        return {f"{name} in bf16": d.running for name, d in denoisers.items() if d.running is not d.network}
+
+    @property
     def transient(self) -> int:
         """Most bytes of whole weights and gradients that FSDP holds at once; 0 unless networks are split.
 
         Twice the largest part (one runs, the next is gathered), each also as the flat buffer of its message, and one's
-        gradients in such a buffer; what is in no part of student and critic is whole while they run.
+        gradients in such a buffer, float32; what is in no part of student and critic is whole while they run.
         """
         if self.setup.parts == 1:
             return 0
         sizes, roots = [0], 0
         for module in (self.models.student, self.models.critic, self.models.teacher):
             taken: set[int] = set()
-            for unit in units(module):
+            for unit in units(module.running):
                 own = [p for p in unit.parameters() if id(p) not in taken]
                 taken |= {id(p) for p in own}
-                sizes.append(_size(own))
+                sizes.append(4 * _size(own) + FLOAT * sum(p.numel() for p in own))
             if module is not self.models.teacher:
-                roots += _size(p for p in module.parameters() if id(p) not in taken)
-        return 5 * max(sizes) + roots
+                roots += _size(p for p in module.running.parameters() if id(p) not in taken)
+        return max(sizes) + roots
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -195,10 +203,15 @@ class Counted:
         rows = self.rows(micro_batch)
         batches = ShapeBatches(cfg, 0, META, micro_batch, rows, rows)
         parts = self.setup.parts
-        standing = [t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())] + self.states
-        trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        holders = [*self.modules.values(), *self.copies.values()]
+        standing = [t for m in holders for t in (*m.parameters(), *m.buffers())] + self.states
         with Ledger(standing, parts) as ledger, self.functions:
-            hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.shrink(p.grad)) for p in trained]
+            hooks = [
+                p.register_post_accumulate_grad_hook(lambda _, own=own: ledger.shrink(own.grad))
+                for module in self.modules.values()
+                for p, own in zip(getattr(module, "running", module).parameters(), module.parameters(), strict=True)
+                if p.requires_grad
+            ]
             train_step(self.models, batches.some(it, micro_batches), it, cfg)
             for hook in hooks:
                 hook.remove()
@@ -209,7 +222,9 @@ class Counted:
         turns = (True,) if self.cfg.critic.shares_iteration else (True, False)
         points = tuple((n, max(self.iteration(n, student).peak for student in turns)) for n in SAMPLED_AT)
         parts = self.setup.parts
-        standing = {name: -(-size // parts) for name, size in {**self.weights, "AdamW": self.moments}.items()}
+        copies = {name: _size(copy.parameters()) for name, copy in self.copies.items()}
+        standing = {**self.weights, **copies, "AdamW": self.moments}
+        standing = {name: -(-size // parts) for name, size in standing.items()}
         return Memory(standing, -(-self.gradients // parts), points)
 
     @cached_property

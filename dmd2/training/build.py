@@ -19,7 +19,7 @@ from dmd2.networks.lora import add_lora, split
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.sampling import to_images
-from dmd2.training.sharding import load_local, materialise, sharing, spans_of
+from dmd2.training.sharding import load_local, materialise, sharing, span, spans_of
 from dmd2.training.teachers import load_teacher, null_condition
 
 Placing = Callable[[str, nn.Module, torch.dtype | None], None]
@@ -43,7 +43,6 @@ def build_models(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(f"{seed}/lora").initial_seed())
             add_lora(student.network, cfg.generator.lora.rank, cfg.generator.lora.alpha)
-    lowered = precision.startswith("bf16") and cfg.teacher.parameterisation == "eps"
     head = None
     if cfg.gan.on:
         probe = teacher if cfg.gan.features_from == "teacher" else critic
@@ -51,13 +50,14 @@ def build_models(
     networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
     for name, network in networks.items():
         if network is not None:
-            dtype = torch.bfloat16 if name == "teacher" and lowered else None
+            dtype = torch.bfloat16 if name == "teacher" and name in in_bfloat16(cfg) else None
             if place is not None:
                 place(name, network, dtype)
             else:
                 materialise(network, device, dtype, own=name != "teacher")
     if inputs.init is not None:
         _load_critic(inputs.init, critic)
+    hold_lowered(cfg, student, critic)
     null = null_condition(cfg.data, cfg.teacher.guidance)
     return Models(
         student,
@@ -71,6 +71,21 @@ def build_models(
         null=None if null is None else null.to(device),
         distance=regression_distance(cfg, device) if cfg.needs_pairs else None,
     )
+
+
+def in_bfloat16(cfg: TrainConfig) -> set[str]:
+    """Networks that run with bfloat16 weights; low-rank factors and what they are added to stay float32."""
+    if cfg.train.precision == "bf16-body":
+        return {"teacher", "critic"} | ({"student"} if cfg.generator.lora is None else set())
+    text = cfg.teacher.parameterisation == "eps"
+    return {"teacher"} if text and cfg.train.precision.startswith("bf16") else set()
+
+
+def hold_lowered(cfg: TrainConfig, student: Denoiser, critic: Denoiser) -> None:
+    """Give the networks that run with bfloat16 weights their copies; of sharded ones FSDP gathers such copies."""
+    for name, denoiser in {"student": student, "critic": critic}.items():
+        if name in in_bfloat16(cfg) and span(next(denoiser.parameters())) is None:
+            denoiser.hold_lowered()
 
 
 def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmd2.core.distributed import sum_gradients, sum_over
 from dmd2.experiment.config import Optim
+from dmd2.networks.denoisers import Denoiser
 from dmd2.training import quantised
 from dmd2.training.checkpoint_parts import fill
 from dmd2.training.sharding import local, span
@@ -26,9 +27,8 @@ class Optimiser:
     """
 
     def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float, clips: bool = True) -> None:
-        self.parameters = [
-            p for module in modules if module is not None for p in module.parameters() if p.requires_grad
-        ]
+        self.modules = [module for module in modules if module is not None]
+        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.cfg, self.lr, self.clips = cfg, lr, clips
         self.sharded = any(span(p) is not None for p in self.parameters)
         self.owned = [nn.Parameter(local(p)) for p in self.parameters] if self.sharded else self.parameters
@@ -60,6 +60,9 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         for p in self.parameters:
             p.grad = None
+        for module in self.modules:
+            if isinstance(module, Denoiser):
+                module.refresh()
         return norm
 
     def _joint_norm(self) -> Tensor:

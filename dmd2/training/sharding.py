@@ -16,7 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,28 +38,34 @@ def sharing(module: nn.Module) -> Any:
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, own: bool = True) -> None:
-    """Put the tensors of a module on `device`, one after the other; those of floating point become `dtype`.
+    """Put the tensors of a module on `device`, one after the other; parameters of floating point become `dtype`.
 
-    With `own` each gets memory of its own. Without, one of the right device and dtype stays where it is, which is
-    enough for weights that nothing changes.
+    Buffers keep theirs: the frequencies of a Fourier embedding do not fit into bfloat16. With `own` each gets memory of
+    its own. Without, one of the right device and dtype stays where it is, which is enough for weights that nothing
+    changes.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            lowered = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            kind = dtype if lowered else tensor.dtype
             tensor.data = tensor.data.to(device, kind, copy=own)
 
 
-def shard_module(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def shard_module(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, gathered_as: torch.dtype | None = None
+) -> None:
     """Split the parameters of a `Denoiser` or head over all processes, in place, and put them on `device` as `dtype`.
 
-    Gradients are summed over the processes, not averaged, since each weights its losses by its share of the batch.
+    With `gathered_as` passes run in whole weights of that dtype. Gradients are summed over the processes, in float32,
+    not averaged, since each weights its losses by its share of the batch.
     """
     # The head's logits are a view, which nothing changes in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=gathered_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*units(module), module):
         materialise(unit, device, dtype)
-        _wrap(unit, mesh)
+        _wrap(unit, mesh, policy)
     # FSDP gathers the root's parameters for `forward` only; these are other entries.
     for method in ("features", "joined"):
         if hasattr(module, method):
@@ -75,8 +81,8 @@ def units(module: nn.Module) -> list[nn.Module]:
     return [*inner, *blocks]
 
 
-def _wrap(module: nn.Module, mesh: DeviceMesh) -> None:
-    wrapped = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+def _wrap(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    wrapped = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     wrapped.set_gradient_divide_factor(1.0)
     wrapped.set_force_sum_reduction_for_comms(True)
     # Autocast keeps its bfloat16 copies to the end of the pass: of a sharded network they would be all of its weights.

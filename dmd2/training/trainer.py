@@ -27,7 +27,7 @@ from dmd2.method.interfaces import Optimiser
 from dmd2.method.step import Logs, brightness, train_step
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.lora import snapshot_state
-from dmd2.training.build import build_models
+from dmd2.training.build import build_models, in_bfloat16
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.checkpoint_parts import Spans
 from dmd2.training.checkpoint_thread import CheckpointThread
@@ -93,7 +93,8 @@ class Training:
         if name in ("student", "critic") and self.hardware.checkpointing:
             recompute_activations(network.network)
         if self.sharded:
-            shard_module(network, self.device, dtype)
+            gathered_as = torch.bfloat16 if name in in_bfloat16(self.cfg) - {"teacher"} else None
+            shard_module(network, self.device, dtype, gathered_as)
         else:
             materialise(network, self.device, dtype, own=name != "teacher")
 
@@ -276,6 +277,8 @@ class Training:
         """Restore what `state` returned."""
         for name, module in self.trained.items():
             load_local(module, state[name])
+            if isinstance(module, Denoiser):
+                module.refresh()
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state[name])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]

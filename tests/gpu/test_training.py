@@ -61,6 +61,8 @@ CHANGES = {
     "GAN on the teacher": ("edm", {"gan__features_from": "teacher"}),
     "bf16": ("edm", {"train__precision": "bf16"}),
     "bf16 of a latent network": ("eps-sdxl", {"train__precision": "bf16"}),
+    "bf16 body": ("edm-attention", {"train__precision": "bf16-body"}),
+    "bf16 body of a latent network": ("eps-sdxl", {"train__precision": "bf16-body"}),
     "bf16 in all passes": ("eps-text", {"train__precision": "bf16-all"}),
     "low rank": ("eps-text", {"generator": {"input": "noise", "steps": 1, "time": 999.0, "lora": {"rank": 2, "alpha": 2.0}}}),
 }  # fmt: skip

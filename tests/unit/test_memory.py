@@ -145,6 +145,16 @@ def test_bfloat16_bodies_take_less_and_an_eps_teacher_half():
     assert text["teacher"] < 0.8 * text["student"]  # every tensor is rounded up to 512 bytes
 
 
+def test_bfloat16_weights_are_planned_with_their_copies():
+    autocast, body = (Counted(config("edm", train__precision=p)) for p in ("bf16", "bf16-body"))
+    assert body.memory().per_image < autocast.memory().per_image and body.image_flops == autocast.image_flops
+    standing = body.memory().standing
+    assert 0.5 * standing["student"] <= standing["student in bf16"] < 0.8 * standing["student"]
+    assert "critic in bf16" in standing and standing["teacher"] < 0.8 * autocast.memory().standing["teacher"]
+    split = Counted(config("edm", train__precision="bf16-body"), Setup(parts=4))
+    assert "student in bf16" not in split.memory().standing and split.iteration(4).peak > 0
+
+
 def test_autocast_does_what_cuda_does():
     functions, conv, norm = GpuFunctions(), torch.nn.Conv2d(8, 8, 3, device=META), torch.nn.GroupNorm(2, 8, device=META)
     x = torch.empty(2, 8, 4, 4, device=META)

@@ -49,6 +49,7 @@ def workspace(tmp_path_factory):
         code, messages = torchrun(folder, "tests.two_sharded", "second")
         assert code == 0, messages[-5000:]
         two_sharded.finish("one", ALONE)
+        two_sharded.finish("one-body", ALONE, **two_sharded.BODY)
         two_sharded.finish("signalled-by-one", ALONE)
         two_sharded.finish("begun8-by-one", ALONE, **two_sharded.EIGHT)
     return folder
@@ -77,6 +78,12 @@ EVERYTHING = ("student", "critic", "head", "ema")
 @pytest.mark.parametrize("who", EVERYTHING)
 def test_two_processes_train_the_weights_of_one(workspace, who):
     assert off(workspace, "whole", "one", who) < WEIGHTS
+
+
+@pytest.mark.parametrize("who", EVERYTHING)
+def test_weights_gathered_in_bfloat16_train_like_a_bfloat16_copy(workspace, who):
+    """Measured: 0.8 to 4 % of the update, where bfloat16 and float32 differ by 5 to 14 %."""
+    assert off(workspace, "body", "one-body", who) < 0.4 * off(workspace, "one", "one-body", who)
 
 
 def test_their_log_is_that_of_one(workspace):
@@ -140,7 +147,8 @@ def test_unequal_numbers_of_passes_are_refused(workspace):
 
 
 # One process.
-def test_recomputed_activations_change_nothing(workspace, monkeypatch):
+def test_recomputed_activations_change_rounding_only(workspace, monkeypatch):
+    """Passes of one network are not joined where activations are recomputed: measured, 4e-8 of the update."""
     monkeypatch.chdir(workspace)
     plain, recomputed = (
         two_sharded.training(str(on), Hardware(micro_batch=3, checkpointing=on)) for on in (False, True)
@@ -148,8 +156,12 @@ def test_recomputed_activations_change_nothing(workspace, monkeypatch):
     for training in (plain, recomputed):
         for _ in range(3):
             training.iterate()
-    expected = two_sharded.trained(plain)
-    assert all(torch.equal(value, expected[name]) for name, value in two_sharded.trained(recomputed).items())
+    mine, other = (
+        torch.cat([v.flatten() for v in two_sharded.trained(t).values() if v.is_floating_point()])
+        for t in (recomputed, plain)
+    )
+    before = torch.cat([v.flatten() for v in weights(workspace, "before").values() if v.is_floating_point()])
+    assert (mine - other).norm() < WEIGHTS * (other - before).norm()
 
 
 def test_recomputing_keeps_less(workspace, monkeypatch):
