@@ -23,9 +23,10 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.random_runs import changed, hardware, random_teacher, random_training
-from benchmarks.tables import listed, markdown
+from benchmarks.tables import line, listed, markdown
 from dmd2.core.errors import readable_errors
 from dmd2.core.precision import float32_products
+from dmd2.core.run import commit
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base
@@ -34,7 +35,6 @@ from dmd2.planning.memory import Counted, Setup
 from dmd2.planning.plan import varied
 
 GB = 1e9
-BLOCKS = 3  # timed on a GPU, each of critic.ratio iterations
 HEAD = ["precision", "compile", "images", "s/iteration", "images/s", "peak, GB", "plan, GB", "peak / plan", "reserved"]
 
 
@@ -47,23 +47,24 @@ def main(
     states: Annotated[str, typer.Option(help="of AdamW: fp32 or 8bit")] = "fp32",
     precision: Annotated[str, typer.Option(help="by default bf16 on a GPU, fp32 on the CPU")] = "",
     compile: Annotated[str, typer.Option(help="training.compile of a cluster file")] = "",
+    blocks: Annotated[int, typer.Option(help="timed on a GPU, each of critic.ratio iterations")] = 3,
 ) -> None:
     torch.set_num_threads(threads)
     with readable_errors(), tempfile.TemporaryDirectory() as folder:
         cfg, on_a_gpu = varied(load_base(base), lora, states), torch.cuda.is_available()
         sizes = [int(size) for size in listed(batch)] or [(40 if cfg.data.text is None else 2) if on_a_gpu else 2]
         manifest = random_teacher(cfg, Path(folder))
-        kinds, rows = listed(precision) or ["bf16" if on_a_gpu else "fp32"], []
+        kinds = listed(precision) or ["bf16" if on_a_gpu else "fp32"]
+        if on_a_gpu:
+            print(f"{base}, checkpointing {checkpointing}, low rank {lora}, {torch.cuda.get_device_name()}, torch "
+                  f"{torch.__version__}, commit {commit()}, {blocks} blocks\n\n{markdown(HEAD, [])}")  # fmt: skip
         for kind, how, size in product(kinds, listed(compile) or [None], sizes):
             place = hardware("cuda" if on_a_gpu else "cpu", threads, checkpointing=checkpointing, compile=how)
             case = changed(cfg, size, kind)
             if on_a_gpu:
-                rows.append([kind, how or "default", str(size), *on_gpu(case, manifest, place)])
+                print(line([kind, how or "default", str(size), *on_gpu(case, manifest, place, blocks)]), flush=True)
             else:
                 on_cpu(case, manifest, place)
-        if rows:
-            print(f"{base}, checkpointing {checkpointing}, low rank {lora}, {torch.cuda.get_device_name()}\n")
-            print(markdown(HEAD, rows))
 
 
 def on_cpu(cfg: RunConfig, manifest: Path, place: Hardware) -> None:
@@ -114,7 +115,7 @@ def standing(models: Models) -> int:
     return sum(t.nbytes for t in [*tensors, *(value for state in states for value in state.values())])
 
 
-def on_gpu(cfg: RunConfig, manifest: Path, place: Hardware) -> list[str]:
+def on_gpu(cfg: RunConfig, manifest: Path, place: Hardware, blocks: int) -> list[str]:
     """Seconds an iteration, images per second and the peak of what tensors take, as cells of the table."""
     count, ratio = cfg.optim.batch, cfg.critic.ratio
     predicted = Counted(cfg, Setup(checkpointing=place.checkpointing)).iteration(count).peak
@@ -126,13 +127,13 @@ def on_gpu(cfg: RunConfig, manifest: Path, place: Hardware) -> list[str]:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             training.step, started = ratio, time.monotonic()
-            for _ in range(BLOCKS * ratio):
+            for _ in range(blocks * ratio):
                 training.iterate()
             torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return ["out of memory", "", "", f"{predicted / GB:.2f}", "", ""]
-    seconds = (time.monotonic() - started) / (BLOCKS * ratio)
+    seconds = (time.monotonic() - started) / (blocks * ratio)
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     del training
     torch.cuda.empty_cache()

@@ -4,12 +4,11 @@
 #   OUT=tables OFFICIAL=DMD2 sh benchmarks/gpu.sh [PART ...]     a PART is a call; by default all, one after the other
 #   OUT=/tmp/tables TINY=1 sh benchmarks/gpu.sh                  a trial on a CPU, with small networks
 #
-# OFFICIAL is a checkout of tianweiy/DMD2 (8d8fa55), which the user brings; without it ours are measured alone. PRECISION,
-# COMPILE and GRAPHS are what is compared. A measurement that fails or takes too long leaves its error in $OUT/NAME.log.
+# OFFICIAL is a checkout of tianweiy/DMD2 (8d8fa55), which the user brings; without it ours are measured alone. PRECISION
+# lists those that are compared; the last one is compiled and captured. A measurement that fails or takes too long leaves
+# its error in $OUT/NAME.log.
 OUT=${OUT:?"set OUT to the folder of the tables"}
 PRECISION=${PRECISION:-bf16,bf16-body}
-COMPILE=${COMPILE:-blocks,network}
-GRAPHS=${GRAPHS:-on}
 cd "$(dirname "$0")/.." && mkdir -p "$OUT" || exit 1
 if [ -z "$PYTHON" ]; then
     PYTHON=python
@@ -31,17 +30,26 @@ measure() {
 }
 
 beside=${OFFICIAL:+--official $OFFICIAL}
-[ -n "$TINY" ] && step="--tiny --blocks 1" evaluation="--tiny --images 8 --rounds 1 --sizes 32 --workers 0"
-for part in ${*:-step compiled graphs evaluation sdxl-lora sdxl}; do
+best=${PRECISION##*,}
+[ -n "$TINY" ] && step="--tiny --blocks 1" evaluation="--images 8 --rounds 1 --sizes 32 --workers 0 --tiny" bases=
+# What takes minutes to build or to compile is a call of its own; in a trial full-size networks are left out.
+for part in ${*:-step blocks network graphs evaluation small sdxl-lora sdxl}; do
     case $part in
     step) measure step 540 train_step $beside --precision "$PRECISION" $step ;;
-    compiled) measure compiled 590 train_step $beside --precision "${PRECISION##*,}" --compile "$COMPILE" $step ;;
-    graphs) measure graphs 590 train_step $beside --precision "${PRECISION##*,}" --graphs "$GRAPHS" $step ;;
+    blocks | network) measure "compiled-$part" 590 train_step $beside --precision "$best" --compile "$part" $step ;;
+    graphs) measure graphs 590 train_step $beside --precision "$best" --graphs off,on $step ;;
+    network-graphs) measure $part 590 train_step $beside --precision "$best" --compile network --graphs on $step ;;
     evaluation) measure evaluation 590 evaluation ${evaluation:---images 2048 --sizes 64 --rounds 2} ;;
-    sdxl-lora)
-        [ -n "$TINY" ] || measure sdxl-lora 590 full_size sdxl --checkpointing --lora 64 --batch 1,4 --precision "$PRECISION"
+    small)
+        for base in digits ${bases-fashion}; do
+            measure "small-$base" 250 train_step --base $base --graphs off,on ${TINY:+--blocks 1}
+        done
         ;;
-    sdxl) [ -n "$TINY" ] || measure sdxl 590 full_size sdxl --checkpointing --batch 1,4 ;;
+    sdxl-lora | sdxl)
+        rank=0 && [ $part = sdxl-lora ] && rank=64
+        [ -n "$TINY" ] || measure $part 590 full_size sdxl --checkpointing --lora $rank --batch 1,4 --blocks 1 \
+            --precision "$([ $part = sdxl-lora ] && echo "$PRECISION" || echo bf16)"
+        ;;
     *) echo "there is no part $part" >&2 && failed=1 ;;
     esac
 done

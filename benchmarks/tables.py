@@ -1,16 +1,20 @@
-"""Tables that can be pasted into a Markdown file."""
+"""Tables that can be pasted into a Markdown file, and options with several values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells; columns are as wide as their widest cell, so that it can also be read as it is."""
     widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in [head, *rows]]
+    first, *others = map(line, padded)
+    return "\n".join([first, rule, *others])
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    return "\n".join([line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+def line(cells: Iterable[str]) -> str:
+    """One row."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def listed(values: str) -> list[str]:

@@ -10,6 +10,8 @@ options; the present default comes first. ``--tiny`` runs all of it with small n
 """
 
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -32,7 +34,7 @@ from dmd2.planning.memory import Counted
 
 CALLS = ["launches", "kernels", "waits", "to host"]  # per iteration, by the profiler
 HEAD = ["procedure", "ms / iteration (range)", "images / s", "peak, GB", *CALLS,
-        "share of the matrix rate", "official / this"]  # fmt: skip
+        "share of the matrix rate"]  # fmt: skip
 # 16 x 16 images, two levels, the lower one with attention: the same network in either code.
 TINY_OFFICIAL = {"augment_dim": 0, "model_channels": 32, "channel_mult": [1, 2], "channel_mult_emb": 4, "num_blocks": 1,
                  "attn_resolutions": [8], "dropout": 0.0, "label_dropout": 0}  # fmt: skip
@@ -61,8 +63,8 @@ class Procedure:
 
 
 def started(name: str, build: Callable[[], Callable[[], Any]], block: int) -> Procedure:
-    """A procedure after its first block, which makes moments, compiles and captures."""
-    found, before = Procedure(name), allocated()
+    """A procedure after its first blocks, which make moments, compile and capture."""
+    found, before, began = Procedure(name), allocated(), time.monotonic()
     try:
         found.iterate = build()
         reset_peak()
@@ -73,6 +75,7 @@ def started(name: str, build: Callable[[], Callable[[], Any]], block: int) -> Pr
     except (UserError, torch.OutOfMemoryError) as error:
         found.refused = str(error).splitlines()[0]
         found.iterate = lambda: None
+    print(f"{name}: {found.refused or 'ready'} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -100,11 +103,11 @@ def reset_peak() -> None:
 def row(one: Procedure, batch: int, flops: float, rate: float, first: Procedure) -> list[str]:
     """A line of the table."""
     if one.refused:
-        return [one.name, one.refused, *[""] * (len(HEAD) - 2)]
+        return [one.name, one.refused, *[""] * (len(HEAD) - 1)]
     middle, shown = statistics.median(one.times), torch.cuda.is_available()
     calls = [f"{one.calls[name]:,.0f}" if shown else "-" for name in CALLS]
     ratio = statistics.median(first.times) / middle if first.times else 0
-    return [one.name, f"{1000 * middle:.0f} ({1000 * min(one.times):.0f} to {1000 * max(one.times):.0f})",
+    return [one.name, f"{1000 * middle:.1f} ({1000 * min(one.times):.1f} to {1000 * max(one.times):.1f})",
             f"{batch / middle:.1f}", f"{one.peak / 1e9:.1f}" if shown else "-", *calls,
             f"{flops / middle / rate:.0%}", f"{ratio:.2f}"]  # fmt: skip
 
@@ -135,13 +138,14 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
             training = random_training(changed(cfg, batch, precision), place)
 
             def iterate() -> None:
-                training.iterate()
+                with float32_products(precision):
+                    training.iterate()
                 training.recent.clear()
 
             return iterate
 
-        words = [precision, *(f"compile {compilation}" for _ in [0] if compilation), *(["graphs"] if graphs else [])]
-        found.append(started("ours, " + ", ".join(words), ours, ratio))
+        words = [precision, f"compile {compilation}" if compilation else "", "graphs" if graphs else ""]
+        found.append(started("ours, " + ", ".join(filter(None, words)), ours, ratio))
     return found
 
 
@@ -149,7 +153,7 @@ def main(
     checkout: Annotated[Path | None, typer.Option("--official", help="checkout of tianweiy/DMD2 (8d8fa55)")] = None,
     edm: Annotated[Path | None, typer.Option(help="checkout of NVlabs/edm, in the place of DMD2's copy of it")] = None,
     base: Annotated[str, typer.Option(help="of ours; the official code knows imagenet64 only")] = "imagenet64",
-    batch: Annotated[int, typer.Option(help="images; 0: 40, or 2 if tiny")] = 0,
+    batch: Annotated[int, typer.Option(help="by default 40 of ImageNet-64, 2 if tiny, else the base's")] = 0,
     blocks: Annotated[int, typer.Option(help="that are timed, each of one update of the student")] = 8,
     precision: Annotated[str, typer.Option(help="values of train.precision, separated by commas")] = "",
     compile: Annotated[str, typer.Option(help="values of training.compile of a cluster file")] = "",
@@ -160,7 +164,8 @@ def main(
     torch.set_num_threads(threads)
     with readable_errors(), float32_products("tf32"):
         cfg = tiny_config(load_base(base)) if tiny else load_base(base)
-        cfg = changed(cfg, batch or (2 if tiny else 40), cfg.train.precision)
+        usual = 2 if tiny else 40 if base == "imagenet64" else cfg.optim.batch
+        cfg = changed(cfg, batch or usual, cfg.train.precision)
         if checkout is not None:
             official.use(checkout, edm)
         ways = {"precision": listed(precision) or [cfg.train.precision], "compile": listed(compile) or [None],
@@ -178,7 +183,9 @@ def main(
         print(f"{base}{', tiny' if tiny else ''}, batch {cfg.optim.batch}, ratio {ratio}, {name_of_device()}, torch "
               f"{torch.__version__}, commit {commit()}; {flops / 1e12:.3g} TFLOP an iteration, matrix products at "
               f"{rate / 1e12:.3g} TFLOP/s; medians of {blocks} blocks of {ratio}, interleaved\n")  # fmt: skip
-        print(markdown(HEAD, [row(one, cfg.optim.batch, flops, rate, found[0]) for one in found]))
+        first = next((one for one in found if not one.refused), found[0])
+        rows = [row(one, cfg.optim.batch, flops, rate, first) for one in found]
+        print(markdown([*HEAD, f"{first.name} / this"], rows))
 
 
 if __name__ == "__main__":
