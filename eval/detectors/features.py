@@ -153,7 +153,7 @@ def extract(
                 if not on_gpu or indices[-1] == shard[-1] or _bytes(held) > HELD:
                     if stored is not None:
                         stored.result()  # so that no more than one task waits for the device
-                    stored, held = storing.submit(_store, folder, shard, kept, held, batch, observer.name), []
+                    stored, held = storing.submit(_store, folder, shard, kept, held, batch, observer), []
                 done += len(indices)
                 progress.update(done, {})
         if stored is not None:
@@ -185,7 +185,7 @@ def _observed(given: Rows, indices: range, observer: Observer) -> Rows:
     return {what: tensor for what, tensor in given.items() if what != "images" or "pixels" not in given} | found
 
 
-def _store(folder: Path, shard: range, kept: list[Rows], held: list[Rows], batch: int, observer: str) -> None:
+def _store(folder: Path, shard: range, kept: list[Rows], held: list[Rows], batch: int, observer: Observer) -> None:
     """Move what is `held` on the device to what is `kept` on the host, checked; write the shard once it is whole."""
     first = shard.start + sum(len(part["pixels"]) for part in kept)
     found = {what: torch.cat([part[what] for part in held]).cpu() for what in held[0]}
@@ -194,22 +194,23 @@ def _store(folder: Path, shard: range, kept: list[Rows], held: list[Rows], batch
     for what, tensor in found.items():
         if not torch.isfinite(tensor).all():
             row = first + int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
-            raise UserError(f"{observer} gave NaN or infinite {what} for image {row}")
+            raise UserError(f"{observer.name} gave NaN or infinite {what} for image {row}")
     if "images" in found:
         found["pixels"] = digests(found.pop("images"))
     kept.append(found)
     if first + len(found["pixels"]) == shard.stop:
-        _publish(folder, shard, {what: torch.cat([part[what] for part in kept]) for what in found}, batch)
+        made = {"batch": batch, "device": observer.device.type, "torch": torch.__version__}
+        _publish(folder, shard, {what: torch.cat([part[what] for part in kept]) for what in found}, made)
 
 
-def _publish(folder: Path, shard: range, tensors: dict[str, Tensor], batch: int) -> None:
-    """Write a shard and its note, unless another process did so since: theirs may differ in rounding."""
+def _publish(folder: Path, shard: range, tensors: Rows, made: dict[str, Any]) -> None:
+    """Write a shard and its note (how it was `made`), unless another process did: theirs may differ in rounding."""
     path, note = _paths(folder, shard)
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         flock(lock, LOCK_EX)
         if not (path.exists() and note.exists()):
             save_shard(path, tensors)
-            write_json(note, {"batch": batch, "torch": torch.__version__, "files": listing([path], folder)})
+            write_json(note, {**made, "files": listing([path], folder)})
 
 
 def join(folder: Path, count: int) -> FeatureSet:

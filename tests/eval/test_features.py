@@ -1,6 +1,5 @@
 """Features in shards: the same for any batch, process and worker, resumed after a kill, damage named."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -321,4 +320,7 @@ def test_folder_says_what_it_holds(tmp_path) -> None:
     about = read_json(folder / "about.json")
     assert about["source"] == {"id": "images", "images": COUNT, "geometry": "none", "small": 0}
     assert about["detector"]["weights"] == "0" * 64
-    assert json.loads((folder / "features-000000-000010.json").read_text())["batch"] == 64
+    note = read_json(folder / "features-000000-000010.json")
+    assert (note["batch"], note["device"]) == (64, "cpu")
+    note = read_json(extract(IMAGES, Remote(), tmp_path / "gpu", [range(0, 10)]) / "features-000000-000010.json")
+    assert (note["batch"], note["device"]) == (128, "cuda")
