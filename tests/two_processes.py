@@ -7,14 +7,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import dmd2.training.trainer
-from dmd2.core import distributed
+from dmd2.core import distributed, gradient_sums
 from dmd2.core.errors import UserError
+from dmd2.core.gradient_sums import GradientSums
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig
@@ -36,9 +38,10 @@ def config(**changes: object) -> RunConfig:
     )
 
 
-def training(name: str, **changes: object) -> Training:
+def training(name: str, micro_batch: int = 0, **changes: object) -> Training:
     """A training of that config under some name."""
-    return Training(RunId("tiny", name, 0), config(**changes), Hardware(str(DEVICE)), INPUTS)
+    hardware = Hardware(str(DEVICE), micro_batch=micro_batch)
+    return Training(RunId("tiny", name, 0), config(**changes), hardware, INPUTS)
 
 
 def trained(t: Training) -> dict[str, Tensor]:
@@ -68,14 +71,31 @@ def interrupt_at(step: int) -> None:
     raise AssertionError("it was not interrupted")
 
 
+def finished(name: str, micro_batch: int = 0) -> list[tuple[int, int]]:
+    """Train undisturbed and leave the weights; buckets that were sent during a backward pass, and all, of each sum."""
+    sent, finish = [], GradientSums.finish
+
+    def counting(self: GradientSums) -> None:
+        early = self.sent
+        finish(self)
+        sent.append((early, len(self.buckets)))
+
+    with mock.patch.object(GradientSums, "finish", counting):
+        t = training(name, micro_batch)
+        t.run()
+    save_file(trained(t), f"{name}-{distributed.rank()}.safetensors")
+    return sent
+
+
 def main() -> None:
-    """Train undisturbed, train and stop and continue, and try a batch that is too small."""
+    """Train undisturbed in three ways, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
+    gradient_sums.BUCKET = 500  # so that tiny networks fill several
     with distributed.process_group(DEVICE):
         me = distributed.rank()
-        undisturbed = training("two")
-        undisturbed.run()
-        save_file(trained(undisturbed), f"two-{me}.safetensors")
+        sent = {"two": finished("two"), "cut": finished("cut", micro_batch=2)}
+        with mock.patch.object(GradientSums, "overlap", lambda *_: None):
+            sent["late"] = finished("late")
         interrupt_at(STOP)
         continued = training("stopped")
         continued.resume()
@@ -86,7 +106,7 @@ def main() -> None:
             refused = str(training("small", optim__batch=1))
         except UserError as error:
             refused = str(error)
-        Path(f"facts-{me}.json").write_text(json.dumps({"resumed_at": resumed_at, "refused": refused}))
+        Path(f"facts-{me}.json").write_text(json.dumps({"resumed_at": resumed_at, "refused": refused, "sent": sent}))
 
 
 if __name__ == "__main__":

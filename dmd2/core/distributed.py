@@ -6,19 +6,18 @@ thus equals that of one process up to the order of the sum. Without a process gr
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import held, trust
 
-BUCKET = 1 << 24  # elements summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
 
@@ -91,31 +90,6 @@ def rows_of_part(total: int, parts: int, index: int) -> range:
 def rows(total: int) -> range:
     """Rows of a global batch of `total` that this process computes."""
     return rows_of_part(total, world_size(), rank())
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the processes."""
-    if world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
 
 
 def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:

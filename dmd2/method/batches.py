@@ -53,6 +53,11 @@ class Batches:
     prompts: TensorSet | None = None
     _begun: dict[int, Future[list[Gathered]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def passes(self) -> int:
+        """Micro-batches of this process in an iteration."""
+        return -(-len(rows(self.cfg.optim.batch)) // self.micro_batch)
+
     def at(self, iteration: int) -> Iterator[Batch]:
         """Micro-batches that together, over all processes, are the global batch of `iteration`."""
         parts = self.ahead(iteration) if self.device.type == "cuda" else self._gathered(iteration)

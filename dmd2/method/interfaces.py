@@ -19,6 +19,9 @@ class Optimiser(Protocol):
     def step(self, it: int) -> Tensor:
         """Update at iteration `it` and clear the gradients; returns their norm before clipping."""
 
+    def overlap(self, passes: int) -> None:
+        """Sum gradients over processes while the last of `passes` backward passes of an update runs."""
+
     def spans(self) -> dict[str, tuple[int, int]]:
         """Rows that this process owns of each sharded parameter, by its number."""
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.core.distributed import sum_gradients, sum_over
+from dmd2.core.distributed import sum_over
+from dmd2.core.gradient_sums import GradientSums
 from dmd2.experiment.config import Optim
 from dmd2.networks.denoisers import Denoiser
 from dmd2.training import quantised
@@ -31,6 +32,7 @@ class Optimiser:
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.cfg, self.lr, self.clips = cfg, lr, clips
         self.sharded = any(span(p) is not None for p in self.parameters)
+        self.sums = GradientSums(self.parameters)
         self.owned = [nn.Parameter(local(p)) for p in self.parameters] if self.sharded else self.parameters
         options: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay, "eps": 1e-8}
         self.adamw: torch.optim.Optimizer
@@ -38,6 +40,11 @@ class Optimiser:
             self.adamw = quantised.adamw(self.owned, **options)
         else:
             self.adamw = torch.optim.AdamW(self.owned, **options, fused=True)
+
+    def overlap(self, passes: int) -> None:
+        """Sum gradients over processes while the last of `passes` backward passes of an update runs, as FSDP does."""
+        if not self.sharded:
+            self.sums.overlap(passes)
 
     def lr_at(self, it: int) -> float:
         """Learning rate of iteration `it`."""
@@ -68,7 +75,7 @@ class Optimiser:
     def _joint_norm(self) -> Tensor:
         """Norm of the gradients summed over all processes; every process then holds the sum, or its rows of it."""
         if not self.sharded:
-            sum_gradients(self.parameters)
+            self.sums.finish()
             return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         for p, own in zip(self.parameters, self.owned, strict=True):
             own.grad = None if p.grad is None else local(p.grad)

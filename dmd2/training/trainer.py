@@ -80,6 +80,8 @@ class Training:
         prompts = load_set(inputs.prompts) if inputs.prompts else None
         size = hardware.micro_batch or cfg.optim.batch
         self.batches = Batches(cfg, run.seed, self.device, size, real, pairs, prompts)
+        for optimiser in self.optimisers.values():
+            optimiser.overlap(self.batches.passes)
         self.to_images = to_images(cfg, self.device)
         self.step, self.seconds = 0, 0.0
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from dmd2.core import distributed
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json_lines
+from dmd2.core.gradient_sums import GradientSums
 from tests import tiny, two_processes
 from tests.fork_server import torchrun
 
@@ -40,10 +41,11 @@ def log(workspace, name):
     return read_json_lines(workspace[0] / f"results/runs/tiny/{name}/seed0/log.jsonl")
 
 
+@pytest.mark.parametrize("name", ["two", "cut"])
 @pytest.mark.parametrize("who", ["student", "critic", "head", "ema"])
-def test_two_processes_train_the_weights_of_one(workspace, who):
+def test_two_processes_train_the_weights_of_one(workspace, who, name):
     _, before, one = workspace
-    two = weights(workspace, "two-0")
+    two = weights(workspace, f"{name}-0")
     names = [name for name in one if name.startswith(f"{who}.")]
     moved, off = (torch.cat([(one[n] - other[n]).flatten() for n in names]).norm() for other in (before, two))
     assert moved > 0
@@ -62,7 +64,22 @@ def test_their_log_is_that_of_one(workspace):
         assert {n: b[n] for n in compared} == pytest.approx({n: a[n] for n in compared}, rel=LOGS, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["two", "stopped"])
+def test_gradients_are_summed_while_the_backward_pass_runs(workspace):
+    for rank in (0, 1):
+        sent = json.loads((workspace[0] / f"facts-{rank}.json").read_text())["sent"]
+        for name in ("two", "cut"):
+            student, critic, *later = sent[name]
+            assert student[0] == critic[0] == 0  # the first update lays the buckets out
+            assert len(later) == 7 and all(early == buckets > 3 for early, buckets in later)
+        assert all(early == 0 for early, _ in sent["late"])
+
+
+def test_sums_are_the_same_whenever_they_are_sent(workspace):
+    early, late = (weights(workspace, f"{name}-0") for name in ("two", "late"))
+    assert all(torch.equal(early[n], late[n]) for n in early)
+
+
+@pytest.mark.parametrize("name", ["two", "stopped", "cut"])
 def test_both_processes_hold_the_same_weights(workspace, name):
     first, second = (weights(workspace, f"{name}-{rank}") for rank in (0, 1))
     assert all(torch.equal(first[n], second[n]) for n in first)
@@ -103,7 +120,7 @@ def test_alone_nothing_is_summed_and_no_group_is_joined(monkeypatch):
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     with distributed.process_group(torch.device("cpu")):
-        distributed.sum_gradients([p])
+        GradientSums([p]).finish()
         assert p.grad.tolist() == [1, 1]
         assert distributed.agreed(7, torch.device("cpu")) == 7
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
