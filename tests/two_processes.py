@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dmd2.training.trainer
-from dmd2.core import distributed, gradient_sums
+from dmd2.core import distributed
+from dmd2.core.distributed import GradientSums
 from dmd2.core.errors import UserError
-from dmd2.core.gradient_sums import GradientSums
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import RunConfig
@@ -90,7 +90,7 @@ def finished(name: str, micro_batch: int = 0) -> list[tuple[int, int]]:
 def main() -> None:
     """Train undisturbed in three ways, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
-    gradient_sums.BUCKET = 500  # so that tiny networks fill several
+    distributed.BUCKET = 500  # so that tiny networks fill several
     with distributed.process_group(DEVICE):
         me = distributed.rank()
         sent = {"two": finished("two"), "cut": finished("cut", micro_batch=2)}

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.core.distributed import sum_over
-from dmd2.core.gradient_sums import GradientSums
+from dmd2.core.distributed import GradientSums, sum_over
 from dmd2.experiment.config import Optim
 from dmd2.networks.denoisers import Denoiser
 from dmd2.training import quantised

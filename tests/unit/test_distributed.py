@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from dmd2.core import distributed
+from dmd2.core.distributed import GradientSums
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json_lines
-from dmd2.core.gradient_sums import GradientSums
 from tests import tiny, two_processes
 from tests.fork_server import torchrun
 

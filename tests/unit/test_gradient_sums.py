@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.core import gradient_sums
-from dmd2.core.gradient_sums import GradientSums
+from dmd2.core import distributed
+from dmd2.core.distributed import GradientSums
+from tests import tiny
 
 
 class Messages:
@@ -31,10 +32,10 @@ class Messages:
 @pytest.fixture
 def messages(monkeypatch):
     made = Messages()
-    monkeypatch.setattr(gradient_sums, "world_size", lambda: 2)
-    monkeypatch.setattr(gradient_sums, "BUCKET", 6)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "BUCKET", 6)
     for name in ("all_reduce", "broadcast"):
-        monkeypatch.setattr(gradient_sums.dist, name, getattr(made, name))
+        monkeypatch.setattr(distributed.dist, name, getattr(made, name))
     return made
 
 
@@ -138,3 +139,19 @@ def test_summed_gradients_lie_in_memory_as_their_parameters_do(messages):
     sums.finish()
     assert weight.grad.stride() == weight.stride()
     assert torch.equal(weight.grad, 2 * torch.arange(24.0).reshape(2, 3, 2, 2))
+
+
+def test_gradients_of_a_bfloat16_copy_are_sent_during_its_backward_pass(messages, monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET", 500)
+    denoiser = tiny.denoiser("edm")
+    sums = GradientSums(list(denoiser.parameters()))
+    sums.overlap(1)
+    denoiser.hold_lowered()
+    early = []
+    for _ in range(2):
+        denoiser.zero_grad()
+        denoiser(torch.ones(2, 1, 8, 8), torch.ones(2), tiny.condition("edm", 2)).square().mean().backward()
+        early.append(sums.sent)
+        sums.finish()
+    assert early == [0, len(sums.buckets)] and len(sums.buckets) > 3
+    assert all(p.grad.dtype == torch.float32 for p in denoiser.parameters())
