@@ -1,7 +1,7 @@
 """What iterations of a training do, in numbers that need no GPU; run on any checkout by `benchmarks.counts`.
 
 It uses only what the checkouts have in common. Networks of full size run on PyTorch's meta device, as `dmd2.planning`
-runs them: shapes without numbers, with a GPU's autocast; their optimiser does nothing there. Small ones train on the
+runs them: shapes without numbers, with a GPU's autocast; AdamW does nothing there. Small ones train on the
 CPU, and once more on a pretended GPU, which tells uploads and waits of the host from what the CPU does for itself.
 """
 
@@ -139,6 +139,9 @@ def on_meta(case: Case) -> dict[str, dict[str, Any]]:
 
         with mock.patch.object(Ledger, "__torch_dispatch__", dispatch), counting_passes(counted.models, counts):
             iteration = counted.iteration(case.batch, student)
+        with _Counting(counts):  # which the optimisers that do nothing leave out
+            for denoiser in [counted.models.critic, *([counted.models.student] if student else [])]:
+                getattr(denoiser, "refresh", lambda: None)()
         found[kind] = {**counts.as_json(), "floating-point operations": iteration.flops, "peak bytes": iteration.peak}
     return found
 

@@ -92,7 +92,7 @@ def main(
             case = CASES[name]
             given = (listed(precision) if case.meta else []) or [load_base(case.base).train.precision]
             versions = {} if against is None else {against.name: counted(against, case._replace(precision=given[0]))}
-            versions |= {f"now, {one}": counted(ROOT, case._replace(precision=one)) for one in given}
+            versions |= {one: counted(ROOT, case._replace(precision=one)) for one in given}
             lines += rows(f"{name}, {case.batch} images, {' -> '.join(versions)}", versions)
             text += passes(name, versions)
             print(f"{name} is counted", file=sys.stderr, flush=True)

@@ -33,28 +33,33 @@ def name_of_device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
-def runtime_calls(body: Callable[[], object]) -> Counter[str]:
-    """How often the host launched something on the GPU and how often it waited, by PyTorch's profiler.
+def runtime_calls(body: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    """What the host asked of the GPU, by PyTorch's profiler, and milliseconds of the GPU by the name of its work.
 
-    ``launches`` are kernels, copies, fills and whole graphs; ``kernels`` what the GPU ran, in graphs too; ``waits`` are
-    synchronisations, ``to host`` copies from the GPU. What the profiler itself does is taken away.
+    Of the first, ``launches`` are kernels, copies, fills and whole graphs; ``kernels`` what the GPU ran, in graphs too;
+    ``waits`` are synchronisations, ``to host`` copies from the GPU; ``busy, ms`` is the sum of the second. What the
+    profiler itself does is taken away.
     """
-    found: list[Counter[str]] = []
-    for run in (lambda: None, body):
+    (nothing, _), (calls, busy) = _profiled(lambda: None), _profiled(body)
+    return Counter({name: value - nothing[name] for name, value in calls.items()}), busy
+
+
+def _profiled(body: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        body()
         synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            run()
-            synchronize()
-        calls: Counter[str] = Counter()
-        for event in profiler.profiler.kineto_results.events():
-            name, on_gpu = event.name(), event.device_type() == DeviceType.CUDA
-            marked = getattr(event, "is_user_annotation", lambda: False)()
-            calls["kernels"] += on_gpu and not marked and not name.startswith(COPIES)
-            calls["launches"] += name.startswith(LAUNCHES)
-            calls["waits"] += name.startswith(WAITS)
+    calls, busy = Counter[str](), Counter[str]()
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if event.device_type() == DeviceType.CUDA and not getattr(event, "is_user_annotation", lambda: False)():
+            calls["kernels"] += not name.startswith(COPIES)
             calls["to host"] += name.startswith("Memcpy DtoH")
-        found.append(calls)
-    return Counter({name: found[1][name] - found[0][name] for name in found[1]})
+            busy[name] += event.duration_ns() / 1e6
+        calls["launches"] += name.startswith(LAUNCHES)
+        calls["waits"] += name.startswith(WAITS)
+    calls["busy, ms"] = busy.total()
+    return calls, busy
 
 
 def matrix_rate() -> float:

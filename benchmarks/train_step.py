@@ -32,7 +32,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base
 from dmd2.planning.memory import Counted
 
-CALLS = ["launches", "kernels", "waits", "to host"]  # per iteration, by the profiler
+CALLS = ["launches", "kernels", "waits", "to host", "busy, ms"]  # per iteration, by the profiler
 HEAD = ["procedure", "ms / iteration (range)", "images / s", "peak, GB", *CALLS,
         "share of the matrix rate"]  # fmt: skip
 # 16 x 16 images, two levels, the lower one with attention: the same network in either code.
@@ -50,7 +50,7 @@ class Procedure:
     """Something that trains, and what was measured of it.
 
     standing: bytes that it holds between iterations. peak: most bytes, with those of no other procedure. refused: why
-    it does not run.
+    it does not run. busy: milliseconds of the GPU per iteration, by kernel.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Procedure:
     refused: str = ""
     times: list[float] = field(default_factory=list)
     calls: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
 
 
 def started(name: str, build: Callable[[], Callable[[], Any]], block: int) -> Procedure:
@@ -158,6 +159,7 @@ def main(
     precision: Annotated[str, typer.Option(help="values of train.precision, separated by commas")] = "",
     compile: Annotated[str, typer.Option(help="values of training.compile of a cluster file")] = "",
     graphs: Annotated[str, typer.Option(help="off, on or both: training.graphs")] = "",
+    kernels: Annotated[int, typer.Option(help="of the GPU that are listed")] = 12,
     tiny: Annotated[bool, typer.Option("--tiny", help="small networks on two images")] = False,
     threads: int = 1,
 ) -> None:
@@ -167,6 +169,8 @@ def main(
         usual = 2 if tiny else 40 if base == "imagenet64" else cfg.optim.batch
         cfg = changed(cfg, batch or usual, cfg.train.precision)
         if checkout is not None:
+            if base != "imagenet64":
+                raise UserError(f"the official procedure is that of imagenet64: leave out --official for {base}")
             official.use(checkout, edm)
         ways = {"precision": listed(precision) or [cfg.train.precision], "compile": listed(compile) or [None],
                 "graphs": [{"on": True, "off": False}[value] for value in listed(graphs)] or [None]}  # fmt: skip
@@ -177,8 +181,9 @@ def main(
                     timed(one, ratio)
         for one in found:
             if not one.refused and torch.cuda.is_available():
-                counts = runtime_calls(lambda one=one: [one.iterate() for _ in range(ratio)])
+                counts, busy = runtime_calls(lambda one=one: [one.iterate() for _ in range(ratio)])
                 one.calls = {name: value / ratio for name, value in counts.items()}
+                one.busy = {name: value / ratio for name, value in busy.most_common(kernels)}
         rate, flops = matrix_rate(), Counted(cfg).image_flops * cfg.optim.batch
         print(f"{base}{', tiny' if tiny else ''}, batch {cfg.optim.batch}, ratio {ratio}, {name_of_device()}, torch "
               f"{torch.__version__}, commit {commit()}; {flops / 1e12:.3g} TFLOP an iteration, matrix products at "
@@ -186,6 +191,9 @@ def main(
         first = next((one for one in found if not one.refused), found[0])
         rows = [row(one, cfg.optim.batch, flops, rate, first) for one in found]
         print(markdown([*HEAD, f"{first.name} / this"], rows))
+        for one in found if torch.cuda.is_available() else []:
+            lines = [[f"`{name[:100]}`", f"{value:.2f}"] for name, value in one.busy.items()]
+            print("\n" + markdown([f"{one.name}: what the GPU ran longest", "ms / iteration"], lines))
 
 
 if __name__ == "__main__":
