@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
 from functools import reduce
 from pathlib import Path
@@ -26,6 +26,7 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
 from dmd2.data.sets import Rows, load_shard, save_shard
 from dmd2.networks.quantise import refuse_unless
+from eval.detectors.beside import Stream, after_current, into, second
 from eval.detectors.reading import decoders, digests, read
 from eval.metrics.frechet import FeatureStats
 from eval.pixels.images import ImageSource
@@ -117,8 +118,8 @@ def extract(
 ) -> Path:
     """Write the shards that are not there yet; a kill loses at most the shard in work, on a GPU the one before, too.
 
-    Outputs stay on a GPU until a shard is whole or `HELD` bytes wait. Then a thread copies them to the host, checks and
-    stores them while the next images are made, so that the GPU never waits for the host.
+    A GPU looks at images beside making the next ones. Outputs stay there until a shard is whole or `HELD` bytes wait;
+    then a thread copies them to the host, checks and stores them, so that the GPU never waits for the host.
 
     Args:
         source: the images.
@@ -144,16 +145,20 @@ def extract(
     progress = Progress(f"features {observer.name} {source.id}", total, done)
     pieces = [shard[start : start + batch] for shard in todo for start in range(0, len(shard), batch)]
     batches = read(source, pieces, decoders(source, observer.device) if workers is None else workers)
+    made = {"batch": batch, "device": observer.device.type, "torch": torch.__version__}
+    stream = second(observer.device)
     with ThreadPoolExecutor(1) if on_gpu else _AtOnce() as storing:
         stored: Future[None] | None = None
         for shard in todo:
-            kept, held = list[Rows](), list[Rows]()
+            outputs, held = _Outputs(folder, shard, observer.name, made, stream), list[Rows]()
             for indices in (piece for piece in pieces if piece[0] in shard):
-                held.append(_observed(next(batches), indices, observer))
+                given = next(batches)
+                with after_current(stream, given.values()):
+                    held.append(_observed(given, indices, observer))
                 if not on_gpu or indices[-1] == shard[-1] or _bytes(held) > HELD:
                     if stored is not None:
                         stored.result()  # so that no more than one task waits for the device
-                    stored, held = storing.submit(_store, folder, shard, kept, held, batch, observer), []
+                    stored, held = storing.submit(outputs.store, held), []
                 done += len(indices)
                 progress.update(done, {})
         if stored is not None:
@@ -185,22 +190,34 @@ def _observed(given: Rows, indices: range, observer: Observer) -> Rows:
     return {what: tensor for what, tensor in given.items() if what != "images" or "pixels" not in given} | found
 
 
-def _store(folder: Path, shard: range, kept: list[Rows], held: list[Rows], batch: int, observer: Observer) -> None:
-    """Move what is `held` on the device to what is `kept` on the host, checked; write the shard once it is whole."""
-    first = shard.start + sum(len(part["pixels"]) for part in kept)
-    found = {what: torch.cat([part[what] for part in held]).cpu() for what in held[0]}
-    if "finite" in found:
-        refuse_unless(found.pop("finite"), "image {}", first)
-    for what, tensor in found.items():
-        if not torch.isfinite(tensor).all():
-            row = first + int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
-            raise UserError(f"{observer.name} gave NaN or infinite {what} for image {row}")
-    if "images" in found:
-        found["pixels"] = digests(found.pop("images"))
-    kept.append(found)
-    if first + len(found["pixels"]) == shard.stop:
-        made = {"batch": batch, "device": observer.device.type, "torch": torch.__version__}
-        _publish(folder, shard, {what: torch.cat([part[what] for part in kept]) for what in found}, made)
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs for the images of a shard, made as `made` says; those that are on the host already are `kept`."""
+
+    folder: Path
+    shard: range
+    observer: str
+    made: dict[str, Any]
+    stream: Stream
+    kept: list[Rows] = field(default_factory=list)
+
+    def store(self, held: list[Rows]) -> None:
+        """Move what the `stream` of the device has made to the host, checked; write the shard once it is whole."""
+        first = self.shard.start + sum(len(part["pixels"]) for part in self.kept)
+        with into(self.stream):
+            found = {what: torch.cat([part[what] for part in held]).cpu() for what in held[0]}
+        if "finite" in found:
+            refuse_unless(found.pop("finite"), "image {}", first)
+        if "images" in found:
+            found["pixels"] = digests(found.pop("images"))
+        for what, tensor in found.items():
+            if not torch.isfinite(tensor).all():
+                row = first + int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
+                raise UserError(f"{self.observer} gave NaN or infinite {what} for image {row}")
+        self.kept.append(found)
+        if first + len(found["pixels"]) == self.shard.stop:
+            joined = {what: torch.cat([part[what] for part in self.kept]) for what in found}
+            _publish(self.folder, self.shard, joined, self.made)
 
 
 def _publish(folder: Path, shard: range, tensors: Rows, made: dict[str, Any]) -> None:

@@ -291,8 +291,8 @@ class Remote(Quadrants):
 def test_features_that_a_thread_stores_are_the_same(tmp_path, monkeypatch, held) -> None:
     monkeypatch.setattr(features, "HELD", held)
     stores: list[int] = []
-    store = features._store
-    monkeypatch.setattr(features, "_store", lambda *args: (stores.append(len(args[3])), store(*args)))
+    store = features._Outputs.store
+    monkeypatch.setattr(features._Outputs, "store", lambda self, held: (stores.append(len(held)), store(self, held)))
     detector = Remote()
     ours, theirs = (join(extract(IMAGES, one, tmp_path, batch=30), COUNT).found for one in (detector, Quadrants()))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

@@ -1,6 +1,7 @@
 """From the sampler to features on the device: nothing waits but the thread that copies a whole shard to the host."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from dmd2.data.sets import TensorSet
 from dmd2.experiment.config import Sampler
 from dmd2.training.sampling import sample_teacher, student_sample
 from eval.detectors import features
+from eval.detectors.beside import after_current, second
 from eval.detectors.detectors import Classifier
 from eval.detectors.features import extract, join
 from eval.detectors.networks import DinoV2
@@ -53,16 +55,16 @@ def test_a_shard_is_copied_back_once_and_nothing_else_waits(
     if device.type == "cpu":
         pytest.skip("a CPU has nobody to wait for")
     monkeypatch.setattr(features, "ROWS", ROWS)
-    observer, store, calls = observers(device, dino[0]), features._store, list[tuple]()
+    observer, store, calls = observers(device, dino[0]), features._Outputs.store, list[tuple]()
     first = samples(device, "first")
     extract(first, observer, tmp_path, batch=BATCH)  # schedules and filters are uploaded
-    monkeypatch.setattr(features, "_store", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(features._Outputs, "store", lambda *arguments: calls.append(arguments))
     with nothing_waits(device) as uploads:
         folder = extract(replace(first, id="second"), observer, tmp_path, batch=BATCH)
     assert len(calls) == -(-COUNT // ROWS) and len(uploads) < 60
-    monkeypatch.setattr(features, "_store", store)
+    monkeypatch.setattr(features._Outputs, "store", store)
     for call in calls:
-        assert all(tensor.device == device for part in call[3] for tensor in part.values())
+        assert all(tensor.device == device for part in call[1] for tensor in part.values())
         store(*call)
     ours = join(folder, COUNT).found
     theirs = join(extract(samples(CPU, "cpu"), observers(CPU, dino[0]), tmp_path, batch=BATCH), COUNT).found
@@ -90,3 +92,30 @@ def test_no_sampler_waits(name: str, device: torch.device) -> None:
     with nothing_waits(device):
         again = sample()
     assert torch.equal(again.cpu(), first)
+
+
+def test_features_made_beside_the_sampler_are_those_made_after_it(
+    real_device: torch.device, dino: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """A missing order between the two queues of a GPU would mix images of different batches."""
+    monkeypatch.setattr(features, "ROWS", 200)
+    source = replace(samples(real_device, "beside"), count=400)
+    beside = join(extract(source, observers(real_device, dino[0]), tmp_path / "beside", batch=BATCH), 400).found
+    monkeypatch.setattr(features, "second", lambda _: None)
+    after = join(extract(source, observers(real_device, dino[0]), tmp_path / "after", batch=BATCH), 400).found
+    assert np.array_equal(beside["pixels"], after["pixels"])
+    for name in after:
+        np.testing.assert_allclose(beside[name], after[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_queue_waits_for_the_images_and_holds_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[object]()
+    stream = SimpleNamespace(device="cuda:0", wait_stream=lambda other: asked.append(f"after {other}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "sampler")
+    monkeypatch.setattr(torch.cuda, "stream", lambda into: nullcontext(asked.append(into)))
+    tensors = [SimpleNamespace(is_cuda=cuda, record_stream=asked.append) for cuda in (True, False)]
+    with after_current(stream, tensors):
+        asked.append("network")
+    assert asked == ["after sampler", stream, stream, "network"]
+    with after_current(second(CPU), [torch.zeros(1)]):
+        assert len(asked) == 4
