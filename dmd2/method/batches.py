@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmd2.core.distributed import rows
 from dmd2.core.rng import Draws
+from dmd2.core.upload import pinned, upload
 from dmd2.data.sets import CONDITIONS, Rows, TensorSet, condition_of, images_of
 from dmd2.experiment.config import TrainConfig
 from dmd2.networks.condition import Condition
@@ -78,13 +79,9 @@ class Batches:
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
-        if not self._pins:
+        if not pinned(self.device):
             return ThreadPoolExecutor(1, "inputs")
         return ThreadPoolExecutor(1, "inputs", torch.cuda.set_device, (torch.cuda.current_device(),))
-
-    @property
-    def _pins(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_available()
 
     @property
     def _conditions(self) -> str | None:
@@ -125,20 +122,17 @@ class Batches:
 
     def _rows(self, draws: Draws) -> dict[str, Rows]:
         sets = {"student/prompts": self.prompts, "regression/pairs": self.pairs}
-        found: dict[str, Rows] = {}
+        found, pins = dict[str, Rows](), pinned(self.device)
         for name, tensors in self.reads(draws.iteration).items():
             one = sets.get(name, self.real)
             assert one is not None
             gathered = one.rows(draws.shuffled(name, len(one)), sorted(tensors))
-            found[name] = {key: row.pin_memory() for key, row in gathered.items()} if self._pins else gathered
+            found[name] = {key: row.pin_memory() for key, row in gathered.items()} if pins else gathered
         return found
 
     def _batch(self, draws: Draws, found: dict[str, Rows]) -> Batch:
         cfg, critic = self.cfg, self.cfg.critic.turns(draws.iteration)[1]
-        there = {
-            name: {key: row.to(self.device, non_blocking=True) for key, row in one.items()}
-            for name, one in found.items()
-        }
+        there = {name: {key: upload(row, self.device) for key, row in one.items()} for name, one in found.items()}
         real, source, pairs = None, None, None
         if critic and cfg.gan.lambda_d > 0:
             real = images_of(there["gan/real"]), condition_of(there["gan/real"])

@@ -17,6 +17,7 @@ from dmd2.experiment.run_inputs import REAL
 from dmd2.planning.memory import WHOLE, Counted, Memory, Setup
 from dmd2.planning.rates import Rate, rate_of
 from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoint_thread import LARGEST
 
 FLOAT, HALF = 4, 2  # bytes
 STORED = {"text": 2, "pooled": 2, "time_ids": 4, "labels": 8}  # bytes of an element, as sets and pairs keep it
@@ -82,6 +83,18 @@ def saved_bytes(counted: Counted) -> int:
     return sum(counted.parameters.get(name, 0) for name in SAVED) * FLOAT
 
 
+def copied_bytes(counted: Counted, on_gpu: bool) -> int:
+    """Bytes of the host's copy of a checkpoint; 0 for one so large that it is written without a copy.
+
+    From a GPU it is in pinned memory, which PyTorch hands out in powers of two and keeps.
+    """
+    weights = [p for name in SAVED if name in counted.modules for p in counted.modules[name].parameters()]
+    sizes = [tensor.nbytes for tensor in (*weights, *counted.states)]
+    if sum(sizes) > LARGEST:
+        return 0
+    return sum(1 << (size - 1).bit_length() if on_gpu else size for size in sizes)
+
+
 def _features(detector: str) -> int:
     """Number of features of one image; 0 for a detector that is not known here."""
     if found := re.fullmatch(r"lite0-(\d+)@\d+", detector):
@@ -106,13 +119,16 @@ def host_memory(counted: Counted, cluster: Cluster, peak: float) -> tuple[float,
     """Bytes of a node for its processes and to save, beyond mapped files, which the system may drop.
 
     Processes: their libraries (assumed), and on a CPU the tensors, `peak` in each, that a GPU would hold. To save: the
-    student's weights for a snapshot, in process 0; or, if that is more, the node's rows of a checkpoint in parts.
+    student's weights for a snapshot and the copy of a checkpoint that a thread writes, in process 0; of split networks
+    the weights or, if that is more, the node's rows of a checkpoint in parts.
     """
     job, nodes, count = cluster.jobs.train, cluster.training.nodes, cluster.processes
     on_gpu = job.device == "cuda" or (job.device == "auto" and bool(job.gpu or job.gres))
     saving = counted.parameters["student"] * FLOAT
     if cluster.training.shard and count * nodes > 1:
         saving = max(saving, -(-(saved_bytes(counted) + counted.moments) // nodes))
+    else:
+        saving += copied_bytes(counted, on_gpu)
     return count * (GPU_PROCESS if on_gpu else CPU_PROCESS + peak), saving
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dmd2.core.errors import UserError
 from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoint_parts import flat
+
+LARGEST = 32 << 30  # bytes of a state that is copied
 
 
 class CheckpointThread:
@@ -26,13 +29,18 @@ class CheckpointThread:
         self.pool = ThreadPoolExecutor(1, "checkpoints")
         self.writing: Future[None] | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state after `step` iterations and have it written; waits for the checkpoint before it.
 
+        A state of more than `LARGEST` bytes is written here and now, tensor by tensor: a copy of it might not fit into
+        the memory of the host. That of SDXL trained whole on one GPU takes 62 GB.
+
         Raises:
-            UserError: the checkpoint before it could not be written.
+            UserError: the checkpoint before it could not be written, or this one if it is written here.
         """
         self.wait()
+        if sum(value.nbytes for _, value in flat(state) if isinstance(value, Tensor)) > LARGEST:
+            return self.checkpoints.save(step, state)
         copied = host_copy(state)
         arrived = _arrival()
 
@@ -41,6 +49,7 @@ class CheckpointThread:
             self.checkpoints.save(step, copied)
 
         self.writing = self.pool.submit(write)
+        return None
 
     def check(self) -> None:
         """Raise what went wrong in a write that has ended; return at once from one that has not."""

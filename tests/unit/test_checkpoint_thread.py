@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+import dmd2.training.checkpoint_thread
 from dmd2.core.errors import UserError
 from dmd2.experiment.cluster import Hardware
 from dmd2.training.checkpoint import Checkpoints
@@ -56,6 +57,13 @@ def test_a_second_checkpoint_waits_for_the_first(tmp_path):
         writer.save(8, state())
         assert checkpoints.newest_step() in (7, 8)  # 7 is whole
     assert [checkpoints.newest_good(7), checkpoints.newest_good()] == [7, 8]
+
+
+def test_a_state_that_might_not_fit_twice_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(dmd2.training.checkpoint_thread, "LARGEST", 31)  # bytes; it has 32
+    writer = CheckpointThread(Checkpoints(tmp_path))
+    writer.save(7, state())
+    assert writer.writing is None and writer.checkpoints.newest_good() == 7
 
 
 def full(descriptor):

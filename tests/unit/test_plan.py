@@ -8,6 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import dmd2.planning.plan
 from dmd2.data.sets import load_shard
 from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.tables import load_base, load_experiment
@@ -16,7 +17,17 @@ from dmd2.planning import plan, rates
 from dmd2.planning.__main__ import main
 from dmd2.planning.memory import Counted, Memory
 from dmd2.planning.page import GIB, MB, available, fit, plan_page
-from dmd2.planning.plan import KEPT, Plan, TablePlan, counting, disk_of, host_memory, requested_memory, snapshots
+from dmd2.planning.plan import (
+    KEPT,
+    Plan,
+    TablePlan,
+    copied_bytes,
+    counting,
+    disk_of,
+    host_memory,
+    requested_memory,
+    snapshots,
+)
 from dmd2.planning.rates import Rate
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import make_shard
@@ -257,10 +268,11 @@ def told(planned, machine):
     return plan_page("tiny", planned, 1, (), 0, ("slurm", machine))
 
 
-def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_and_one_snapshot():
+def test_host_memory_of_a_node_of_gpus_is_that_of_its_processes_a_snapshot_and_a_copy():
     planned = Plan("r", config(), Counted(config()), Rate(1.0, "GPU", "given"))
     found = host_memory(planned.counted, cluster({"gpu": 8}), peak=10**15)
-    assert found == (8 * 3 * 2**30, 4 * planned.counted.parameters["student"])
+    copied = copied_bytes(planned.counted, on_gpu=True)
+    assert found == (8 * 3 * 2**30, 4 * planned.counted.parameters["student"] + copied)
     small, enough = -(-sum(found) // MB) - 1, -(-sum(found) // MB)
     assert f"jobs.train asks for {small} MB of memory of a node; set mem_mb to {enough}" in told(
         planned, cluster({"gpu": 8, "mem_mb": small})
@@ -276,6 +288,15 @@ def test_host_memory_on_cpus_and_of_split_networks():
     _, split = host_memory(counted, cluster({"gpu": 4}, shard=True, nodes=2), 0)
     state = 4 * sum(counted.parameters[name] for name in ("student", "critic", "head")) + counted.moments
     assert split == -(-state // 2)
+
+
+def test_the_copy_of_a_checkpoint_is_what_is_saved_in_powers_of_two_of_a_gpu_and_not_made_of_a_huge_one(monkeypatch):
+    counted = Counted(config())
+    weights = sum(p.nbytes for name in ("student", "critic", "head") for p in counted.modules[name].parameters())
+    exact = weights + sum(moment.nbytes for moment in counted.states)
+    assert copied_bytes(counted, on_gpu=False) == exact < copied_bytes(counted, on_gpu=True) < 2 * exact
+    monkeypatch.setattr(dmd2.planning.plan, "LARGEST", exact - 1)
+    assert copied_bytes(counted, on_gpu=True) == 0
 
 
 def test_the_page_marks_the_memory_of_the_cluster_file(page, tmp_path):
