@@ -94,14 +94,16 @@ def evaluate(turn: Turn, objectives: Mapping[str, Objective]) -> dict[str, tuple
 
 def run_passes(turn: Turn, passes: Sequence[Pass]) -> list[Tensor]:
     """The result of each pass; those of the same network, all with or all without gradient, run as one."""
-    groups: dict[tuple[str, bool, int], list[Pass]] = {}
-    for number, one in enumerate(passes):
-        apart = one.gradient and getattr(turn.m, one.network).network.is_gradient_checkpointing
-        groups.setdefault((one.network, one.gradient, number if apart else 0), []).append(one)
+    groups: dict[tuple[str, bool], list[Pass]] = {}
+    for one in passes:
+        groups.setdefault((one.network, one.gradient), []).append(one)
     results: dict[Pass, Tensor] = {}
-    for (_, gradient, _), group in groups.items():
+    for (network, gradient), group in groups.items():
+        # Asking is a walk through the network, 0.3 ms, which a single pass need not pay.
+        apart = gradient and len(group) > 1 and getattr(turn.m, network).network.is_gradient_checkpointing
         with torch.set_grad_enabled(gradient):
-            results |= _joined(turn, sorted(group, key=lambda one: one.features))
+            for part in [[one] for one in group] if apart else [sorted(group, key=lambda one: one.features)]:
+                results |= _joined(turn, part)
     return [results[one] for one in passes]
 
 
