@@ -104,10 +104,15 @@ class Denoiser(nn.Module):
             torch._foreach_copy_(list(copy.parameters()), list(self.network.parameters()))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that a pass runs in. (The answer of diffusers is a walk through all modules.)"""
+        return next((p.dtype for p in self.running.parameters()), torch.float32)
+
+    @property
     def lowered(self) -> bool:
         """Whether a pass that starts now runs under bfloat16 autocast."""
         if self.precision == "bf16-body":
-            return self.running.dtype != torch.bfloat16
+            return self.dtype != torch.bfloat16
         return self.precision in ("bf16", "bf16-all")
 
     def autocast(self, x_t: Tensor) -> torch.autocast:
@@ -124,7 +129,7 @@ class EdmDenoiser(Denoiser):
         """``c_in x`` and ``ln(sigma) / 4``, computed in float32."""
         x_t, t = x_t.float(), t.float()
         c_in = (SIGMA_DATA**2 + t**2).rsqrt()
-        return (spread(c_in, x_t) * x_t).to(self.running.dtype), t.log() / 4
+        return (spread(c_in, x_t) * x_t).to(self.dtype), t.log() / 4
 
     def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``c_skip x + c_out F``, float32."""
@@ -147,7 +152,7 @@ class EpsDenoiser(Denoiser):
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sample in the dtype of the weights, and the step."""
-        return x_t.to(self.running.dtype), t
+        return x_t.to(self.dtype), t
 
     def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
         """``(x_t - sigma_t eps) / alpha_t``, float64."""
