@@ -15,10 +15,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.random_runs import changed, hardware, random_training
+from benchmarks.random_runs import changed, hardware, random_training, tiny_config
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
 from dmd2.method.step import train_step
@@ -37,7 +38,10 @@ CASTS = {"_to_copy", "copy_", "_foreach_copy_"}
 
 
 class Case(NamedTuple):
-    """A run of a base (by default the base itself) and how it is trained; `lora` is the rank of a student, 0 none."""
+    """A run of a base (by default the base itself) and how it is trained; `lora` is the rank of a student, 0 none.
+
+    meta: on the meta device. tiny: with a small network. compile: what is compiled, of which other things are counted.
+    """
 
     base: str
     batch: int
@@ -46,12 +50,15 @@ class Case(NamedTuple):
     checkpointing: bool = False
     meta: bool = True
     run: str = ""
+    tiny: bool = False
+    compile: str = ""
 
     @property
     def config(self) -> RunConfig:
         """The configuration that is counted."""
         cfg = load_experiment().runs[self.base, self.run] if self.run else load_base(self.base)
-        return varied(changed(cfg, self.batch, self.precision), self.lora, None)
+        cfg = varied(changed(cfg, self.batch, self.precision), self.lora, None)
+        return tiny_config(cfg) if self.tiny else cfg
 
 
 class Counts:
@@ -168,11 +175,32 @@ def trained(case: Case, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def compiled(case: Case) -> dict[str, int]:
+    """Graphs that PyTorch traces for compilation in the first two iterations and later, and breaks between graphs.
+
+    The CPU runs them as they were traced, since it is the tracing that decides.
+    """
+    traced, plain = list[int](), torch.compile
+
+    def eager(function: Any = None, **options: Any) -> Any:
+        return plain(function, **{**options, "backend": "eager"})
+
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch("torch.compile", eager):
+        training = random_training(case.config, hardware("cpu", compile=case.compile))
+        for _ in range(3 * case.config.critic.ratio):
+            training.iterate()
+            traced.append(counters["stats"]["unique_graphs"])
+    return {"graphs": traced[1], "later": traced[-1] - traced[1], "breaks": sum(counters["graph_break"].values())}
+
+
 def main() -> None:
     """Write the counts of the case that the last argument gives as JSON."""
     case = Case(*json.loads(sys.argv[-1]))
     torch.set_num_threads(1)
-    print(json.dumps(on_meta(case) if case.meta else on_cpu(case)))
+    count = compiled if case.compile else on_meta if case.meta else on_cpu
+    print(json.dumps(count(case)))
 
 
 if __name__ == "__main__":

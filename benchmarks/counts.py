@@ -6,12 +6,14 @@
 Network passes, samples that are encoded and decoded, operations that launch kernels, bytes that conversions of dtype
 write, uploads, places where the host waits for the device, arithmetic, and the peak of memory: see
 `benchmarks.counting`. The other checkout takes the first precision; small networks always take that of their base.
+``--compile blocks,network`` adds graphs, graph breaks and recompilations of small networks.
 """
 
 import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,11 @@ CASES = {
     "digits": Case("digits", 64, "", meta=False),
     "digits-4step": Case("digits", 64, "", meta=False, run="4step"),
 }
+COMPILED = {
+    "digits": Case("digits", 8, "fp32"),
+    "digits-4step": Case("digits", 8, "fp32", run="4step"),
+    "imagenet64, small": Case("imagenet64", 2, "bf16-body", tiny=True),
+}
 # Quantities of the table: its heading, the unit that they are told in, and decimals.
 COLUMNS = {
     "network passes": ("passes", 1, 0), "samples through encoders": ("encoded", 1, 0),
@@ -44,8 +51,8 @@ Found = dict[str, dict[str, Any]]
 CHILD = "import sys, benchmarks, tests; sys.path.insert(0, sys.argv[1]); from benchmarks.counting import main; main()"
 
 
-def counted(checkout: Path, case: Case) -> Found:
-    """Counts of the two kinds of iterations of a checkout, in a process of its own.
+def counted(checkout: Path, case: Case) -> Any:
+    """Counts of a case in a checkout, in a process of its own: by kind of iteration, or of compilation.
 
     Raises:
         UserError: it failed.
@@ -79,9 +86,19 @@ def passes(case: str, versions: dict[str, Found]) -> list[str]:
     ]
 
 
+def compilation(ways: list[str]) -> str:
+    """Table of what compilation traces; no graph should come later, and none should break."""
+    rows = []
+    for (name, case), how in product(COMPILED.items(), ways):
+        found = counted(ROOT, case._replace(compile=how))
+        rows.append([f"{name}, {case.precision}", how, *(str(found[key]) for key in ("graphs", "breaks", "later"))])
+    return markdown(["case", "compile", "graphs of two iterations", "graph breaks", "graphs traced later"], rows)
+
+
 def main(
     cases: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(CASES)}; all by default")] = None,
     against: Annotated[Path | None, typer.Option(help="another checkout, which comes first")] = None,
+    compile: Annotated[str, typer.Option(help="also count what PyTorch traces: blocks, network")] = "",
     precision: Annotated[str, typer.Option(help="of this checkout, separated by commas; by default the base's")] = "",
 ) -> None:
     with readable_errors():
@@ -98,6 +115,8 @@ def main(
             print(f"{name} is counted", file=sys.stderr, flush=True)
         print(markdown(["case", "iteration", *(heading for heading, _, _ in COLUMNS.values())], lines))
         print("\n" + "\n".join(text))
+        if compile:
+            print("\n" + compilation(listed(compile)))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def network_alone(weights: Path, batch: int, device: str, repeats: int) -> str:
 
 def sampled(weights: Path, precisions: list[str], count: int, batch: int, device: str, rounds: int, tiny: bool) -> str:
     """Rates of a student's sampler alone, and of sampler and features as an evaluation runs them."""
-    from benchmarks.train_step import tiny_config
+    from benchmarks.random_runs import tiny_config
     from dmd2.experiment.tables import load_base
     from dmd2.networks.denoisers import SAMPLING
     from dmd2.planning.memory import architecture

@@ -23,12 +23,26 @@ from dmd2.training.trainer import Training
 
 ENDLESS = 10**9  # iterations: nothing is logged or saved before
 
+# Of `tiny_config`: two levels, the lower one with attention.
+TINY = {
+    "sample_size": 16, "layers_per_block": 1, "block_out_channels": [32, 64],
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}  # fmt: skip
+
 
 def changed(cfg: RunConfig, batch: int, precision: str) -> RunConfig:
     """The run with another batch and precision, which never logs."""
     optim = cfg.optim.model_copy(update={"batch": batch})
     endless = {"steps": ENDLESS, "log_every": ENDLESS, "precision": precision, "init_from": None}
     return cfg.model_copy(update={"optim": optim, "train": cfg.train.model_copy(update=endless)})
+
+
+def tiny_config(cfg: RunConfig) -> RunConfig:
+    """An ADM run, such as that of ImageNet-64, with a small network on images of 16 pixels."""
+    assert cfg.teacher.network is not None
+    teacher = cfg.teacher.model_copy(update={"network": {**cfg.teacher.network, **TINY}})
+    return cfg.model_copy(update={"teacher": teacher, "data": cfg.data.model_copy(update={"resolution": 16})})
 
 
 def hardware(device: str, threads: int = 1, **options: Any) -> Hardware:

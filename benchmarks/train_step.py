@@ -23,7 +23,7 @@ import typer
 
 from benchmarks import official
 from benchmarks.device import matrix_rate, name_of_device, runtime_calls, seconds
-from benchmarks.random_runs import changed, hardware, random_training
+from benchmarks.random_runs import changed, hardware, random_training, tiny_config
 from benchmarks.tables import listed, markdown
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.precision import float32_products
@@ -35,14 +35,9 @@ from dmd2.planning.memory import Counted
 CALLS = ["launches", "kernels", "waits", "to host", "busy, ms"]  # per iteration, by the profiler
 HEAD = ["procedure", "ms / iteration (range)", "images / s", "peak, GB", *CALLS,
         "share of the matrix rate"]  # fmt: skip
-# 16 x 16 images, two levels, the lower one with attention: the same network in either code.
+# The network of `tiny_config`, in its code.
 TINY_OFFICIAL = {"augment_dim": 0, "model_channels": 32, "channel_mult": [1, 2], "channel_mult_emb": 4, "num_blocks": 1,
                  "attn_resolutions": [8], "dropout": 0.0, "label_dropout": 0}  # fmt: skip
-TINY = {
-    "sample_size": 16, "layers_per_block": 1, "block_out_channels": [32, 64],
-    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-}  # fmt: skip
 
 
 @dataclass
@@ -111,13 +106,6 @@ def row(one: Procedure, batch: int, flops: float, rate: float, first: Procedure)
     return [one.name, f"{1000 * middle:.1f} ({1000 * min(one.times):.1f} to {1000 * max(one.times):.1f})",
             f"{batch / middle:.1f}", f"{one.peak / 1e9:.1f}" if shown else "-", *calls,
             f"{flops / middle / rate:.0%}", f"{ratio:.2f}"]  # fmt: skip
-
-
-def tiny_config(cfg: RunConfig) -> RunConfig:
-    """The run with the small network."""
-    assert cfg.teacher.network is not None
-    teacher = cfg.teacher.model_copy(update={"network": {**cfg.teacher.network, **TINY}})
-    return cfg.model_copy(update={"teacher": teacher, "data": cfg.data.model_copy(update={"resolution": 16})})
 
 
 def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, list[Any]]) -> list[Procedure]:
