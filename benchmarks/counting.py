@@ -40,7 +40,7 @@ CASTS = {"_to_copy", "copy_", "_foreach_copy_"}
 class Case(NamedTuple):
     """A run of a base (by default the base itself) and how it is trained; `lora` is the rank of a student, 0 none.
 
-    meta: on the meta device. tiny: with a small network. compile: what is compiled, of which other things are counted.
+    meta: on the meta device. tiny: with a small network. compiled: what PyTorch compiles; other things are counted then.
     """
 
     base: str
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     meta: bool = True
     run: str = ""
     tiny: bool = False
-    compile: str = ""
+    compiled: str = ""
 
     @property
     def config(self) -> RunConfig:
@@ -175,12 +175,12 @@ def trained(case: Case, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def compiled(case: Case) -> dict[str, int]:
+def traced(case: Case) -> dict[str, int]:
     """Graphs that PyTorch traces for compilation in the first two iterations and later, and breaks between graphs.
 
     The CPU runs them as they were traced, since it is the tracing that decides.
     """
-    traced, plain = list[int](), torch.compile
+    graphs, plain = list[int](), torch.compile
 
     def eager(function: Any = None, **options: Any) -> Any:
         return plain(function, **{**options, "backend": "eager"})
@@ -188,18 +188,18 @@ def compiled(case: Case) -> dict[str, int]:
     torch._dynamo.reset()
     counters.clear()
     with mock.patch("torch.compile", eager):
-        training = random_training(case.config, hardware("cpu", compile=case.compile))
+        training = random_training(case.config, hardware("cpu", compiled=case.compiled))
         for _ in range(3 * case.config.critic.ratio):
             training.iterate()
-            traced.append(counters["stats"]["unique_graphs"])
-    return {"graphs": traced[1], "later": traced[-1] - traced[1], "breaks": sum(counters["graph_break"].values())}
+            graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": graphs[1], "later": graphs[-1] - graphs[1], "breaks": sum(counters["graph_break"].values())}
 
 
 def main() -> None:
     """Write the counts of the case that the last argument gives as JSON."""
     case = Case(*json.loads(sys.argv[-1]))
     torch.set_num_threads(1)
-    count = compiled if case.compile else on_meta if case.meta else on_cpu
+    count = traced if case.compiled else on_meta if case.meta else on_cpu
     print(json.dumps(count(case)))
 
 

@@ -6,7 +6,7 @@
 Network passes, samples that are encoded and decoded, operations that launch kernels, bytes that conversions of dtype
 write, uploads, places where the host waits for the device, arithmetic, and the peak of memory: see
 `benchmarks.counting`. The other checkout takes the first precision; small networks always take that of their base.
-``--compile blocks,network`` adds graphs, graph breaks and recompilations of small networks.
+``--compiled blocks,network`` adds graphs, graph breaks and recompilations of small networks.
 """
 
 import json
@@ -90,15 +90,15 @@ def compilation(ways: list[str]) -> str:
     """Table of what compilation traces; no graph should come later, and none should break."""
     rows = []
     for (name, case), how in product(COMPILED.items(), ways):
-        found = counted(ROOT, case._replace(compile=how))
+        found = counted(ROOT, case._replace(compiled=how))
         rows.append([f"{name}, {case.precision}", how, *(str(found[key]) for key in ("graphs", "breaks", "later"))])
-    return markdown(["case", "compile", "graphs of two iterations", "graph breaks", "graphs traced later"], rows)
+    return markdown(["case", "compiled", "graphs of two iterations", "graph breaks", "graphs traced later"], rows)
 
 
 def main(
     cases: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(CASES)}; all by default")] = None,
     against: Annotated[Path | None, typer.Option(help="another checkout, which comes first")] = None,
-    compile: Annotated[str, typer.Option(help="also count what PyTorch traces: blocks, network")] = "",
+    compiled: Annotated[str, typer.Option(help="also count what PyTorch traces: blocks, network")] = "",
     precision: Annotated[str, typer.Option(help="of this checkout, separated by commas; by default the base's")] = "",
 ) -> None:
     with readable_errors():
@@ -115,8 +115,8 @@ def main(
             print(f"{name} is counted", file=sys.stderr, flush=True)
         print(markdown(["case", "iteration", *(heading for heading, _, _ in COLUMNS.values())], lines))
         print("\n" + "\n".join(text))
-        if compile:
-            print("\n" + compilation(listed(compile)))
+        if compiled:
+            print("\n" + compilation(listed(compiled)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Beside each measured peak stands what dmd2/planning/memory.py predicts for the same settings. On the CPU (float32, two
 images; 14 GB for ImageNet-64) the peak of the process less what it had before, which has the workspaces of the
 convolutions on top, and once that of the tensors alone. On a GPU (40 images, 2 of a text base; see `--batch`) a
-Markdown table with a line for each `--precision`, `--compile` and `--batch`, which are separated by commas. The
+Markdown table with a line for each `--precision`, `--compiled` and `--batch`, which are separated by commas. The
 weights are random, so the losses mean nothing; no data, no teacher and no pipeline are needed. Stable Diffusion:
 
     python -m benchmarks.full_size sd15 --checkpointing
@@ -35,7 +35,7 @@ from dmd2.planning.memory import Counted, Setup
 from dmd2.planning.plan import varied
 
 GB = 1e9
-HEAD = ["precision", "compile", "images", "s/iteration", "images/s", "peak, GB", "plan, GB", "peak / plan", "reserved"]
+HEAD = ["precision", "compiled", "images", "s/iteration", "images/s", "peak, GB", "plan, GB", "peak / plan", "reserved"]
 
 
 def main(
@@ -46,7 +46,7 @@ def main(
     lora: Annotated[int, typer.Option(help="rank of a low-rank student; 0: as the base says")] = 0,
     states: Annotated[str, typer.Option(help="of AdamW: fp32 or 8bit")] = "fp32",
     precision: Annotated[str, typer.Option(help="by default bf16 on a GPU, fp32 on the CPU")] = "",
-    compile: Annotated[str, typer.Option(help="training.compile of a cluster file")] = "",
+    compiled: Annotated[str, typer.Option(help="values of training.compiled of a cluster file")] = "",
     blocks: Annotated[int, typer.Option(help="timed on a GPU, each of critic.ratio iterations")] = 3,
 ) -> None:
     torch.set_num_threads(threads)
@@ -58,8 +58,8 @@ def main(
         if on_a_gpu:
             print(f"{base}, checkpointing {checkpointing}, low rank {lora}, {torch.cuda.get_device_name()}, torch "
                   f"{torch.__version__}, commit {commit()}, {blocks} blocks\n\n{markdown(HEAD, [])}")  # fmt: skip
-        for kind, how, size in product(kinds, listed(compile) or [None], sizes):
-            place = hardware("cuda" if on_a_gpu else "cpu", threads, checkpointing=checkpointing, compile=how)
+        for kind, how, size in product(kinds, listed(compiled) or [None], sizes):
+            place = hardware("cuda" if on_a_gpu else "cpu", threads, checkpointing=checkpointing, compiled=how)
             case = changed(cfg, size, kind)
             if on_a_gpu:
                 print(line([kind, how or "default", str(size), *on_gpu(case, manifest, place, blocks)]), flush=True)

@@ -36,9 +36,9 @@ best=${PRECISION##*,}
 for part in ${*:-step blocks network graphs evaluation small sdxl-lora sdxl}; do
     case $part in
     step) measure step 540 train_step $beside --precision "$PRECISION" $step ;;
-    blocks | network) measure "compiled-$part" 590 train_step $beside --precision "$best" --compile "$part" $step ;;
+    blocks | network) measure "compiled-$part" 590 train_step $beside --precision "$best" --compiled "$part" $step ;;
     graphs) measure graphs 590 train_step $beside --precision "$best" --graphs off,on $step ;;
-    network-graphs) measure $part 590 train_step $beside --precision "$best" --compile network --graphs on $step ;;
+    network-graphs) measure $part 590 train_step $beside --precision "$best" --compiled network --graphs on $step ;;
     evaluation) measure evaluation 590 evaluation ${evaluation:---images 2048 --sizes 64 --rounds 2} ;;
     small)
         for base in digits ${bases-fashion}; do

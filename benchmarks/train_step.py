@@ -1,7 +1,7 @@
 """A training step beside the official one of DMD2 on ImageNet-64: both in one process on one GPU, in turns.
 
     git clone https://github.com/tianweiy/DMD2 && git -C DMD2 checkout 8d8fa55
-    python -m benchmarks.train_step --official DMD2 --precision bf16,bf16-body --compile off,network --graphs off,on
+    python -m benchmarks.train_step --official DMD2 --precision bf16,bf16-body --compiled none,network --graphs off,on
 
 Nothing of the official code is in this project: see `benchmarks.official`. Weights are random, and so are real images;
 the official ones lie on the GPU, ours come through our own batches. Blocks of one update of the student are taken in
@@ -120,7 +120,7 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
     if with_official:
         found.append(started("official", theirs, ratio))
     for precision, compilation, graphs in product(*ways.values()):
-        options = {"compile": compilation, "graphs": graphs}
+        options = {"compiled": compilation, "graphs": graphs}
 
         def ours(precision: str = precision, options: dict[str, Any] = options) -> Callable[[], Any]:
             place = hardware(device, torch.get_num_threads(), **options)
@@ -133,7 +133,7 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
 
             return iterate
 
-        words = [precision, f"compile {compilation}" if compilation else "", "graphs" if graphs else ""]
+        words = [precision, f"compiled {compilation}" if compilation else "", "graphs" if graphs else ""]
         found.append(started("ours, " + ", ".join(filter(None, words)), ours, ratio))
     return found
 
@@ -145,7 +145,7 @@ def main(
     batch: Annotated[int, typer.Option(help="by default 40 of ImageNet-64, 2 if tiny, else the base's")] = 0,
     blocks: Annotated[int, typer.Option(help="that are timed, each of one update of the student")] = 8,
     precision: Annotated[str, typer.Option(help="values of train.precision, separated by commas")] = "",
-    compile: Annotated[str, typer.Option(help="values of training.compile of a cluster file")] = "",
+    compiled: Annotated[str, typer.Option(help="values of training.compiled of a cluster file")] = "",
     graphs: Annotated[str, typer.Option(help="off, on or both: training.graphs")] = "",
     kernels: Annotated[int, typer.Option(help="of the GPU that are listed")] = 12,
     tiny: Annotated[bool, typer.Option("--tiny", help="small networks on two images")] = False,
@@ -160,7 +160,7 @@ def main(
             if base != "imagenet64":
                 raise UserError(f"the official procedure is that of imagenet64: leave out --official for {base}")
             official.use(checkout, edm)
-        ways = {"precision": listed(precision) or [cfg.train.precision], "compile": listed(compile) or [None],
+        ways = {"precision": listed(precision) or [cfg.train.precision], "compiled": listed(compiled) or [None],
                 "graphs": [{"on": True, "off": False}[value] for value in listed(graphs)] or [None]}  # fmt: skip
         found, ratio = procedures(cfg, tiny, checkout is not None, ways), cfg.critic.ratio
         for number in range(blocks):
