@@ -40,7 +40,7 @@ CASTS = {"_to_copy", "copy_", "_foreach_copy_"}
 class Case(NamedTuple):
     """A run of a base (by default the base itself) and how it is trained; `lora` is the rank of a student, 0 none.
 
-    meta: on the meta device. tiny: with a small network. compiled: what PyTorch compiles; other things are counted then.
+    meta: on the meta device. tiny: with a small network. compiled: what PyTorch compiles (see `traced`).
     """
 
     base: str
