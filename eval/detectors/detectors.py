@@ -87,7 +87,7 @@ def load_detector(name: str, weights: Path = WEIGHTS, device: torch.device | str
     Args:
         name: one of `NETWORKS`, ``clip-<folder of an open_clip model>``, or ``<data>-classifier``.
         weights: parent of the weights' folders.
-        device: where it runs; features come back on the CPU.
+        device: where it runs and leaves its features.
 
     Raises:
         UserError: unknown, or its weights are missing (nothing is downloaded here) or changed.
