@@ -91,7 +91,7 @@ class ClipScore:
 
     Args:
         model_dir: folder of an open_clip model; the published numbers use ``clip-ViT-g-14``.
-        device: where it runs; cosines come back on the CPU.
+        device: where it runs.
         tower: the same folder as a detector, if it is loaded already: the network is then not loaded again.
     """
 
