@@ -32,6 +32,7 @@ from eval.detectors.reference import Engine
 from eval.detectors.small_clip import train_clip
 from eval.pixels.images import open_images
 from eval.pixels.resize import Geometry
+from eval.runs import __main__ as commands
 from eval.runs import evaluate
 from tests import tiny, tiny_pipelines
 from tests.conftest import ROOT
@@ -123,7 +124,7 @@ def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
             with pytest.raises(
                 SystemExit, match=r"another process makes metrics.json \(process \d+ on .*\); wait for it or stop it"
             ):
-                evaluate.teacher("twice", out, cfg.model_dump_json())
+                commands.teacher("twice", out, cfg.model_dump_json())
         finally:
             first.send_signal(signal.SIGCONT)
             _, told = first.communicate()
