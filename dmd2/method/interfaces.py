@@ -16,6 +16,12 @@ class Optimiser(Protocol):
 
     parameters: list[nn.Parameter]
 
+    def hold_rate_on_device(self) -> None:
+        """Keep the learning rate in a tensor that `step` leaves alone; from now on `set_rate` comes before it."""
+
+    def set_rate(self, it: int) -> None:
+        """Set the learning rate of iteration `it`."""
+
     def step(self, it: int) -> Tensor:
         """Update at iteration `it` and clear the gradients; returns their norm before clipping."""
 

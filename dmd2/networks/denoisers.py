@@ -40,6 +40,7 @@ class Denoiser(nn.Module):
     """
 
     kind: type[Schedule]
+    _call, _encode, _decode = staticmethod(call_network), staticmethod(encode), staticmethod(decode)
 
     def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__()
@@ -54,20 +55,20 @@ class Denoiser(nn.Module):
         """The network's raw output for ``x_t``, float32."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            return call_network(self.running, sample, time, cond.cast(sample.dtype)).float()
+            return self._call(self.running, sample, time, cond.cast(sample.dtype)).float()
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Bottleneck features of the network at ``x_t``, float32 ``(B, C, h, w)``; the decoder is not run."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            return encode(self.running, sample, time, cond.cast(sample.dtype)).bottleneck.float()
+            return self._encode(self.running, sample, time, cond.cast(sample.dtype)).bottleneck.float()
 
     def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
         """`forward` of the first `predicted` samples and `features` of the others, in one pass."""
         sample, time = self.network_input(x_t, t)
         with self.autocast(x_t):
-            encoded = encode(self.running, sample, time, cond.cast(sample.dtype))
-            raw = decode(self.running, encoded.first(predicted))
+            encoded = self._encode(self.running, sample, time, cond.cast(sample.dtype))
+            raw = self._decode(self.running, encoded.first(predicted))
         prediction = self.prediction(x_t[:predicted], t[:predicted], raw.float())
         return prediction, encoded.bottleneck[predicted:].float()
 
@@ -96,6 +97,11 @@ class Denoiser(nn.Module):
             if p.requires_grad:
                 lowered.register_post_accumulate_grad_hook(lambda lowered, p=p: _hand_over(lowered, p))
         self._copy = [deepcopy(self.network, memo)]
+
+    def compile_passes(self, **options: Any) -> None:
+        """Have ``torch.compile`` compile the network as passes run it; `options` are handed to it."""
+        compiled = (torch.compile(function, **options) for function in (call_network, encode, decode))
+        self._call, self._encode, self._decode = compiled
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -29,7 +29,7 @@ class Optimiser:
     def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float, clips: bool = True) -> None:
         self.modules = [module for module in modules if module is not None]
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        self.cfg, self.lr, self.clips = cfg, lr, clips
+        self.cfg, self.lr, self.clips, self.rate_is_held = cfg, lr, clips, False
         self.sharded = any(span(p) is not None for p in self.parameters)
         self.sums = GradientSums(self.parameters)
         self.owned = [nn.Parameter(local(p)) for p in self.parameters] if self.sharded else self.parameters
@@ -49,16 +49,28 @@ class Optimiser:
         """Learning rate of iteration `it`."""
         return self.lr * min(1.0, it * self.cfg.ticks_per_iteration / self.cfg.warmup) if self.cfg.warmup else self.lr
 
-    def step(self, it: int) -> Tensor:
-        """Sum gradients over processes, clip their joint norm, update, clear; returns the norm before clipping."""
-        norm = self._joint_norm()
-        if self.clips:
-            nn.utils.clip_grads_with_norm_(self.owned, self.cfg.clip, norm)
+    def set_rate(self, it: int) -> None:
+        """Set the learning rate of iteration `it`."""
         for group in self.adamw.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self.lr_at(it))
             else:
                 group["lr"] = self.lr_at(it)
+
+    def hold_rate_on_device(self) -> None:
+        """Keep the learning rate in a float32 tensor that `step` leaves alone: a replayed update reads it there."""
+        self.rate_is_held = True
+        for group in self.adamw.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=self.owned[0].device)
+            group["capturable"] = self.owned[0].is_cuda
+
+    def step(self, it: int) -> Tensor:
+        """Sum gradients over processes, clip their joint norm, update, clear; returns the norm before clipping."""
+        norm = self._joint_norm()
+        if self.clips:
+            nn.utils.clip_grads_with_norm_(self.owned, self.cfg.clip, norm)
+        if not self.rate_is_held:
+            self.set_rate(it)
         # For a CPU it takes longer to compile the 8-bit update for each shape of parameter than to run it.
         eager = self.cfg.states == "8bit" and not norm.is_cuda
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():

@@ -1,0 +1,176 @@
+"""How passes are executed, beside the method: compiled, or recorded once as CUDA graphs and replayed."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from dmd2.core.rng import Draws
+from dmd2.experiment.config import TrainConfig
+from dmd2.method.batches import Batch
+from dmd2.method.interfaces import Models
+from dmd2.method.step import Logs, train_step
+from dmd2.training.sharding import UNITS
+
+VARIANTS = 64  # of one function that PyTorch compiles before it gives up: networks, turns, frozen or not, shapes
+
+Step = Callable[[Models, Iterable[Batch], int, TrainConfig], Logs]
+Recording = Callable[[Callable[[], Logs]], Callable[[], Logs]]
+
+
+def compile_passes(models: Models, what: Literal["blocks", "network"], cache: str, backend: str = "inductor") -> None:
+    """Let PyTorch compile what student, teacher and critic run, for the shapes that training has.
+
+    Args:
+        what: each block by itself, or the whole network, encoder and decoder apart where a pass needs it.
+        cache: folder of the compiled code, which later runs of the same networks take from there.
+        backend: of ``torch.compile``.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache).resolve()))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for denoiser in (models.student, models.teacher, models.critic):
+        if what == "network":
+            denoiser.compile_passes(backend=backend, dynamic=False, fullgraph=True)
+        else:
+            for block in blocks_of(denoiser.running):
+                block.compile(backend=backend, dynamic=False)
+
+
+def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+    """Residual, attention and transformer blocks that are in no other of them."""
+    for child in network.children():
+        if isinstance(child, (*UNITS, Attention)):
+            yield child
+        else:
+            yield from blocks_of(child)
+
+
+@dataclass(frozen=True)
+class HeldDraws(Draws):
+    """Draws that keep each tensor which they make, by its address, and give it again when asked again."""
+
+    made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    shared: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(draws: Draws, made: dict[tuple[Any, ...], Tensor] | None = None) -> "HeldDraws":
+        """Held draws for the rows of `draws`."""
+        return HeldDraws(**{f.name: getattr(draws, f.name) for f in fields(Draws)}, made={} if made is None else made)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Draws.normal`."""
+        if ("normal", name, shape) not in self.made:
+            self.made["normal", name, shape] = super().normal(name, shape)
+        return self.made["normal", name, shape]
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """See `Draws.integers`."""
+        if ("integers", name, low, high) not in self.made:
+            self.made["integers", name, low, high] = super().integers(name, low, high)
+        return self.made["integers", name, low, high]
+
+    def shared_integer(self, name: str, low: int, high: int) -> int:
+        """See `Draws.shared_integer`."""
+        self.shared[name, low, high] = super().shared_integer(name, low, high)
+        return self.shared[name, low, high]
+
+    def refill(self, draws: Draws) -> None:
+        """Overwrite each tensor with what `draws` gives for its address."""
+        for (kind, *address), tensor in self.made.items():
+            tensor.copy_(getattr(draws, kind)(*address))
+
+
+class ReplayedStep:
+    """`train_step` with its kernels recorded once for each kind of iteration, and replayed as one CUDA graph.
+
+    A kind is who is updated, with the integers that all samples share, such as the step of backward simulation. The
+    first iteration of a kind runs as usual and tells which tensors are drawn; the second is recorded. Afterwards batch
+    and draws are copied into the recorded tensors, and only a replay is launched. So the numbers are those of
+    `train_step`, up to what kernels do differently in other memory.
+
+    Args:
+        record: makes of a function that launches kernels one that launches them again and returns the logs.
+    """
+
+    def __init__(self, models: Models, record: Recording | None = None) -> None:
+        self.record = record or _cuda_graph(torch.cuda.graph_pool_handle())
+        self.asked: dict[tuple[bool, bool], list[tuple[str, int, int]]] = {}  # shared integers, by turns
+        self.addresses: dict[Any, list[dict[tuple[Any, ...], Tensor]]] = {}
+        self.replays: dict[Any, tuple[list[Batch], Callable[[], Logs]]] = {}
+        for optimiser in (models.student_optimiser, models.critic_optimiser):
+            optimiser.hold_rate_on_device()
+
+    def __call__(self, m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainConfig) -> Logs:
+        """One iteration; see `train_step`."""
+        batches, turns = list(micro_batches), cfg.critic.turns(it)
+        for optimiser in (m.student_optimiser, m.critic_optimiser):
+            optimiser.set_rate(it)
+        shared = self.asked.get(turns)
+        kind = None if shared is None else (turns, *(batches[0].draws.shared_integer(*asked) for asked in shared))
+        if kind not in self.addresses:
+            return self._first(m, batches, it, cfg)
+        if kind not in self.replays:
+            held = [
+                replace(_copied(batch), draws=HeldDraws.of(batch.draws, made))
+                for batch, made in zip(batches, self.addresses[kind], strict=True)
+            ]
+            self.replays[kind] = held, self.record(lambda: train_step(m, held, it, cfg))
+        held, replay = self.replays[kind]
+        for mine, batch in zip(held, batches, strict=True):
+            assert isinstance(mine.draws, HeldDraws)
+            mine.draws.refill(batch.draws)
+            for tensor, value in zip(_tensors(mine), _tensors(batch), strict=True):
+                tensor.copy_(value)
+        return replay()
+
+    def _first(self, m: Models, batches: list[Batch], it: int, cfg: TrainConfig) -> Logs:
+        held = [replace(batch, draws=HeldDraws.of(batch.draws)) for batch in batches]
+        logs, turns = train_step(m, held, it, cfg), cfg.critic.turns(it)
+        draws = [batch.draws for batch in held if isinstance(batch.draws, HeldDraws)]
+        self.asked[turns] = list(draws[0].shared)
+        self.addresses[turns, *draws[0].shared.values()] = [one.made for one in draws]
+        return logs
+
+
+def _cuda_graph(pool: Any) -> Recording:
+    def record(launch: Callable[[], Logs]) -> Callable[[], Logs]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logs = launch()
+            values = torch.stack([value.float() for value in logs.values()])
+
+        def replay() -> Logs:
+            graph.replay()
+            return dict(zip(logs, values.clone().unbind(), strict=True))
+
+        return replay
+
+    return record
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in dataclasses and tuples, in order; those of draws are none of a batch."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, Draws):
+        for one in fields(value):
+            yield from _tensors(getattr(value, one.name))
+
+
+def _copied(value: Any) -> Any:
+    """The same with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    if is_dataclass(value) and not isinstance(value, Draws | type):
+        return replace(value, **{one.name: _copied(getattr(value, one.name)) for one in fields(value)})
+    return value

@@ -1,0 +1,78 @@
+"""Compiled passes and recorded iterations compute what plain ones do, and are compiled or recorded once."""
+
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dmd2.core.rng import Draws
+from dmd2.method.step import train_step
+from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes
+from tests import tiny
+
+FOUR = {"generator": {"input": "backward_simulation", "steps": 4, "time": 80.0}}
+REAL = {"generator": {"input": "noised_real", "steps": 4, "time": 80.0}}
+
+
+@pytest.mark.parametrize("what", ["blocks", "network"])
+def test_compiled_passes_change_nothing_and_are_compiled_in_the_first_two_turns(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cfg = tiny.config("edm-attention", critic__ratio=2)
+    plain, compiled = (tiny.models("edm-attention", cfg) for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_passes(compiled, what, str(tmp_path), backend="eager")
+    batches, graphs = tiny.batches("edm-attention", cfg), []
+    for it in range(6):
+        expected, found = (train_step(m, batches.at(it), it, cfg) for m in (plain, compiled))
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(
+            {name: value.item() for name, value in expected.items()}, rel=1e-5, abs=1e-7
+        )
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 5  # a student's turn with the critic's, and the critic's alone
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize(("kind", "count"), [("edm-attention", 8), ("eps-text", 8)])
+def test_every_block_is_compiled_once(kind, count):
+    blocks = list(blocks_of(tiny.network(kind, 0)))
+    assert len(blocks) == len({id(block) for block in blocks}) >= count
+    assert not any(a in set(b.modules()) - {b} for a, b in itertools.permutations(blocks, 2))
+
+
+class Recorder:
+    """Stands in for a CUDA graph: runs the recorded function again, in which nothing may be drawn."""
+
+    def __init__(self, monkeypatch):
+        self.recorded, self.replayed, self.patch = 0, 0, monkeypatch
+
+    def __call__(self, launch):
+        self.recorded += 1
+
+        def refused(*_):
+            raise AssertionError("a draw inside a recorded iteration")
+
+        def replay():
+            self.replayed += 1
+            with self.patch.context() as patch:
+                patch.setattr(Draws, "normal", refused)
+                patch.setattr(Draws, "integers", refused)
+                return launch()
+
+        return replay
+
+
+@pytest.mark.parametrize("changes", [{}, {"optim__batch": 5}, FOUR, REAL, {"critic__shares_iteration": False}])
+def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
+    cfg = tiny.config("edm", **{"critic__ratio": 3, "regression__weight": 0.5, "optim__warmup": 40, **changes})
+    plain, replayed = (tiny.models("edm", cfg) for _ in range(2))
+    recorder = Recorder(monkeypatch)
+    step, batches = ReplayedStep(replayed, recorder), tiny.batches("edm", cfg)
+    for it in range(24):
+        expected, found = train_step(plain, batches.at(it), it, cfg), step(replayed, batches.at(it), it, cfg)
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(
+            {name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6
+        )  # a rate in float32 is rounded
+    kinds = 8 if changes is FOUR else 2
+    assert recorder.recorded <= kinds and recorder.replayed >= 24 - 2 * kinds
