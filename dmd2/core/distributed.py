@@ -110,11 +110,14 @@ class GradientSums:
         self.buckets: list[list[int]] = []  # numbers of parameters; laid out by the first `finish`
         self._begin()
 
-    def overlap(self, passes: int) -> None:
-        """Send buckets while the last of `passes` backward passes of an update runs, not all of them in `finish`."""
+    def overlap(self, passes: int, reached: Sequence[nn.Parameter] | None = None) -> None:
+        """Send buckets while the last of `passes` backward passes of an update runs, not all of them in `finish`.
+
+        `reached` are what backward reaches in the place of `parameters`: their copies in another dtype.
+        """
         self.passes = passes
         if world_size() > 1:
-            for number, p in enumerate(self.parameters):
+            for number, p in enumerate(reached or self.parameters):
                 p.register_post_accumulate_grad_hook(lambda _, number=number: self._accumulated(number))
 
     def finish(self) -> None:

@@ -48,15 +48,15 @@ class Resources(Strict):
         return self.model_dump(exclude={"threads", "device"}, exclude_none=True)
 
 
-class Training(Strict):
-    """How a training runs inside its job; none of it changes the numbers beyond rounding.
+class Execution(Strict):
+    """How a process of a training runs what the method computes; none of it changes the numbers beyond rounding.
 
     deterministic: also holds for the teacher's training. It is no part of a base, since it chooses between roundings of
         one computation, as the kind of GPU does.
+    compiled: by PyTorch, for the shapes of the training; blocks take less time to compile than whole networks.
+    graphs: record the kernels of an iteration once and replay them, for networks so small that launching takes longest.
     """
 
-    nodes: Positive = 1
-    processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
     deterministic: Annotated[
         bool,
         Field(description="kernels that give the same bits every time, also on a GPU; slower there"),
@@ -66,6 +66,24 @@ class Training(Strict):
     checkpointing: Annotated[bool, Field(description="recompute activations in backward instead of keeping them")] = (
         False
     )
+    compiled: Annotated[Literal["none", "blocks", "network"], Field(description="passes compiled by PyTorch")] = "none"
+    compile_cache: Annotated[str, Field(description="folder of compiled code, of all trainings")] = "data/compiled"
+    graphs: Annotated[bool, Field(description="replay iterations as CUDA graphs; one process on a GPU")] = False
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.shard and (self.compiled != "none" or self.graphs):
+            raise ValueError("shard gathers weights in a pass, which is neither compiled nor recorded: leave out one")
+        if self.checkpointing and self.compiled == "network":
+            raise ValueError("checkpointing recomputes blocks, which compiled: network dissolves: use compiled: blocks")
+        return self
+
+
+class Training(Execution):
+    """How trainings run in their jobs."""
+
+    nodes: Positive = 1
+    processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
     signal_seconds: Annotated[int, Field(ge=1, description="warning before the time limit, to save and requeue")] = 120
     poll_seconds: Annotated[float, Field(gt=0, description="between two looks of all waiting launchers")] = 15
 
@@ -79,7 +97,7 @@ class Training(Strict):
 
 @dataclass(frozen=True)
 class Hardware:
-    """How one process of a training runs; it changes nothing beyond rounding. See `Training`."""
+    """What one process of a training runs on, and how; it changes nothing beyond rounding. See `Execution`."""
 
     device: str = "cpu"
     threads: int = 1
@@ -87,6 +105,9 @@ class Hardware:
     shard: bool = False
     checkpointing: bool = False
     deterministic: bool = False
+    compiled: Literal["none", "blocks", "network"] = "none"
+    compile_cache: str = "data/compiled"
+    graphs: bool = False
 
 
 class Jobs(Strict):
@@ -124,6 +145,8 @@ class Cluster(Strict):
     @model_validator(mode="after")
     def _fits_slurm(self) -> Self:
         runtime, seconds = self.jobs.train.runtime, self.training.signal_seconds
+        if self.training.graphs and (self.jobs.train.device == "cpu" or self.training.nodes * self.processes > 1):
+            raise ValueError("training.graphs is for one process on one GPU: leave it out, or the other processes")
         if self.launcher == "local":
             return self
         if runtime is None:
@@ -151,7 +174,7 @@ class Cluster(Strict):
     @property
     def hardware(self) -> Hardware:
         """How each process of a training runs."""
-        values = self.training.model_dump(include={"micro_batch", "shard", "checkpointing", "deterministic"})
+        values = self.training.model_dump(include=set(Execution.model_fields))
         return Hardware(self.jobs.train.device, self.jobs.train.threads, **values)
 
     @property

@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
 
     def compile_passes(self, **options: Any) -> None:
         """Have ``torch.compile`` compile the network as passes run it; `options` are handed to it."""
-        compiled = (torch.compile(function, **options) for function in (call_network, encode, decode))
+        compiled: Any = [torch.compile(function, **options) for function in (call_network, encode, decode)]
         self._call, self._encode, self._decode = compiled
 
     @torch.no_grad()

@@ -10,17 +10,50 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from dmd2.core import distributed
+from dmd2.core.errors import UserError
 from dmd2.core.rng import Draws
+from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.method.step import Logs, train_step
-from dmd2.training.sharding import UNITS
+from dmd2.training.sharding import UNITS, equal_passes
 
 VARIANTS = 64  # of one function that PyTorch compiles before it gives up: networks, turns, frozen or not, shapes
 
 Step = Callable[[Models, Iterable[Batch], int, TrainConfig], Logs]
 Recording = Callable[[Callable[[], Logs]], Callable[[], Logs]]
+
+
+def refuse(run: object, cfg: TrainConfig, hardware: Hardware) -> None:
+    """Check that this process can train the run in this way.
+
+    Raises:
+        UserError: it cannot; the sentence names the key of the cluster file.
+    """
+    processes, size = distributed.world_size(), hardware.micro_batch or cfg.optim.batch
+    if processes > cfg.optim.batch:
+        raise UserError(f"{run}: {processes} processes cannot share a batch of {cfg.optim.batch}")
+    if hardware.shard and processes > 1 and not equal_passes(cfg.optim.batch, size):
+        raise UserError(
+            f"{run}: training.shard needs equally many passes in every process, which training.micro_batch "
+            f"{hardware.micro_batch} does not give {processes} processes of a batch of {cfg.optim.batch}: change it"
+        )
+    if hardware.graphs:
+        device = torch.device(hardware.device).type
+        if device != "cuda" or processes > 1:
+            told = f"needs one process on a GPU, and there are {processes} on a {device} device"
+            raise UserError(f"{run}: training.graphs {told}: leave it out of the cluster file")
+        if cfg.optim.states == "8bit":
+            raise UserError(f"{run}: training.graphs cannot record the update of optim.states 8bit: leave out one")
+
+
+def executed(models: Models, hardware: Hardware) -> Step | None:
+    """Prepare the networks as `hardware` says; returns what runs in the place of `train_step`, if anything does."""
+    if hardware.compiled != "none":
+        compile_passes(models, hardware.compiled, hardware.compile_cache)
+    return ReplayedStep(models) if hardware.graphs else None
 
 
 def compile_passes(models: Models, what: Literal["blocks", "network"], cache: str, backend: str = "inductor") -> None:

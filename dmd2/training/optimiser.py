@@ -43,7 +43,8 @@ class Optimiser:
     def overlap(self, passes: int) -> None:
         """Sum gradients over processes while the last of `passes` backward passes of an update runs, as FSDP does."""
         if not self.sharded:
-            self.sums.overlap(passes)
+            running = [getattr(module, "running", module) for module in self.modules]
+            self.sums.overlap(passes, [p for module in running for p in module.parameters() if p.requires_grad])
 
     def lr_at(self, it: int) -> float:
         """Learning rate of iteration `it`."""

@@ -31,10 +31,10 @@ from dmd2.training.build import build_models, in_bfloat16
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.checkpoint_parts import Spans
 from dmd2.training.checkpoint_thread import CheckpointThread
+from dmd2.training.execution import executed, refuse
 from dmd2.training.record import record_of
 from dmd2.training.sampling import probe_images, to_images
 from dmd2.training.sharding import (
-    equal_passes,
     gathered,
     load_local,
     local,
@@ -59,15 +59,8 @@ class Training:
     def __init__(self, run: RunId, cfg: TrainConfig, hardware: Hardware, inputs: Inputs) -> None:
         self.run_id, self.cfg, self.hardware, self.folder = run, cfg, hardware, run.folder
         self.device = torch.device(hardware.device)
-        if distributed.world_size() > cfg.optim.batch:
-            raise UserError(f"{run}: {distributed.world_size()} processes cannot share a batch of {cfg.optim.batch}")
+        refuse(run, cfg, hardware)
         self.sharded = hardware.shard and distributed.world_size() > 1
-        if self.sharded and not equal_passes(cfg.optim.batch, hardware.micro_batch or cfg.optim.batch):
-            raise UserError(
-                f"{run}: training.shard needs equally many passes in every process, which training.micro_batch "
-                f"{hardware.micro_batch} does not give {distributed.world_size()} processes of a batch of "
-                f"{cfg.optim.batch}: change it"
-            )
         self.key, self.code = current_key(run, inputs.key(cfg, run.seed)), modules_of()
         self.checkpoints = Checkpoints.of(self.folder, self.key)
         self.writer = CheckpointThread(self.checkpoints)
@@ -82,6 +75,7 @@ class Training:
         self.batches = Batches(cfg, run.seed, self.device, size, real, pairs, prompts)
         for optimiser in self.optimisers.values():
             optimiser.overlap(self.batches.passes)
+        self.replayed = executed(self.models, hardware)
         self.to_images = to_images(cfg, self.device)
         self.step, self.seconds = 0, 0.0
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
@@ -149,7 +143,8 @@ class Training:
     def iterate(self) -> None:
         """One iteration with its logging."""
         it = self.step
-        self.recent.append((it, train_step(self.models, self.batches.at(it), it, self.cfg)))
+        step = self.replayed or train_step
+        self.recent.append((it, step(self.models, self.batches.at(it), it, self.cfg)))
         self.step += 1
         if self.ema is not None and self.cfg.optim.ema and self.cfg.critic.turns(it)[0]:
             targets = [local(p.detach()) for p in self.models.student.parameters()]
@@ -190,8 +185,10 @@ class Training:
                 )
 
     def probe(self) -> Tensor:
-        """Images of the student from fixed noise."""
-        return probe_images(self.student, self.cfg, self.batches, self.to_images)
+        """Images of the student from fixed noise; their number is none for which passes are compiled."""
+        compiled = self.hardware.compiled != "none"
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return probe_images(self.student, self.cfg, self.batches, self.to_images)
 
     @property
     def student(self) -> Denoiser:

@@ -1,14 +1,24 @@
 """Compiled passes and recorded iterations compute what plain ones do, and are compiled or recorded once."""
 
 import itertools
+import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
+from dmd2.core.errors import UserError
 from dmd2.core.rng import Draws
+from dmd2.core.run import RunId
+from dmd2.experiment.cluster import Execution, Hardware
+from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.step import train_step
-from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes
+from dmd2.training import execution
+from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes, refuse
+from dmd2.training.trainer import Training
 from tests import tiny
 
 FOUR = {"generator": {"input": "backward_simulation", "steps": 4, "time": 80.0}}
@@ -76,3 +86,49 @@ def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
         )  # a rate in float32 is rounded
     kinds = 8 if changes is FOUR else 2
     assert recorder.recorded <= kinds and recorder.replayed >= 24 - 2 * kinds
+
+
+def test_training_runs_compiled_and_its_probe_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr("dmd2.training.sampling.PROBES", [0, 1, 2])
+    monkeypatch.setattr(execution, "compile_passes", partial(compile_passes, backend="eager"))
+    real = tiny.real_set(Path("set.json"), "edm", tiny.tensors("edm", 32, seed=9))
+    inputs = Inputs(tiny.teacher(Path("teacher"), "edm", "tiny"), real, None, None)
+    cfg = tiny.config("edm", critic__ratio=2, train__steps=4, train__log_every=2, train__precision="bf16-body")
+    torch._dynamo.reset()
+    counters.clear()
+    training = Training(RunId("tiny", "compiled", 0), cfg.training(), Hardware(compiled="network"), inputs)
+    training.iterate()
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    training.probe()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "data/compiled")
+
+
+def test_what_cannot_be_executed_is_refused(monkeypatch):
+    cfg = tiny.config("edm")
+    with pytest.raises(UserError, match="tiny: training.graphs needs one process on a GPU, and there are 1 on a cpu"):
+        refuse("tiny", cfg, Hardware(graphs=True))
+    with pytest.raises(UserError, match="training.graphs cannot record the update of optim.states 8bit"):
+        refuse("tiny", tiny.config("edm", optim__states="8bit"), Hardware("cuda", graphs=True))
+    monkeypatch.setattr(execution.distributed, "world_size", lambda: 64)
+    with pytest.raises(UserError, match="64 processes cannot share a batch of"):
+        refuse("tiny", cfg, Hardware())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shard": True, "compiled": "blocks"}, "shard gathers weights in a pass"),
+        ({"shard": True, "graphs": True}, "shard gathers weights in a pass"),
+        ({"checkpointing": True, "compiled": "network"}, "use compiled: blocks"),
+        ({"compiled": "everything"}, "compiled"),
+    ],
+)
+def test_combinations_of_a_cluster_file_that_do_not_fit_are_told(changes, told):
+    with pytest.raises(ValidationError, match=told):
+        Execution.model_validate(changes)
+    assert Execution.model_validate({"checkpointing": True, "compiled": "blocks", "graphs": True}).graphs
