@@ -21,9 +21,9 @@ from benchmarks.tables import markdown
 from dmd2.core.errors import readable_errors
 from dmd2.core.precision import float32_products
 from dmd2.experiment.tables import load_base
-from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.checkpoint_parts import flat
-from dmd2.training.checkpoint_thread import CheckpointThread
+from dmd2.training.checkpoints.checkpoint import Checkpoints
+from dmd2.training.checkpoints.parts import flat
+from dmd2.training.checkpoints.thread import CheckpointThread
 from dmd2.training.trainer import Training
 
 HEAD = ["base", "checkpoint, MB", "ms/iteration", "interval", "written", "loop held, ms", "costs, ms", "of the time"]

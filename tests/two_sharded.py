@@ -22,7 +22,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.training import checkpoint
+from dmd2.training.checkpoints import checkpoint
 from dmd2.training.sharding import gathered
 from dmd2.training.trainer import Training
 from tests import tiny

@@ -15,7 +15,7 @@ from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.job import TrainingJob
-from dmd2.training import checkpoint
+from dmd2.training.checkpoints import checkpoint
 from tests import two_processes
 
 torch.set_num_threads(1)

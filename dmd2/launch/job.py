@@ -88,7 +88,7 @@ class TrainingJob:
         from dmd2.networks.light_diffusers import light_diffusers
 
         light_diffusers(cfg.data, adapters=cfg.generator.lora is not None)
-        from dmd2.training.checkpoint import verify_inputs
+        from dmd2.training.checkpoints.checkpoint import verify_inputs
         from dmd2.training.trainer import Training
 
         torch.set_num_threads(hardware.threads)

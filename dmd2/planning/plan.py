@@ -16,8 +16,8 @@ from dmd2.experiment.config import Lora, RunConfig, TrainConfig, digest
 from dmd2.experiment.run_inputs import REAL
 from dmd2.planning.memory import WHOLE, Counted, Memory, Setup
 from dmd2.planning.rates import Rate, rate_of
-from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.checkpoint_thread import LARGEST
+from dmd2.training.checkpoints.checkpoint import Checkpoints
+from dmd2.training.checkpoints.thread import LARGEST
 
 FLOAT, HALF = 4, 2  # bytes
 STORED = {"text": 2, "pooled": 2, "time_ids": 4, "labels": 8}  # bytes of an element, as sets and pairs keep it

@@ -16,7 +16,7 @@ from dmd2.method.step import Models
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.head import Head
 from dmd2.networks.lora import add_lora, split
-from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.sampling import to_images
 from dmd2.training.sharding import load_local, materialise, sharing, span, spans_of

@@ -22,7 +22,7 @@ from dmd2.method.objectives.denoising import denoising_loss
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser, EdmDenoiser
 from dmd2.networks.schedules import LEVELS, add_noise, loss_weight
-from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.teachers import build_network, unconditional, wrap
 

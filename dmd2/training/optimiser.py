@@ -11,7 +11,7 @@ from dmd2.core.distributed import GradientSums, sum_over
 from dmd2.experiment.config import Optim
 from dmd2.networks.denoisers import Denoiser
 from dmd2.training import quantised
-from dmd2.training.checkpoint_parts import fill
+from dmd2.training.checkpoints.parts import fill
 from dmd2.training.sharding import local, span
 
 

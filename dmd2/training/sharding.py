@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from dmd2.core.distributed import rank, rows_of_part, world_size
 from dmd2.core.errors import UserError
 from dmd2.networks import song_unet
-from dmd2.training.checkpoint_parts import Rows, fill
+from dmd2.training.checkpoints.parts import Rows, fill
 
 UNITS = (BasicTransformerBlock, ResnetBlock2D, song_unet.Block)  # gathered one at a time; SDXL's largest has 46 M
 

@@ -28,9 +28,9 @@ from dmd2.method.step import Logs, brightness, train_step
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.lora import snapshot_state
 from dmd2.training.build import build_models, in_bfloat16
-from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.checkpoint_parts import Spans
-from dmd2.training.checkpoint_thread import CheckpointThread
+from dmd2.training.checkpoints.checkpoint import Checkpoints
+from dmd2.training.checkpoints.parts import Spans
+from dmd2.training.checkpoints.thread import CheckpointThread
 from dmd2.training.execution import executed, refuse
 from dmd2.training.record import record_of
 from dmd2.training.sampling import probe_images, to_images

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmd2.core.errors import UserError
-from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoints.checkpoint import Checkpoints
 
 
 def saved(folder, *steps, keep=2):

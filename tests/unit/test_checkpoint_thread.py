@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
-import dmd2.training.checkpoint_thread
+import dmd2.training.checkpoints.thread
 from dmd2.core.errors import UserError
 from dmd2.experiment.cluster import Hardware
-from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.checkpoint_thread import CheckpointThread, host_copy
+from dmd2.training.checkpoints.checkpoint import Checkpoints
+from dmd2.training.checkpoints.thread import CheckpointThread, host_copy
 from dmd2.training.trainer import Training
 from tests.unit.test_trainer import RUN, config, inputs, signal_at, workspace  # noqa: F401
 
@@ -60,7 +60,7 @@ def test_a_second_checkpoint_waits_for_the_first(tmp_path):
 
 
 def test_a_state_that_might_not_fit_twice_is_written_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(dmd2.training.checkpoint_thread, "LARGEST", 31)  # bytes; it has 32
+    monkeypatch.setattr(dmd2.training.checkpoints.thread, "LARGEST", 31)  # bytes; it has 32
     writer = CheckpointThread(Checkpoints(tmp_path))
     writer.save(7, state())
     assert writer.writing is None and writer.checkpoints.newest_good() == 7

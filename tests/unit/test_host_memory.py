@@ -15,7 +15,7 @@ from dmd2.networks.lora import add_lora
 from dmd2.planning.iteration_shapes import META
 from dmd2.planning.ledger import Ledger
 from dmd2.training.build import build_models
-from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.sharding import load_local

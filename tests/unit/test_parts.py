@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from dmd2.training.checkpoint_parts import cut, flat, nested, read_parts, write_part
+from dmd2.training.checkpoints.parts import cut, flat, nested, read_parts, write_part
 
 WEIGHT, SCALAR = torch.randn(7, 3), torch.tensor(5.0)
 MOMENT = torch.randn(64, 256)

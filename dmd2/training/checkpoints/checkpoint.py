@@ -1,7 +1,7 @@
 """Checkpoints that survive kills, full disks and bit rot: atomic, checksummed, newest good one wins.
 
 A sharded training writes each checkpoint in parts, one per process; any number of processes can read them
-(`checkpoint_parts`).
+(`parts`).
 """
 
 import shutil
@@ -20,7 +20,7 @@ from dmd2.core.retraining import current_key
 from dmd2.core.run import RunId
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
-from dmd2.training.checkpoint_parts import Spans, cut, flat, nested, read_parts, write_part
+from dmd2.training.checkpoints.parts import Spans, cut, flat, nested, read_parts, write_part
 
 READERS = 8  # files whose checksums are computed at a time
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dmd2.core.errors import UserError
-from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.checkpoint_parts import flat
+from dmd2.training.checkpoints.checkpoint import Checkpoints
+from dmd2.training.checkpoints.parts import flat
 
 LARGEST = 32 << 30  # bytes of a state that is copied
 
