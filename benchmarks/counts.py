@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.counting import Case
-from benchmarks.tables import listed, markdown
+from benchmarks.tables import line, listed, markdown
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.experiment.tables import load_base
 
@@ -57,9 +57,9 @@ def counted(checkout: Path, case: Case) -> Any:
     Raises:
         UserError: it failed.
     """
-    line = [sys.executable, "-P", "-c", CHILD, str(checkout.resolve()), json.dumps(case)]
+    command = [sys.executable, "-P", "-c", CHILD, str(checkout.resolve()), json.dumps(case)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, cwd=checkout, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{checkout} cannot be counted: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -102,18 +102,18 @@ def main(
     precision: Annotated[str, typer.Option(help="of this checkout, separated by commas; by default the base's")] = "",
 ) -> None:
     with readable_errors():
-        wanted, lines, text = cases or list(CASES), [], []
+        wanted, text = cases or list(CASES), []
+        if unknown := set(wanted) - set(CASES):
+            raise UserError(f"there is no case {', '.join(sorted(unknown))}: {', '.join(CASES)}")
+        print(markdown(["case", "iteration", *(heading for heading, _, _ in COLUMNS.values())], []), flush=True)
         for name in wanted:
-            if name not in CASES:
-                raise UserError(f"there is no case {name}: {', '.join(CASES)}")
             case = CASES[name]
             given = (listed(precision) if case.meta else []) or [load_base(case.base).train.precision]
             versions = {} if against is None else {against.name: counted(against, case._replace(precision=given[0]))}
             versions |= {one: counted(ROOT, case._replace(precision=one)) for one in given}
-            lines += rows(f"{name}, {case.batch} images, {' -> '.join(versions)}", versions)
+            for cells in rows(f"{name}, {case.batch} images, {' -> '.join(versions)}", versions):
+                print(line(cells), flush=True)
             text += passes(name, versions)
-            print(f"{name} is counted", file=sys.stderr, flush=True)
-        print(markdown(["case", "iteration", *(heading for heading, _, _ in COLUMNS.values())], lines))
         print("\n" + "\n".join(text))
         if compiled:
             print("\n" + compilation(listed(compiled)))
