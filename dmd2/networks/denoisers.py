@@ -176,8 +176,6 @@ def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:
     assert lowered.grad is not None
     master.grad = lowered.grad.float() if master.grad is None else master.grad.add_(lowered.grad)
     lowered.grad = None
-    for hook in (master._post_accumulate_grad_hooks or {}).values():  # autograd calls those of `lowered` alone
-        hook(master)
 
 
 Inputs = tuple[Tensor, Tensor, Condition]

@@ -6,6 +6,7 @@ from torch import nn
 
 from dmd2.core import distributed
 from dmd2.core.distributed import GradientSums
+from dmd2.training.optimiser import Optimiser
 from tests import tiny
 
 
@@ -144,10 +145,10 @@ def test_summed_gradients_lie_in_memory_as_their_parameters_do(messages):
 def test_gradients_of_a_bfloat16_copy_are_sent_during_its_backward_pass(messages, monkeypatch):
     monkeypatch.setattr(distributed, "BUCKET", 500)
     denoiser = tiny.denoiser("edm")
-    sums = GradientSums(list(denoiser.parameters()))
-    sums.overlap(1)
     denoiser.hold_lowered()
-    early = []
+    optimiser = Optimiser([denoiser], tiny.config("edm").optim, 1e-3)
+    optimiser.overlap(1)
+    sums, early = optimiser.sums, []
     for _ in range(2):
         denoiser.zero_grad()
         denoiser(torch.ones(2, 1, 8, 8), torch.ones(2), tiny.condition("edm", 2)).square().mean().backward()
