@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,6 +91,17 @@ def train_here(run: RunId, cfg: TrainConfig, cluster: Cluster, when: When = "nev
     goal = goal_of(run, cfg)
     if int(os.environ.get("RANK", "0")) == 0 and (record := goal.reached()):
         publish(goal, record)
+
+
+@app.command()
+def warm(run: Run, out: Path, config: Config = None, cluster: ClusterName = "local") -> None:
+    """Compile what RUN will run, for all trainings of its base, before they start: write OUT."""
+    with readable_errors():
+        run_id, machine = RunId.parse(run), load_cluster(cluster)
+        cfg, hardware = run_config(run_id, config), machine.hardware
+        share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))
+        seconds = TrainingJob(run_id, cfg, replace(hardware, micro_batch=hardware.micro_batch or share)).warm()
+        write_json(out, {"run": run, "compiled": hardware.compiled, "seconds": round(seconds, 1)})
 
 
 @app.command("print")

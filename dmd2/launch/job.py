@@ -8,7 +8,11 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.interrupts import STOP, Actions, leave_to_another_job
@@ -17,6 +21,9 @@ from dmd2.core.slurm_queue import slurm
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs, goal_of
+
+if TYPE_CHECKING:
+    from dmd2.training.trainer import Training
 
 LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor (or for an NFS lease)
 
@@ -77,10 +84,27 @@ class TrainingJob:
         Raises:
             UserError: see `Training.run`.
         """
-        run, cfg, hardware = self.run, self.cfg, self.hardware
-        if goal_of(run, cfg).reached():
-            print(f"{run} is finished already", file=sys.stderr)
+        if goal_of(self.run, self.cfg).reached():
+            print(f"{self.run} is finished already", file=sys.stderr)
             return
+        with self.built() as training:
+            training.run(actions, LOCK_PATIENCE if actions is not STOP else 0)
+
+    def warm(self) -> float:
+        """Run one interval of turns, of which nothing is kept but compiled code; returns the seconds that it took."""
+        never = {name: 1 << 30 for name in ("steps", "log_every", "snapshot_every", "checkpoint_every")}
+        cfg = self.cfg.model_copy(update={"train": self.cfg.train.model_copy(update=never)})
+        started = time.monotonic()
+        with replace(self, cfg=cfg).built() as training:
+            for _ in range(cfg.critic.ratio + 1):
+                training.iterate()
+            training.check_finite()
+        return time.monotonic() - started
+
+    @contextmanager
+    def built(self) -> Iterator["Training"]:
+        """The training in this process's memory, with the arithmetic and the process group that it runs in."""
+        run, cfg, hardware = self.run, self.cfg, self.hardware
         import torch  # not above: a waiting launcher imports this module, and there may be hundreds
 
         from dmd2.core.distributed import local_device, process_group
@@ -96,7 +120,7 @@ class TrainingJob:
         hardware, inputs = replace(hardware, device=str(device)), Inputs.of(run, cfg)
         kernels, products = deterministic_kernels(hardware.deterministic), float32_products(cfg.train.precision)
         with kernels, products, process_group(device, lambda: verify_inputs(run, cfg, inputs)):
-            Training(run, cfg, hardware, inputs).run(actions, LOCK_PATIENCE if actions is not STOP else 0)
+            yield Training(run, cfg, hardware, inputs)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,22 @@ def test_added_row_schedules_its_training_evaluation_table_and_report(edited: Wo
     assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
 
 
+def test_passes_are_compiled_once_before_the_trainings_of_a_base(edited: Workspace) -> None:
+    edited.edit("workflow/cluster/local.yaml", "jobs:", "training: {compiled: blocks}\njobs:")
+    assert edited.planned("demo") == {}
+    trained = [f"results/runs/digits/{row}/seed0/train.json" for row in ROWS]
+    for record in trained:
+        (edited.path / record).unlink()
+    assert edited.planned(*trained) == {"compiled": 1, "train": len(ROWS)}
+    edited.edit("workflow/cluster/local.yaml", "{compiled: blocks}", "{micro_batch: 8}")  # no compiler is needed here
+    log = (edited.path / "results/runs/digits/dmd2/seed0/log.jsonl").read_text()
+    made = edited.run("python", "-m", "dmd2.launch", "warm", "digits/dmd2/seed0", "compiled.json")
+    assert made.returncode == 0, made.stderr
+    told = json.loads((edited.path / "compiled.json").read_text())
+    assert told["run"] == "digits/dmd2/seed0" and told["seconds"] > 0
+    assert (edited.path / "results/runs/digits/dmd2/seed0/log.jsonl").read_text() == log
+
+
 def test_changed_row_retrains_that_row_only(edited: Workspace) -> None:
     for table in ("demo", "digits-table3", "digits-ttur"):  # the same run must be the same in every table
         edited.edit(f"workflow/tables/{table}.yaml", "regression.weight: 5.0", "regression.weight: 4.0")

@@ -29,6 +29,45 @@ def lpips_weights(w):
     return [WEIGHTS_OF["lpips-vgg16"]] if cfg.needs_pairs and cfg.regression.distance == "lpips" else []
 
 
+def compiled_code(w):
+    """What is compiled before the trainings of a base begin, if the cluster compiles and the run is to be trained."""
+    if CLUSTER.training.compiled == "none" or Path(f"results/runs/{w.base}/{w.run}/seed{w.seed}/train.json").exists():
+        return []
+    return [COMPILED.format(base=w.base)] if RUNS[w.base, w.run].train.released is None else []
+
+
+def warmed(w):
+    """The run whose passes are compiled for a base: the first that is trained."""
+    trained = (run for run in WANTED_RUNS if run["base"] == w.base and not RUNS[w.base, run["run"]].train.released)
+    run = next(trained)
+    return RunId(w.base, run["run"], run["seed"])
+
+
+def config_of(run):
+    return RUNS[run.base, run.name]
+
+
+COMPILED = f"{CLUSTER.training.compile_cache}/{{base}}.json"
+
+
+rule compiled:
+    input:
+        lambda w: [str(path) for path in Inputs.of(warmed(w), config_of(warmed(w))).paths()],
+    output:
+        COMPILED,
+    params:
+        run=lambda w: warmed(w),
+        config=lambda w: as_json(config_of(warmed(w)).training()),
+    threads: threads_of("train")
+    priority: BEFORE_TRAINING
+    resources:
+        **hardware("train"),
+    message:
+        "compile {params.run}"
+    shell:
+        "{PYTHON} -m dmd2.launch warm {params.run} {output} --config {params.config:q} --cluster {CLUSTER_NAME}"
+
+
 def work(cfg):
     """Priority of a training: about its length in critic turns, so that the longest begins first and none ends alone."""
     student = cfg.critic.student_updates(cfg.train.steps)
@@ -44,6 +83,7 @@ rule train:
             inputs=train_inputs,
         ),
         lpips_weights,
+        compiled_code,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",
     params:
