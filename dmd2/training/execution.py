@@ -173,7 +173,8 @@ class ReplayedStep:
 def _cuda_graph(pool: Any) -> Recording:
     def record(launch: Callable[[], Logs]) -> Callable[[], Logs]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Threads pin the next rows and wait for copies of a checkpoint meanwhile, which "global" would not let them do.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logs = launch()
             values = torch.stack([value.float() for value in logs.values()])
 

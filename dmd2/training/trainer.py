@@ -174,6 +174,10 @@ class Training:
 
     def check_finite(self) -> None:
         """Stop at the first iteration whose losses are not finite; checkpoints were all taken before it."""
+        values = [value for _, logs in self.recent for value in logs.values()]
+        # One look at all of them: a look at each would have the host wait for a GPU some thousand times.
+        if not values or bool(torch.isfinite(torch.stack(values)).all()):
+            return
         for it, logs in self.recent:
             bad = [name for name, value in logs.items() if not bool(torch.isfinite(value))]
             if bad:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from dmd2.core.upload import pinned
 Stream = torch.cuda.Stream | None
 
 
+@cache
 def second(device: torch.device) -> Stream:
-    """Another queue of a GPU, None elsewhere."""
+    """Another queue of a GPU, always the same, since PyTorch keeps memory for each queue; None elsewhere."""
     return torch.cuda.Stream(device) if pinned(device) else None
 
 

@@ -119,3 +119,10 @@ def test_the_second_queue_waits_for_the_images_and_holds_their_memory(monkeypatc
     assert asked == ["after sampler", stream, stream, "network"]
     with after_current(second(CPU), [torch.zeros(1)]):
         assert len(asked) == 4
+
+
+def test_all_extractions_share_one_second_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.detectors.beside.pinned", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    assert second(torch.device("cuda", 63)) is second(torch.device("cuda", 63))
+    second.cache_clear()

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +88,19 @@ def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
         )  # a rate in float32 is rounded
     kinds = 8 if changes is FOUR else 2
     assert recorder.recorded <= kinds and recorder.replayed >= 24 - 2 * kinds
+
+
+def test_a_graph_is_recorded_beside_threads_and_its_logs_are_copies(monkeypatch):
+    told, static = {}, torch.zeros(())
+    graph = SimpleNamespace(replay=lambda: static.add_(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, **options: nullcontext(told.update(options)))
+    monkeypatch.setattr(torch, "stack", lambda values: values[0][None])  # of what a graph writes to again and again
+    replay = execution._cuda_graph("pool")(lambda: {"loss": static})
+    first, second = replay(), replay()
+    assert (first["loss"].item(), second["loss"].item()) == (1, 2)
+    # Otherwise the thread that pins the rows of the next iteration would break the recording of this one.
+    assert told == {"pool": "pool", "capture_error_mode": "thread_local"}
 
 
 def test_training_runs_compiled_and_its_probe_does_not(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from dmd2.experiment.run_inputs import Inputs
 from dmd2.launch.wait import publish
 from dmd2.training.trainer import Training
 from tests import tiny
+from tests.waits import Waits
 
 RUN = RunId("tiny", "full", 0)
 
@@ -130,6 +131,18 @@ def test_a_loss_that_is_not_finite_stops_and_names_loss_and_step(inputs, monkeyp
     monkeypatch.setattr(dmd2.training.trainer, "train_step", diverge)
     with pytest.raises(UserError, match=r"critic/denoise is nan at step 3.*step 2 is kept"):
         train(inputs, 6)
+
+
+def test_all_losses_are_looked_at_in_one_go(inputs):
+    training = Training(RUN, config(9, train__log_every=9), Hardware(), inputs)
+    for _ in range(3):
+        training.iterate()
+    assert len(training.recent) > 1 and len(training.recent[-1][1]) > 5
+    with Waits(torch.device("cpu")) as waits:
+        training.check_finite()
+    assert len(waits.found) == 1, waits.found
+    training.recent = [(3, {})]  # an iteration in which nobody is updated
+    training.check_finite()
 
 
 def test_the_log_has_one_line_per_interval_and_the_stability_signals(inputs):

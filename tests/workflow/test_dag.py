@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.conftest import ROOT
 from tests.workspace import ROWS, Workspace
 
 
@@ -35,6 +37,13 @@ def test_no_training_begins_before_all_that_trainings_wait_for_is_made(finished:
     pairs = next((finished.path / "data/pairs").glob("*/*/manifest.json")).stat().st_mtime_ns
     logs = [path.stat().st_mtime_ns for path in (finished.path / "results/runs/digits").glob("*/seed0/finished.json")]
     assert len(logs) == len(ROWS) and pairs < min(logs)
+
+
+def test_whatever_a_training_reads_is_made_before_trainings() -> None:
+    rules = [rule for path in (ROOT / "workflow/rules").glob("*.smk") for rule in path.read_text().split("\nrule ")[1:]]
+    made = re.compile(r'output:\n\s+"data/(real|teachers|pairs|pipelines|prompts|weights/\{network\})/')
+    read = {rule.partition(":")[0]: "priority: BEFORE_TRAINING" in rule for rule in rules if made.search(rule)}
+    assert len(read) == 9 and all(read.values()), read
 
 
 def test_second_run_has_nothing_to_do(finished: Workspace) -> None:

@@ -11,6 +11,7 @@ rule real_data:
     params:
         config=lambda w: as_json(DATA[w.data]),
     threads: threads_of("real_data")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("real_data"),
     message:
@@ -30,6 +31,7 @@ rule weights:
     output:
         "data/weights/{network}/{weights}",
     localrule: True
+    priority: BEFORE_TRAINING
     message:
         "download the weights of {wildcards.network}"
     shell:

@@ -16,6 +16,7 @@ rule pipeline:
         config=lambda w: as_json(PIPELINES[w.pipeline]),
         settings=lambda w: json.dumps(pipeline_settings(PIPELINES[w.pipeline])),
     threads: threads_of("encode")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("encode"),
     message:
@@ -45,6 +46,7 @@ rule real_part:
         device=device_of("encode"),
         config=lambda w: as_json(DATA[w.data]),
     threads: threads_of("encode")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("encode"),
     message:
@@ -68,6 +70,7 @@ rule real_text:
     wildcard_constraints:
         data="|".join(TEXT_DATA) or "none",
     localrule: True
+    priority: BEFORE_TRAINING
     message:
         "real data {wildcards.data}"
     shell:
@@ -95,6 +98,7 @@ rule prompts:
         source=lambda w: PROMPT_SETS[w.prompts][1],
         config=lambda w: as_json(PROMPT_SETS[w.prompts][0]),
     threads: threads_of("encode")
+    priority: BEFORE_TRAINING
     resources:
         **hardware("encode"),
     message:
