@@ -120,11 +120,12 @@ class Training:
                 self.seconds += time.monotonic() - started
                 if self.leads:
                     progress.update(self.step, self.last_logged())
+                asked = len(received)  # a signal that comes while this state is saved is for the next one
                 if self.sharded:  # every process saves its part; process 0 decides whether a signal asks for it
-                    self.save(force=bool(distributed.agreed(len(received), self.device)))
+                    self.save(force=bool(distributed.agreed(asked, self.device)))
                 elif self.leads:
-                    self.save(force=bool(received))
-                while received:
+                    self.save(force=bool(asked))
+                for _ in range(asked):
                     number = received.pop(0)
                     if self.leads:  # the others end when process 0 does
                         actions[number]()

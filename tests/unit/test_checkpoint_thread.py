@@ -169,6 +169,21 @@ def test_a_signal_waits_for_the_checkpoint_that_is_being_written(inputs, monkeyp
     assert [training.checkpoints.newest_good(2), training.checkpoints.newest_good()] == [2, 3]
 
 
+@pytest.mark.parametrize("every", [2, 100])  # the state is being saved by the thread, or is not due
+def test_a_signal_while_a_state_is_saved_stops_when_the_next_one_lies_on_the_disk(inputs, monkeypatch, every):  # noqa: F811
+    training = Training(RUN, config(9, train__checkpoint_every=every), Hardware(), inputs)
+    save, good = training.save, []
+
+    def signalled(force=False):
+        save(force)
+        if training.step == 2:
+            signal.raise_signal(signal.SIGUSR2)
+
+    monkeypatch.setattr(training, "save", signalled)
+    training.run({signal.SIGUSR2: lambda: good.append((training.step, training.checkpoints.newest_step()))})
+    assert good == [(3, 3)]
+
+
 def test_a_loss_that_is_not_finite_names_the_checkpoint_that_was_being_written(inputs, monkeypatch):  # noqa: F811
     go, training = hold(monkeypatch, 2), Training(RUN, config(9), Hardware(), inputs)
     iterate = training.iterate
