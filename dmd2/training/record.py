@@ -11,6 +11,8 @@ from dmd2.core.run import commit
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 
+EXECUTED = ("micro_batch", "shard", "checkpointing", "compiled", "graphs")  # each may round differently
+
 
 def record_of(cfg: TrainConfig, hardware: Hardware, steps: int) -> dict[str, Any]:
     """Device, versions and configuration of a training of `steps` iterations that ends in this process."""
@@ -22,6 +24,7 @@ def record_of(cfg: TrainConfig, hardware: Hardware, steps: int) -> dict[str, Any
         "threads": hardware.threads,
         "torch": torch.__version__,
         "deterministic": hardware.deterministic or device.type == "cpu",
+        "execution": {name: getattr(hardware, name) for name in EXECUTED},
         "commit": commit(),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "config": cfg.model_dump(mode="json"),

@@ -99,9 +99,11 @@ def test_ema_snapshots_are_averages_and_not_the_raw_weights(inputs):
     assert (averaged[name] - start[name]).norm() < (raw[name] - start[name]).norm()
 
 
-def test_the_record_counts_student_updates(inputs):
+def test_the_record_counts_student_updates_and_says_how_they_were_executed(inputs):
     record, _ = train(inputs, 5)
     assert (record["steps"], record["student_updates"]) == (5, 3)
+    plain = {"micro_batch": 0, "shard": False, "checkpointing": False, "compiled": "none", "graphs": False}
+    assert record["execution"] == plain
 
 
 def test_a_second_stage_takes_student_and_critic_but_no_head_or_optimiser(inputs, monkeypatch):
