@@ -67,7 +67,7 @@ class Execution(Strict):
         False
     )
     compiled: Annotated[Literal["none", "blocks", "network"], Field(description="passes compiled by PyTorch")] = "none"
-    compile_cache: Annotated[str, Field(description="folder of compiled code, of all trainings")] = "data/compiled"
+    compile_cache: Annotated[str, Field(description="its code; TORCHINDUCTOR_CACHE_DIR overrides it")] = "data/compiled"
     graphs: Annotated[bool, Field(description="replay iterations as CUDA graphs; one process on a GPU")] = False
 
     @model_validator(mode="after")

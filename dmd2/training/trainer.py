@@ -182,8 +182,12 @@ class Training:
         for it, logs in self.recent:
             bad = [name for name, value in logs.items() if not bool(torch.isfinite(value))]
             if bad:
-                self.writer.wait()
-                kept = f"the checkpoint of step {self.checkpoints.newest_step()} is kept"
+                kept = ""
+                try:
+                    self.writer.wait()
+                except UserError as failure:
+                    kept = f"{failure}; "
+                kept += f"the checkpoint of step {self.checkpoints.newest_step()} is kept"
                 raise UserError(
                     f"{self.run_id}: {bad[0]} is {float(logs[bad[0]])} at step {it}; {kept}: lower optim.lr or raise "
                     f"critic.ratio (log: {self.log_path})"

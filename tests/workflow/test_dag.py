@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +76,11 @@ def test_passes_are_compiled_once_before_the_trainings_of_a_base(edited: Workspa
     for record in trained:
         (edited.path / record).unlink()
     assert edited.planned(*trained) == {"compiled": 1, "train": len(ROWS)}
+    code = edited.path / f"data/compiled/digits-blocks-0-torch{version('torch')}.json"
+    code.parent.mkdir()
+    code.write_text("{}")
+    os.utime(code, (0, 0))
+    assert edited.planned(*trained) == {"train": len(ROWS)}
     edited.edit("workflow/cluster/local.yaml", "{compiled: blocks}", "{micro_batch: 8}")  # no compiler is needed here
     log = (edited.path / "results/runs/digits/dmd2/seed0/log.jsonl").read_text()
     made = edited.run("python", "-m", "dmd2.launch", "warm", "digits/dmd2/seed0", "compiled.json")

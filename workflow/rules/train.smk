@@ -1,5 +1,8 @@
 # One training per row and seed; a released student is only converted. Hardware is no param: another micro-batch or device must not restart a finished run.
 # Checkpoints are never declared outputs: Snakemake deletes those of a failed job.
+from importlib.metadata import version
+
+
 def train_inputs(w):
     return {"read": [str(path) for path in Inputs.of(RunId(w.base, w.run, w.seed), RUNS[w.base, w.run]).paths()]}
 
@@ -47,12 +50,17 @@ def config_of(run):
     return RUNS[run.base, run.name]
 
 
-COMPILED = f"{CLUSTER.training.compile_cache}/{{base}}.json"
+# Code is for one version of PyTorch, for blocks or networks, and for the images of a pass.
+COMPILED = (
+    f"{CLUSTER.training.compile_cache}/{{base}}-{CLUSTER.training.compiled}-{CLUSTER.training.micro_batch}"
+    f"-torch{version('torch')}.json"
+)
 
 
 rule compiled:
     input:
-        lambda w: [str(path) for path in Inputs.of(warmed(w), config_of(warmed(w))).paths()],
+        # No code is out of date because other weights or images lie there.
+        ancient(lambda w: [str(path) for path in Inputs.of(warmed(w), config_of(warmed(w))).paths()]),
     output:
         COMPILED,
     params:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2.core.errors import UserError
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.checkpoints.parts import flat
 
@@ -68,7 +67,7 @@ class CheckpointThread:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.wait()
-        except UserError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             print(failure, file=sys.stderr, flush=True)
