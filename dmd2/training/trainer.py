@@ -179,19 +179,17 @@ class Training:
         # One look at all of them: a look at each would have the host wait for a GPU some thousand times.
         if not values or bool(torch.isfinite(torch.stack(values)).all()):
             return
-        for it, logs in self.recent:
-            bad = [name for name, value in logs.items() if not bool(torch.isfinite(value))]
-            if bad:
-                kept = ""
-                try:
-                    self.writer.wait()
-                except UserError as failure:
-                    kept = f"{failure}; "
-                kept += f"the checkpoint of step {self.checkpoints.newest_step()} is kept"
-                raise UserError(
-                    f"{self.run_id}: {bad[0]} is {float(logs[bad[0]])} at step {it}; {kept}: lower optim.lr or raise "
-                    f"critic.ratio (log: {self.log_path})"
-                )
+        it, logs = next(one for one in self.recent if not all(map(torch.isfinite, one[1].values())))
+        name = next(name for name, value in logs.items() if not torch.isfinite(value))
+        kept = ""
+        try:
+            self.writer.wait()
+        except UserError as failure:
+            kept = f"{failure}; "
+        raise UserError(
+            f"{self.run_id}: {name} is {float(logs[name])} at step {it}; {kept}the checkpoint of step "
+            f"{self.checkpoints.newest_step()} is kept: lower optim.lr or raise critic.ratio (log: {self.log_path})"
+        )
 
     def probe(self) -> Tensor:
         """Images of the student from fixed noise; their number is none for which passes are compiled."""
