@@ -143,10 +143,14 @@ class Cluster(Strict):
         return {**values, "jobs": {k: common | own if isinstance(own, dict) else own for k, own in kinds.items()}}
 
     @model_validator(mode="after")
-    def _fits_slurm(self) -> Self:
-        runtime, seconds = self.jobs.train.runtime, self.training.signal_seconds
+    def _one_process_replays(self) -> Self:
         if self.training.graphs and (self.jobs.train.device == "cpu" or self.training.nodes * self.processes > 1):
             raise ValueError("training.graphs is for one process on one GPU: leave it out, or the other processes")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_slurm(self) -> Self:
+        runtime, seconds = self.jobs.train.runtime, self.training.signal_seconds
         if self.launcher == "local":
             return self
         if runtime is None:

@@ -117,6 +117,15 @@ def test_processes_follow_the_gpus_unless_they_are_given(gpu, processes, expecte
     assert values({"gpu": gpu}, training={"processes": processes}).processes == expected
 
 
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_graphs_are_for_one_process_on_a_gpu(launcher):
+    graphs = {"graphs": True}
+    assert values({"gpu": 1, "device": "cuda"}, launcher=launcher, training=graphs).training.graphs
+    for job, training in [({"gpu": None, "device": "cpu"}, {}), ({"gpu": 2}, {}), ({"gpu": 1}, {"nodes": 2})]:
+        with pytest.raises(ValueError, match=r"training\.graphs is for one process on one GPU"):
+            values(job, launcher=launcher, training={**graphs, **training})
+
+
 @pytest.mark.parametrize(
     ("setup", "container", "expected"),
     [

@@ -46,10 +46,6 @@ def warmed(w):
     return RunId(w.base, run["run"], run["seed"])
 
 
-def config_of(run):
-    return RUNS[run.base, run.name]
-
-
 # Code is for one version of PyTorch, for blocks or networks, and for the images of a pass.
 COMPILED = (
     f"{CLUSTER.training.compile_cache}/{{base}}-{CLUSTER.training.compiled}-{CLUSTER.training.micro_batch}"
@@ -60,12 +56,12 @@ COMPILED = (
 rule compiled:
     input:
         # No code is out of date because other weights or images lie there.
-        ancient(lambda w: [str(path) for path in Inputs.of(warmed(w), config_of(warmed(w))).paths()]),
+        ancient(lambda w: [str(path) for path in Inputs.of(warmed(w), RUNS[w.base, warmed(w).name]).paths()]),
     output:
         COMPILED,
     params:
         run=lambda w: warmed(w),
-        config=lambda w: as_json(config_of(warmed(w)).training()),
+        config=lambda w: as_json(RUNS[w.base, warmed(w).name].training()),
     threads: threads_of("train")
     priority: BEFORE_TRAINING
     resources:
