@@ -34,7 +34,7 @@ $(READY): requirements.lock
 
 lock:
 	.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		--extra dev --extra data --extra dvc pyproject.toml -o requirements.lock
+		--extra dev --extra docs --extra data --extra dvc pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv .snakemake .pytest_cache .mypy_cache .ruff_cache
