@@ -22,6 +22,7 @@ test-gpu:
 lint: $(READY)
 	ruff check .
 	ruff format --check .
+	snakefmt --check -q Snakefile workflow/rules
 	mypy
 
 $(READY): requirements.lock

@@ -8,7 +8,7 @@ from dmd2.experiment.cluster import load_cluster
 from dmd2.core.errors import UserError
 from dmd2.core.slurm_queue import slurm
 
-min_version("9.27") # priorities that are functions
+min_version("9.27")  # priorities that are functions
 
 CLUSTER_NAME = config.get("cluster", "local")
 # Of trainings done by other code than the present: `warn` tells of them, `retrain` makes them out of date.
@@ -24,7 +24,7 @@ TABLES, RUNS = EXPERIMENT.tables, EXPERIMENT.runs
 DIGITS = [name for name in TABLES if name.startswith("digits-")]
 
 
-onstart: # not at a dry run, which needs no Slurm
+onstart:  # not at a dry run, which needs no Slurm
     if CLUSTER.launcher == "slurm" and workflow.is_main_process:
         try:
             slurm("sinfo", "--noheader")

@@ -9,7 +9,13 @@ import yaml
 
 from dmd2.core.files import digest_of, read_json
 from dmd2.experiment.run_inputs import (
-    Inputs, measured_with, pair_inputs, pipeline_manifest, pipeline_settings, prompt_set, prompt_settings,
+    Inputs,
+    measured_with,
+    pair_inputs,
+    pipeline_manifest,
+    pipeline_settings,
+    prompt_set,
+    prompt_settings,
 )
 from dmd2.core.provenance import Artefact
 from dmd2.core.run import RunId
@@ -27,7 +33,10 @@ def shared(name, settings, made):
     for cfg in CONFIGS:
         if name(cfg) is not None:
             found.setdefault(name(cfg), []).append(cfg)
-    return {of: next((c for c in some if recorded_in(made(of)) == digest_of(settings(c))), some[0]) for of, some in found.items()}
+    return {
+        of: next((c for c in some if recorded_in(made(of)) == digest_of(settings(c))), some[0])
+        for of, some in found.items()
+    }
 
 
 def recorded_in(path):

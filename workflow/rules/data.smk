@@ -8,12 +8,12 @@ rule real_data:
         ),
     output:
         "data/real/{data}/manifest.json",
-    params:
-        config=lambda w: as_json(DATA[w.data]),
-    threads: threads_of("real_data")
     priority: BEFORE_TRAINING
+    threads: threads_of("real_data")
     resources:
         **hardware("real_data"),
+    params:
+        config=lambda w: as_json(DATA[w.data]),
     message:
         "real data {wildcards.data}"
     shell:
@@ -30,8 +30,8 @@ def detector_inputs(w):
 rule weights:
     output:
         "data/weights/{network}/{weights}",
-    localrule: True
     priority: BEFORE_TRAINING
+    localrule: True
     message:
         "download the weights of {wildcards.network}"
     shell:
@@ -50,12 +50,12 @@ rule detector:
         lambda w: WEIGHTS_OF.get(w.detector, []),
     output:
         "data/weights/{detector}/manifest.json",
-    params:
-        device=device_of("detector"),
-        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     threads: threads_of("detector")
     resources:
         **hardware("detector"),
+    params:
+        device=device_of("detector"),
+        real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     message:
         "detector {wildcards.detector}"
     shell:
@@ -79,14 +79,14 @@ rule reference:
         ),
     output:
         "data/refs/{statistics}/manifest.json",
+    threads: threads_of("reference")
+    resources:
+        **hardware("reference"),
     params:
         device=device_of("reference"),
         source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics][1]}.npz"),
         detector=lambda w: STATISTICS[w.statistics][0],
         geometry=lambda w: STATISTICS[w.statistics][2],
-    threads: threads_of("reference")
-    resources:
-        **hardware("reference"),
     message:
         "reference statistics {wildcards.statistics}"
     shell:
@@ -110,16 +110,16 @@ rule teacher:
         ),
     output:
         "data/teachers/{teacher}/manifest.json",
+    priority: BEFORE_TRAINING
+    threads: threads_of("teacher")
+    resources:
+        **hardware("teacher"),
     params:
         device=device_of("teacher"),
         deterministic="--deterministic" if CLUSTER.training.deterministic else "",
         data=lambda w: as_json(TEACHERS[w.teacher].data),
         teacher=lambda w: as_json(TEACHERS[w.teacher].teacher),
         real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
-    threads: threads_of("teacher")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("teacher"),
     message:
         "teacher {wildcards.teacher}"
     shell:
@@ -144,13 +144,13 @@ rule pairs_shard:
         ),
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
+    priority: BEFORE_TRAINING
+    threads: threads_of("pairs")
+    resources:
+        **hardware("pairs"),
     params:
         device=device_of("pairs"),
         config=lambda w: json.dumps(pairs_settings(PAIR_SETS[w.pairs]), sort_keys=True),
-    threads: threads_of("pairs")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("pairs"),
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
@@ -163,12 +163,14 @@ rule pairs:
             "data/pairs/{pairs}/manifest.json",
             of=[{"pairs": name} for name in PAIR_SETS],
             settings=lambda w: None,
-            inputs=lambda w: {"shards": [f"data/pairs/{w.pairs}/shard-{shard}.json" for shard in pairs_shards(w.pairs)]},
+            inputs=lambda w: {
+                "shards": [f"data/pairs/{w.pairs}/shard-{shard}.json" for shard in pairs_shards(w.pairs)]
+            },
         ),
     output:
         "data/pairs/{pairs}/manifest.json",
-    localrule: True
     priority: BEFORE_TRAINING
+    localrule: True
     message:
         "pairs {wildcards.pairs}"
     shell:

@@ -16,12 +16,12 @@ rule evaluate_part:
         train="results/runs/{base}/{run}/seed{seed}/train.json",
     output:
         temp("results/runs/{base}/{run}/seed{seed}/features-{part}.json"),
-    params:
-        device=device_of("evaluate"),
-        config=lambda w: as_json(RUNS[w.base, w.run]),
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
+    params:
+        device=device_of("evaluate"),
+        config=lambda w: as_json(RUNS[w.base, w.run]),
     message:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
@@ -45,12 +45,12 @@ rule evaluate:
     output:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
         grid="results/runs/{base}/{run}/seed{seed}/grid.png",
-    params:
-        device=device_of("evaluate"),
-        config=lambda w: as_json(RUNS[w.base, w.run]),
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
+    params:
+        device=device_of("evaluate"),
+        config=lambda w: as_json(RUNS[w.base, w.run]),
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
@@ -63,12 +63,12 @@ rule evaluate_teacher_part:
         unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
     output:
         temp("results/teachers/{base}/{sampler}/features-{part}.json"),
-    params:
-        device=device_of("evaluate"),
-        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
+    params:
+        device=device_of("evaluate"),
+        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     message:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
@@ -93,12 +93,12 @@ rule evaluate_teacher:
     output:
         metrics="results/teachers/{base}/{sampler}/metrics.json",
         grid="results/teachers/{base}/{sampler}/grid.png",
-    params:
-        device=device_of("evaluate"),
-        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
+    params:
+        device=device_of("evaluate"),
+        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:

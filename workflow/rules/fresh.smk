@@ -50,11 +50,13 @@ def date_back():
             try:
                 os.utime(path)
             except OSError as error:
-                raise WorkflowError(f"{path} is dated in the future, which cannot be changed ({error.strerror}): touch it")
+                raise WorkflowError(
+                    f"{path} is dated in the future, which cannot be changed ({error.strerror}): touch it"
+                )
 
 
 OUTDATED, FILES = {}, []
-if workflow.is_main_process: # jobs of Slurm read this file again and are told what to do
+if workflow.is_main_process:  # jobs of Slurm read this file again and are told what to do
     found = list(artefacts())
     OUTDATED = outdated(found)
     # Runs and samplers that no table has any more, and what evaluations left behind, are as old as the rest, too.

@@ -11,14 +11,14 @@ rule pipeline:
         ),
     output:
         "data/pipelines/{pipeline}/manifest.json",
+    priority: BEFORE_TRAINING
+    threads: threads_of("encode")
+    resources:
+        **hardware("encode"),
     params:
         device=device_of("encode"),
         config=lambda w: as_json(PIPELINES[w.pipeline]),
         settings=lambda w: json.dumps(pipeline_settings(PIPELINES[w.pipeline])),
-    threads: threads_of("encode")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("encode"),
     message:
         "pipeline {wildcards.pipeline}"
     shell:
@@ -42,13 +42,13 @@ rule real_part:
         ),
     output:
         "data/real/{data}/part-{shard}.json",
+    priority: BEFORE_TRAINING
+    threads: threads_of("encode")
+    resources:
+        **hardware("encode"),
     params:
         device=device_of("encode"),
         config=lambda w: as_json(DATA[w.data]),
-    threads: threads_of("encode")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("encode"),
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
@@ -65,12 +65,12 @@ rule real_text:
         ),
     output:
         "data/real/{data}/manifest.json",
-    params:
-        config=lambda w: as_json(DATA[w.data]),
     wildcard_constraints:
         data="|".join(TEXT_DATA) or "none",
-    localrule: True
     priority: BEFORE_TRAINING
+    localrule: True
+    params:
+        config=lambda w: as_json(DATA[w.data]),
     message:
         "real data {wildcards.data}"
     shell:
@@ -93,14 +93,14 @@ rule prompts:
         ),
     output:
         "data/prompts/{prompts}/manifest.json",
+    priority: BEFORE_TRAINING
+    threads: threads_of("encode")
+    resources:
+        **hardware("encode"),
     params:
         device=device_of("encode"),
         source=lambda w: PROMPT_SETS[w.prompts][1],
         config=lambda w: as_json(PROMPT_SETS[w.prompts][0]),
-    threads: threads_of("encode")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("encode"),
     message:
         "prompts {wildcards.prompts}"
     shell:

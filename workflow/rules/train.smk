@@ -59,13 +59,13 @@ rule compiled:
         ancient(lambda w: [str(path) for path in Inputs.of(warmed(w), RUNS[w.base, warmed(w).name]).paths()]),
     output:
         COMPILED,
+    priority: BEFORE_TRAINING
+    threads: threads_of("train")
+    resources:
+        **hardware("train"),
     params:
         run=lambda w: warmed(w),
         config=lambda w: as_json(RUNS[w.base, warmed(w).name].training()),
-    threads: threads_of("train")
-    priority: BEFORE_TRAINING
-    resources:
-        **hardware("train"),
     message:
         "compile {params.run}"
     shell:
@@ -90,15 +90,15 @@ rule train:
         compiled_code,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",
-    params:
-        config=lambda w: as_json(RUNS[w.base, w.run].training()),
-    threads: threads_of("train")
     priority: lambda w: work(RUNS[w.base, w.run])
+    # On Slurm this rule only waits for the job that it submits or finds; a retry would undo a `scancel`.
+    retries: 0
+    localrule: True
+    threads: threads_of("train")
     resources:
         **hardware("train"),
-    # On Slurm this rule only waits for the job that it submits or finds; a retry would undo a `scancel`.
-    localrule: True
-    retries: 0
+    params:
+        config=lambda w: as_json(RUNS[w.base, w.run].training()),
     message:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:

@@ -16,7 +16,13 @@ for base in EXPERIMENT.bases:
         name:
             f"{base}-data"
         input:
-            on_base(base, lambda cfg: [real_manifest(cfg), *(path for name, path in eval_inputs(cfg).items() if name != "teacher")]),
+            on_base(
+                base,
+                lambda cfg: [
+                    real_manifest(cfg),
+                    *(path for name, path in eval_inputs(cfg).items() if name != "teacher"),
+                ],
+            ),
 
     rule:
         name:
