@@ -12,6 +12,7 @@ from dmd2.method.interfaces import Models
 from dmd2.method.objectives.terms import CRITIC, STUDENT, Term
 from dmd2.method.passes import Logs, Turn, evaluate
 from dmd2.method.student_input import student_input
+from dmd2.networks.denoisers import reached
 
 
 def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainConfig) -> Logs:
@@ -61,8 +62,8 @@ def weighted_sum(terms: Sequence[Term], turn: Turn, who: str, logs: Logs) -> Ten
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """Parameters take no gradient inside, while it still flows through them into their input."""
-    running: list[nn.Module] = [getattr(module, "running", module) for module in modules if module is not None]
-    parameters = [p for module in running for p in module.parameters() if p.requires_grad]
+    given = [reached(module) for module in modules if module is not None]
+    parameters = [p for module in given for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:

@@ -171,6 +171,11 @@ class EpsDenoiser(Denoiser):
         return super().lowered and (self.precision != "bf16" or torch.is_grad_enabled())
 
 
+def reached(module: nn.Module) -> nn.Module:
+    """The module whose parameters a backward pass reaches: of a denoiser the network that its passes run."""
+    return module.running if isinstance(module, Denoiser) else module
+
+
 def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:
     """Add a bfloat16 gradient to the float32 one of the weights that it belongs to."""
     assert lowered.grad is not None

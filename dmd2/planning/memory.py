@@ -20,7 +20,7 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.method.step import Models, train_step
 from dmd2.networks.condition import Condition
-from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.denoisers import Denoiser, reached
 from dmd2.networks.lora import add_lora
 from dmd2.networks.lpips import Lpips
 from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
@@ -209,7 +209,7 @@ class Counted:
             hooks = [
                 p.register_post_accumulate_grad_hook(lambda _, own=own: ledger.shrink(own.grad))
                 for module in self.modules.values()
-                for p, own in zip(getattr(module, "running", module).parameters(), module.parameters(), strict=True)
+                for p, own in zip(reached(module).parameters(), module.parameters(), strict=True)
                 if p.requires_grad
             ]
             train_step(self.models, batches.some(it, micro_batches), it, cfg)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dmd2.core.distributed import GradientSums, sum_over
 from dmd2.experiment.config import Optim
-from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.denoisers import Denoiser, reached
 from dmd2.training import quantised
 from dmd2.training.checkpoints.parts import fill
 from dmd2.training.sharding import local, span
@@ -43,8 +43,8 @@ class Optimiser:
     def overlap(self, passes: int) -> None:
         """Sum gradients over processes while the last of `passes` backward passes of an update runs, as FSDP does."""
         if not self.sharded:
-            running = [getattr(module, "running", module) for module in self.modules]
-            self.sums.overlap(passes, [p for module in running for p in module.parameters() if p.requires_grad])
+            parameters = [p for module in self.modules for p in reached(module).parameters() if p.requires_grad]
+            self.sums.overlap(passes, parameters)
 
     def lr_at(self, it: int) -> float:
         """Learning rate of iteration `it`."""
