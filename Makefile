@@ -22,7 +22,7 @@ test-gpu:
 lint: $(READY)
 	ruff check .
 	ruff format --check .
-	snakefmt --check -q Snakefile workflow/rules
+	snakefmt --check Snakefile workflow/rules
 	mypy
 
 $(READY): requirements.lock
