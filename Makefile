@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: demo test test-gpu lint lock clean reference
 demo: $(READY)
-	snakemake --profile local demo
+	dmd2 run demo
 	@echo "open results/report.html; the table is results/tables/demo.md"
 
 test: $(READY)
@@ -25,12 +25,13 @@ lint: $(READY)
 	snakefmt --check Snakefile workflow/rules
 	mypy
 
-$(READY): requirements.lock
+$(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q uv==$(UV)
 	.venv/bin/uv pip install -q --python .venv/bin/python --require-hashes --compile-bytecode -r requirements.lock
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
 lock:

@@ -21,12 +21,12 @@ from dmd2.experiment.config import RunConfig, TrainConfig
 from dmd2.experiment.run_inputs import goal_of
 from dmd2.experiment.tables import Table, load_experiment
 from dmd2.launch.job import TrainingJob
+from dmd2.launch.names import Names, Run, run_named, runs_named
 from dmd2.launch.slurm import SlurmTraining
 from dmd2.launch.wait import log_path, publish, say
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
-Run = Annotated[str, typer.Argument(help="base/name/seedN, for example digits/dmd2/seed0")]
 Config = Annotated[str | None, typer.Option(help="JSON of the run; default: what the tables say")]
 ChangedCode = Literal["warn", "retrain"]
 ClusterName = Annotated[str, typer.Option(help="file in workflow/cluster, without .yaml")]
@@ -106,37 +106,34 @@ def warm(run: Run, out: Path, config: Config = None, cluster: ClusterName = "loc
 
 @app.command("print")
 def print_script(run: Run, config: Config = None, cluster: ClusterName = "slurm") -> None:
-    """Show the batch script that `train` would send to Slurm."""
+    """Show the batch script that a training would send to Slurm."""
     with readable_errors():
-        run_id = RunId.parse(run)
+        run_id = run_named(run)
         print(SlurmTraining(run_id, run_config(run_id, config), load_cluster(cluster)).script())
 
 
 @app.command()
-def status(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="runs or tables; default: every run that was started")
-    ] = None,
-) -> None:
-    """State, step, rate, time left, node, restarts and last losses of runs, as a table."""
-    from dmd2.launch.overview import chosen_runs, print_overview
+def status(names: Annotated[list[str] | None, Names] = None) -> None:
+    """State, step, rate, time left, node, restarts and last losses of runs; by default of all that were started."""
+    from dmd2.launch.overview import print_overview
 
     with readable_errors():
-        print_overview(chosen_runs(names or []))
+        print_overview(runs_named(names or []))
 
 
 @app.command()
-def cancel(runs: Annotated[list[str], typer.Argument(help="base/name/seedN ...")]) -> None:
-    """Stop the Slurm jobs of runs; everything saved is kept and `train` continues."""
+def cancel(names: Annotated[list[str], Names]) -> None:
+    """Stop the Slurm jobs of runs; everything saved is kept, and `dmd2 run` goes on from there."""
     with readable_errors():
-        named, idle = list(map(RunId.parse, runs)), []
-        entries = [entry for entry in squeue().values() if not entry.ended]
-        for run in named:
-            if jobs := [entry.job for entry in entries if entry.name == job_name(run)]:
-                slurm("scancel", *jobs)
-                say(run, f"cancelled Slurm job {', '.join(jobs)}")
-            else:
-                idle.append(str(run))
+        idle, entries = [], [entry for entry in squeue().values() if not entry.ended]
+        for name in names:
+            jobs = {run: [e.job for e in entries if e.name == job_name(run)] for run in runs_named([name])}
+            for run, found in jobs.items():
+                if found:
+                    slurm("scancel", *found)
+                    say(run, f"cancelled Slurm job {', '.join(found)}")
+            if not any(jobs.values()):
+                idle.append(name)
         if idle:
             be = "is" if len(idle) == 1 else "are"
             raise UserError(f"{', '.join(idle)} {be} not running and not waiting in the Slurm queue")
@@ -146,7 +143,7 @@ def cancel(runs: Annotated[list[str], typer.Argument(help="base/name/seedN ...")
 def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing")] = False) -> None:
     """Print the messages of the run's newest Slurm job."""
     with readable_errors():
-        run_id = RunId.parse(run)
+        run_id = run_named(run)
         jobs = submissions(run_id)["jobs"]
         path = log_path(run_id, jobs[-1]) if jobs else None
         if path is None or not path.exists():

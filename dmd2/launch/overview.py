@@ -1,6 +1,5 @@
-"""The table of `python -m dmd2.launch status`: one line for each run, from its folder and one look at the queue."""
+"""The table of `dmd2 status`: one line for each run, from its folder and one look at the queue."""
 
-import re
 import shutil
 import sys
 import time
@@ -11,11 +10,10 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dmd2.core.errors import UserError, did_you_mean
+from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
-from dmd2.core.run import RunId, run_folders
+from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
-from dmd2.experiment.tables import load_experiment
 from dmd2.launch.state import is_published, run_state
 
 SILENCE = 600.0  # seconds without a sign of life after which a running job is worth a look
@@ -40,36 +38,6 @@ class RunLine(NamedTuple):
     job: str = NONE
 
 
-def chosen_runs(names: list[str]) -> list[RunId]:
-    """Runs by their names, by names of all their seeds (``base/run``), or by tables; without names, all with a folder.
-
-    Raises:
-        UserError: a name is none of these.
-    """
-    found = list(run_folders()[0])
-    if not names:
-        return found
-    experiment, chosen = load_experiment(), list[RunId]()
-    tables = {
-        name: [RunId(table.base, row.run, seed) for row in experiment.rows[name] for seed in table.seeds]
-        for name, table in experiment.tables.items()
-    }
-    runs = sorted({*found, *(run for of_table in tables.values() for run in of_table)})
-    seeds: dict[str, list[RunId]] = {}  # of base/run
-    for run in runs:
-        seeds.setdefault(f"{run.base}/{run.name}", []).append(run)
-    for name in names:
-        parent, _, seed = name.rpartition("/")
-        if name in tables or name in seeds:
-            chosen += tables.get(name) or seeds[name]
-        elif parent in seeds and re.fullmatch(r"seed\d+", seed):
-            chosen.append(RunId.parse(name))  # of any seed, as `train` takes it
-        else:
-            hint = did_you_mean(name, [*tables, *seeds, *map(str, runs)], f"; tables: {', '.join(tables) or 'none'}")
-            raise UserError(f"no run or table is called {name}{hint}")
-    return list(dict.fromkeys(chosen))
-
-
 def print_overview(runs: list[RunId]) -> None:
     """Print the table of these runs, how many are in which state, and why states are unknown if they are."""
     jobs, note = live_jobs(runs)
@@ -91,7 +59,7 @@ def print_overview(runs: list[RunId]) -> None:
     told = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     console.print(f"{len(lines)} run{'' if len(lines) == 1 else 's'}{': ' if told else ''}{told}")
     if counts["ended"]:
-        console.print("ended: complete, and the next snakemake call publishes it")
+        console.print("ended: complete, and the next `dmd2 run` publishes it")
     if note:
         console.print(f"states are unknown: {note}")
 

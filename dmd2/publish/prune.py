@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import submissions
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.experiment.tables import Experiment, load_experiment
-from dmd2.launch.overview import chosen_runs
+from dmd2.launch.names import Names, runs_named
 
 KEYED = re.compile(r"(checkpoints|snapshots)-[0-9a-f]{8}")
 RESTARTS = "A training that is made longer now starts anew, since its checkpoints are gone."
@@ -34,10 +34,10 @@ class Prunable:
     kept: str | None = None
 
 
-def prunable(dry_run: bool = False) -> Iterator[Prunable]:
-    """Every training that has something to delete or to keep. While one of a run is yielded, its lock is held."""
+def prunable(names: Sequence[str] = (), dry_run: bool = False) -> Iterator[Prunable]:
+    """Every training that has something to delete or keep, or those named; while one is yielded, its lock is held."""
     experiment = load_experiment()
-    for run in chosen_runs([]):
+    for run in runs_named(names):
         if not _keyed(run.folder):
             continue
         if is_being_trained(run.folder):
@@ -49,7 +49,7 @@ def prunable(dry_run: bool = False) -> Iterator[Prunable]:
                 yield Prunable(run.folder, [] if reason else _unlisted(run.folder), reason)
         except UserError as error:
             yield Prunable(run.folder, [], str(error))
-    for manifest in sorted(TEACHERS.glob("*/manifest.json")):
+    for manifest in [] if names else sorted(TEACHERS.glob("*/manifest.json")):
         try:
             with nullcontext() if dry_run else sole_maker(manifest):
                 yield Prunable(manifest.parent, _keyed(manifest.parent))
@@ -88,12 +88,13 @@ def _keyed(folder: Path) -> list[Path]:
 
 
 def main(
+    names: Annotated[list[str] | None, Names] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
 ) -> None:
     """Delete checkpoints of finished trainings, and snapshots that no train.json lists; nothing is to be made again."""
     with readable_errors():
         freed = 0
-        for found in prunable(dry_run):
+        for found in prunable(names or (), dry_run):
             if found.kept:
                 print(f"{found.folder} is kept: {found.kept}")
             for path in found.folders:

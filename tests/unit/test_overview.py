@@ -13,7 +13,8 @@ from dmd2.core.files import write_json
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import Entry, job_name
 from dmd2.launch import command as launch
-from dmd2.launch.overview import RunLine, chosen_runs, print_overview, run_line
+from dmd2.launch.names import runs_named
+from dmd2.launch.overview import RunLine, print_overview, run_line
 
 RUN = RunId("digits", "dmd2", 0)
 NOW = 1_000_000.0
@@ -162,7 +163,7 @@ def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: P
     reason = "ReqNodeNotAvail, UnavailableNodes:gpu[01-64],other[bold]"
     states = [("PENDING", reason)] * 400 + [("FAILED", "None")] * 100
     fake.answer("squeue", *(f"{i}|{job_name(runs[i])}|{'|'.join(state)}|" for i, state in enumerate(states)))
-    print_overview(chosen_runs([]))
+    print_overview(runs_named([]))
     out = capsys.readouterr().out.splitlines()
     assert len(fake.calls("squeue")) == 1
     assert len(out) == 1002 and out[-1] == "1000 runs: 600 stopped, 400 pending"
@@ -175,7 +176,7 @@ def test_a_thousand_runs_ask_slurm_once_and_fill_a_thousand_whole_lines(place: P
 def test_slurm_is_not_asked_about_finished_and_local_runs(place: Path, fake, capsys) -> None:
     wrote(RUN, PROGRESS, ["7"], "train.json")
     wrote(RunId("digits", "ttur", 0), PROGRESS)
-    print_overview(chosen_runs([]))
+    print_overview(runs_named([]))
     assert fake.calls("squeue") == []
     assert capsys.readouterr().out.endswith("\n2 runs: 1 finished, 1 stopped\n")
 
@@ -185,7 +186,7 @@ def test_without_slurms_answer_states_are_unknown_and_one_line_says_why(place: P
     fake.refuse("squeue", "no answer") if "refused" in note else fake.remove()
     wrote(RUN, PROGRESS, ["7"])
     wrote(RunId("digits", "ttur", 0), PROGRESS)
-    print_overview(chosen_runs([]))
+    print_overview(runs_named([]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[3] == "2 runs: 1 unknown, 1 stopped"
@@ -209,8 +210,8 @@ def test_a_damaged_file_of_one_run_leaves_the_others_as_they_are(
 
 def test_an_ended_run_says_who_publishes_it(place: Path, capsys) -> None:
     wrote(RUN, None, None, "finished.json")
-    print_overview(chosen_runs([]))
-    assert capsys.readouterr().out.splitlines()[-1] == "ended: complete, and the next snakemake call publishes it"
+    print_overview(runs_named([]))
+    assert capsys.readouterr().out.splitlines()[-1] == "ended: complete, and the next `dmd2 run` publishes it"
 
 
 def test_a_narrow_terminal_cuts_nothing_off(place: Path, monkeypatch, capsys) -> None:
@@ -230,18 +231,18 @@ def test_status_prints_the_overview_or_a_sentence(place: Path, capsys) -> None:
 
 
 def test_no_run_at_all_is_one_line(place: Path, capsys) -> None:
-    print_overview(chosen_runs([]))
+    print_overview(runs_named([]))
     assert capsys.readouterr().out == "0 runs\n"
 
 
 def test_without_names_every_run_folder_is_chosen_in_order(place: Path) -> None:
     for name in ("digits/b/seed10", "digits/b/seed9", "digits/a/seed0", "digits/a/seed0-copy", "digits/a/seeds"):
         (place / "results/runs" / name).mkdir(parents=True)
-    assert list(map(str, chosen_runs([]))) == ["digits/a/seed0", "digits/b/seed9", "digits/b/seed10"]
+    assert list(map(str, runs_named([]))) == ["digits/a/seed0", "digits/b/seed9", "digits/b/seed10"]
 
 
 def test_a_table_is_all_its_rows_and_seeds_started_or_not(place: Path) -> None:
-    runs = chosen_runs(["digits-table3"])
+    runs = runs_named(["digits-table3"])
     assert len(runs) == len(set(runs)) == 18
     assert runs[:4] == [*(RunId("digits", "dmd", s) for s in range(3)), RunId("digits", "no-regression", 0)]
 
@@ -249,12 +250,12 @@ def test_a_table_is_all_its_rows_and_seeds_started_or_not(place: Path) -> None:
 def test_a_name_without_seed_is_every_seed_of_the_tables_and_of_the_folders(place: Path) -> None:
     wrote(RunId("digits", "dmd2", 11))
     wrote(RunId("digits", "gone", 1))
-    assert [run.seed for run in chosen_runs(["digits/dmd2"])] == [0, 1, 2, 11]
-    assert chosen_runs(["digits/gone"]) == [RunId("digits", "gone", 1)]
+    assert [run.seed for run in runs_named(["digits/dmd2"])] == [0, 1, 2, 11]
+    assert runs_named(["digits/gone"]) == [RunId("digits", "gone", 1)]
 
 
 def test_runs_named_twice_are_shown_once_in_the_order_of_the_names(place: Path) -> None:
-    runs = chosen_runs(["digits/ttur/seed7", "digits/dmd2/seed0", "digits/dmd2"])
+    runs = runs_named(["digits/ttur/seed7", "digits/dmd2/seed0", "digits/dmd2"])
     assert [(run.name, run.seed) for run in runs] == [("ttur", 7), ("dmd2", 0), ("dmd2", 1), ("dmd2", 2)]
 
 
@@ -270,7 +271,7 @@ def test_runs_named_twice_are_shown_once_in_the_order_of_the_names(place: Path) 
 def test_an_unknown_name_gets_the_nearest_known_one(place: Path, name: str, sentence: str) -> None:
     wrote(RunId("digits", "gone", 11))
     with pytest.raises(UserError) as error:
-        chosen_runs([name])
+        runs_named([name])
     assert str(error.value) == sentence
 
 
@@ -278,4 +279,4 @@ def test_a_name_like_no_other_gets_the_list_of_tables(place: Path) -> None:
     with pytest.raises(
         UserError, match=r"^no run or table is called \?; tables: cifar10-table3, demo, digits-multistep, "
     ):
-        chosen_runs(["?"])
+        runs_named(["?"])
