@@ -22,7 +22,7 @@ test-gpu:
 lint: $(READY)
 	ruff check .
 	ruff format --check .
-	snakefmt --check Snakefile workflow/rules
+	snakefmt --check workflow
 	mypy
 
 $(READY): requirements.lock pyproject.toml

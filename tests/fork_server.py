@@ -153,7 +153,8 @@ if __name__ == "__main__":
     option = command.pop(0) if command[0] in ("-u", "-I") else ""
     if option == "-u":
         sys.stdout.reconfigure(write_through=True)
-    folders = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    here = [] if os.environ.get("PYTHONSAFEPATH") else [os.getcwd()]
+    folders = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     sys.path[:1] = folders if option != "-I" else []
     sys.argv = command[1:] if command[0] == "-m" else ["-c", *command[2:]]
     importlib.invalidate_caches()

@@ -1,5 +1,6 @@
 """What jobs may use on a machine or cluster, and how trainings are started there: workflow/cluster/*.yaml."""
 
+import os
 import re
 import shlex
 import sys
@@ -11,9 +12,20 @@ from pydantic import Field, field_validator, model_validator
 
 from dmd2.experiment.dotted_keys import validate
 from dmd2.experiment.section import Positive, Strict
-from dmd2.experiment.yaml_file import read_named
+from dmd2.experiment.yaml_file import CODE, ORIGIN, read_named
 
 CLUSTERS = Path("workflow/cluster")
+
+
+def import_environment() -> dict[str, str]:
+    """Environment in which `python -m dmd2` is this code wherever one stands, and no dmd2.py of the user's there.
+
+    An installed package is found without PYTHONPATH, which would put it before the standard library.
+    """
+    if ORIGIN != CODE:
+        return {"PYTHONSAFEPATH": "1"}
+    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place not in ("", str(CODE))]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(CODE), *others])}
 
 
 class Resources(Strict):

@@ -12,7 +12,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.dotted_keys import LocatedConfig, apply_change, differences, holds, validate
 from dmd2.experiment.protocols import named
 from dmd2.experiment.table_config import Preset, Row, Table, rows_of
-from dmd2.experiment.yaml_file import Place, read_named, read_yaml
+from dmd2.experiment.yaml_file import Place, read_named, read_yaml, workflow_files
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 # Suffixes of the files that are written beside the JSON of a table.
@@ -85,9 +85,9 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
         UserError: one sentence with file, line and key for the first problem found.
     """
     experiment, places = Experiment(), dict[str, Place]()
-    for path in sorted(tables.glob("*.yaml")):
-        values, places[path.stem] = read_yaml(path)
-        experiment.tables[path.stem] = validate(Table, values, places[path.stem])
+    for name, path in workflow_files(tables).items():
+        values, places[name] = read_yaml(path)
+        experiment.tables[name] = validate(Table, values, places[name])
     read: dict[str, LocatedConfig] = {}  # bases by name
     configs: list[LocatedConfig] = []  # bases and rows, a base before the rows over it
     for name, table in experiment.tables.items():

@@ -9,6 +9,10 @@ import yaml
 
 from dmd2.core.errors import UserError, did_you_mean
 
+# The folder whose workflow/ holds the Snakefile: that of the packages in a clone, `dmd2` in a wheel.
+CODE = Path(__file__).parents[2]
+ORIGIN = CODE / "dmd2" if (CODE / "dmd2/workflow").is_dir() else CODE
+
 
 class _Loader(yaml.CSafeLoader):
     """Safe loader that reads 2e-6 as a number (YAML 1.2)."""
@@ -64,18 +68,27 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Place]:
     return value, Place(path, lines)
 
 
+def workflow_files(folder: Path) -> dict[str, Path]:
+    """YAML files of a folder by name.
+
+    One relative to the workspace, as `workflow/tables`, also has those beside the Snakefile that the workspace has not.
+    """
+    places = [folder] if folder.is_absolute() else [ORIGIN / folder, folder]
+    found = {file.stem: file for place in places for file in place.glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
 def read_named(kind: str, name: str, folder: Path) -> tuple[dict[str, Any], Place]:
-    """`read_yaml` of ``FOLDER/NAME.yaml``.
+    """`read_yaml` of ``FOLDER/NAME.yaml``, which is one of `workflow_files`.
 
     Raises:
         UserError: there is none; the sentence has the nearest name, or all of them.
     """
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        known = [file.stem for file in sorted(folder.glob("*.yaml"))]
+    known = workflow_files(folder)
+    if name not in known:
         hint = did_you_mean(name, known, f"; known: {', '.join(known)}")
-        raise UserError(f"there is no {kind} {path}{hint}")
-    return read_yaml(path)
+        raise UserError(f"there is no {kind} {folder / name}.yaml{hint}")
+    return read_yaml(known[name])
 
 
 def _value(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int]) -> Any:

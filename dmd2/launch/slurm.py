@@ -24,7 +24,7 @@ from dmd2.core.interrupts import is_being_trained
 from dmd2.core.retraining import When, is_due, make_anew
 from dmd2.core.run import Goal, RunId
 from dmd2.core.slurm_queue import NO_SLURM, STUCK, NoAnswer, is_live, job_name, slurm, squeue, state_of, submissions
-from dmd2.experiment.cluster import Cluster
+from dmd2.experiment.cluster import Cluster, import_environment
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import goal_of
 from dmd2.launch.job import TrainingJob
@@ -82,7 +82,7 @@ class SlurmTraining:
             ntasks_per_node=self.cluster.processes,
             cpus_per_task=cpus,
             signal_delay_s=training.signal_seconds,
-            setup=self.cluster.setup,
+            setup=[*self.cluster.setup, *(f"export {k}={shlex.quote(v)}" for k, v in import_environment().items())],
             # srun does not take over sbatch's CPUs per task since Slurm 22.05: a task would get one CPU.
             srun_args=["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
             additional_parameters=options | {"requeue": True} | extra_options(wanted.slurm_extra),

@@ -8,6 +8,7 @@ from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base, load_experiment
+from dmd2.experiment.yaml_file import workflow_files
 from dmd2.networks.light_diffusers import light_diffusers
 
 
@@ -61,7 +62,7 @@ def main(
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counted(cfg).image_flops * cfg.optim.batch)
         plan = Plan.of(base, run or base, cfg, counted, rate)
-        name = cluster or ("slurm" if (CLUSTERS / "slurm.yaml").exists() else None)
+        name = cluster or ("slurm" if "slurm" in workflow_files(CLUSTERS) else None)
         machine = None if name is None else (name, load_cluster(name))
         show(plan_page(base, plan, gpus, CARDS if gpu_memory is None else (gpu_memory,), micro_batch, machine))
         if table is not None:

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from dmd2.core.files import digest_of, read_json
 from dmd2.experiment.run_inputs import (
     Inputs,
@@ -19,6 +17,7 @@ from dmd2.experiment.run_inputs import (
 )
 from dmd2.core.provenance import Artefact
 from dmd2.core.run import RunId
+from eval.detectors.weights import registry
 
 CONFIGS = [*EXPERIMENT.bases.values(), *RUNS.values()]
 DATA = {cfg.data.name: cfg.data for cfg in CONFIGS}
@@ -79,13 +78,12 @@ PROMPT_SETS = {
 }
 
 
-with open("eval/detectors/weights.yaml", encoding="utf-8") as file:
-    PUBLISHED = {name: entry for name, entry in yaml.safe_load(file).items() if "package" not in entry}
+PUBLISHED = {name: entry for name, entry in registry().items() if entry.package is None}
 # Every network with weights to be downloaded, and the detectors that use them: the first file stands for all.
 WEIGHTS_OF = {
-    detector: f"data/weights/{name}/{entry['files'][0]['file']}"
+    detector: f"data/weights/{name}/{entry.files[0].file}"
     for name, entry in PUBLISHED.items()
-    for detector in [name, *entry.get("detectors", [])]
+    for detector in [name, *entry.detectors]
 }
 
 
