@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from dmd2.core.errors import UserError, readable_errors
-from dmd2.experiment.yaml_file import read_yaml
+from dmd2.experiment.cluster import import_environment
+from dmd2.experiment.yaml_file import ORIGIN, read_yaml
 from dmd2.launch.names import complete, run_named, runs_named
 
 PROFILES = Path("workflow/profiles")
-ROOT = Path(__file__).parents[2]  # of a checkout, with the Snakefile
 
 
 def run(
@@ -37,7 +37,8 @@ def run(
         words, place = targets or [], _profile(profile)
         if again:
             _train_again(words, place)
-        started = [] if Path("Snakefile").exists() else ["--snakefile", str(_snakefile())]
+        own = any(Path(place).exists() for place in ("Snakefile", "workflow/Snakefile"))
+        started = [] if own else ["--snakefile", str(ORIGIN / "workflow/Snakefile")]
         files = [file for word in words for file in _files(word)]
         command = [sys.executable, "-P", "-m", "snakemake", *started, "--profile", str(place), *files]
         os.execv(sys.executable, command)
@@ -49,23 +50,12 @@ def _profile(name: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    places = [PROFILES / name, ROOT / PROFILES / name, Path(name)]
+    places = [PROFILES / name, ORIGIN / PROFILES / name, Path(name)]
     found = next((place for place in places if (place / "config.yaml").exists()), None)
     if found is None:
         known = sorted({path.parent.name for place in places[:2] for path in place.parent.glob("*/config.yaml")})
         raise UserError(f"there is no profile {PROFILES / name}: choose one of {', '.join(known) or 'none'}")
     return found
-
-
-def _snakefile() -> Path:
-    """The Snakefile of this checkout, for a workspace that has none.
-
-    Raises:
-        UserError: the package was installed without one.
-    """
-    if not (ROOT / "Snakefile").exists():
-        raise UserError("there is no Snakefile in the workspace, and this installation has none: work in a git clone")
-    return ROOT / "Snakefile"
 
 
 def _files(word: str) -> list[str]:
@@ -88,5 +78,6 @@ def _train_again(words: list[str], profile: Path) -> None:
     settings = dict(entry.split("=", 1) for entry in config) if isinstance(config, list) else config
     cluster = str(settings.get("cluster", "local"))
     train = ["-m", "dmd2.launch", "train", str(run_named(words[0])), "--again", "--cluster", cluster]
-    if status := subprocess.run([sys.executable, *train], check=False).returncode:
+    environment = os.environ | import_environment()
+    if status := subprocess.run([sys.executable, *train], check=False, env=environment).returncode:
         sys.exit(status)
