@@ -20,9 +20,9 @@ AROUND = f"{PACKAGE}.core.precision"  # what a job sets up around the trainer, w
 # Modules, by the last part of their name, that imports reach but that have no part in the numbers: they read and write
 # files (whose content is part of a run's key), prepare sets, check or digest settings, or print.
 NO_PART = {
-    "checkpoint", "cluster", "code_digest", "dotted_keys", "errors", "eval_config", "files", "interfaces", "interrupts",
-    "network", "parts", "prepare", "progress", "provenance", "record", "retraining", "run", "run_inputs", "section",
-    "slurm_queue", "sources", "thread", "upload", "yaml_file",
+    "checkpoint", "cluster", "code_digest", "dotted_keys", "errors", "eval_config", "files", "inheritance",
+    "interfaces", "interrupts", "network", "parts", "prepare", "progress", "provenance", "record", "retraining", "run",
+    "run_inputs", "section", "slurm_queue", "sources", "thread", "upload", "yaml_file",
 }  # fmt: skip
 RENAMED = {"network_checks": "network", "encode": "prepare", "checkpoint_parts": "parts"}
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dmd2.core.files import digest_of
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.eval_config import Eval, Sampler
+from dmd2.experiment.inheritance import for_editors
 from dmd2.experiment.section import IndexRange, Positive, Precision, Section, Weight
 from dmd2.experiment.teacher_config import Teacher
 
@@ -130,12 +131,13 @@ class Pairs(Section):
 class Regression(Section):
     """Regression of the student on teacher pairs; with weight 0 no pairs are made.
 
+    pairs: needed where the weight is above 0.
     decoder: turns latents into the images that lpips compares: the pipeline's autoencoder, or its tiny one (taesd).
     """
 
     weight: Weight
     distance: Literal["lpips", "l2"]
-    pairs: Pairs
+    pairs: Pairs | None = None
     decoder: Literal["vae", "vae_tiny"] = "vae"
 
 
@@ -243,10 +245,16 @@ class TrainConfig(Section):
         return self.regression.weight > 0 and self.train.released is None
 
     @property
+    def pairs(self) -> Pairs:
+        """The pairs of a run that needs them: those without were refused (`dmd2.experiment.checks.sections`)."""
+        assert self.regression.pairs is not None
+        return self.regression.pairs
+
+    @property
     def pair_set(self) -> str:
         """``TEACHER/SOLVERSTEPS-COUNT-KEY``, the pair set this run would use; runs of equal settings share it."""
-        key = digest_of({"teacher": self.teacher_identity(), "pairs": self.regression.pairs.settings()})
-        pairs = self.regression.pairs
+        key = digest_of({"teacher": self.teacher_identity(), "pairs": self.pairs.settings()})
+        pairs = self.pairs
         return f"{self.teacher.name}/{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
 
     def teacher_identity(self) -> dict[str, Any]:
@@ -264,6 +272,11 @@ class RunConfig(TrainConfig):
     """A complete run: its training and how it is measured."""
 
     eval: Eval
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """The JSON Schema of a base, which may also be like another one."""
+        return for_editors(super().model_json_schema(*args, **options))
 
     def training(self) -> TrainConfig:
         """The part that training reads."""

@@ -90,18 +90,14 @@ def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedA
     """Validate values that are written at `place`; `changed_at` says where the keys are that changes gave.
 
     Raises:
-        UserError: one sentence about the first problem, with key, file and line.
+        UserError: one sentence about all keys that are missing, or about the first other problem, with file and line.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors()  # a misspelled key also makes the right one "missing": tell the misspelling
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    keys = [
-        k
-        for k in first["loc"]
-        if isinstance(k, int) or not k.startswith(("constrained", "function", "union:", "[key]"))
-    ]
+    keys = _keys(first["loc"])
     key = ".".join(map(str, keys))
     where = _newest(changed_at or {}, lambda changed: _inside(key, changed)) or place.where(*keys)
     if first["type"] == "extra_forbidden":
@@ -110,9 +106,17 @@ def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedA
         wrong, known = f"{section}{keys[-1]}", [f"{section}{name}" for name in _beside(model, keys)]
         raise UserError(f"{where}: no key {wrong}{did_you_mean(wrong, known)}")
     if first["type"] == "missing":
-        raise UserError(f"{where}: key {key} is missing")
+        missing = [".".join(map(str, _keys(e["loc"]))) for e in errors if e["type"] == "missing"]
+        told = f"keys {', '.join(missing)} are" if len(missing) > 1 else f"key {key} is"
+        raise UserError(f"{where}: {told} missing")
     got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     raise UserError(f"{where}: {key and f'{key}: '}{first['msg'].removeprefix('Value error, ')}{got}")
+
+
+def _keys(path: Sequence[str | int]) -> list[str | int]:
+    """The keys of a file in the path of an error, which also names alternatives of a type."""
+    alternatives = ("constrained", "function", "union:", "[key]")
+    return [part for part in path if isinstance(part, int) or not part.startswith(alternatives)]
 
 
 def _beside(model: type[Strict], path: Sequence[str | int]) -> list[str]:

@@ -10,6 +10,7 @@ from dmd2.experiment.checks.sections import check_all
 from dmd2.experiment.checks.tables import check_origins, check_shared, check_table
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.dotted_keys import LocatedConfig, apply_change, differences, holds, validate
+from dmd2.experiment.inheritance import read_base
 from dmd2.experiment.protocols import named
 from dmd2.experiment.table_config import Preset, Row, Table, rows_of
 from dmd2.experiment.yaml_file import Place, read_named, read_yaml, workflow_files
@@ -68,7 +69,7 @@ def load_base(name: str, folder: Path = BASES) -> RunConfig:
 
 def _base(name: str, folder: Path) -> LocatedConfig:
     """A base. Keys that its eval section leaves out have the values of the protocol that it names."""
-    values, place = read_named("base", name, folder)
+    values, place = read_base(name, folder)
     measured = values.get("eval")
     if isinstance(measured, dict) and isinstance(measured.get("protocol"), str):
         try:
@@ -79,7 +80,7 @@ def _base(name: str, folder: Path) -> LocatedConfig:
 
 
 def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
-    """Read every table, merge each row over its base and validate it; presets lie beside the folder of bases.
+    """Read all bases and tables, merge each row over its base and validate it; presets lie beside the folder of bases.
 
     Raises:
         UserError: one sentence with file, line and key for the first problem found.
@@ -88,15 +89,13 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
     for name, path in workflow_files(tables).items():
         values, places[name] = read_yaml(path)
         experiment.tables[name] = validate(Table, values, places[name])
-    read: dict[str, LocatedConfig] = {}  # bases by name
-    configs: list[LocatedConfig] = []  # bases and rows, a base before the rows over it
+    of_tables = (table.base for table in experiment.tables.values())
+    read = {name: _base(name, bases) for name in dict.fromkeys([*of_tables, *workflow_files(bases)])}
+    experiment.bases.update({name: base.cfg for name, base in read.items()})
+    configs = list(read.values())  # bases before the rows over them
     for name, table in experiment.tables.items():
         rows, of_table = rows_of(name, experiment.tables, places), places[name]
         experiment.rows[name] = [row for row, _ in rows]
-        if table.base not in read:
-            read[table.base] = _base(table.base, bases)
-            configs.append(read[table.base])
-            experiment.bases[table.base] = read[table.base].cfg
         for row, place in rows:
             changes = [(table.change, of_table.below("change"))]
             if row.preset is not None:

@@ -25,10 +25,10 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value is written: a file, the line of each of its keys by dotted path, and the path of the value."""
+    """Where a value is written: a file, ``file:line`` of each of its keys by dotted path, and the path of the value."""
 
     file: Path
-    lines: dict[str, int]
+    lines: dict[str, str]
     keys: tuple[str | int, ...] = ()
 
     def where(self, *keys: str | int) -> str:
@@ -36,7 +36,7 @@ class Place:
         path = ".".join(map(str, (*self.keys, *keys)))
         while path and path not in self.lines:
             path = path.rpartition(".")[0]
-        return f"{self.file}:{self.lines[path]}" if path else str(self.file)
+        return self.lines[path] if path else str(self.file)
 
     def below(self, *keys: str | int) -> "Place":
         """The place of a key below the value."""
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Place]:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values at the top level")
-    return value, Place(path, lines)
+    return value, Place(path, {key: f"{path}:{line}" for key, line in lines.items()})
 
 
 def workflow_files(folder: Path) -> dict[str, Path]:

@@ -73,7 +73,7 @@ def disk_of(cfg: RunConfig, counted: Counted) -> Disk:
         snapshots=snapshots(cfg) * counted.parameters["student"] * FLOAT,
         checkpoint=saved_bytes(counted) + sum(tensor.nbytes for tensor in counted.states),
         features=snapshots(cfg) * cfg.eval.images * cfg.eval.draws * _features(cfg.eval.detector) * FLOAT,
-        pairs=cfg.regression.pairs.count * (2 * pixels * FLOAT + condition) if cfg.needs_pairs else 0,
+        pairs=cfg.pairs.count * (2 * pixels * FLOAT + condition) if cfg.needs_pairs else 0,
         real=None if count is None else count * (pixels * (HALF if cfg.data.latents else 1) + condition),
     )
 
@@ -171,10 +171,10 @@ class Plan:
 
     def hours(self) -> dict[str, float]:
         """Hours of one process by kind of work; pairs and teacher's images are shared, detectors are not counted."""
-        cfg, pairs = self.cfg, self.cfg.regression.pairs
+        cfg = self.cfg
         calls = {
             "snapshots' images": cfg.eval.images * snapshots(cfg) * cfg.generator.steps,
-            "pairs": pairs.count * pairs.sampler.network_calls if cfg.needs_pairs else 0,
+            "pairs": cfg.pairs.count * cfg.pairs.sampler.network_calls if cfg.needs_pairs else 0,
             "teacher's images": cfg.eval.images * sum(s.network_calls for s in cfg.eval.teacher_samplers.values()),
         }
         work = {"training": self.iteration_flops * cfg.train.steps}

@@ -54,6 +54,7 @@ def make_shard(
     from dmd2.training.teachers import load_teacher, null_condition
 
     pairs, data = cfg.regression.pairs, cfg.data
+    assert pairs is not None  # of a run that has them
     spec = pairs.sampler
     teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation, SAMPLING[pairs.precision]).to(device)
     seeds = list(shard_seeds(pairs.count, pairs.shards, index))

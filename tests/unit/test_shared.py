@@ -42,10 +42,3 @@ def test_a_row_may_name_another_teacher_and_change_guidance(folder):
     named = {"teacher.name": "longer", "teacher.train.steps": 9}
     folder.table(rows=[{"run": "a", "change": {"teacher.guidance": 1.5}}, {"run": "b", "change": named}])
     assert folder.load().runs["tiny", "b"].teacher.train.steps == 9
-
-
-def test_a_base_that_no_table_uses_does_not_count(folder):
-    folder.base("tiny", base_with())
-    folder.base("other", base_with(data__resolution=64))
-    folder.table()
-    folder.load()

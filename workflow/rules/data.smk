@@ -128,7 +128,7 @@ rule teacher:
 
 
 def pairs_shards(name):
-    return [f"{shard:05d}" for shard in range(PAIR_SETS[name].regression.pairs.shards)]
+    return [f"{shard:05d}" for shard in range(PAIR_SETS[name].pairs.shards)]
 
 
 rule pairs_shard:

@@ -84,7 +84,8 @@ def _autoencoder(network: Mapping[str, Any], data: Data) -> Iterator[Problem]:
 def _samplers(cfg: RunConfig) -> dict[str, Sampler]:
     """Every sampler of a teacher, by its key."""
     of_rows = {f"eval.teacher_samplers.{name}": sampler for name, sampler in cfg.eval.teacher_samplers.items()}
-    return {"regression.pairs.sampler": cfg.regression.pairs.sampler, **of_rows}
+    pairs = cfg.regression.pairs
+    return of_rows if pairs is None else {"regression.pairs.sampler": pairs.sampler, **of_rows}
 
 
 def _teacher(cfg: RunConfig) -> Iterator[Problem]:
@@ -96,7 +97,7 @@ def _teacher(cfg: RunConfig) -> Iterator[Problem]:
             yield f"{key}.s_min", f"{key}.s_max", f"{sampler.s_min} is above s_max {sampler.s_max}"
     guidance = {"teacher.guidance": teacher.guidance, **{f"{key}.guidance": s.guidance for key, s in samplers.items()}}
     if not cfg.needs_pairs:
-        del guidance["regression.pairs.sampler.guidance"]
+        guidance.pop("regression.pairs.sampler.guidance", None)
     guided = next((key for key, strength in guidance.items() if strength > 1), None)
     if teacher.network is not None:
         yield from network_problems(teacher.network, cfg.data, guided)
@@ -117,6 +118,9 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
     if dm.weight == gan.lambda_g == regression.weight == 0:
         told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
         yield "dm.weight", "gan.lambda_g", "regression.weight", told
+    if cfg.needs_pairs and regression.pairs is None:
+        told = f"{regression.weight}, but there are no regression.pairs: give count, sampler and shards in the base"
+        yield "regression.weight", "regression.pairs", told
     if gan.lambda_g > 0 and gan.lambda_d == 0:
         yield (
             "gan.lambda_d",
