@@ -30,8 +30,8 @@ COMMANDS: dict[str, list[tuple[str, str, str, Place]]] = {
         ("prune", "dmd2.publish.prune:main", "Delete checkpoints that nothing needs any more", "workspace"),
     ],
     MEASURE: [
-        ("compare", "eval.compare.command:main", "Two versions of the results, side by side", "workspace"),
-        ("catalogue", "eval.catalogue.read:main", "All runs as one table, Parquet or CSV", "workspace"),
+        ("compare", "eval.compare.__main__:main", "Two versions of the results, side by side", "workspace"),
+        ("catalogue", "eval.catalogue.__main__:main", "All runs as one table, Parquet or CSV", "workspace"),
     ],
     "Convert and share": [
         ("convert", "dmd2.convert.__main__:main", "Networks of EDM and released students", "here"),

@@ -29,9 +29,9 @@ def model_card(
 
     Args:
         snapshot: that is exported.
-        sampling: what the sampling script was rendered from (see `dmd2.publish.export.sampling_of`).
+        sampling: what the sampling script was rendered from (see `dmd2.publish.diffusers_folder.sampling_of`).
         script: the sampling script.
-        checked: how its images compared with ours (see `dmd2.publish.export.check`), or None.
+        checked: how its images compared with ours (see `dmd2.publish.diffusers_folder.check`), or None.
         licence: what the user said about the teacher's.
     """
     found = (snapshot.measured or {"estimates": {}})["estimates"]

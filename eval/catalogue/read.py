@@ -1,7 +1,7 @@
 """Every run of a workspace as one pandas table, to plot what you like; also as Parquet and CSV.
 
 One line per evaluated snapshot; a run without metrics, and a training newer than the metrics beside it, has one line
-whose `state` says why. ``python -m eval.catalogue --schema`` explains every column. Frechet distance over student
+whose `state` says why. ``dmd2 catalogue --schema`` explains every column. Frechet distance over student
 updates for every row, with the range over its seeds as a band:
 
 >>> import matplotlib.pyplot as plt
@@ -19,25 +19,20 @@ import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import typer
 
-from dmd2.core.errors import UserError, readable_errors
-from dmd2.core.files import write_text
+from dmd2.core.errors import UserError
 from dmd2.core.run import RUNS, SAMPLERS, RunId, run_folders
 from eval.catalogue.columns import (
     DTYPES,
     IN_JSON,
-    LOG_SCHEMA,
     MAX_INT,
     PREFIXES,
     SCHEMA,
     describe,
-    explained,
-    write_parquet,
 )
 from eval.catalogue.records import Folder, Line, student_lines, teacher_lines
 
@@ -135,27 +130,3 @@ def _log(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
             print(f"warning: {path} line {number} is damaged or half-written and is left out", file=sys.stderr)
             continue
         yield step, values
-
-
-def main(
-    root: Annotated[Path, typer.Option(help="folder of the workspace")] = Path("."),
-    out: Annotated[Path, typer.Option(help="Parquet file to write")] = Path("results/catalogue.parquet"),
-    csv: Annotated[Path | None, typer.Option(help="write the same as CSV")] = None,
-    logs: Annotated[Path | None, typer.Option(help="write the logs of all trainings as Parquet")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="only explain all columns")] = False,
-) -> None:
-    """Write every run of a workspace as one table: configuration, digest, commits, cost, and metrics by snapshot."""
-    with readable_errors():
-        if schema:
-            print(explained())
-            return
-        table = catalogue(root)
-        write_parquet(table, out, describe(table.columns))
-        told = ", ".join(f"{count} {state}" for state, count in table.groupby("state").run.nunique().items())
-        print(f"{out}: {len(table)} lines, {len(table.columns)} columns; runs and teachers: {told or 'none'}")
-        if csv:
-            write_text(csv, table.to_csv(index=False))
-        if logs:
-            lines = training_logs(root)
-            write_parquet(lines, logs, LOG_SCHEMA)
-            print(f"{logs}: {len(lines)} values of {lines.run.nunique()} runs")

@@ -1,27 +1,15 @@
-"""Compare two versions of the results: ``python -m eval.compare A B``.
+"""What differs between two versions of the results, row by row; rows are joined by base and run."""
 
-A and B are git revisions, DVC experiments, workspaces, results folders or folders of tables; B is the current workspace
-if it is not given. Rows are joined by base and run. Markdown goes to stdout; with --fail-if-worse the exit status is 1
-and stderr has a sentence per row that got worse, cannot be compared or is gone; 2 means that nothing was compared.
-"""
-
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar
-
-import typer
+from typing import Any, TypeVar
 
 from dmd2.core.errors import UserError
-from dmd2.core.files import write_json, write_text
 from dmd2.experiment.metrics import BETTER
 from dmd2.experiment.metrics import measured as numbers_of
 from dmd2.publish.table_text import difference_text, label
 from eval.compare.contrasts import MatchedRow, verdict_on
-from eval.compare.page import html, markdown
-from eval.compare.versions import WORKSPACE, Rows, Side, open_side, read_rows, read_tables
+from eval.compare.versions import Rows, Side, read_rows, read_tables
 from eval.pixels.grid import sample_side
 
 Tables = Mapping[str, dict[str, Any]]
@@ -178,31 +166,3 @@ def failures(comparison: Mapping[str, Any]) -> list[str]:
         elif row["verdict"] == "not comparable":
             found.append(f"{row['row']} cannot be compared: {row['reason']}")
     return found + [f"{row} is gone: only A ({comparison['a']['name']}) has it" for row in comparison["only_a"]]
-
-
-def main(
-    a: Annotated[str, typer.Argument(help="git revision, DVC experiment or folder", show_default=False)],
-    b: Annotated[str, typer.Argument(help="the same; by default the current workspace")] = WORKSPACE,
-    html_file: Annotated[Path | None, typer.Option("--html", help="write one page with the images here")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
-    fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="exit 1 if a row got worse, cannot be compared or is gone")
-    ] = False,
-    margin: Annotated[float, typer.Option(min=0, help="differences below this count as none")] = 0.0,
-) -> None:
-    """Say in Markdown how the results of B differ from those of A: values, configs, claims and images."""
-    try:
-        with TemporaryDirectory() as scratch:
-            sides = open_side(a, Path(scratch) / "a"), open_side(b, Path(scratch) / "b")
-            comparison = compare(*sides, margin)
-            if html_file:
-                write_text(html_file, html(comparison, *sides))
-            if json_file:
-                write_json(json_file, comparison)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None  # 1 means that something got worse
-    print(markdown(comparison), end="")
-    if fail_if_worse and (bad := failures(comparison)):
-        print("\n".join(bad), file=sys.stderr)
-        raise typer.Exit(1)

@@ -13,7 +13,7 @@ from dmd2.core.files import listing, write_json
 from dmd2.data.sets import save_shard
 from dmd2.experiment.dotted_keys import apply_change
 from dmd2.experiment.tables import load_experiment
-from eval.compare.command import main
+from eval.compare.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 APP = Typer()
@@ -28,7 +28,7 @@ COMMON = np.random.default_rng(0).standard_normal(200)  # what the images of one
 
 
 def run(*arguments: str) -> Result:
-    """Call ``python -m eval.compare``."""
+    """Call ``dmd2 compare``."""
     return CliRunner().invoke(APP, list(arguments))
 
 

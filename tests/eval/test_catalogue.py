@@ -13,6 +13,7 @@ from pandas.testing import assert_frame_equal
 from typer import Typer
 from typer.testing import CliRunner
 
+import eval.catalogue.__main__
 import eval.catalogue.read
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, sha256, write_text
@@ -24,7 +25,7 @@ from tests.eval.catalogue_workspace import PROTOCOL, RUN, RUNS, STEPS, edit, of
 from tests.workspace import Workspace
 
 APP = Typer()
-APP.command()(eval.catalogue.read.main)
+APP.command()(eval.catalogue.__main__.main)
 
 
 def test_every_snapshot_is_a_line_with_what_its_records_say(place: Path) -> None:

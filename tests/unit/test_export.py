@@ -9,12 +9,12 @@ from diffusers import LCMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import dmd2.publish.export
+import dmd2.publish.diffusers_folder
 from dmd2.core.errors import UserError
 from dmd2.method.samplers import few_step
 from dmd2.networks.condition import Condition
 from dmd2.networks.quantise import quantise
-from dmd2.publish.export import export, export_folder
+from dmd2.publish.diffusers_folder import export, export_folder
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import find_snapshot
 from tests import tiny
@@ -149,8 +149,8 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path):
 
 def test_a_script_that_samples_otherwise_is_not_exported(tmp_path, monkeypatch):
     run = trained("edm")
-    other = dmd2.publish.export.EDMEulerScheduler(sigma_data=0.6)
-    monkeypatch.setattr(dmd2.publish.export, "scheduler_of", lambda student: other)
+    other = dmd2.publish.diffusers_folder.EDMEulerScheduler(sigma_data=0.6)
+    monkeypatch.setattr(dmd2.publish.diffusers_folder, "scheduler_of", lambda student: other)
     with pytest.raises(UserError, match="differ from ours by"):
         export(find_snapshot(run), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from dmd2.experiment.config import Teacher
 from dmd2.method.samplers import few_step
 from dmd2.networks.condition import Condition
 from dmd2.networks.lora import add_lora, lora_state, merged_state
-from dmd2.publish.export import export
+from dmd2.publish.diffusers_folder import export
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.snapshot import find_snapshot
 from dmd2.training.teachers import wrap

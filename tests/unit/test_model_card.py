@@ -13,7 +13,7 @@ from PIL import Image
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, write_json
 from dmd2.experiment.config import Teacher
-from dmd2.publish.export import export
+from dmd2.publish.diffusers_folder import export
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.snapshot import find_snapshot
 from tests.exported import measured, run_alone, trained

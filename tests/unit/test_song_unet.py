@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from dmd2.networks.condition import Condition
 from dmd2.networks.halves import encode
 from dmd2.networks.song_unet import SongUNet
-from dmd2.publish.export import export
+from dmd2.publish.diffusers_folder import export
 from dmd2.training.build import build_head
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import find_snapshot

@@ -1,0 +1,131 @@
+"""Publish a finished student: a folder of diffusers parts with a model card and a script that needs only diffusers."""
+
+import inspect
+import runpy
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
+
+from dmd2.convert.kohya import write_kohya
+from dmd2.core.errors import UserError
+from dmd2.core.files import atomic_folder
+from dmd2.data.sets import save_shard
+from dmd2.networks.denoisers import Denoiser, EdmDenoiser
+from dmd2.networks.quantise import quantise
+from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
+from dmd2.networks.song_unet import SongUNet
+from dmd2.publish.model_card import model_card
+from dmd2.publish.template import TEMPLATES, template
+from dmd2.training.sampling import student_sample
+from dmd2.training.snapshot import Snapshot
+
+SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
+TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
+
+
+def export_folder(target: Path, force: bool = False) -> AbstractContextManager[Path]:
+    """An `atomic_folder` that replaces an earlier export, and only by `force`."""
+    is_export = (target / "unet/config.json").exists() and (target / "sample.py").exists()
+    refusal = "is no export: name a new folder" if force else "exists: name a new folder, or replace it with --force"
+    return atomic_folder(target, force and is_export, refusal)
+
+
+def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
+    """The diffusers scheduler with this student's noise levels and clean prediction.
+
+    EDM: the preconditioning of `EDMEulerScheduler` is Karras et al. (2022), Eq. 7. eps: the ``denoised`` of
+    `LCMScheduler` is x0 once its boundary term c_skip is negligible, which a large timestep_scaling makes it down to
+    t = 1; with 1000 original steps its own grid of n steps is ours wherever n divides 1000.
+    """
+    if isinstance(student, EdmDenoiser):
+        return EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA, rho=RHO)
+    return LCMScheduler(
+        num_train_timesteps=LEVELS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="scaled_linear",
+        original_inference_steps=LEVELS,
+        timestep_scaling=1e4,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
+    """Everything the sampling script depends on."""
+    cfg, network = snapshot.cfg, student.network
+    text, labelled, edm = cfg.data.text, cfg.data.classes > 0, isinstance(student, EdmDenoiser)
+    times = student.schedule.step_times(cfg.generator.steps, cfg.generator.time)
+    how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
+    sized = isinstance(network, UNet2DConditionModel) and network.config["addition_embed_type"] == "text_time"
+    stock = text is not None and cfg.data.latents and text.pipeline.encoder is None
+    # The factors of a student of another run's student are not those of the teacher.
+    own_lora = text is not None and cfg.generator.lora is not None and cfg.train.init_from is None
+    return {
+        "cfg": cfg,
+        "edm": edm,
+        "labelled": labelled,
+        "text": text is not None,
+        "sized": sized,
+        "takes_labels": labelled and network.class_embedding is not None,
+        "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents,
+        "network": type(network).__name__,
+        "scheduler": type(scheduler_of(student)).__name__,
+        "times": times if edm else [int(t) for t in times],
+        "labels": "random" if how["labels"] == "random" else "cyclic",
+        "rounding": how["rounding"],
+        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
+        "single": SINGLE,
+        "lora": LORA if own_lora else None,
+    }
+
+
+def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sample the grid with the written script, compare with our sampler, save it as samples.png; what the card tells.
+
+    Raises:
+        UserError: the images differ by more than rounding.
+    """
+    plain = runpy.run_path(str(script))
+    seeds = plain["SEEDS"]
+    theirs = plain["sample"](*plain["load"](), plain["draw"](seeds))
+    ours = student_sample(student, snapshot.cfg, seeds, torch.device("cpu"), sampling["labels"])
+    difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(f"{snapshot.run}: the script's images differ from ours by {difference:g}; nothing was exported")
+    found = {"samples": len(seeds), "difference": difference, "largest": largest, "compared": ours.numel()}
+    if sampling["pixels"]:
+        plain["save_grid"](theirs, script.with_name("samples.png"))
+        a, b = (quantise(images, sampling["rounding"]) for images in (theirs, ours))
+        found["changed"] = int((a != b).sum())
+    return {**found, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
+    """Write the folder: unet/, scheduler/, sample.py, samples.png (if the student is labelled and makes pixels), card.
+
+    A student of text has its UNet in one float16 file, too, and one of low rank its factors in kohya's format.
+
+    Raises:
+        UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
+    """
+    with export_folder(out, force) as folder:
+        student = snapshot.denoiser()
+        sampling = sampling_of(snapshot, student)
+        student.network.save_pretrained(folder / "unet", safe_serialization=True)
+        if sampling["text"]:
+            save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
+        if sampling["lora"]:
+            write_kohya(folder / LORA, snapshot.factors())
+        scheduler_of(student).save_pretrained(folder / "scheduler")
+        if isinstance(student.network, SongUNet):  # which diffusers lacks
+            shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
+        script = template(TEMPLATES / "sample.py.j2").render(sampling)
+        (folder / "sample.py").write_text(script, encoding="utf-8")
+        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else None
+        model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")
