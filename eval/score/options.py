@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import UserError
+from dmd2.core.options import workspace_or_cache
 from dmd2.experiment.metrics import of_option
 from dmd2.experiment.protocols import NamedProtocol, named
 from dmd2.experiment.run_inputs import FEATURES, WEIGHTS
@@ -34,8 +35,8 @@ class Options:
     json: Path | None = None
     csv: Path | None = None
     shard: str | None = None
-    cache: Path = FEATURES
-    weights: Path = WEIGHTS
+    cache: Path = field(default_factory=lambda: workspace_or_cache(FEATURES))
+    weights: Path = field(default_factory=lambda: workspace_or_cache(WEIGHTS))
     batch: int | None = None
     workers: int | None = None
     threads: int = 0

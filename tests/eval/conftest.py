@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.core.options import WORKSPACE
 from tests.browser import fake_results
 from tests.eval.catalogue_workspace import build
+
+
+@pytest.fixture(autouse=True)
+def no_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace is the temporary folder."""
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
 
 
 @pytest.fixture(scope="module")
