@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import import_environment
 from dmd2.experiment.yaml_file import ORIGIN, read_yaml
 from dmd2.launch.names import complete, run_named, runs_named
 
 PROFILES = Path("workflow/profiles")
+SNAKEFILES = ("workflow/Snakefile", "Snakefile")
 
 
 def run(
@@ -35,13 +36,13 @@ def run(
     """
     with readable_errors():
         words, place = targets or [], _profile(profile)
+        os.environ.update(import_environment())
         if again:
             _train_again(words, place)
-        own = any(Path(place).exists() for place in ("Snakefile", "workflow/Snakefile"))
-        started = [] if own else ["--snakefile", str(ORIGIN / "workflow/Snakefile")]
+        own = any(Path(name).exists() for name in SNAKEFILES)
+        start = [sys.executable, "-m", "snakemake", *([] if own else ["--snakefile", str(ORIGIN / SNAKEFILES[0])])]
         files = [file for word in words for file in _files(word)]
-        command = [sys.executable, "-P", "-m", "snakemake", *started, "--profile", str(place), *files]
-        os.execv(sys.executable, command)
+        os.execv(sys.executable, [*start, "--profile", str(place), *files])
 
 
 def _profile(name: str) -> Path:
@@ -54,7 +55,8 @@ def _profile(name: str) -> Path:
     found = next((place for place in places if (place / "config.yaml").exists()), None)
     if found is None:
         known = sorted({path.parent.name for place in places[:2] for path in place.parent.glob("*/config.yaml")})
-        raise UserError(f"there is no profile {PROFILES / name}: choose one of {', '.join(known) or 'none'}")
+        hint = did_you_mean(name, known, f"; known: {', '.join(known)}")
+        raise UserError(f"there is no profile {PROFILES / name}{hint}")
     return found
 
 
@@ -78,6 +80,5 @@ def _train_again(words: list[str], profile: Path) -> None:
     settings = dict(entry.split("=", 1) for entry in config) if isinstance(config, list) else config
     cluster = str(settings.get("cluster", "local"))
     train = ["-m", "dmd2.launch", "train", str(run_named(words[0])), "--again", "--cluster", cluster]
-    environment = os.environ | import_environment()
-    if status := subprocess.run([sys.executable, *train], check=False, env=environment).returncode:
+    if status := subprocess.run([sys.executable, *train], check=False).returncode:
         sys.exit(status)

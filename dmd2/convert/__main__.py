@@ -1,4 +1,4 @@
-"""``python -m dmd2.convert``."""
+"""``dmd2 convert``."""
 
 from pathlib import Path
 from typing import Annotated

@@ -146,7 +146,7 @@ class SlurmTraining:
             live = self._live_job(known)
         if not live:
             return None
-        stop = f"wait for it, or stop it by `python -m dmd2.launch cancel {self.run}`"
+        stop = f"wait for it, or stop it by `dmd2 cancel {self.run}`"
         if known["config"] not in (None, self.goal.config):
             raise UserError(f"{self.run}: Slurm job {live} trains an older config of this run: {stop}, and run again")
         if anew and self.again == "always":

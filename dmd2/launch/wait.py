@@ -165,7 +165,7 @@ def main(name: str, job: str, key: str, made: str, poll_seconds: str) -> None:
             except UserError as error:
                 raise UserError(f"{run} is trained, but {error}") from None
         except KeyboardInterrupt:
-            stop = f"`python -m dmd2.launch cancel {run}` stops it"
+            stop = f"`dmd2 cancel {run}` stops it"
             say(run, f"Slurm job {job} goes on without this launcher; the same command waits for it again, {stop}")
             raise
 

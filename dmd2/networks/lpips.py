@@ -57,10 +57,7 @@ def _prepare(images: Tensor) -> Tensor:
 
 def _load(path: Path, what: str) -> Any:
     if not path.exists():
-        raise UserError(
-            f"LPIPS needs {path} ({what}), which is missing: put it there or run: "
-            f"python -m eval.detectors.weights {NAME}"
-        )
+        raise UserError(f"LPIPS needs {path} ({what}), which is missing: put it there or run: dmd2 eval weights {NAME}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports unreadable files by half a dozen types

@@ -1,4 +1,4 @@
-"""``python -m dmd2.planning``: which base, row or table is asked for, on which machine."""
+"""``dmd2 plan``: which base, row or table is asked for, on which machine."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""The page of `python -m dmd2.planning`; every number says if it is computed, measured, published or assumed."""
+"""The page of `dmd2 plan`; every number says if it is computed, measured, published or assumed."""
 
 import io
 import sys

@@ -16,7 +16,7 @@ from dmd2.experiment.tables import load_base
 
 A100 = "A100"
 A100_PEAK = 312e12  # bf16 operations per second of its tensor cores, dense, as NVIDIA states them
-UTILISATION = 0.2  # about what the published ImageNet-64 runs reach (`python -m dmd2.planning imagenet64`)
+UTILISATION = 0.2  # about what the published ImageNet-64 runs reach (`dmd2 plan imagenet64`)
 # Hours, iterations, A100s and batch of the paper's runs as the README of its code states them, by base and GAN.
 PUBLISHED = {
     ("imagenet64", False): (70, 410_000, 7, 280),

@@ -1,6 +1,6 @@
 """``python -m dmd2.training``: the jobs that make teachers and noise-image pairs; each writes OUT, a manifest.
 
-(Students are trained by ``python -m dmd2.launch``.)
+(Students are trained by ``dmd2 run``.)
 """
 
 import json

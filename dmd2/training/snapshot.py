@@ -98,13 +98,13 @@ def find_snapshot(run: RunId, step: int | None = None, select: str | None = None
     """
     path = run.folder / "train.json"
     if not path.exists():
-        raise UserError(f"{run} is not finished, {path} is missing: python -m dmd2.launch train {run}")
+        raise UserError(f"{run} is not finished, {path} is missing: dmd2 run {run}")
     if step is not None and select is not None:
         raise UserError("give either --step or --select, not both")
     record = read_json(path)
     if source := record.get("released", {}).get("path"):
         config = record["config"]
-        command = f"python -m dmd2.convert {source} FOLDER"
+        command = f"dmd2 convert {source} FOLDER"
         if config["data"].get("text"):
             command += f" --base {unet_folder(TEACHERS / config['teacher']['name'] / 'manifest.json')}"
         raise UserError(f"{run} is its authors'; a diffusers folder of it: {command}")

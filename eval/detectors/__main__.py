@@ -1,6 +1,6 @@
 """``python -m eval.detectors``: the jobs that make detectors and reference statistics; each writes OUT, a manifest.
 
-(``python -m eval.detectors.weights`` fetches published weights.)
+(``dmd2 eval weights`` fetches published weights.)
 """
 
 from pathlib import Path

@@ -38,7 +38,10 @@ OPTIONS: dict[str, tuple[int | None, str]] = {
     "json": (None, "write numbers and provenance here"),
     "csv": (None, "write one line per number here"),
     "shard": (None, "i/k: only compute part i of k of the features, i from 0"),
-    "cache": (None, "folder of feature shards; by default data/features of the workspace, outside any in ~/.cache/dmd2"),
+    "cache": (
+        None,
+        "folder of feature shards; by default data/features of the workspace, else in ~/.cache/dmd2",
+    ),
     "batch": (1, "images per call of the network; by default 64, on a GPU 128"),
     "workers": (0, "threads that decode images ahead; by default none, for a GPU one for each core but one"),
     "threads": (0, "CPU threads; 0 leaves the choice to PyTorch"),

@@ -153,9 +153,7 @@ def test_folder_without_weights_is_never_run_with_random_ones(folder, tmp_path) 
     config = (folder / "open_clip_config.json").read_text()
     (tmp_path / "clip-ViT-g-14").mkdir()
     (tmp_path / "clip-ViT-g-14/open_clip_config.json").write_text(config)
-    with pytest.raises(
-        UserError, match=r"open_clip_pytorch_model\.bin .*clip-ViT-g-14/ or run: python -m eval\.detectors\.weights"
-    ):
+    with pytest.raises(UserError, match=r"open_clip_pytorch_model\.bin .*clip-ViT-g-14/ or run: dmd2 eval weights"):
         load_detector("clip-ViT-g-14", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`python -m eval.compare` on workspaces: what is subtracted from what, with which interval, and what CI is told."""
+"""`dmd2 compare` on workspaces: what is subtracted from what, with which interval, and what CI is told."""
 
 import re
 import shutil

@@ -259,13 +259,13 @@ def test_scores_of_logits_need_no_reference(run) -> None:
         (f"score a.safetensors {CLIP.replace('clip-small', 'clip-none')}", "open_clip_config.json"),
         (
             "score a.safetensors --metrics clip-score --prompts prompts.txt --weights w",
-            "eval.detectors.weights clip-ViT-g-14",
+            "dmd2 eval weights clip-ViT-g-14",
         ),
         (f"score odd.safetensors {LPIPS}", "7 images are not a multiple of --per-prompt 2"),
         (f"score a.safetensors {LPIPS} --shard 0/2", "has no features to compute in parts"),
         (
             f"score a.safetensors {LPIPS.replace('--weights weights', '--weights w')}",
-            "eval.detectors.weights lpips-vgg16",
+            "dmd2 eval weights lpips-vgg16",
         ),
         (f"paired a.safetensors odd.safetensors {LPIPS}", "7 images are not a multiple"),
         ("score a.safetensors --protocol nothing", "nothing"),

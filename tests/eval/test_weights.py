@@ -35,7 +35,7 @@ def test_lite0_weights_of_the_package_have_the_listed_checksum() -> None:
 def test_missing_weights_are_named_with_checksum_place_and_command(tmp_path, offline) -> None:
     place, command = (
         re.escape(f"{tmp_path}/inception-2015-12-05/"),
-        "python -m eval.detectors.weights inception-2015-12-05",
+        "dmd2 eval weights inception-2015-12-05",
     )
     with pytest.raises(UserError, match=rf"inception-2015-12-05\.pt \(SHA-256 {INCEPTION}\) .*{place} .*{command}$"):
         load_detector("inception-2015-12-05", tmp_path)
@@ -53,7 +53,7 @@ def test_wrong_checksum_is_refused_before_the_file_is_opened(tmp_path, offline) 
     path.write_bytes(b"not a network")
     found = hashlib.sha256(b"not a network").hexdigest()
     with pytest.raises(
-        UserError, match=f"has SHA-256 {found} instead of {INCEPTION}.*eval.detectors.weights inception-2015"
+        UserError, match=f"has SHA-256 {found} instead of {INCEPTION}.*dmd2 eval weights inception-2015"
     ):
         load_detector("inception-2015-12-05-clean", tmp_path)
 

@@ -139,7 +139,7 @@ def test_a_missing_weight_file_is_named_with_place_and_command(files, tmp_path, 
     with pytest.raises(UserError) as error:
         Lpips(tmp_path)
     assert f"{tmp_path}/lpips-vgg16/{missing}" in str(error.value)
-    assert str(error.value).endswith("python -m eval.detectors.weights lpips-vgg16")
+    assert str(error.value).endswith("dmd2 eval weights lpips-vgg16")
 
 
 def test_weights_of_another_network_or_damaged_ones_are_named(files, tmp_path):

@@ -107,7 +107,7 @@ def test_a_missing_or_other_file_is_told(place):
 def test_it_is_not_ours_to_publish(place):
     release(edm.random_state(SPEC))
     publish(config())
-    with pytest.raises(UserError, match=r"python -m dmd2.convert student\.bin"):
+    with pytest.raises(UserError, match=r"dmd2 convert student\.bin"):
         find_snapshot(RUN)
 
 

@@ -129,7 +129,7 @@ def test_the_command_that_is_told_instead_of_an_export_makes_a_folder(place, cap
     publish("lora.safetensors")
     with pytest.raises(UserError) as told:
         find_snapshot(RUN)
-    words = str(told.value).partition("python -m dmd2.convert ")[2].split()
+    words = str(told.value).partition("dmd2 convert ")[2].split()
     assert words == ["lora.safetensors", "FOLDER", "--base", str(UNET)]
     main(Path(words[0]), Path(words[1]), None, Path(words[3]))
     count = sum(p.numel() for p in base.parameters())

@@ -75,7 +75,7 @@ def test_a_job_that_is_just_ending_is_waited_for(fake, monkeypatch):
 def test_a_live_job_of_another_config_is_not_taken_for_this_one(fake):
     training(OTHER).submit_or_attach()
     queued(fake)
-    with pytest.raises(UserError, match=r"Slurm job 7 trains an older config .*dmd2\.launch cancel digits/dmd2/seed0"):
+    with pytest.raises(UserError, match=r"Slurm job 7 trains an older config .*dmd2 cancel digits/dmd2/seed0"):
         training().submit_or_attach()
     assert len(fake.calls("sbatch")) == 1
 

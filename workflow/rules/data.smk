@@ -35,7 +35,7 @@ rule weights:
     message:
         "download the weights of {wildcards.network}"
     shell:
-        "python -m eval.detectors.weights {wildcards.network}"
+        "python -m eval.detectors.weights {wildcards.network} --folder data/weights"
 
 
 rule detector:
