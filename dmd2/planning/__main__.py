@@ -7,9 +7,25 @@ import typer
 from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.tables import load_base, load_experiment
+from dmd2.experiment.tables import BASES, TABLES, load_base, load_experiment
 from dmd2.experiment.yaml_file import workflow_files
+from dmd2.launch.names import complete
 from dmd2.networks.light_diffusers import light_diffusers
+
+
+def asked(name: str) -> tuple[str, str | None, str | None]:
+    """The base, and the table or the row of it, that a name means.
+
+    Raises:
+        UserError: it means nothing.
+    """
+    base, _, row = name.partition("/")
+    if row or name in (bases := workflow_files(BASES)):
+        return base, None, row.partition("/")[0] or None
+    if name not in (tables := workflow_files(TABLES)):
+        hint = did_you_mean(name, [*bases, *tables], f"; bases: {', '.join(bases)}; tables: {', '.join(tables)}")
+        raise UserError(f"there is no base or table {name}{hint}")
+    return load_experiment().tables[name].base, name, None
 
 
 def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
@@ -30,9 +46,11 @@ def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
 
 
 def main(
-    base: Annotated[str, typer.Argument(help="file in workflow/base, without .yaml")],
-    table: Annotated[str | None, typer.Option(help="also all rows and seeds of a table of that base")] = None,
-    run: Annotated[str | None, typer.Option(help="a row, by its name in any table; default: the base itself")] = None,
+    name: Annotated[
+        str, typer.Argument(help="a base (digits), a row (digits/dmd2) or a table", autocompletion=complete)
+    ],
+    table: Annotated[str | None, typer.Option(help="a table of the base NAME", hidden=True)] = None,
+    run: Annotated[str | None, typer.Option(help="a row of the base NAME", hidden=True)] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB; default: 24, 40 and 80", min=1)] = None,
     gpus: Annotated[int, typer.Option(help="that share the batch; 0: 8, or the batch if it is less", min=0)] = 0,
     micro_batch: Annotated[int, typer.Option(help="images of one forward pass; 0: as many as fit", min=0)] = 0,
@@ -43,8 +61,10 @@ def main(
     states: Annotated[Literal["fp32", "8bit"] | None, typer.Option(help="of AdamW, instead of the base's")] = None,
     seconds_per_iteration: Annotated[float, typer.Option(help="known rate on these GPUs; 0: look for one", min=0)] = 0,
 ) -> None:
-    """Memory, GPUs, hours and disk of a base, one of its runs, or a table, before anything is submitted."""
+    """Memory, GPUs, hours and disk of a base, a row, or a table with all seeds, before anything is submitted."""
     with readable_errors():
+        base, of_name, row = asked(name)
+        table, run = table or of_name, run or row
         of_base = load_base(base)
         cfg = of_base if run is None else load_experiment().config_of(base, run)
         gpus = gpus or min(8, cfg.optim.batch)
@@ -62,8 +82,8 @@ def main(
         if seconds_per_iteration:
             rate = given(seconds_per_iteration, gpus, counted(cfg).image_flops * cfg.optim.batch)
         plan = Plan.of(base, run or base, cfg, counted, rate)
-        name = cluster or ("slurm" if "slurm" in workflow_files(CLUSTERS) else None)
-        machine = None if name is None else (name, load_cluster(name))
+        on = cluster or ("slurm" if "slurm" in workflow_files(CLUSTERS) else None)
+        machine = None if on is None else (on, load_cluster(on))
         show(plan_page(base, plan, gpus, CARDS if gpu_memory is None else (gpu_memory,), micro_batch, machine))
         if table is not None:
             found = TablePlan(table, seeds, [Plan.of(base, *row, counted, rate) for row in rows.items()])

@@ -61,7 +61,7 @@ def page(tmp_path, monkeypatch):
 
 
 def test_the_page_names_the_source_of_its_numbers(page):
-    code, text = page("tiny", "--gpus", "2", "--table", "both")
+    code, text = page("both", "--gpus", "2")
     assert code == 0, text
     assert text.count("(computed)") == 3  # memory, arithmetic, disk
     assert "assumed: an A100 at 20% of its 312 TFLOP/s" in text
@@ -72,8 +72,10 @@ def test_the_page_names_the_source_of_its_numbers(page):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["tin"], "no base workflow/base/tin.yaml, did you mean tiny?"),
+        (["tin"], "there is no base or table tin, did you mean tiny?"),
         (["tiny", "--run", "fulll"], "no table has the run tiny/fulll, did you mean full?"),
+        (["tiny/fulll"], "no table has the run tiny/fulll, did you mean full?"),
+        (["bothh"], "there is no base or table bothh, did you mean both?"),
         (["tiny", "--table", "bot"], "there is no table bot, did you mean both?"),
         (["tiny", "--gpus", "9"], "9 processes cannot share a batch of 4"),
     ],
@@ -248,7 +250,7 @@ def cluster(train, **training):
 @pytest.mark.parametrize(("card", "code", "words"), [(None, 0, []), ("80", 0, ["on 80 GiB", "fits"]),
                                                      ("2", 1, ["on 2 GiB", "DOES NOT FIT", "full, dmd of table both does not fit"])])  # fmt: skip
 def test_a_row_that_does_not_fit_is_marked_by_a_word_and_by_the_exit(page, card, code, words):
-    found, text = page("tiny", "--table", "both", *([] if card is None else ["--gpu-memory", card]))
+    found, text = page("both", *([] if card is None else ["--gpu-memory", card]))
     assert found == code, text
     assert all(word in " ".join(text.split()) for word in words)
 
