@@ -21,6 +21,7 @@ COMMANDS: dict[str, list[tuple[str, str, str, Place]]] = {
             "Make tables or runs, and all that they need",
             "workspace",
         ),
+        ("doctor", "dmd2.command.doctor:doctor", "What this machine has and lacks", "workspace or here"),
     ],
     "Runs": [
         ("status", "dmd2.launch.command:status", "State, step, rate and time left of runs", "workspace"),

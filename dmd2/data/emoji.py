@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from dmd2.core.distributed import rows_of_part
 from dmd2.core.errors import UserError
 from dmd2.data.decode import Encoded
 from dmd2.experiment.data_config import Data
@@ -30,6 +29,8 @@ def emoji(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     Raises:
         UserError: the font is missing or of another kind.
     """
+    from dmd2.core.distributed import rows_of_part  # imports PyTorch, which who only asks for the font does not need
+
     path = Path(data.source.path or FONT)
     if not path.exists():
         raise UserError(f"{path} is missing (Debian: apt-get install fonts-noto-color-emoji)")

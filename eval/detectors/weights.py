@@ -40,9 +40,13 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """What `weights.yaml` says about a network; `fid` marks the features that may be called FID."""
+    """What `weights.yaml` says about a network; `fid` marks the features that may be called FID.
+
+    `serves` is what is measured with it.
+    """
 
     name: str
+    serves: str
     licence: str
     files: tuple[WeightFile, ...]
     package: str | None = None
