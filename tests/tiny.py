@@ -140,10 +140,11 @@ def values(kind: str = "edm", **changes: Any) -> dict[str, Any]:
     """
     form = KINDS[kind][0]
     solver = {"solver": "heun" if form == "edm" else "ddim", "steps": 4}
-    classes = 0 if kind in ("eps-text", "eps-sdxl") else CLASSES
+    text = kind in ("eps-text", "eps-sdxl")
+    classes = 0 if text or kind == "edm-unlabelled" else CLASSES
     data = {"name": "tiny", "source": {"kind": "latents"}, "resolution": SIZE, "channels": channels(kind)}
     made = {
-        "data": {**data, "classes": classes, **({} if classes else {"text": TEXT})},
+        "data": {**data, "classes": classes, **({"text": TEXT} if text else {})},
         "teacher": {"name": "tiny", "parameterisation": form, "guidance": 1.0},
         "generator": {"input": "noise", "steps": 1, "time": 80.0 if form == "edm" else 999.0},
         "dm": {"weight": 1.0, "index_range": [20, 980], "normaliser_eps": 0.0, "alpha_factor": False},

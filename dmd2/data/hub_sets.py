@@ -17,6 +17,8 @@ def hub(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     The path is a folder (of save_to_disk, or of parquet, arrow or image files as on the hub), a parquet or arrow file,
     or the name of a set on the hub. Parts are of rows or, of local files, which are streamed, of whole files.
 
+    With classes 0 and no text its labels are not read.
+
     Raises:
         UserError: it cannot be opened, lacks a column, has fewer files than parts, or holds what is no image, label
             or text.
@@ -28,18 +30,22 @@ def hub(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     try:
         rows = _opened(place, source.split or "train")
         columns: Any = rows.features or next(iter(rows), {})
-        if lacking := {image, column} - set(columns):
+        wanted = [image, *([column] if data.labelled or data.text is not None else [])]
+        if lacking := {*wanted} - set(columns):
             raise UserError(
                 f"{place} has no column {min(lacking)}, only {', '.join(columns)}: name them with data.source.image "
                 f"and data.source.{kind}"
             )
-        rows = rows.select_columns([image, column]).cast_column(image, datasets.Image(decode=False))
+        rows = rows.select_columns(wanted).cast_column(image, datasets.Image(decode=False))
         for number, row in enumerate(_part_of(rows, place, part, parts)):
             name = f"{place}, row {number}"
             if row[image] is None:
                 raise UserError(f"{name} has no image")
             try:
-                value = _label(row[column]) if data.text is None else as_caption(row[column])
+                if data.text is not None:
+                    value: int | str = as_caption(row[column])
+                else:
+                    value = _label(row[column]) if data.labelled else 0
             except UserError as error:
                 raise UserError(f"{name} {error}") from None
             content = row[image]["bytes"]

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -77,11 +77,15 @@ def image_files(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     without one, in a .txt beside each image.
 
     Raises:
-        UserError: nothing there, or an image without label or caption.
+        UserError: nothing there, or an image without the label or caption that the config asks for.
     """
     files = Files(Path(data.source.path or ""))
     images = files.images()
-    conditions = _labels(files, images, data.classes) if data.text is None else _captions(files, images)
+    conditions: Mapping[str, int | str] | None
+    if data.text is not None:
+        conditions = _captions(files, images)
+    else:
+        conditions = _labels(files, images, data.classes) if data.labelled else dict.fromkeys(images, 0)
     for name in (images[i] for i in rows_of_part(len(images), parts, part)):
         condition = _caption_beside(files, name) if conditions is None else conditions[name]
         yield f"{files.place}/{name}", files.read(name), condition
@@ -102,7 +106,8 @@ def _labels(files: Files, images: list[str], classes: int) -> dict[str, int]:
         return labels
     if loose := [name for name in images if "/" not in name]:
         raise UserError(
-            f"{files.place}/{loose[0]} has no label: add a dataset.json or put images in a folder per class"
+            f"{files.place}/{loose[0]} has no label: add a dataset.json, put images in a folder per class, or set "
+            "data.classes: 0"
         )
     folders = {name: label for label, name in enumerate(sorted({name.split("/")[0] for name in images}))}
     if len(folders) != classes:

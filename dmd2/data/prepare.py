@@ -26,7 +26,7 @@ PROMPTS = 256  # encoded at once
 
 
 def prepare_labelled(data: Data, folder: Path) -> Path:
-    """Bring a source of real images into shards and, last of all, ``folder/manifest.json``.
+    """Bring a source of real images into shards and, last of all, ``folder/manifest.json``; no labels with classes 0.
 
     The same source gives the same bytes. Memory: two shards and one block of the reader, whatever the set's size.
 
@@ -40,14 +40,16 @@ def prepare_labelled(data: Data, folder: Path) -> Path:
         labels = np.array(numbers, np.int64)
         if images.shape[1:] != data.shape:
             raise UserError(f"data {data.name}: images are {images.shape[1:]} but the config says {data.shape}")
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
+        if data.labelled and len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
             raise UserError(
                 f"data {data.name}: image {shards.count + wrong[0]} has label {labels[wrong[0]]}, but data.classes is "
                 f"{data.classes} (labels 0 to {data.classes - 1}): correct one of them"
             )
-        counts += np.bincount(labels, minlength=data.classes)
-        before = len(shards.paths)
-        shards.add({"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)})
+        before, rows = len(shards.paths), {"images": torch.from_numpy(images)}
+        if data.labelled:
+            counts += np.bincount(labels, minlength=data.classes)
+            rows["labels"] = torch.from_numpy(labels)
+        shards.add(rows)
         if len(shards.paths) > before:
             print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
     if not shards.count:

@@ -93,7 +93,8 @@ class Text(Section):
 class Data(Section):
     """Tensors that are diffused: images in [-1, 1], or latents times their scaling factor.
 
-    Their shape is `channels` x `resolution` x `resolution`; the condition is one of `classes`, or `text`.
+    Their shape is `channels` x `resolution` x `resolution`; the condition is one of `classes`, or `text`. With classes
+    0 and no text there is none, and labels of the source are not read.
     """
 
     name: FolderName
@@ -105,8 +106,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_condition(self) -> Self:
-        if (self.classes == 0) != (self.text is not None):
-            raise ValueError("classes 0 means conditioned on text: give data.text then, and only then")
+        if self.classes and self.text is not None:
+            raise ValueError(f"classes {self.classes} and text exclude each other: give classes 0 with text")
         if self.text is None and self.source.kind in CAPTIONED:
             raise ValueError(f"source {self.source.kind} has captions, no labels: give data.text and classes 0")
         if self.text is not None and self.text.latents and self.channels != 4 and self.text.pipeline.encoder is None:
@@ -117,6 +118,11 @@ class Data(Section):
     def shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of one diffused tensor."""
         return self.channels, self.resolution, self.resolution
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the condition is a class."""
+        return self.classes > 0
 
     @property
     def latents(self) -> bool:

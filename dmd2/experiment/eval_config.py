@@ -92,6 +92,7 @@ class Eval(Section):
     precision: of all sampling by students and teachers. fp32 is IEEE float32, tf32 takes TF32 products on a GPU, bf16
         also runs networks under bfloat16 autocast. Detectors run in IEEE float32.
     shards: jobs that share the features of a run.
+    labels: how the classes of images are chosen; of no effect without classes, where one may write none.
     labels, covariance_init: ``-on-P-ranks`` is the rule of the official evaluator on P processes.
     prompts: of text runs, a file with a caption for each image; by default the captions of the real set, repeated.
     clip: model in data/weights that compares images with captions.
@@ -110,7 +111,7 @@ class Eval(Section):
     batch: Positive
     shards: Positive = 1
     teacher_samplers: dict[SamplerName, Sampler]
-    labels: Annotated[str, Field(pattern=f"^(random|cyclic{RANKS}?)$")]
+    labels: Annotated[str, Field(pattern=f"^(none|random|cyclic{RANKS}?)$")]
     rounding: Literal["round", "trunc"]
     covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"
     prompts: str | None = None

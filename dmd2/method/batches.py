@@ -137,7 +137,8 @@ class Batches:
         if critic and cfg.gan.lambda_d > 0:
             real = images_of(there["gan/real"]), condition_of(there["gan/real"])
         if self._conditions is None:
-            cond = Condition(labels=draws.integers("student/labels", 0, cfg.data.classes - 1))
+            labels = draws.integers("student/labels", 0, cfg.data.classes - 1) if cfg.data.labelled else None
+            cond = Condition(labels=labels)
         else:
             cond = condition_of(there[self._conditions])
             source = images_of(there[self._conditions]) if cfg.generator.input == "noised_real" else None

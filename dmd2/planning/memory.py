@@ -244,8 +244,9 @@ class Counted:
     def condition(self, denoiser: Denoiser, count: int) -> Condition:
         """A condition of `count` samples, of the sizes that the network's config names."""
         config: Mapping[str, Any] = denoiser.network.config
-        if self.cfg.data.classes > 0:
-            return Condition(labels=torch.empty(count, dtype=torch.long, device=META))
+        if self.cfg.data.text is None:
+            labels = torch.empty(count, dtype=torch.long, device=META) if self.cfg.data.labelled else None
+            return Condition(labels=labels)
         text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
         if config.get("addition_embed_type") != "text_time":
             return Condition(text=text)

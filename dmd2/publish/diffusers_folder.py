@@ -59,7 +59,7 @@ def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
 def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     """Everything the sampling script depends on."""
     cfg, network = snapshot.cfg, student.network
-    text, labelled, edm = cfg.data.text, cfg.data.classes > 0, isinstance(student, EdmDenoiser)
+    text, labelled, edm = cfg.data.text, cfg.data.labelled, isinstance(student, EdmDenoiser)
     times = student.schedule.step_times(cfg.generator.steps, cfg.generator.time)
     how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
     sized = isinstance(network, UNet2DConditionModel) and network.config["addition_embed_type"] == "text_time"
@@ -70,6 +70,7 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "cfg": cfg,
         "edm": edm,
         "labelled": labelled,
+        "seeded": text is None,  # noise and classes follow from seeds alone
         "text": text is not None,
         "sized": sized,
         "takes_labels": labelled and network.class_embedding is not None,
@@ -107,7 +108,7 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
 
 
 def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
-    """Write the folder: unet/, scheduler/, sample.py, samples.png (if the student is labelled and makes pixels), card.
+    """Write the folder: unet/, scheduler/, sample.py, samples.png (of pixels that need no prompts), card.
 
     A student of text has its UNet in one float16 file, too, and one of low rank its factors in kohya's format.
 
@@ -127,5 +128,5 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
         script = template(TEMPLATES / "sample.py.j2").render(sampling)
         (folder / "sample.py").write_text(script, encoding="utf-8")
-        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["labelled"] else None
+        checked = check(folder / "sample.py", snapshot, student, sampling) if sampling["seeded"] else None
         model_card(snapshot, sampling, script, checked, licence).save(folder / "README.md")

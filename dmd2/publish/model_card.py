@@ -58,7 +58,7 @@ def metadata(
     snapshot: Snapshot, sampling: dict[str, Any], values: dict[str, float], licence: str | None
 ) -> ModelCardData:
     """The card's YAML head; measured values become its model index."""
-    task = "unconditional-image-generation" if sampling["labelled"] else "text-to-image"
+    task = "text-to-image" if sampling["text"] else "unconditional-image-generation"
     known = licence is None or licence.lower() in LICENCES
     data, detector = snapshot.cfg.data.name, (snapshot.metrics or {}).get("protocol", {}).get("detector")
     long_names = {"fd": f"Fréchet distance in the features of {detector} (FD)"}
@@ -73,13 +73,13 @@ def metadata(
         )
         for metric, value in values.items()
     ]
-    conditional = "class-conditional" if sampling["labelled"] else "text-conditional"
+    by = "class-" if sampling["labelled"] else "text-" if sampling["text"] else "un"
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
         license=("unknown" if licence is None else licence.lower()) if known else "other",
         license_name=None if known else licence,
-        tags=["diffusion", "distillation", "dmd2", f"{sampling['count']}-step", conditional]
+        tags=["diffusion", "distillation", "dmd2", f"{sampling['count']}-step", f"{by}conditional"]
         + ["lora"] * bool(sampling["lora"]),
         model_name=str(snapshot.run).replace("/", "-") if results else None,
         eval_results=results or None,

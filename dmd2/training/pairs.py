@@ -78,9 +78,11 @@ def make_shard(
 
 
 def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Condition]:
-    """Conditions of pair seeds: uniform labels, or prompts drawn uniformly from those the student is trained on."""
+    """Conditions of pair seeds: none, uniform labels, or prompts drawn from those the student is trained on."""
     manifest = pair_prompts(cfg.data)
     if manifest is None:
+        if not cfg.data.labelled:
+            return lambda _: Condition()
         return lambda seeds: Condition(labels=sample_labels(seeds, cfg.data.classes, "random"))
     prompts = load_set(manifest)
     return lambda seeds: prompts.condition(sample_labels(seeds, len(prompts), "random"))

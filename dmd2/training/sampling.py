@@ -20,13 +20,15 @@ PROBES, LATENT_PROBES = list(range(100)), 16  # seeds by which a training is fol
 
 
 def seed_condition(cfg: TrainConfig, seeds: list[int], labels: str, device: torch.device) -> Condition:
-    """Class labels of sample seeds; `labels` is ``cyclic`` or ``random``.
+    """Class labels of sample seeds, none of unlabelled data; `labels` is ``cyclic`` or ``random``.
 
     Raises:
         UserError: the run is conditioned on text, so that conditions must be given (`dmd2.data.captions.EvalPrompts`).
     """
     if cfg.data.text is not None:
         raise UserError(f"data {cfg.data.name} is conditioned on text: seeds alone do not say which prompts to draw")
+    if not cfg.data.labelled:
+        return Condition()
     return Condition(labels=sample_labels(seeds, cfg.data.classes, labels)).to(device)
 
 

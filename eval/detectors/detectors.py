@@ -55,7 +55,7 @@ def train_classifier(name: str, real: TensorSet, out: Path, device: torch.device
         UserError: the set has no labels.
     """
     if "labels" not in real.tensors:
-        raise UserError(f"{name}: its set has captions and no labels; name a network in eval.detector")
+        raise UserError(f"{name}: its set has no labels; name a network in eval.detector")
     images, labels = real.tensors["images"], real.tensors["labels"]
     held_out = torch.arange(len(images)) % 5 == 0
     shape = {"channels": images.shape[1], "resolution": images.shape[-1], "classes": int(labels.max()) + 1}

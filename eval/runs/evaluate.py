@@ -193,7 +193,7 @@ def _save_grid(generator: Generator, out: Path) -> dict[str, list[str]]:
         The ``captions`` of the columns, nothing for classes.
     """
     cfg, prompts = generator.cfg, generator.prompts
-    kinds = cfg.data.classes if prompts is None else len(prompts.captions)
+    kinds = (cfg.data.classes or grid.COLUMNS) if prompts is None else len(prompts.captions)
     columns = min(grid.COLUMNS, kinds)
     rows = [[column + row * kinds for column in range(columns)] for row in range(grid.ROWS)]
     seeds = [seed for row in rows for seed in row]

@@ -105,6 +105,8 @@ class Protocol:
         if spec.patch is not None and any(m.sees == "patch" for m in wanted):
             patch = replace(engine, geometry=Geometry(spec.patch.geometry)).reference(read["patch_reference"])
             names["patch"] = f"{spec.patch.geometry}, {counted(read['patch_reference'], patch)}"
+        if not cfg.data.labelled:
+            names["labels"] = "none"
         if (prompts := EvalPrompts.of(cfg)) is not None:
             names["labels"] = "by prompt"
             names |= {n: f"{read[n].parent.name}@{content_of(read[n])[:8]}" for n in ("prompts", "pipeline")}

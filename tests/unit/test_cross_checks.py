@@ -117,7 +117,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "CLIP without images": ({"data.text.keep_images": False}, "eval.clip", "a CLIP needs captions and"),
         "reference without images": ({"data.text.keep_images": False, "eval.clip": None, "eval.metrics": ["fd"]},
                                      "eval.reference", "emoji keeps latents only"),
-        "classifier of captions": ({"eval.detector": "emoji-classifier"}, "eval.detector", "has captions and no labels"),
+        "classifier of captions": ({"eval.detector": "emoji-classifier"}, "eval.detector", "has no labels"),
         "patch larger than the images": ({"eval.patch.geometry": "patch-64"}, "eval.patch.geometry", "no patch-64"),
         "time beyond the schedule's": ({"generator.time": 1000.0}, "generator.time", "1000.0 is no step of an eps teacher"),
         "steps above the schedule's": (

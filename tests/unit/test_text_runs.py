@@ -97,8 +97,8 @@ def test_evaluation_and_pairs_take_the_captions_of_the_real_set_unless_prompts_a
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"classes": 10}, "classes 0 means conditioned on text"),
-        ({"text": None}, "classes 0 means conditioned on text"),
+        ({"classes": 10}, "classes 10 and text exclude each other"),
+        ({"text": None}, "has captions, no labels"),
         ({"channels": 3}, "Stable Diffusion's autoencoders have 4"),
         ({"text": None, "classes": 10}, "has captions, no labels"),
     ],

@@ -41,7 +41,7 @@ def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Pr
     spec = cfg.eval
     yield from metric_problems(cfg, networks().get(spec.detector, False))
     for metric in (METRICS[name] for name in spec.metrics if name in METRICS):
-        if "labels" in metric.needs and not spec.detector.endswith("-classifier") and not cfg.data.text:
+        if "labels" in metric.needs and not spec.detector.endswith("-classifier") and cfg.data.labelled:
             told = f"needs labels and a classifier of the set (eval.detector: {cfg.data.name}-classifier)"
             yield "eval.metrics", "eval.detector", f"{metric.name} {told}"
         if "reference images" in metric.needs and spec.reference not in sets:
@@ -55,7 +55,9 @@ def evaluation_problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Pr
         yield from _reference(spec.patch.reference, spec.patch.geometry, "eval.patch", cfg, sets)
     for key in ("prompts", "clip"):
         if cfg.data.text is None and getattr(spec, key) is not None:
-            yield f"eval.{key}", "data.text", f"captions belong to data.text, and {cfg.data.name} has labels"
+            yield f"eval.{key}", "data.text", f"captions belong to data.text, and {cfg.data.name} has none"
+    if spec.labels == "none" and cfg.data.labelled:
+        yield "eval.labels", "data.classes", f"none, but {cfg.data.name} has {cfg.data.classes} classes: write cyclic"
     if spec.shards > spec.images:
         yield "eval.shards", "eval.images", f"{spec.shards} jobs cannot share eval.images {spec.images}: use fewer"
 
@@ -76,8 +78,9 @@ def metric_problems(cfg: RunConfig, fid: bool) -> Iterator[Problem]:
             yield key, "eval.patch", f"{name} needs eval.patch: its geometry and its reference"
         if "captions" in metric.needs and (spec.clip is None or cfg.data.text is None):
             yield key, "eval.clip", f"{name} needs captions (data.text) and a model that reads them (eval.clip)"
-        if "labels" in metric.needs and cfg.data.text is not None:
-            yield key, "eval.detector", f"{name} needs labels, and data {cfg.data.name} has captions"
+        if "labels" in metric.needs and not cfg.data.labelled:
+            told = "captions" if cfg.data.text else "none (data.classes 0)"
+            yield key, "eval.detector", f"{name} needs labels, and data {cfg.data.name} has {told}"
 
 
 def set_of(model: str) -> str | None:
@@ -92,29 +95,31 @@ def _model(name: str, key: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Ite
     if own is None or own not in sets:
         brought = name.startswith("clip-") or (WEIGHTS / name / "manifest.json").exists()
         if name not in networks() and not brought:
-            choices = [*networks(), *map(_own_model, sets.values())]
+            choices = [*networks(), *(model for data in sets.values() for model in _own_models(data))]
             yield key, f"there is no {name}{did_you_mean(name, choices, ': ' + ', '.join(choices))}"
         return
     data = sets[own]
-    if name.endswith("-classifier") and data.text is not None:
-        yield key, f"{own} has captions and no labels, so there is no classifier of it"
+    if name.endswith("-classifier") and not data.labelled:
+        told = f"{own} has no labels, so there is no classifier of it: use a network, such as {LITE0[1]}"
+        yield key, "data.classes", told
     if name.endswith("-clip") and (data.text is None or (data.latents and not data.text.keep_images)):
         yield key, f"a CLIP needs captions and images, and {own} has none or keeps none (data.text.keep_images)"
     (channels, side), (own_channels, own_side) = image_shape(cfg.data), image_shape(data)
     if side != own_side or channels not in (own_channels, 1) or data.classes != cfg.data.classes:
         told = f"{name} takes images of {own} ({_spoken(data)}), and those of {cfg.data.name} are others"
-        advice = f"use {_own_model(cfg.data)}, or a network with published weights"
+        advice = f"use {' or '.join([*_own_models(cfg.data), 'a network with published weights'])}"
         yield key, "data.name", f"{told} ({_spoken(cfg.data)}): {advice}"
 
 
-def _own_model(data: Data) -> str:
-    """The model that measures a set and is trained on it."""
-    return f"{data.name}-{'clip' if data.text else 'classifier'}"
+def _own_models(data: Data) -> list[str]:
+    """The model that measures a set and is trained on it, if it has captions or labels."""
+    return [f"{data.name}-{'clip' if data.text else 'classifier'}"] if data.text or data.labelled else []
 
 
 def _spoken(data: Data) -> str:
     channels, side = image_shape(data)
-    return f"{channels}x{side or '?'}x{side or '?'}" + (f", {data.classes} classes" if data.classes else ", captions")
+    condition = f"{data.classes} classes" if data.labelled else "captions" if data.text else "no labels"
+    return f"{channels}x{side or '?'}x{side or '?'}, {condition}"
 
 
 def _reference(name: str, geometry: str, section: str, cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:

@@ -129,6 +129,9 @@ def _classes(values: Mapping[str, Any], data: Data, guided: str | None) -> Itera
     if data.text is not None:
         if embeds is not None:
             yield key, "data.classes", f"{told} data.text conditions on captions"
+    elif not data.labelled:
+        if embeds is not None:
+            yield key, "data.classes", f"{told} data.classes is 0: leave it out"
     elif guided is not None and embeds != classes + 1:
         yield key, "data.classes", guided, f"{told} {guided} needs {classes + 1}: data.classes and one for no class"
     elif embeds not in (None, classes, classes + 1):

@@ -52,7 +52,8 @@ def _data(data: Data) -> Iterator[Problem]:
         return
     known = KNOWN_SETS.get(kind, (None, None, None))
     for key, value in zip(("channels", "resolution", "classes"), known, strict=True):
-        if value is not None and getattr(data, key) != value:
+        unread = key == "classes" and not data.classes
+        if value is not None and getattr(data, key) != value and not unread:
             yield f"data.{key}", "data.source.kind", f"{getattr(data, key)}, but the images of {kind} have {value}"
     if text is not None and not data.latents and data.channels != 3 and kind != "latents":
         yield "data.channels", "data.text", f"{data.channels}, but images with captions are read as RGB: 3"
@@ -99,9 +100,13 @@ def _teacher(cfg: RunConfig) -> Iterator[Problem]:
     if not cfg.needs_pairs:
         guidance.pop("regression.pairs.sampler.guidance", None)
     guided = next((key for key, strength in guidance.items() if strength > 1), None)
+    dropout = 0.0 if teacher.train is None else teacher.train.label_dropout
+    if (guided or dropout) and not cfg.data.labelled and cfg.data.text is None:
+        key = guided or "teacher.train.label_dropout"
+        yield key, "data.classes", f"data {cfg.data.name} has no condition to be guided by or to drop: leave it out"
+        return
     if teacher.network is not None:
         yield from network_problems(teacher.network, cfg.data, guided)
-    dropout = 0.0 if teacher.train is None else teacher.train.label_dropout
     if guided is not None and teacher.train is not None and dropout == 0:
         told = "guidance leads away from no condition, which the teacher must see in training"
         yield "teacher.train.label_dropout", guided, f"0, but {guided} is above 1: {told}"
