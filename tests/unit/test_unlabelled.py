@@ -11,7 +11,7 @@ import torch
 from dmd2.core.files import read_json
 from dmd2.data.prepare import prepare_labelled
 from dmd2.data.sets import load_set
-from dmd2.publish.export import export
+from dmd2.publish.diffusers_folder import export
 from dmd2.training.pairs import PairsConfig, make_shard
 from dmd2.training.snapshot import find_snapshot
 from tests import tiny
