@@ -1,9 +1,10 @@
-"""The exception for users: its text is a sentence that says what is wrong, where, and what to do."""
+"""What users are told: progress, and errors, whose text says what is wrong, where, and what to do."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -20,6 +21,30 @@ def did_you_mean(wrong: object, known: Iterable[str], otherwise: str = "") -> st
     return f", did you mean {near[0]}?" if near else otherwise
 
 
+def terminal_of(descriptor: int | str) -> str | None:
+    """What a descriptor, by its number or path, leads to, as text; None if it is closed."""
+    with suppress(OSError):
+        found = os.stat(descriptor)
+        return f"{found.st_dev}:{found.st_ino}"
+    return None
+
+
+def show(line: str, kept: bool = True) -> None:
+    """Print a line on stderr. Where that is the log of a job of the DAG, also on the terminal of Snakemake.
+
+    kept: False for progress, which is not written into the log.
+    """
+    known = os.environ.get("DMD2_TERMINAL")
+    for place in (3, f"/proc/{os.getppid()}/fd/3"):  # torchrun's processes have only that of their parent
+        if known and terminal_of(place) == known:
+            with suppress(OSError), open(place, "a", encoding="utf-8", closefd=place != 3) as terminal:
+                print(line, file=terminal)
+                if not kept:
+                    return
+                break
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn a `UserError` or Ctrl-C into one line on stderr and a non-zero exit status (1 or 130)."""
@@ -28,5 +53,5 @@ def readable_errors() -> Iterator[None]:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: everything saved so far is kept; the same command continues", file=sys.stderr)
+        show("interrupted: everything saved so far is kept; the same command continues")
         sys.exit(130)

@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, show
 from dmd2.core.files import writing
 from dmd2.core.slurm_queue import NoAnswer, is_live, state_of
 
@@ -71,7 +70,7 @@ def single_writer(
                 if time.monotonic() >= until:
                     raise UserError(f"{folder}: {who}; wait for it or stop it") from None
                 if not told:
-                    print(f"{folder} is locked, waiting: {who}", file=sys.stderr, flush=True)
+                    show(f"{folder} is locked, waiting: {who}")
                 told = True
                 time.sleep(5)
         with writing(path):

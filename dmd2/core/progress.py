@@ -2,13 +2,13 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from dmd2.core.errors import show
 from dmd2.core.files import write_json
 
 INTERVAL = 10.0  # seconds between lines
@@ -34,7 +34,7 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         width = len(str(self.total))
         line = f"{self.name}  {step:>{width}}/{self.total}  {rate:.1f} it/s  ETA {left // 60}:{left % 60:02d}  {shown}"
-        print(line, file=sys.stderr, flush=True)
+        show(line, kept=False)
         if self.folder:
             state = {"step": step, "total": self.total, "rate": rate, "eta_seconds": left, "values": numbers}
             node = os.environ.get("SLURMD_NODENAME", socket.gethostname())

@@ -4,14 +4,13 @@ Jobs encode contiguous parts of the source side by side; `join_parts` lists the 
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, show
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
 from dmd2.core.rng import stream
@@ -51,7 +50,7 @@ def prepare_labelled(data: Data, folder: Path) -> Path:
             rows["labels"] = torch.from_numpy(labels)
         shards.add(rows)
         if len(shards.paths) > before:
-            print(f"real data {data.name}  {shards.count} images", file=sys.stderr, flush=True)
+            show(f"real data {data.name}  {shards.count} images", kept=False)
     if not shards.count:
         raise UserError(f"data {data.name}: {data.source.path} holds no images")
     _write_real(manifest, data, shards.count, listing(shards.finish(), folder), class_counts=counts.tolist())
@@ -99,7 +98,7 @@ def encode_part(data: Data, manifest: Path, index: int, out: Path, device: torch
             raise UserError(f"data {data.name}: rows are {tuple(encoded.shape[1:])}, but the config says {data.shape}")
         shards.add({**rows, "images": encoded})
         captions += texts
-        print(f"real data {data.name}, part {index}  {shards.count} images", file=sys.stderr, flush=True)
+        show(f"real data {data.name}, part {index}  {shards.count} images", kept=False)
     if not captions:
         raise UserError(f"data {data.name}: {data.source.path} has no image for part {index} of {data.text.jobs}")
     _write_manifest(out, {"kind": "real-part"}, shards, captions, index)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.errors import UserError, readable_errors, show
 from dmd2.core.files import write_json
 from dmd2.core.provenance import signed
 from dmd2.core.run import Goal, RunId
@@ -140,8 +140,8 @@ def log_path(run: RunId, job: str) -> Path:
 
 
 def say(run: RunId, text: str) -> None:
-    """One line about a run on stderr."""
-    print(f"{time.strftime('%H:%M:%S')} {run}: {text}", file=sys.stderr, flush=True)
+    """One line about a run."""
+    show(f"{time.strftime('%H:%M:%S')} {run}: {text}")
 
 
 def publish(goal: Goal, record: dict[str, Any]) -> None:

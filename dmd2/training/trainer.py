@@ -1,7 +1,6 @@
 """The training of one run: loop, checkpoints, snapshots, log. The method itself is in step.py."""
 
 import json
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dmd2.core import distributed
 from dmd2.core.code_digest import modules_of
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, show
 from dmd2.core.files import listing, write_json, write_text, writing
 from dmd2.core.interrupts import STOP, Actions, collected, single_writer
 from dmd2.core.progress import Progress
@@ -112,7 +111,7 @@ class Training:
             if self.leads and self.step < self.cfg.train.steps:
                 parts = continued(self.run_id, self.key, self.step, self.code)
                 if len(parts) > 1:
-                    print(f"{self.run_id} {other_code(parts)}; --again starts anew", file=sys.stderr, flush=True)
+                    show(f"{self.run_id} {other_code(parts)}; --again starts anew")
             progress = Progress(str(self.run_id), self.cfg.train.steps, self.step, self.folder if self.leads else None)
             while self.step < self.cfg.train.steps:
                 started = time.monotonic()
@@ -270,7 +269,7 @@ class Training:
         if step:
             self.load(self.checkpoints.load(step, self.spans()))
             if self.leads:
-                print(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}", file=sys.stderr, flush=True)
+                show(f"{self.run_id} resumes at step {step} of {self.cfg.train.steps}")
         if self.leads:
             for path in self.snapshots.glob("*.safetensors"):
                 if self.step < int(path.stem) <= self.cfg.train.steps:

@@ -1,10 +1,12 @@
 # Which configs a wildcard stands for. Wildcards accept only what the tables name.
 import json
+import os
 import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from dmd2.core.errors import terminal_of
 from dmd2.core.files import digest_of, read_json
 from dmd2.experiment.run_inputs import (
     Inputs,
@@ -108,6 +110,10 @@ wildcard_constraints:
 
 # What a stateless job's shell command starts with: the cluster file's setup commands and container, then Python.
 PYTHON = CLUSTER.command()
+# And before that: a job's messages go to its log, which is shown if the job fails. Its progress does not: that goes to the
+# terminal of Snakemake, which is descriptor 3 (`show` in dmd2/core/errors.py, which compares it with the variable).
+MESSAGES_TO = "exec 3>&2 &>"
+os.environ.update(DMD2_TERMINAL=terminal_of(2) or "")
 
 
 def hardware(kind):

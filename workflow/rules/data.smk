@@ -8,6 +8,8 @@ rule real_data:
         ),
     output:
         "data/real/{data}/manifest.json",
+    log:
+        "logs/real_data/{data}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("real_data")
     resources:
@@ -17,7 +19,7 @@ rule real_data:
     message:
         "real data {wildcards.data}"
     shell:
-        "{PYTHON} -m dmd2.data real --config {params.config:q} {output}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data real --config {params.config:q} {output}"
 
 
 def detector_inputs(w):
@@ -30,12 +32,14 @@ def detector_inputs(w):
 rule weights:
     output:
         "data/weights/{network}/{weights}",
+    log:
+        "logs/weights/{network}/{weights}.log",
     priority: BEFORE_TRAINING
     localrule: True
     message:
         "download the weights of {wildcards.network}"
     shell:
-        "python -m eval.detectors.weights {wildcards.network} --folder data/weights"
+        "{MESSAGES_TO} {log}; python -m eval.detectors.weights {wildcards.network} --folder data/weights"
 
 
 rule detector:
@@ -50,6 +54,8 @@ rule detector:
         lambda w: WEIGHTS_OF.get(w.detector, []),
     output:
         "data/weights/{detector}/manifest.json",
+    log:
+        "logs/detector/{detector}.log",
     threads: threads_of("detector")
     resources:
         **hardware("detector"),
@@ -59,7 +65,7 @@ rule detector:
     message:
         "detector {wildcards.detector}"
     shell:
-        "{PYTHON} -m eval.detectors detector {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.detectors detector {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
 
 
 def reference_inputs(w):
@@ -79,6 +85,8 @@ rule reference:
         ),
     output:
         "data/refs/{statistics}/manifest.json",
+    log:
+        "logs/reference/{statistics}.log",
     threads: threads_of("reference")
     resources:
         **hardware("reference"),
@@ -90,7 +98,7 @@ rule reference:
     message:
         "reference statistics {wildcards.statistics}"
     shell:
-        "{PYTHON} -m eval.detectors reference {params.source} {output} --detector {params.detector}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.detectors reference {params.source} {output} --detector {params.detector}"
         " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
@@ -110,6 +118,8 @@ rule teacher:
         ),
     output:
         "data/teachers/{teacher}/manifest.json",
+    log:
+        "logs/teacher/{teacher}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("teacher")
     resources:
@@ -123,7 +133,7 @@ rule teacher:
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "{PYTHON} -m dmd2.training teacher --data {params.data:q} --teacher {params.teacher:q}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training teacher --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
@@ -144,6 +154,8 @@ rule pairs_shard:
         ),
     output:
         "data/pairs/{pairs}/shard-{shard}.json",
+    log:
+        "logs/pairs_shard/{pairs}/{shard}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("pairs")
     resources:
@@ -154,7 +166,7 @@ rule pairs_shard:
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.training pairs {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training pairs {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule pairs:
@@ -169,9 +181,11 @@ rule pairs:
         ),
     output:
         "data/pairs/{pairs}/manifest.json",
+    log:
+        "logs/pairs/{pairs}.log",
     priority: BEFORE_TRAINING
     localrule: True
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "{PYTHON} -m dmd2.training join {output} {input.shards}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training join {output} {input.shards}"

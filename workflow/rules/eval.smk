@@ -16,6 +16,8 @@ rule evaluate_part:
         train="results/runs/{base}/{run}/seed{seed}/train.json",
     output:
         temp("results/runs/{base}/{run}/seed{seed}/features-{part}.json"),
+    log:
+        "logs/evaluate_part/{base}/{run}/seed{seed}-part{part}.log",
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -25,7 +27,7 @@ rule evaluate_part:
     message:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
-        "{PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -45,6 +47,8 @@ rule evaluate:
     output:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
         grid="results/runs/{base}/{run}/seed{seed}/grid.png",
+    log:
+        "logs/evaluate/{base}/{run}/seed{seed}.log",
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -54,7 +58,7 @@ rule evaluate:
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "{PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -63,6 +67,8 @@ rule evaluate_teacher_part:
         unpack(lambda w: eval_inputs(EXPERIMENT.bases[w.base])),
     output:
         temp("results/teachers/{base}/{sampler}/features-{part}.json"),
+    log:
+        "logs/evaluate_teacher_part/{base}/{sampler}-part{part}.log",
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -72,7 +78,7 @@ rule evaluate_teacher_part:
     message:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
-        "{PYTHON} -m eval.runs teacher {wildcards.sampler} {output}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs teacher {wildcards.sampler} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -93,6 +99,8 @@ rule evaluate_teacher:
     output:
         metrics="results/teachers/{base}/{sampler}/metrics.json",
         grid="results/teachers/{base}/{sampler}/grid.png",
+    log:
+        "logs/evaluate_teacher/{base}/{sampler}.log",
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -102,5 +110,5 @@ rule evaluate_teacher:
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
-        "{PYTHON} -m eval.runs teacher {wildcards.sampler} {output.metrics}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs teacher {wildcards.sampler} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"

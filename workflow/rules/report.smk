@@ -16,11 +16,13 @@ rule table:
         ),
     output:
         multiext("results/tables/{table}", ".json", *(f".{suffix}" for suffix in BESIDE)),
+    log:
+        "logs/table/{table}.log",
     localrule: True
     message:
         "table {wildcards.table}"
     shell:
-        "python -m eval.report.tables {wildcards.table}"
+        "{MESSAGES_TO} {log}; python -m eval.report.tables {wildcards.table}"
 
 
 def report_inputs(w):
@@ -37,8 +39,10 @@ rule report:
         unpack(report_inputs),
     output:
         "results/report.html",
+    log:
+        "logs/report.log",
     localrule: True
     message:
         "report {output}"
     shell:
-        "python -m eval.report.page {input.tables} --out {output}"
+        "{MESSAGES_TO} {log}; python -m eval.report.page {input.tables} --out {output}"

@@ -11,6 +11,8 @@ rule pipeline:
         ),
     output:
         "data/pipelines/{pipeline}/manifest.json",
+    log:
+        "logs/pipeline/{pipeline}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("encode")
     resources:
@@ -22,7 +24,7 @@ rule pipeline:
     message:
         "pipeline {wildcards.pipeline}"
     shell:
-        "{PYTHON} -m dmd2.data pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
 TEXT_DATA = {name: data for name, data in DATA.items() if data.text}
@@ -42,6 +44,8 @@ rule real_part:
         ),
     output:
         "data/real/{data}/part-{shard}.json",
+    log:
+        "logs/real_part/{data}/{shard}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("encode")
     resources:
@@ -52,7 +56,7 @@ rule real_part:
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
-        "{PYTHON} -m dmd2.data part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule real_text:
@@ -65,6 +69,8 @@ rule real_text:
         ),
     output:
         "data/real/{data}/manifest.json",
+    log:
+        "logs/real_text/{data}.log",
     wildcard_constraints:
         data="|".join(TEXT_DATA) or "none",
     priority: BEFORE_TRAINING
@@ -74,7 +80,7 @@ rule real_text:
     message:
         "real data {wildcards.data}"
     shell:
-        "python -m dmd2.data join {output} {input.parts} --config {params.config:q}"
+        "{MESSAGES_TO} {log}; python -m dmd2.data join {output} {input.parts} --config {params.config:q}"
 
 
 def prompts_inputs(w):
@@ -93,6 +99,8 @@ rule prompts:
         ),
     output:
         "data/prompts/{prompts}/manifest.json",
+    log:
+        "logs/prompts/{prompts}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("encode")
     resources:
@@ -104,4 +112,4 @@ rule prompts:
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{PYTHON} -m dmd2.data prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"

@@ -59,6 +59,8 @@ rule compiled:
         ancient(lambda w: [str(path) for path in Inputs.of(warmed(w), RUNS[w.base, warmed(w).name]).paths()]),
     output:
         COMPILED,
+    log:
+        "logs/compiled/{base}.log",
     priority: BEFORE_TRAINING
     threads: threads_of("train")
     resources:
@@ -69,7 +71,7 @@ rule compiled:
     message:
         "compile {params.run}"
     shell:
-        "{PYTHON} -m dmd2.launch warm {params.run} {output} --config {params.config:q} --cluster {CLUSTER_NAME}"
+        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.launch warm {params.run} {output} --config {params.config:q} --cluster {CLUSTER_NAME}"
 
 
 def work(cfg):
@@ -90,6 +92,8 @@ rule train:
         compiled_code,
     output:
         "results/runs/{base}/{run}/seed{seed}/train.json",
+    log:
+        "logs/train/{base}/{run}/seed{seed}.log",
     priority: lambda w: work(RUNS[w.base, w.run])
     # On Slurm this rule only waits for the job that it submits or finds; a retry would undo a `scancel`.
     retries: 0
@@ -102,5 +106,5 @@ rule train:
     message:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
+        "{MESSAGES_TO} {log}; exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
         " --config {params.config:q} --cluster {CLUSTER_NAME} --changed-code {CHANGED_CODE}"

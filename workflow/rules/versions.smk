@@ -39,8 +39,10 @@ for base in EXPERIMENT.bases:
 
 
 rule prune:
+    log:
+        "logs/prune.log",
     localrule: True
     message:
         "delete the checkpoints of finished trainings"
     shell:
-        "python -m dmd2.publish.prune"
+        "python -m dmd2.publish.prune 2>&1 | tee {log}"
