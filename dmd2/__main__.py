@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# Not the current folder, where the user's eval.py may lie.
-sys.path[0] = str(Path(__file__).parents[1])
+# Without the current folder, where the user's own eval.py may lie.
+sys.path[:] = [str(Path(__file__).parents[1]), *(p for p in sys.path if Path(p).absolute() != Path.cwd())]
 
 from dmd2.command.app import main  # noqa: E402
 

@@ -72,8 +72,9 @@ def complete(incomplete: str) -> list[str]:
         os.chdir(workspace() or ".")
         tables, below = _known(list(run_folders()[0]))
         names = {*tables, *below, *(str(run) for runs in below.values() for run in runs)}
-        depth = incomplete.count("/") + (incomplete in below)
-        return sorted(name for name in names if name.startswith(incomplete) and name.count("/") <= depth)
+        return sorted(
+            n for n in names if n.startswith(incomplete) and "/" not in n[len(incomplete) :].removeprefix("/")
+        )
     return []
 
 
