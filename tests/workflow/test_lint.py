@@ -6,12 +6,27 @@ import sys
 
 import yaml
 
+from dmd2.experiment.table_config import Table
 from tests.conftest import ROOT
+
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
 def test_every_lint_has_its_reason() -> None:
-    command = [sys.executable, "-m", "snakemake", "--lint"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    said = subprocess.run([*SNAKEMAKE, "--lint"], cwd=ROOT, capture_output=True, text=True).stderr
     found = {re.sub(r" in line \d+\.?$", "", lint) for lint in re.findall(r"^    \* (.*):$", said, re.M)}
     reasons = yaml.safe_load((ROOT / "workflow/lint-exceptions.yaml").read_text())
     assert found == set(reasons) and all(reasons.values()), said
+
+
+def test_the_catalogue_finds_what_it_needs() -> None:
+    usage = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert set(usage) == {"mandatory-flags", "software-stack-deployment", "report"}
+    assert set(usage["mandatory-flags"]) == {"desc", "flags"} and (ROOT / "workflow/Snakefile").is_file()
+    readme = (ROOT / "config/README.md").read_text()
+    for target in re.findall(r"\]\(\.\./([^)]*)\)", readme):
+        assert (ROOT / target).exists(), target
+    Table.model_validate(yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme, re.S)[1]))
+    words = usage["mandatory-flags"]["flags"].split()
+    planned = subprocess.run([*SNAKEMAKE, *words, "-n", "--", "digits-data"], cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr

@@ -110,9 +110,8 @@ wildcard_constraints:
 
 # What a stateless job's shell command starts with: the cluster file's setup commands and container, then Python.
 PYTHON = CLUSTER.command()
-# And before that: a job's messages go to its log, which is shown if the job fails. Its progress does not: that goes to the
-# terminal of Snakemake, which is descriptor 3 (`show` in dmd2/core/errors.py, which compares it with the variable).
-MESSAGES_TO = "exec 3>&2 &>"
+# A job's messages go to its log, which is shown if the job fails. Its progress does not: that goes to the terminal of
+# Snakemake, which rules open as descriptor 3 (`show` in dmd2/core/errors.py, which compares it with the variable).
 os.environ.update(DMD2_TERMINAL=terminal_of(2) or "")
 
 

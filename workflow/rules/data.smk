@@ -15,11 +15,12 @@ rule real_data:
     resources:
         **hardware("real_data"),
     params:
+        python=PYTHON,
         config=lambda w: as_json(DATA[w.data]),
     message:
         "real data {wildcards.data}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data real --config {params.config:q} {output}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.data real --config {params.config:q} {output}"
 
 
 def detector_inputs(w):
@@ -39,7 +40,7 @@ rule weights:
     message:
         "download the weights of {wildcards.network}"
     shell:
-        "{MESSAGES_TO} {log}; python -m eval.detectors.weights {wildcards.network} --folder data/weights"
+        "exec 3>&2 &> {log}; python -m eval.detectors.weights {wildcards.network} --folder data/weights"
 
 
 rule detector:
@@ -60,12 +61,13 @@ rule detector:
     resources:
         **hardware("detector"),
     params:
+        python=PYTHON,
         device=device_of("detector"),
         real=lambda w, input: f"--real {input.real}" if "real" in input.keys() else "",
     message:
         "detector {wildcards.detector}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.detectors detector {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.detectors detector {wildcards.detector} {output} {params.real} --threads {threads} --device {params.device}"
 
 
 def reference_inputs(w):
@@ -91,6 +93,7 @@ rule reference:
     resources:
         **hardware("reference"),
     params:
+        python=PYTHON,
         device=device_of("reference"),
         source=lambda w, input: input.get("real", f"data/refs/{STATISTICS[w.statistics][1]}.npz"),
         detector=lambda w: STATISTICS[w.statistics][0],
@@ -98,7 +101,7 @@ rule reference:
     message:
         "reference statistics {wildcards.statistics}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.detectors reference {params.source} {output} --detector {params.detector}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.detectors reference {params.source} {output} --detector {params.detector}"
         " --geometry {params.geometry} --threads {threads} --device {params.device}"
 
 
@@ -125,6 +128,7 @@ rule teacher:
     resources:
         **hardware("teacher"),
     params:
+        python=PYTHON,
         device=device_of("teacher"),
         deterministic="--deterministic" if CLUSTER.training.deterministic else "",
         data=lambda w: as_json(TEACHERS[w.teacher].data),
@@ -133,7 +137,7 @@ rule teacher:
     message:
         "teacher {wildcards.teacher}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training teacher --data {params.data:q} --teacher {params.teacher:q}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.training teacher --data {params.data:q} --teacher {params.teacher:q}"
         " {params.real} --threads {threads} --device {params.device} {params.deterministic} {output}"
 
 
@@ -161,12 +165,13 @@ rule pairs_shard:
     resources:
         **hardware("pairs"),
     params:
+        python=PYTHON,
         device=device_of("pairs"),
         config=lambda w: json.dumps(pairs_settings(PAIR_SETS[w.pairs]), sort_keys=True),
     message:
         "pairs {wildcards.pairs}, shard {wildcards.shard}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training pairs {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.training pairs {input.teacher} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule pairs:
@@ -185,7 +190,9 @@ rule pairs:
         "logs/pairs/{pairs}.log",
     priority: BEFORE_TRAINING
     localrule: True
+    params:
+        python=PYTHON,
     message:
         "pairs {wildcards.pairs}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.training join {output} {input.shards}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.training join {output} {input.shards}"

@@ -22,12 +22,13 @@ rule evaluate_part:
     resources:
         **hardware("evaluate"),
     params:
+        python=PYTHON,
         device=device_of("evaluate"),
         config=lambda w: as_json(RUNS[w.base, w.run]),
     message:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -53,12 +54,13 @@ rule evaluate:
     resources:
         **hardware("evaluate"),
     params:
+        python=PYTHON,
         device=device_of("evaluate"),
         config=lambda w: as_json(RUNS[w.base, w.run]),
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.runs run {wildcards.base}/{wildcards.run}/seed{wildcards.seed} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -73,12 +75,13 @@ rule evaluate_teacher_part:
     resources:
         **hardware("evaluate"),
     params:
+        python=PYTHON,
         device=device_of("evaluate"),
         config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     message:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs teacher {wildcards.sampler} {output}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.runs teacher {wildcards.sampler} {output}"
         " --part {wildcards.part} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
@@ -105,10 +108,11 @@ rule evaluate_teacher:
     resources:
         **hardware("evaluate"),
     params:
+        python=PYTHON,
         device=device_of("evaluate"),
         config=lambda w: as_json(EXPERIMENT.bases[w.base]),
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m eval.runs teacher {wildcards.sampler} {output.metrics}"
+        "exec 3>&2 &> {log}; {params.python} -m eval.runs teacher {wildcards.sampler} {output.metrics}"
         " --config {params.config:q} --threads {threads} --device {params.device}"

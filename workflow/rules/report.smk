@@ -22,7 +22,7 @@ rule table:
     message:
         "table {wildcards.table}"
     shell:
-        "{MESSAGES_TO} {log}; python -m eval.report.tables {wildcards.table}"
+        "exec 3>&2 &> {log}; python -m eval.report.tables {wildcards.table}"
 
 
 def report_inputs(w):
@@ -45,4 +45,4 @@ rule report:
     message:
         "report {output}"
     shell:
-        "{MESSAGES_TO} {log}; python -m eval.report.page {input.tables} --out {output}"
+        "exec 3>&2 &> {log}; python -m eval.report.page {input.tables} --out {output}"

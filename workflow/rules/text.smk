@@ -18,13 +18,14 @@ rule pipeline:
     resources:
         **hardware("encode"),
     params:
+        python=PYTHON,
         device=device_of("encode"),
         config=lambda w: as_json(PIPELINES[w.pipeline]),
         settings=lambda w: json.dumps(pipeline_settings(PIPELINES[w.pipeline])),
     message:
         "pipeline {wildcards.pipeline}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.data pipeline --config {params.config:q} --threads {threads} --device {params.device} {output}"
 
 
 TEXT_DATA = {name: data for name, data in DATA.items() if data.text}
@@ -51,12 +52,13 @@ rule real_part:
     resources:
         **hardware("encode"),
     params:
+        python=PYTHON,
         device=device_of("encode"),
         config=lambda w: as_json(DATA[w.data]),
     message:
         "encode {wildcards.data}, part {wildcards.shard}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.data part {input.pipeline} {wildcards.shard} {output} --config {params.config:q} --threads {threads} --device {params.device}"
 
 
 rule real_text:
@@ -80,7 +82,7 @@ rule real_text:
     message:
         "real data {wildcards.data}"
     shell:
-        "{MESSAGES_TO} {log}; python -m dmd2.data join {output} {input.parts} --config {params.config:q}"
+        "exec 3>&2 &> {log}; python -m dmd2.data join {output} {input.parts} --config {params.config:q}"
 
 
 def prompts_inputs(w):
@@ -106,10 +108,11 @@ rule prompts:
     resources:
         **hardware("encode"),
     params:
+        python=PYTHON,
         device=device_of("encode"),
         source=lambda w: PROMPT_SETS[w.prompts][1],
         config=lambda w: as_json(PROMPT_SETS[w.prompts][0]),
     message:
         "prompts {wildcards.prompts}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.data prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.data prompts {input.pipeline} {params.source:q} {output} --config {params.config:q} --threads {threads} --device {params.device}"

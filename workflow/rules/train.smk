@@ -66,12 +66,14 @@ rule compiled:
     resources:
         **hardware("train"),
     params:
+        python=PYTHON,
+        cluster=CLUSTER_NAME,
         run=lambda w: warmed(w),
         config=lambda w: as_json(RUNS[w.base, warmed(w).name].training()),
     message:
         "compile {params.run}"
     shell:
-        "{MESSAGES_TO} {log}; {PYTHON} -m dmd2.launch warm {params.run} {output} --config {params.config:q} --cluster {CLUSTER_NAME}"
+        "exec 3>&2 &> {log}; {params.python} -m dmd2.launch warm {params.run} {output} --config {params.config:q} --cluster {params.cluster}"
 
 
 def work(cfg):
@@ -102,9 +104,11 @@ rule train:
     resources:
         **hardware("train"),
     params:
+        cluster=CLUSTER_NAME,
+        changed_code=CHANGED_CODE,
         config=lambda w: as_json(RUNS[w.base, w.run].training()),
     message:
         "train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
-        "{MESSAGES_TO} {log}; exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
-        " --config {params.config:q} --cluster {CLUSTER_NAME} --changed-code {CHANGED_CODE}"
+        "exec 3>&2 &> {log}; exec python -m dmd2.launch train {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
+        " --config {params.config:q} --cluster {params.cluster} --changed-code {params.changed_code}"
