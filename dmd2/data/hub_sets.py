@@ -28,7 +28,7 @@ def hub(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     source, place, image = data.source, Path(data.source.path or ""), data.source.image or "image"
     kind, column = ("label", source.label or "label") if data.text is None else ("caption", source.caption or "text")
     try:
-        rows = _opened(place, source.split or "train")
+        rows = opened(place, source.split or "train")
         columns: Any = rows.features or next(iter(rows), {})
         wanted = [image, *([column] if data.labelled or data.text is not None else [])]
         if lacking := {*wanted} - set(columns):
@@ -61,8 +61,12 @@ def hub(data: Data, part: int, parts: int) -> Iterator[Encoded]:
         raise UserError(f"the hub set {place} cannot be read ({reason}); {advice}") from None
 
 
-def _opened(place: Path, split: str) -> Any:
-    """The rows; those of local files are streamed, without a copy in the cache."""
+def opened(place: Path, split: str) -> Any:
+    """The rows of a set; those of local files are streamed, without a copy in the cache.
+
+    Raises:
+        ValueError: there is no such split, or the file is of another kind; or what the library raises.
+    """
     import datasets
 
     if (place / "dataset_dict.json").exists():

@@ -85,14 +85,18 @@ def image_files(data: Data, part: int, parts: int) -> Iterator[Encoded]:
     if data.text is not None:
         conditions = _captions(files, images)
     else:
-        conditions = _labels(files, images, data.classes) if data.labelled else dict.fromkeys(images, 0)
+        conditions = read_labels(files, images, data.classes) if data.labelled else dict.fromkeys(images, 0)
     for name in (images[i] for i in rows_of_part(len(images), parts, part)):
         condition = _caption_beside(files, name) if conditions is None else conditions[name]
         yield f"{files.place}/{name}", files.read(name), condition
 
 
-def _labels(files: Files, images: list[str], classes: int) -> dict[str, int]:
-    """Label of every image."""
+def read_labels(files: Files, images: list[str], classes: int) -> dict[str, int]:
+    """Label of every image.
+
+    Raises:
+        UserError: an image has none, or there are other classes than so many.
+    """
     if "dataset.json" in files.names:
         try:
             pairs = json.loads(files.read("dataset.json"))["labels"]

@@ -1,0 +1,93 @@
+"""``dmd2 new-base``: bases of one's own for a folder of images."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmd2.core.errors import UserError, readable_errors
+from dmd2.core.files import write_text
+
+if TYPE_CHECKING:
+    from dmd2.bases.found import Found
+
+WORKFLOW = Path("workflow")
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="of the bases: letters, digits and -")],
+    folder: Annotated[Path, typer.Argument(help="images: plain, in class folders, with captions; tar, LMDB, parquet")],
+    force: Annotated[bool, typer.Option("--force", help="replace the files of an earlier call")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="print the files and write nothing")] = False,
+) -> None:
+    """Look at the images in FOLDER, and write bases and a table for them: small, one GPU, and as in the paper."""
+    with readable_errors():
+        from dmd2.bases.look import look
+        from dmd2.bases.propose import minutes, propose, table_of
+
+        check_name(name)
+        found = look(_as_written(folder))
+        files = propose(name, found)
+        show(found)
+        if dry_run:
+            for file, text in files.items():
+                print(f"\n==> {WORKFLOW / file}\n{text}", end="")
+            return
+        write(files, force)
+        table = table_of(name, found)
+        print(f"\nwrote {', '.join(str(WORKFLOW / file) for file in files)}")
+        print(f"next: dmd2 run {table} -n, then dmd2 run {table}")
+        time = f"about {minutes(found)} minutes on two CPU cores"
+        print(f"The small base takes {time}; the page of its table is then results/report/{table}.html")
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no name of a base, or that of one that others are like.
+
+    Raises:
+        UserError: with what to do.
+    """
+    from dmd2.experiment.tables import BASES
+    from dmd2.experiment.yaml_file import workflow_files
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise UserError(f"{name!r} is no name of a base: use small letters, digits and -")
+    path = workflow_files(BASES).get(name)
+    if path is not None and not (BASES / path.name).exists():
+        raise UserError(f"{name} is a base that comes with dmd2: take another name")
+
+
+def write(files: dict[str, str], force: bool) -> None:
+    """Write the files and read them as a run would; none is written if one is there, unless `force`.
+
+    Raises:
+        UserError: a file exists, or the bases of the workspace do not fit together.
+    """
+    from dmd2.experiment.tables import load_experiment
+
+    there = [str(WORKFLOW / file) for file in files if (WORKFLOW / file).exists()]
+    if there and not force:
+        raise UserError(f"there {'are' if there[1:] else 'is'} {', '.join(there)}: take another name, or give --force")
+    for file, text in files.items():
+        write_text(WORKFLOW / file, text)
+    load_experiment()
+
+
+def show(found: "Found") -> None:
+    """Say what was found."""
+    from dmd2.bases.propose import described
+
+    print(f"found ({found.source.kind}): {described(found)}")
+    for name, count in list(found.classes.items())[:20]:
+        print(f"  class {name}: {count:,}")
+    if len(found.classes) > 20:
+        print(f"  and {len(found.classes) - 20} classes more")
+    for caption in found.captions[:3]:
+        print(f"  caption: {caption:.100}")
+
+
+def _as_written(folder: Path) -> Path:
+    """The path as a base has it: relative inside the workspace, the current folder, and absolute elsewhere."""
+    folder, here = folder.absolute(), Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
