@@ -20,7 +20,7 @@ SOURCES = sorted([*(REPO / "dmd2").rglob("*.py"), *(REPO / "eval").rglob("*.py")
 # A package imports only from itself and from those before it.
 PACKAGES = [
     "dmd2.core", "dmd2.experiment", "dmd2.networks", "dmd2.data", "dmd2.convert", "dmd2.method", "dmd2.training",
-    "dmd2.launch", "dmd2.planning", "dmd2.publish", "eval.pixels", "eval.metrics", "eval.detectors", "eval.score",
+    "dmd2.launch", "dmd2.planning", "dmd2.bases", "dmd2.publish", "eval.pixels", "eval.metrics", "eval.detectors", "eval.score",
     "eval.runs", "eval.report", "eval.compare", "eval.catalogue", "dmd2.command",
 ]  # fmt: skip
 README = (REPO / "README.md").read_text()

@@ -14,6 +14,7 @@ MEASURE = "Measure"
 # Panels of the help, with name, function, purpose and place of each command.
 COMMANDS: dict[str, list[tuple[str, str, str, Place]]] = {
     "From images to a table": [
+        ("new-base", "dmd2.bases.command:main", "Bases and a table for images of your own", "workspace or here"),
         ("plan", "dmd2.planning.__main__:main", "Memory, GPUs, hours and disk of a base or table", "workspace"),
         (
             "run",
