@@ -1,5 +1,6 @@
 """``dmd2 new-base``: bases of one's own for a folder of images."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,5 +90,5 @@ def show(found: "Found") -> None:
 
 def _as_written(folder: Path) -> Path:
     """The path as a base has it: relative inside the workspace, the current folder, and absolute elsewhere."""
-    folder, here = folder.absolute(), Path.cwd()
+    folder, here = Path(os.path.abspath(folder)), Path.cwd()  # without .. but with links as they are
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
