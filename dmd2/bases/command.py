@@ -26,10 +26,12 @@ def main(
     with readable_errors():
         from dmd2.bases.look import look
         from dmd2.bases.propose import minutes, propose, table_of
+        from dmd2.experiment.yaml_file import ORIGIN
 
         check_name(name)
         found = look(_as_written(folder))
-        files = propose(name, found)
+        inside = (WORKFLOW / "schemas").is_dir()
+        files = propose(name, found, "../schemas" if inside else (ORIGIN / WORKFLOW / "schemas").as_uri())
         show(found)
         if dry_run:
             for file, text in files.items():

@@ -17,14 +17,14 @@ SMALL, LARGE = 16, 64  # sides of images that are resized, for two CPU cores and
 SMALL_WIDTHS = {8: (16, 32), 16: (16, 32), 32: (16, 32, 32), 64: (8, 16, 32, 32)}
 GPU_WIDTHS = {8: (128, 256), 16: (128, 256), 32: (128, 256, 256), 64: (128, 128, 256, 256)}
 # Schedules of the small bases, of images and of images with captions, and the minutes they take on two cores.
-IMAGES: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 3}
-CAPTIONS: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "minutes": 3}
+IMAGES: dict[str, Any] = {"teacher_steps": 600, "steps": 120, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
+CAPTIONS: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "minutes": 4}
 MEASURED = 400  # images of an evaluation of a small base, at most
 SHOWN = 6  # classes named in a comment
 
 
-def propose(name: str, found: Found) -> dict[str, str]:
-    """Texts of the files by their path in ``workflow``."""
+def propose(name: str, found: Found, schemas: str = "../schemas") -> dict[str, str]:
+    """Texts of the files by their path in ``workflow``; editors find the JSON Schemas at `schemas`."""
     captioned = bool(found.captions)
     kinds = ("small-text", "gpu-text", "paper-text", "table4") if captioned else ("small", "gpu", "paper", "table3")
     files = [f"base/{name}{which}.yaml" for which in ("", "-gpu", "-paper")] + [f"tables/{table_of(name, found)}.yaml"]
@@ -37,7 +37,7 @@ def propose(name: str, found: Found) -> dict[str, str]:
     )
     values = {kind: _values(name, found, kind) for kind in kinds}
     return {
-        file: environment.get_template(f"{kind}.yaml.j2").render(values[kind])
+        file: environment.get_template(f"{kind}.yaml.j2").render(values[kind], schemas=schemas)
         for file, kind in zip(files, kinds, strict=True)
     }
 

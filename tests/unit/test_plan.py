@@ -63,7 +63,7 @@ def page(tmp_path, monkeypatch):
 def test_the_page_names_the_source_of_its_numbers(page):
     code, text = page("both", "--gpus", "2")
     assert code == 0, text
-    assert text.count("(computed)") == 3  # memory, arithmetic, disk
+    assert text.count("(computed)") == 4  # memory, arithmetic, disk, host memory
     assert "assumed: an A100 at 20% of its 312 TFLOP/s" in text
     assert "2 GPUs, 2 images each" in text
     assert "Table both: 2 rows x 2 seeds" in text
