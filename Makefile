@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: demo test test-gpu lint lock clean reference
 demo: $(READY)
 	dmd2 run demo
-	@echo "open results/report.html; the table is results/tables/demo.md"
+	@echo "open results/report/index.html; the table is results/tables/demo.md"
 
 test: $(READY)
 	@sh tests/install_packages.sh

@@ -91,7 +91,7 @@ def make_sweep(count: int) -> None:
             write_text(path, "{}")
         write_json(out, {"name": "sweep"})
     record = {key: value for key, value in made_from(None, [out]).items() if key != "origins"}
-    write_text(Path("results/report.html"), f"<!-- made from {json.dumps(record)} -->\n")
+    write_text(Path("results/report/index.html"), f"<!-- made from {json.dumps(record)} -->\n")
 
 
 def stages() -> None:

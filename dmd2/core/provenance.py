@@ -116,7 +116,7 @@ def _document(path: Path) -> Any:
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         with open(path, encoding="utf-8") as file:
-            found = COMMENT.search(file.read(4096)) if path.suffix == ".html" else None
+            found = COMMENT.search(file.read(1 << 16)) if path.suffix == ".html" else None
         return {"made_from": json.loads(found[1])} if found else None
     except (OSError, ValueError):
         return None

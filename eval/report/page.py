@@ -1,4 +1,4 @@
-"""The page over the tables that were asked for: one self-contained HTML file, the same bytes for the same inputs."""
+"""The page of one table: a self-contained HTML file, the same bytes for the same inputs."""
 
 import json
 import re
@@ -33,7 +33,8 @@ from eval.pixels.grid import sample_grid, sample_side
 from eval.report import figures
 from eval.report.rules import MIN_SEEDS
 
-TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
+TEMPLATES = Path(__file__).with_name("templates")
+REPORT = Path("results/report")
 NEEDED = {"name", "title", "base", "rows", "claims", "warnings", "metrics", "columns", "seeds", "select", "notes",
           "reference_row"}  # fmt: skip
 MARKS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
@@ -56,25 +57,27 @@ def read_table(path: Path) -> TableRecord:
     return table
 
 
-def render(paths: list[Path]) -> str:
-    """The whole page for the tables in these files.
+def render(path: Path) -> str:
+    """The page of the table in this file.
 
     Raises:
-        UserError: a table or one of its sample grids is missing or unreadable.
+        UserError: the table or one of its sample grids is missing or unreadable.
     """
+    table = read_table(path)
     filters = {"code": code, "yaml": _yaml, "value": setting, "costs": costs, "mean_sd": mean_sd}
-    tables = [read_table(path) for path in paths]
-    return template(TEMPLATE, **filters).render(
-        tables=[view(table) for table in tables],
-        sources=[(path, sha256(path)[:12]) for path in paths],
+    return template(TEMPLATES / "table.html.j2", **filters).render(
+        record=made_from_comment(None, [path]),
+        title=table["title"],
+        table=view(table),
+        source=path,
+        checksum=sha256(path)[:12],
         commit=commit(),
-        date=_commit_date(),
+        date=date_of("HEAD"),
         arms=figures.ARMS,
         marks=MARKS,
         min_seeds=MIN_SEEDS,
         settled=UNSETTLED,
         better=BETTER,
-        stand_in=any(map(stand_in, tables)),
     )
 
 
@@ -94,7 +97,7 @@ def view(table: TableRecord) -> dict[str, Any]:
         "certainty": certainty(table),
         "explained": SENTENCES.explained(table["seeds"]),
         "others": published(table),
-        "verdicts": [(mark, sum(claim["verdict"] == mark for claim in table["claims"])) for mark in MARKS],
+        "stand_in": stand_in(table),
         "curves": figures.training_curves(table),
         "behind": curves,  # the numbers behind the first of them
         "steps": sorted({step for points in curves.values() for step in points}),
@@ -138,24 +141,35 @@ def setting(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
-def _commit_date() -> str:
-    """Day of the checked-out commit, or nothing outside git; never the clock, so that the page can be made again."""
+def date_of(revision: str) -> str:
+    """Day of a commit, or nothing where git does not know it; never the clock, so that a page can be made again."""
     try:
-        shown = subprocess.run(["git", "log", "-1", "--format=%cs"], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            ["git", "log", "-1", "--format=%cs", revision, "--"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return shown.stdout.strip()
 
 
+def made_from_comment(config: Any, inputs: list[Path]) -> Markup:
+    """The record of what a page is made from, as `dmd2.core.provenance` reads it back."""
+    record = {key: value for key, value in made_from(config, inputs).items() if key != "origins"}
+    return Markup(f"<!-- made from {json.dumps(record)} -->")
+
+
+def write(table: Path, folder: Path) -> None:
+    """Write the page of the table in the file `table` into a folder; see `render` for errors."""
+    write_text(folder / f"{table.stem}.html", render(table))
+
+
 def main(
-    tables: Annotated[list[Path], typer.Argument(help="JSON written by eval.report.tables", show_default=False)],
-    out: Annotated[Path, typer.Option(help="the page")] = Path("results/report.html"),
+    name: Annotated[str, typer.Argument(help="of a table in results/tables", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder")] = REPORT,
 ) -> None:
-    """Write one HTML page over TABLES: numbers beside the paper's, verdicts, curves and samples."""
+    """Write the page of the table NAME: numbers, verdicts, curves and samples."""
     with readable_errors():
-        shown = list(dict.fromkeys(tables))
-        record = {key: value for key, value in made_from(None, shown).items() if key != "origins"}
-        write_text(out, f"<!-- made from {json.dumps(record)} -->\n{render(shown)}")
+        write(Path(f"results/tables/{name}.json"), out)
 
 
 if __name__ == "__main__":

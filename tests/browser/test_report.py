@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from dmd2.core.errors import UserError
+from eval.report import index
 from eval.report import page as report
 from eval.report.figures import ARMS
+from eval.report.page import REPORT
 from tests.browser import fake_results
 
 TITLE = "One seed <script>alert(1)</script>"
-ROWS = {"digits-table3": 8, "demo": 8}  # six students and two teacher samplers in each
+ROWS = ["digits-table3", "demo"]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync --disable-quic"
@@ -26,28 +28,42 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def place(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with invented results of two tables and the page over them."""
+    """A folder with invented results of two tables and their pages, and something else among the tables."""
     folder = tmp_path_factory.mktemp("report")
     fake_results.workplace(folder, root)
     with chdir(folder):
-        paths = [
-            fake_results.table("digits-table3"),
-            fake_results.table("demo", {"title": TITLE, "warnings": ["old"]}),
-        ]
-        Path("results/report.html").write_text(report.render(paths), encoding="utf-8")
+        fake_results.table("digits-table3")
+        fake_results.table("demo", {"title": TITLE, "warnings": ["old"]})
+        Path("results/tables/foreign.json").write_text('{"kind": "metrics"}')
+        index.main(REPORT)
         yield folder
 
 
-def text(place: Path) -> str:
-    return (place / "results/report.html").read_text(encoding="utf-8")
+def text(place: Path, name: str = "demo") -> str:
+    return (place / f"results/report/{name}.html").read_text(encoding="utf-8")
 
 
 def test_rendering_again_gives_the_same_bytes(place: Path):
-    assert report.render([Path("results/tables/digits-table3.json"), Path("results/tables/demo.json")]) == text(place)
+    assert text(place) == report.render(Path("results/tables/demo.json"))
 
 
-def test_page_is_small(place: Path):
-    assert len(text(place)) < 1_000_000
+def test_pages_are_small(place: Path):
+    assert max(path.stat().st_size for path in (place / "results/report").glob("*.html")) < 700_000
+
+
+def test_the_list_has_every_table_and_keeps_the_pages_that_are_right(place: Path):
+    listed = text(place, "index")
+    assert re.findall(r'<a href="(.*?)">', listed) == ["demo.html", "digits-table3.html"]
+    assert "foreign.json is no table, it has no base" in listed
+    three = listed[listed.index("digits-table3.html") :]
+    assert "supported" in three and "<code>dmd2</code>" in three and "<code>4be1c02d9</code>" in three
+    pages = [place / f"results/report/{name}.html" for name in ROWS]
+    pages[0].write_text(pages[0].read_text() + "<!-- kept -->")
+    table = Path("results/tables/demo.json")
+    table.write_text(table.read_text() + " ")
+    before = pages[1].read_text()
+    index.main(REPORT)
+    assert pages[0].read_text().endswith("<!-- kept -->") and pages[1].read_text() != before
 
 
 def test_text_from_tables_is_escaped(place: Path):
@@ -56,9 +72,9 @@ def test_text_from_tables_is_escaped(place: Path):
 
 
 def test_says_the_verdicts_the_best_value_and_the_warning(place: Path):
-    three, one = text(place).split('<section id="demo"')
+    three, one = text(place, "digits-table3"), text(place)
     assert three.count('class="chip supported"') > 1  # also in the reading guide
-    assert one.count('class="chip undecided"') == 7
+    assert one.count('class="chip undecided"') == 8
     assert "<b>Warning:</b> old." in one
     row = re.search(r'<tr class="reference">.*?</tr>', three, re.DOTALL)
     assert row and row[0].count("<strong>") >= 1 and "<code>dmd2</code>" in row[0]
@@ -70,16 +86,16 @@ def test_missing_grid_is_named(place: Path, tmp_path: Path):
     changed = tmp_path / "demo.json"
     changed.write_text(json.dumps(table))
     with pytest.raises(UserError, match=r"results/runs/digits/gone/seed0/grid.png is missing.*Snakemake"):
-        report.render([changed])
+        report.render(changed)
 
 
 def test_missing_or_foreign_bundle_is_named(place: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere.json is missing: make it with snakemake .*nowhere.md"):
-        report.render([Path("results/tables/nowhere.json")])
+        report.render(Path("results/tables/nowhere.json"))
     foreign = tmp_path / "metrics.json"
     foreign.write_text('{"kind": "metrics"}')
     with pytest.raises(UserError, match=r"metrics.json is no table, it has no base: .*eval.report.tables"):
-        report.render([foreign])
+        report.render(foreign)
 
 
 def test_diverged_run_is_shown_and_not_called_best(place: Path, tmp_path: Path):
@@ -90,7 +106,7 @@ def test_diverged_run_is_shown_and_not_called_best(place: Path, tmp_path: Path):
         snapshot["fd"] = math.nan
     changed = tmp_path / "demo.json"
     changed.write_text(json.dumps(table))
-    row = re.search(r'<tr class="reference">.*?</tr>', report.render([changed]), re.DOTALL)
+    row = re.search(r'<tr class="reference">.*?</tr>', report.render(changed), re.DOTALL)
     assert row and "<td>nan</td>" in row[0]
 
 
@@ -119,7 +135,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.fixture(scope="module")
 def browser(place: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Headless Chromium with the page open and its folded parts unfolded."""
+    """Headless Chromium."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install -e .[dev])")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -131,55 +147,58 @@ def browser(place: Path, tmp_path_factory: pytest.TempPathFactory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        window.get((place / "results/report.html").as_uri())
-        window.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
         yield window
     finally:
         window.quit()
 
 
-def test_nothing_is_fetched_and_nothing_complained_of(browser):
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+@pytest.fixture(params=["index", *ROWS])
+def opened(request: pytest.FixtureRequest, browser, place: Path):
+    """A page with its folded parts unfolded."""
+    browser.get((place / f"results/report/{request.param}.html").as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+    return browser
+
+
+def test_nothing_is_fetched_and_nothing_complained_of(opened):
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    page = browser.current_url  # the browser's own first tab asks for chrome:// files
+    page = opened.current_url  # the browser's own first tab asks for chrome:// files
     asked = [request["request"]["url"] for request in requests if request["documentURL"] == page]
     assert page in asked
     assert [url for url in asked if url != page and not url.startswith("data:")] == []
-    assert browser.get_log("browser") == []
+    assert opened.get_log("browser") == []
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_table_shows_all_its_rows(browser, name: str):
-    rows = browser.find_elements("css selector", f"#{name} table.main tbody tr")
-    assert len(rows) == ROWS[name]
+@pytest.mark.parametrize("opened", ROWS, indirect=True)
+def test_every_row_and_picture_is_shown(opened):
+    rows = opened.find_elements("css selector", "table.main tbody tr")
+    assert len(rows) == 8  # six students and two teacher samplers
     assert all(row.is_displayed() and row.size["height"] > 10 for row in rows)
-    assert all(table.is_displayed() for table in browser.find_elements("css selector", f"#{name} table"))
-
-
-def test_every_picture_is_drawn(browser):
-    widths = browser.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
-    assert len(widths) == sum(ROWS.values()) and all(widths)
-    figures = browser.find_elements("css selector", "svg[role=img]")
-    assert len(figures) == 2 * (2 + 6)  # in each table: two panels of curves, brightness of six runs
+    assert all(table.is_displayed() for table in opened.find_elements("css selector", "table"))
+    widths = opened.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
+    assert len(widths) == 8 and all(widths)
+    figures = opened.find_elements("css selector", "svg[role=img]")
+    assert len(figures) == 2 + 6  # two panels of curves, brightness of six runs
     assert all(figure.size["width"] > 150 and figure.size["height"] > 80 for figure in figures)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_the_window(browser, width: int, scheme: str):
+def test_page_fits_the_window(opened, width: int, scheme: str):
     feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    ink, page = browser.execute_script(
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    ink, page = opened.execute_script(
         "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor].map(c => c.match(/\\d+/g))"
     )
     assert (int(ink[0]) < int(page[0])) == (scheme == "light")
 
 
-def test_page_is_accessible(browser):
-    faults = browser.execute_script("""
+def test_page_is_accessible(opened):
+    faults = opened.execute_script("""
         const bad = (what, selector, wrong) => [...document.querySelectorAll(selector)].filter(wrong)
             .map(element => what + ": " + element.outerHTML.slice(0, 80));
         const ids = [...document.querySelectorAll("[id]")].map(element => element.id);

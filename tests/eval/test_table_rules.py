@@ -195,7 +195,7 @@ def test_the_gap_is_to_the_paper_where_it_has_the_metric_and_to_one_thing_only(t
 def test_bold_and_arrows_follow_the_direction(metric: str, best: str | None, better: str, table3: Path) -> None:
     table = first_metric(metric, {"dmd": 0.2, "dmd2": 0.3}, {"dmd": None, "dmd2": None})
     write_json(table3, table)
-    main = re.search(r'<table class="main">.*?</table>', render([table3]), re.S)[0]
+    main = re.search(r'<table class="main">.*?</table>', render(table3), re.S)[0]
     heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', main)
     at = next(i for i, head in enumerate(heads) if re.split("&nbsp;", head)[0] == LABELS[metric])
     assert (f"({better} is better)" in heads[at]) == bool(better) and ("↑" in heads[at]) == (better == "higher")
@@ -212,6 +212,6 @@ def test_the_draws_behind_a_number_are_said(table3: Path) -> None:
 def test_the_report_says_the_rule_against_one_value_and_that_fd_is_not_fid(table3: Path) -> None:
     edit(metrics=["accuracy", "fd"])
     write_json(table3, build(NAME))
-    page = render([table3])
+    page = render(table3)
     assert "which has one value, twice that of the row that has seeds" in page
     assert "FD is the Fréchet distance in the features of a detector made for this data" in page

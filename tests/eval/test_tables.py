@@ -80,7 +80,7 @@ def test_markdown_and_csv_carry_the_cost_of_every_seed(table3: Path) -> None:
 def test_the_report_has_the_column_and_in_each_row_who_counted(table3: Path) -> None:
     by_gpu()
     write_json(table3, build("digits-table3"))
-    page = report.render([table3])
+    page = report.render(table3)
     heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)
     assert heads[heads.index("GPU-hours") - 1] == "training time"
     row = re.search(r'<tr class="reference">.*?</tr>', page, re.DOTALL)
@@ -132,7 +132,7 @@ def test_table_and_report_tell_by_which_code_rows_were_trained(table3: Path) -> 
     ]
     assert table["warnings"][-3:] == told and all(f"**Warning:** {text}." in markdown(table) for text in told)
     write_json(table3, table)
-    assert all(text in report.render([table3]) for text in told)
+    assert all(text in report.render(table3) for text in told)
 
 
 def test_what_dvc_compares_are_means_over_seeds_and_points_of_curves(table3: Path) -> None:
@@ -162,14 +162,14 @@ def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) 
         shown = dict(zip(header, lines[1], strict=True))
         assert (shown["run"], shown["training time"], shown["Brightness SD"]) == ("`released-dmd2`", "–", "–")
         assert (shown["student updates"], shown["paper's FID"]) == ("38700", "1.51")
-        assert report.render([path]).count("released-dmd2") > 3
+        assert report.render(path).count("released-dmd2") > 3
 
 
 def test_published_numbers_stand_below_the_table(table3: Path) -> None:
     others = {"published": {"CTM": {"fd": 1.92}, "BOOT": {"fd": 16.3}, "unmeasured": {"accuracy": 1.0}}}
     write_json(table3, read_json(table3) | others)
     sentence = "Published FD of other methods: CTM 1.92, BOOT 16.3."
-    assert sentence in markdown(read_json(table3)) and sentence in report.render([table3])
+    assert sentence in markdown(read_json(table3)) and sentence in report.render(table3)
 
 
 def test_further_metrics_stand_beside_the_papers() -> None:

@@ -31,7 +31,7 @@ def demo(real_device: torch.device, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_demo_ends_with_table_and_report(demo: Workspace, real_device: torch.device) -> None:
     table = pd.read_csv(demo.path / "results/tables/demo.csv")
     assert set(table[table.metric == "fd"]["run"]) == {*ROWS, "teacher-ode", "teacher-sde"}
-    assert (demo.path / "results/report.html").stat().st_size > 10_000
+    assert (demo.path / "results/report/demo.html").stat().st_size > 10_000
     records = [json.loads(path.read_text()) for path in demo.path.glob("results/runs/digits/*/seed0/train.json")]
     assert len(records) == len(ROWS)
     for record in records:

@@ -61,10 +61,10 @@ def test_pairs_training_and_evaluation_run_as_slurm_jobs_up_to_the_report(
 ) -> None:
     for made in ("data/pairs", "results/runs/digits/dmd", "results/runs/digits/dmd2", "results/tables"):
         shutil.rmtree(workspace.path / made)
-    (workspace.path / "results/report.html").unlink()
+    (workspace.path / "results/report/index.html").unlink()
     code, output = ended(workspace.start(*SNAKEMAKE, *FAST, "demo"), 900)
     assert code == 0, output[-5000:]
-    assert (workspace.path / "results/report.html").exists()
+    assert (workspace.path / "results/report/index.html").exists()
     jobs = slurm.call("sacct", "-X", "-n", "-P", "-a", "-o", "JobName,Comment,State").splitlines()
     for rule, count in {"pairs_shard": 2, "evaluate": 2}.items():
         found = [job for job in jobs if re.search(rf"\|rule_{rule}_", job)]

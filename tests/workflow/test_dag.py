@@ -24,7 +24,7 @@ def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
     assert fd.loc["dmd", "student_updates"] == 20
     markdown = (finished.path / "results/tables/demo.md").read_text()
     assert "undecided" in markdown and "| `dmd2` | ✓ | ✓ | ✓ | ✓ |" in markdown
-    assert (finished.path / "results/report.html").stat().st_size > 10_000
+    assert (finished.path / "results/report/demo.html").stat().st_size > 10_000
 
 
 def test_pairs_come_in_shards_that_cover_every_seed_once(finished: Workspace) -> None:
@@ -61,12 +61,12 @@ def test_edits_of_comments_code_and_hardware_restart_nothing(edited: Workspace) 
 
 def test_edited_paper_number_remakes_the_table_and_the_report_only(edited: Workspace) -> None:
     edited.edit("workflow/tables/demo.yaml", "fid: 1.51", "fid: 1.52")
-    assert edited.planned("demo") == {"demo": 1, "report": 1, "table": 1}
+    assert edited.planned("demo") == {"demo": 1, "page": 1, "index": 1, "table": 1}
 
 
 def test_added_row_schedules_its_training_evaluation_table_and_report(edited: Workspace) -> None:
     edited.edit("workflow/tables/demo.yaml", "rows:\n", "rows:\n- run: ratio-20\n  change: {critic.ratio: 20}\n")
-    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
 
 
 def test_passes_are_compiled_once_before_the_trainings_of_a_base(edited: Workspace) -> None:
@@ -93,7 +93,7 @@ def test_passes_are_compiled_once_before_the_trainings_of_a_base(edited: Workspa
 def test_changed_row_retrains_that_row_only(edited: Workspace) -> None:
     for table in ("demo", "digits-table3", "digits-ttur"):  # the same run must be the same in every table
         edited.edit(f"workflow/tables/{table}.yaml", "regression.weight: 5.0", "regression.weight: 4.0")
-    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert edited.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
 
 
 def test_changed_evaluation_retrains_nothing(edited: Workspace) -> None:

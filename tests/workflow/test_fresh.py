@@ -67,7 +67,7 @@ def test_nothing_is_to_do_after_a_pull_and_a_changed_value_runs_exactly_its_jobs
     assert {path.rpartition("/")[2] for path in changed} == {"demo.yaml", "digits-table3.yaml", "digits-ttur.yaml"}
     before = files_of(pulled)
     jobs, messages = pulled.plan("demo")
-    assert jobs == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert jobs == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
     assert "out of date: results/runs/digits/dmd/seed0/train.json was made with other settings" in messages
     assert files_of(pulled) == before
 
@@ -116,12 +116,12 @@ def test_retraining_that_was_killed_goes_on(pulled: Workspace) -> None:
     (manifest,) = (pulled.path / "data/pairs").glob("*/*/manifest.json")
     remake(manifest)  # Snakemake then deletes what the training will make, which is killed
     (pulled.path / "results/runs/digits/dmd/seed0/train.json").unlink()
-    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
 
 
 def test_damaged_record_is_made_again(pulled: Workspace) -> None:
     Path(pulled.path / "results/runs/digits/dmd/seed0/metrics.json").write_text("{")
-    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1}
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1}
 
 
 CHANGED = "dmd2/method/objectives/distribution_matching.py"
@@ -147,7 +147,7 @@ def test_flipped_sign_in_the_losses_is_told_and_retrained_when_asked_to(pulled: 
     assert new["key"] != old["key"] and new["files"] != old["files"] and "resumes" not in result.stderr
     assert all((run / entry["path"]).exists() for entry in old["files"])
     # The other run, of the old code, is told of; what was made from the new one is made again, and the table says both.
-    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1}
+    assert pulled.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1}
     assert TOLD not in pulled.snakemake("demo").stderr
     table = (pulled.path / "results/tables/demo.md").read_text()
     assert f"not all of this was trained by the same code: {CHANGED} differ" in table

@@ -75,7 +75,7 @@ def test_only_what_a_finished_result_needs_is_versioned(pushed: Workspace, fresh
 def test_changed_value_after_a_restore_runs_exactly_its_jobs(fresh: Workspace) -> None:
     assert restore(fresh)[0] == 0
     fresh.edit(*OTHER_WEIGHT)
-    assert fresh.planned("demo") == {"demo": 1, "evaluate": 1, "report": 1, "table": 1, "train": 1}
+    assert fresh.planned("demo") == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
 
 
 def test_repro_after_a_change_records_the_new_result_and_shows_the_difference(fresh: Workspace) -> None:

@@ -1,9 +1,12 @@
-# Tables beside the paper's, and one page over the tables that were asked for.
+# Tables, a page of each, and the list of all tables that were made.
+INDEX = "results/report/index.html"
+
+
 def requested_tables():
     """Tables behind the targets of this call; the demo when none is named."""
-    targets = [str(target) for target in workflow.dag_settings.targets]
-    names = [name for name in TABLES if name in targets or f"results/tables/{name}.md" in targets]
-    return (DIGITS if "digits" in targets else []) or names or ["demo"]
+    targets = [str(target) for target in workflow.dag_settings.targets] or ["demo"]
+    asked = [*(DIGITS if "digits" in targets else []), *targets]
+    return [name for name in TABLES if name in asked or f"results/tables/{name}.md" in asked]
 
 
 rule table:
@@ -25,24 +28,45 @@ rule table:
         "exec 3>&2 &> {log}; python -m eval.report.tables {wildcards.table}"
 
 
-def report_inputs(w):
-    """As `artefact`; which tables the page should show is known only once targets are."""
-    tables = [f"results/tables/{name}.json" for name in requested_tables()]
-    reason = outdated([Artefact(["results/report.html"], None, tables)])
-    tell("out of date", reason)
-    settle()
-    return {"tables": tables} | ({"changed": CHANGED} if reason else {})
-
-
-rule report:
+rule page:
     input:
-        unpack(report_inputs),
+        artefact(
+            "results/report/{table}.html",
+            of=[{"table": name} for name in TABLES],
+            settings=lambda w: None,
+            inputs=lambda w: {"table": f"results/tables/{w.table}.json"},
+        ),
     output:
-        "results/report.html",
+        "results/report/{table}.html",
     log:
-        "logs/report.log",
+        "logs/page/{table}.log",
     localrule: True
     message:
-        "report {output}"
+        "page {output}"
     shell:
-        "exec 3>&2 &> {log}; python -m eval.report.page {input.tables} --out {output}"
+        "exec 3>&2 &> {log}; python -m eval.report.page {wildcards.table}"
+
+
+def index_inputs(w):
+    """As `artefact`: pages of the tables of this call. The others are listed as they are, however old."""
+    asked = requested_tables()
+    names = sorted({*asked, *(path.stem for path in Path("results/tables").glob("*.json"))})
+    reason = outdated([Artefact([INDEX], names, [f"results/tables/{name}.json" for name in names])])
+    tell("out of date", reason)
+    settle()
+    pages = [f"results/report/{name}.html" for name in asked]
+    return {"pages": pages} | ({"changed": CHANGED} if reason else {})
+
+
+rule index:
+    input:
+        unpack(index_inputs),
+    output:
+        INDEX,
+    log:
+        "logs/index.log",
+    localrule: True
+    message:
+        "list of tables {output}"
+    shell:
+        "exec 3>&2 &> {log}; python -m eval.report.index"
