@@ -1,14 +1,17 @@
-"""What commands and jobs import before they work: seconds by ``python -X importtime``, here and in another checkout.
+"""Seconds until a command shows its help, and that jobs import for before they work, here and in another checkout.
 
-git worktree add /tmp/release 8819aa2
+git worktree add /tmp/release 30db794
 python -m benchmarks.imports --against /tmp/release
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -17,13 +20,12 @@ from benchmarks.tables import markdown
 from dmd2.core.errors import UserError, readable_errors
 
 ROOT = Path(__file__).parents[1]
-HELP = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('{}', run_name='__main__', alter_sys=True)"
-# Commands, and the module that has them in release 8819aa2 where that is another.
+# Commands, and the module that was one in release 30db794.
 COMMANDS = {
-    "dmd2.launch": "", "dmd2.planning": "", "dmd2.data": "", "dmd2.training": "dmd2.training.make_teacher",
-    "dmd2.convert": "", "eval": "", "eval.runs": "eval.runs.evaluate", "eval.detectors": "eval.detectors.detectors",
-    "eval.detectors.weights": "", "eval.report.tables": "", "eval.report.page": "", "eval.compare": "",
-    "eval.catalogue": "", "dmd2.publish.export": "", "dmd2.publish.prune": "", "dmd2.publish.restore": "",
+    "": "", "plan": "dmd2.planning", "run": "", "doctor": "", "status": "dmd2.launch", "print": "dmd2.launch",
+    "prune": "dmd2.publish.prune", "eval": "eval", "eval score": "eval", "eval weights": "eval.detectors.weights",
+    "compare": "eval.compare", "catalogue": "eval.catalogue", "convert": "dmd2.convert",
+    "export": "dmd2.publish.export", "restore": "dmd2.publish.restore",
 }  # fmt: skip
 LIGHT = """
 from dmd2.experiment.tables import load_experiment
@@ -59,27 +61,41 @@ def seconds(checkout: Path, code: str) -> float:
     return sum(int(own) for own in lines if own.strip().isdigit()) / 1e6
 
 
-def measured(places: list[Path], codes: list[str], rounds: int) -> list[str]:
-    """Medians of the seconds of each checkout, which take turns."""
-    found: list[list[float]] = [[] for _ in places]
-    for _ in range(rounds):
-        for place, code, mine in zip(places, codes, found, strict=True):
-            mine.append(seconds(place, code))
-    return [f"{median(mine):.1f}" for mine in found]
+def help_seconds(checkout: Path, words: list[str]) -> float:
+    """Wall time of ``python -m WORDS --help``.
+
+    Raises:
+        UserError: it failed.
+    """
+    env, started = os.environ | {"PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": "1"}, perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--help"], cwd=checkout, env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{checkout}: {' '.join(words)}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return perf_counter() - started
+
+
+def measured(calls: list[Callable[[], float]], rounds: int) -> list[str]:
+    """Medians of what each call measures; they take turns."""
+    found = [[call() for call in calls] for _ in range(rounds)]
+    return [f"{median(mine):.2f}" for mine in zip(*found, strict=True)]
 
 
 def main(
     against: Annotated[Path | None, typer.Option(help="another checkout")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="of which the median is told")] = 3,
 ) -> None:
-    """Seconds that commands import for before they show their help, and jobs before they work."""
+    """Seconds until commands show their help (wall), and that jobs import for before they work."""
     with readable_errors():
         rows, places = [], [*([against] if against else []), ROOT]
         for name, old in COMMANDS.items():
-            codes = [HELP.format(old if old and place != ROOT else name) for place in places]
-            rows.append([f"`python -m {name} --help`", *measured(places, codes, rounds)])
+            now = partial(help_seconds, ROOT, ["dmd2", *name.split()])
+            before = [partial(help_seconds, against, [old])] if against and old else []
+            gone = ["-"] if against and not old else []
+            rows.append([f"`{' '.join(['dmd2', *name.split()])} --help`", *gone, *measured([*before, now], rounds)])
         for job, code in JOBS.items():
-            rows.append([job, *measured(places, [code] * len(places), rounds)])
+            rows.append([job, *measured([partial(seconds, place, code) for place in places], rounds)])
         print(markdown(["seconds", *([str(against)] if against else []), "here"], rows))
 
 
