@@ -16,12 +16,7 @@ COMMANDS: dict[str, list[tuple[str, str, str, Place]]] = {
     "From images to a table": [
         ("new-base", "dmd2.bases.command:main", "Bases and a table for images of your own", "workspace or here"),
         ("plan", "dmd2.planning.__main__:main", "Memory, GPUs, hours and disk of a base or table", "workspace"),
-        (
-            "run",
-            "dmd2.command.run:run",
-            "Make tables or runs, and all that they need",
-            "workspace",
-        ),
+        ("run", "dmd2.command.run:run", "Make tables or runs, and all that they need", "workspace"),
         ("doctor", "dmd2.command.doctor:doctor", "What this machine has and lacks", "workspace or here"),
     ],
     "Runs": [
