@@ -51,27 +51,37 @@ def check_name(name: str) -> None:
     Raises:
         UserError: with what to do.
     """
-    from dmd2.experiment.tables import BASES
+    from dmd2.experiment.tables import BASES, TABLES
     from dmd2.experiment.yaml_file import workflow_files
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise UserError(f"{name!r} is no name of a base: use small letters, digits and -")
-    path = workflow_files(BASES).get(name)
-    if path is not None and not (BASES / path.name).exists():
-        raise UserError(f"{name} is a base that comes with dmd2: take another name")
+    for folder, names in (
+        (BASES, (name, f"{name}-gpu", f"{name}-paper")),
+        (TABLES, (f"{name}-table3", f"{name}-table4")),
+    ):
+        files = workflow_files(folder)
+        if brought := [one for one in names if one in files and not (folder / f"{one}.yaml").exists()]:
+            raise UserError(f"{brought[0]} comes with dmd2: take another name")
 
 
 def write(files: dict[str, str], force: bool) -> None:
-    """Write the files and read them as a run would; none is written if one is there, unless `force`.
+    """Write the files and read them as a run would; `force` replaces those of an earlier call.
 
     Raises:
-        UserError: a file exists, or the bases of the workspace do not fit together.
+        UserError: a file is there, or the bases of the workspace do not fit together.
     """
+    from dmd2.bases.propose import MADE
     from dmd2.experiment.tables import load_experiment
 
-    there = [str(WORKFLOW / file) for file in files if (WORKFLOW / file).exists()]
+    there = [WORKFLOW / file for file in files if (WORKFLOW / file).exists()]
+    told = f"there {'are' if there[1:] else 'is'} {', '.join(map(str, there))}: take another name"
     if there and not force:
-        raise UserError(f"there {'are' if there[1:] else 'is'} {', '.join(there)}: take another name, or give --force")
+        raise UserError(f"{told}, or give --force")
+    if foreign := [str(path) for path in there if MADE not in path.read_text(encoding="utf-8")]:
+        raise UserError(
+            f"{', '.join(foreign)}: not written by new-base, so --force does not replace it; take another name"
+        )
     for file, text in files.items():
         write_text(WORKFLOW / file, text)
     load_experiment()

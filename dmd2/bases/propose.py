@@ -21,6 +21,7 @@ IMAGES: dict[str, Any] = {"teacher_steps": 600, "steps": 120, "batch": 16, "lr":
 CAPTIONS: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "minutes": 4}
 MEASURED = 400  # images of an evaluation of a small base, at most
 SHOWN = 6  # classes named in a comment
+MADE = "By dmd2 new-base"  # what the comments of its files begin with
 
 
 def propose(name: str, found: Found, schemas: str = "../schemas") -> dict[str, str]:
@@ -88,7 +89,7 @@ def _values(name: str, found: Found, kind: str) -> dict[str, Any]:
     return {
         **(small if "small" in kind else {"teacher_steps": 60000}),
         "name": name,
-        "headline": f"{name}: {described(found)}.",
+        "headline": f"{MADE}: {described(found)}.",
         "minutes": minutes(found),
         "source": _flow(source),
         "resize": "resize" in source,

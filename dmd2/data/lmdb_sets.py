@@ -35,8 +35,8 @@ def lmdb_rows(data: Data, part: int, parts: int) -> Iterator[Block]:
         raise UserError("an LMDB with prompts holds latents: set data.text.latents: true")
     if not place.exists():
         raise UserError(
-            f"{place} does not exist: put the LMDB there, name another source in data.source (see README, 'Your own "
-            f"data'), or put safetensors shards with their manifest.json under data/real/{data.name}"
+            f"{place} does not exist: put the LMDB there, name another source in data.source, or put safetensors "
+            f"shards with their manifest.json under data/real/{data.name}"
         )
     try:
         with lmdb.open(

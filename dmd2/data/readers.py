@@ -50,7 +50,7 @@ def read(data: Data, pixels: int | None = None, part: int = 0, parts: int = 1) -
         elif kind == "latents":
             raise UserError(
                 "there is no reader for source latents: put safetensors shards with images and labels and their "
-                f"manifest.json under data/real/{data.name} (see README, 'Your own data')"
+                f"manifest.json under data/real/{data.name}"
             )
         else:
             yield from {"sklearn-digits": _digits, "idx": _idx, "cifar10": cifar10}[kind](data)

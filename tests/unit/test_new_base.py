@@ -133,16 +133,22 @@ def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing
     assert code == 0, text
     for piece in ("5 RGB images of 2 classes, 8x8, in set", "class cat: 2", "next: dmd2 run pets-table3"):
         assert piece in text
-    Path("workflow/base/pets.yaml").write_text("# mine\n" + Path("workflow/base/pets.yaml").read_text())
+    small = Path("workflow/base/pets.yaml")
+    small.write_text("# mine\n" + small.read_text())
     code, text = called("pets", "set")
     assert code == 1 and "there are workflow/base/pets.yaml, " in text and "--force" in text
-    assert Path("workflow/base/pets.yaml").read_text().startswith("# mine\n")
+    assert small.read_text().startswith("# mine\n")
     assert called("pets", "set", "--force")[0] == 0
-    assert not Path("workflow/base/pets.yaml").read_text().startswith("# mine\n")
+    assert not small.read_text().startswith("# mine\n")
+    small.write_text("like: digits\n")
+    code, text = called("pets", "set", "--force")
+    assert code == 1 and "workflow/base/pets.yaml: not written by new-base" in text
+    assert small.read_text() == "like: digits\n"
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (("digits", "set"), "digits is a base that comes with dmd2: take another name"),
+    (("digits", "set"), "digits comes with dmd2: take another name"),
+    (("dmd2", "set"), "dmd2-table3 comes with dmd2: take another name"),
     (("My Set", "set"), "'My Set' is no name of a base"),
     (("pets", "absent"), "absent does not exist: give the folder of your images"),
 ])  # fmt: skip
