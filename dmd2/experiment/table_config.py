@@ -50,6 +50,44 @@ ClaimName = Literal[
 ]
 
 
+RuleName = Literal["below", "above", "faster", "equivalent", "no_gain"]  # functions of eval/report/rules.py
+
+
+class ClaimTest(Section):
+    """Two rows, a metric of both, and the rule that judges its values over seeds.
+
+    metric: one of the table, `brightness_std`, or `distance`, its first Frechet distance, and `patch`, that of patches.
+    a, b: rows, `teacher-SAMPLER`, `teacher` (the sampler that was distilled) or `published best` (of other methods).
+    """
+
+    metric: str
+    a: str
+    b: str
+    rule: RuleName
+
+
+class Claim(ClaimTest):
+    """A claim with its test.
+
+    paper: the paper's numbers of it.
+    also: further tests; the claim is supported if all are, and refuted if one is.
+    """
+
+    id: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    claim: str
+    paper: str = ""
+    also: list[ClaimTest] = []
+
+    @property
+    def tests(self) -> list[ClaimTest]:
+        """All tests of the claim."""
+        return [self, *self.also]
+
+
+TableClaim: TypeAlias = Annotated[
+    Annotated[ClaimName, Tag("union:paper")] | Annotated[Claim, Tag("union:own")],
+    Discriminator(lambda value: "union:own" if isinstance(value, dict | Claim) else "union:paper"),
+]
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -67,6 +105,7 @@ class Table(Section):
         other table, add: [rows]}`.
     change: applies to all rows, before their preset and their own change.
     row_change: applies to single rows, after their own change. Neither is taken with the rows of another table.
+    claims: names of the paper's claims, and claims of one's own.
     """
 
     title: str
@@ -80,7 +119,7 @@ class Table(Section):
     row_change: dict[str, dict[str, Any]] = {}
     teachers: dict[str, dict[str, float | None]] = {}
     published: dict[str, dict[str, float]] = {}
-    claims: list[ClaimName] = []
+    claims: list[TableClaim] = []
     reference_row: str | None = None
     notes: str = ""
 

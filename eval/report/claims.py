@@ -1,12 +1,12 @@
-"""Verdicts on the paper's claims, which ``claims.yaml`` lists, by the rules of `eval.report.rules`."""
+"""Verdicts on the paper's claims, which ``claims.yaml`` lists, and on a table's own, by `eval.report.rules`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from dmd2.experiment.metrics import FRECHET
+from dmd2.experiment.table_config import Claim, Table
 from eval.report.rules import RULES, Finding, Measurements, Verdict, equivalent, every, no_gain
 
 # C5: ratio 1 is as steady as ratio 5 unless ratio 5's SD of brightness is lower by more than this share. The paper's
@@ -14,37 +14,33 @@ from eval.report.rules import RULES, Finding, Measurements, Verdict, equivalent,
 AS_STEADY = 0.5
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One claim of the paper: its text, the paper's numbers, and the parts of its test: rule, metric and two rows."""
-
-    claim: str
-    paper: str
-    test: Sequence[tuple[str, str, str, str]]
-
-    @property
-    def timed(self) -> bool:
-        """Whether rows are compared at equal time."""
-        return any(rule == "faster" for rule, *_ in self.test)
-
-
 CLAIMS = {
-    name: Claim(**values)
-    for name, values in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).items()
+    values["id"]: Claim.model_validate(values)
+    for values in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 }
 
 
-def find(name: str, m: Measurements, metric: str) -> Finding:
+def claims_of(table: Table) -> list[Claim]:
+    """The claims that a table names and those that it states itself, in order."""
+    return [CLAIMS[claim] if isinstance(claim, str) else claim for claim in table.claims]
+
+
+def is_timed(claim: Claim) -> bool:
+    """Whether rows are compared at equal time."""
+    return any(test.rule == "faster" for test in claim.tests)
+
+
+def find(claim: Claim, m: Measurements, metric: str) -> Finding:
     """Test a claim where `metric` is the distance that it is about.
 
     Raises:
         KeyError: a run or metric was not measured.
     """
     metrics = {"distance": metric, "patch": f"patch_{metric}"}
-    parts = [RULES[rule](m, metrics.get(what, what), a, b) for rule, what, a, b in CLAIMS[name].test]
-    if name == "C5":
+    parts = [RULES[test.rule](m, metrics.get(test.metric, test.metric), test.a, test.b) for test in claim.tests]
+    if claim is CLAIMS["C5"]:
         return _trade(m, *parts)
-    if name == "C10":
+    if claim is CLAIMS["C10"]:
         return _no_rescue(m, metric, *parts)
     return parts[0] if len(parts) == 1 else every(*parts)
 
@@ -76,15 +72,15 @@ def distance(metrics: Sequence[str]) -> str:
     return next((metric for metric in metrics if metric in FRECHET), FRECHET[0])
 
 
-def judge(claims: Sequence[str], measurements: Measurements, metric: str) -> list[dict[str, str]]:
-    """Verdicts of the named claims on the table's distance `metric`, in order; rows not measured are said so."""
+def judge(claims: Sequence[Claim], measurements: Measurements, metric: str) -> list[dict[str, str]]:
+    """Verdicts of claims on the table's distance `metric`, in order; rows not measured are said so."""
     results = []
-    for name in claims:
+    for claim in claims:
         try:
-            found = find(name, measurements, metric)
+            found = find(claim, measurements, metric)
         except KeyError as missing:
             run, value = missing.args[0]
             found = Finding("undecided", f"not measured: {value} of {run}", "")
-        about = {"id": name, "claim": CLAIMS[name].claim, "paper": CLAIMS[name].paper}
+        about = {"id": claim.id, "claim": claim.claim, "paper": claim.paper}
         results.append({**about, "verdict": found.verdict, "evidence": found.evidence, "rule": found.rule})
     return results

@@ -5,12 +5,14 @@ the pooled standard deviation over seeds, *refuted* if the reverse holds under t
 what has one value (the teacher, a published number) it is twice the standard deviation of the arm that has seeds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import Literal
 
 import numpy as np
 
+from dmd2.experiment.table_config import RuleName
 from dmd2.publish.table_text import mean_sd
 from eval.metrics.estimate import mean_interval
 
@@ -73,17 +75,22 @@ class Measurements:
         return x, y
 
 
-def lower(m: Measurements, metric: str, a: str, b: str) -> Finding:
+def below(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a is lower than b" under the default rule."""
-    return _below(*m.pair(metric, a, b), metric, a, b)
+    return _compared(*m.pair(metric, a, b), metric, a, b)
+
+
+def above(m: Measurements, metric: str, a: str, b: str) -> Finding:
+    """The claim "a is higher than b" under the default rule."""
+    return below(m, metric, b, a)
 
 
 def faster(m: Measurements, metric: str, a: str, b: str) -> Finding:
     """The claim "a is lower than b at equal time" under the default rule; lower must be better."""
-    return _below(*m.at_equal_time(metric, a, b), f"{metric} at equal training time", a, b)
+    return _compared(*m.at_equal_time(metric, a, b), f"{metric} at equal training time", a, b)
 
 
-def _below(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Finding:
+def _compared(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Finding:
     spread = {name: values for name, values in ((a, x), (b, y)) if not name.startswith(SINGLE)}
     sd, noise, one = "pooled SD", "pooled seed SD", ""
     if len(spread) == 1:
@@ -145,4 +152,7 @@ def _both(x: np.ndarray, y: np.ndarray, a: str, b: str) -> str:
     return ", ".join(f"{name} {mean_sd(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)
 
 
-RULES = {"lower": lower, "faster": faster, "equivalent": equivalent, "no_gain": no_gain}  # as claims.yaml names them
+# As claims name them.
+RULES: dict[RuleName, Callable[[Measurements, str, str, str], Finding]] = {
+    "below": below, "above": above, "faster": faster, "equivalent": equivalent, "no_gain": no_gain
+}  # fmt: skip

@@ -24,7 +24,7 @@ from dmd2.experiment.protocols import of_record
 from dmd2.experiment.tables import BESIDE, Table, load_experiment
 from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
 from eval.metrics.estimate import Estimate
-from eval.report.claims import CLAIMS, distance, judge
+from eval.report.claims import claims_of, distance, is_timed, judge
 from eval.report.differences import difference, with_influences
 from eval.report.rules import TEACHER, Measurements
 
@@ -53,7 +53,7 @@ def build(name: str) -> TableRecord:
             row |= _sampled(found[0])
         rows.append(row)
     _add_differences(table, rows, records)
-    claims = judge(table.claims, measurements(table, rows), distance(table.metrics))
+    claims = judge(claims_of(table), measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
     warnings = _warnings(table, rows) + _code_warnings(records)
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
@@ -187,7 +187,7 @@ def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:
     if any(c.endswith("+") or c == "unknown" for c in commits):
         warnings.append("some rows were trained from files that differ from their commit (marked +)")
     devices = sorted({device for row in rows if row["kind"] == "student" for device in row["device"].split(", ")})
-    if (timed := [claim for claim in table.claims if CLAIMS[claim].timed]) and len(devices) > 1:
+    if (timed := [claim.id for claim in claims_of(table) if is_timed(claim)]) and len(devices) > 1:
         machines = f"trained on different devices ({', '.join(devices)})"
         warnings.append(f"{', '.join(timed)}: rows are compared at equal training time but {machines}")
     if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:

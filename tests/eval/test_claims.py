@@ -1,12 +1,14 @@
 """Verdicts follow the rules of claims fixed beforehand."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from dmd2.experiment.tables import Table
+from dmd2.experiment.table_config import Claim, ClaimName, RuleName, Table
 from dmd2.publish.table_text import mean_sd
-from eval.report.claims import CLAIMS, find, judge
-from eval.report.rules import Measurements, equivalent, lower, no_gain
+from eval.report.claims import CLAIMS, claims_of, find, judge
+from eval.report.rules import RULES, Measurements, below, equivalent, no_gain
 
 
 def measured(**runs: list[float]) -> Measurements:
@@ -25,11 +27,11 @@ def measured(**runs: list[float]) -> Measurements:
     ],
 )
 def test_lower_needs_every_seed_and_a_gap_of_two_pooled_deviations(a, b, verdict) -> None:
-    assert lower(measured(a=a, b=b), "fd", "a", "b").verdict == verdict
+    assert below(measured(a=a, b=b), "fd", "a", "b").verdict == verdict
 
 
 def test_a_single_seed_says_how_many_it_needs() -> None:
-    assert "measured with 1, needs 3 seeds" in lower(measured(a=[1.0], b=[2.0]), "fd", "a", "b").evidence
+    assert "measured with 1, needs 3 seeds" in below(measured(a=[1.0], b=[2.0]), "fd", "a", "b").evidence
 
 
 @pytest.mark.parametrize(
@@ -60,22 +62,39 @@ THREE = [1.0, 1.1, 0.9]
     ],
 )
 def test_a_claim_follows_the_values_of_its_rows(claim: str, runs: dict[str, list[float]], verdict: str) -> None:
-    assert find(claim, measured(**runs), "fd").verdict == verdict
+    assert find(CLAIMS[claim], measured(**runs), "fd").verdict == verdict
 
 
 def test_a_claim_whose_rows_are_missing_says_which() -> None:
-    verdict = judge(["C7"], measured(dmd2=[1.0]), "fd")[0]
+    verdict = judge([CLAIMS["C7"]], measured(dmd2=[1.0]), "fd")[0]
     assert verdict["verdict"] == "undecided" and verdict["evidence"] == "not measured: fd of ttur"
 
 
-def test_tables_may_name_exactly_the_claims_that_have_a_test() -> None:
-    allowed = Table.model_json_schema()["properties"]["claims"]["items"]["enum"]
-    assert allowed == list(CLAIMS)
+def test_tables_may_name_exactly_the_claims_that_have_a_test_and_rules_that_exist() -> None:
+    assert get_args(ClaimName) == tuple(CLAIMS) and get_args(RuleName) == tuple(RULES)
+
+
+def test_a_claim_of_ones_own_is_judged_as_the_papers_are() -> None:
+    values = {
+        "metric": "distance",
+        "a": "dmd2",
+        "b": "ttur",
+        "rule": "below",
+        "claim": "The GAN loss helps",
+        "id": "H1",
+    }
+    table = Table(title="", base="", rows=[], claims=["C7", values, {**values, "id": "H2", "rule": "above"}])
+    m = measured(dmd2=THREE, ttur=[3.0, 3.1, 2.9])
+    c7, own, reverse = judge(claims_of(table), m, "fd")
+    assert (own["verdict"], own["evidence"], own["rule"]) == ("supported", c7["evidence"], c7["rule"])
+    assert (own["id"], own["paper"], reverse["verdict"]) == ("H1", "", "refuted")
+    two = Claim.model_validate({**values, "also": [{"metric": "fd", "a": "ttur", "b": "dmd2", "rule": "below"}]})
+    assert find(two, m, "fd").verdict == "refuted"
 
 
 def test_claims_use_the_metric_of_their_table() -> None:
     m = Measurements({("dmd2", "fid"): {0: 1.0}, ("ttur", "fid"): {0: 2.0}})
-    assert "dmd2 1, ttur 2" in judge(["C7"], m, "fid")[0]["evidence"]
+    assert "dmd2 1, ttur 2" in judge([CLAIMS["C7"]], m, "fid")[0]["evidence"]
 
 
 def over_time(**runs: list[tuple[float, float]]) -> Measurements:
@@ -86,14 +105,14 @@ def over_time(**runs: list[tuple[float, float]]) -> Measurements:
 
 def test_runs_are_compared_when_the_quicker_one_ended() -> None:
     slow = [(100.0, 9.0), (200.0, 5.0), (400.0, 1.0)]  # better in the end, 4.0 after 250 s
-    assert find("C4", over_time(ttur=[(100.0, 8.0), (250.0, 3.0)], dmd=slow), "fd").verdict == "supported"
-    assert find("C4", over_time(ttur=[(100.0, 8.0), (250.0, 5.0)], dmd=slow), "fd").verdict == "refuted"
+    assert find(CLAIMS["C4"], over_time(ttur=[(100.0, 8.0), (250.0, 3.0)], dmd=slow), "fd").verdict == "supported"
+    assert find(CLAIMS["C4"], over_time(ttur=[(100.0, 8.0), (250.0, 5.0)], dmd=slow), "fd").verdict == "refuted"
     x, y = over_time(a=[(100.0, 8.0), (250.0, 3.0)], b=slow).at_equal_time("fd", "a", "b")
     assert x == pytest.approx([3.0, 3.01, 3.02]) and y == pytest.approx([4.0, 4.01, 4.02])
 
 
 def test_a_run_without_a_training_has_no_time() -> None:
-    [verdict] = judge(["C6"], over_time(ttur=[(1.0, 2.0)]), "fd")
+    [verdict] = judge([CLAIMS["C6"]], over_time(ttur=[(1.0, 2.0)]), "fd")
     assert (verdict["verdict"], verdict["evidence"]) == ("undecided", "not measured: fd of async-lr")
 
 
@@ -112,7 +131,7 @@ def of_table_4(**changes: list[float]) -> Measurements:
 
 @pytest.mark.parametrize("claim", ["C13", "C14", "C15", "C16"])
 def test_the_papers_orders_support_the_claims_on_text(claim) -> None:
-    assert find(claim, of_table_4(), "fd").verdict == "supported"
+    assert find(CLAIMS[claim], of_table_4(), "fd").verdict == "supported"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +150,7 @@ def test_the_papers_orders_support_the_claims_on_text(claim) -> None:
     ],
 )
 def test_each_part_of_a_claim_on_text_can_refute_it(claim, changes) -> None:
-    assert find(claim, of_table_4(**changes), "fd").verdict == "refuted"
+    assert find(CLAIMS[claim], of_table_4(**changes), "fd").verdict == "refuted"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +167,9 @@ def test_no_gain_is_lost_only_beyond_the_margin(one_step, verdict) -> None:
 
 
 def test_patch_distance_has_the_kind_of_the_tables_distance() -> None:
-    [verdict] = judge(["C13"], Measurements({(r, "fid"): {0: 1.0} for r in ("4step", "4step-no-backsim")}), "fid")
+    [verdict] = judge(
+        [CLAIMS["C13"]], Measurements({(r, "fid"): {0: 1.0} for r in ("4step", "4step-no-backsim")}), "fid"
+    )
     assert verdict["evidence"] == "not measured: patch_fid of 4step"
 
 
@@ -156,7 +177,7 @@ def test_c2_and_the_second_half_of_c5_are_one_test() -> None:
     steady, restless = dict(enumerate([0.006, 0.007, 0.005])), dict(enumerate([0.05, 0.06, 0.04]))
     m = Measurements({("ttur", "brightness_std"): steady, ("no-regression", "brightness_std"): restless})
     curves = over_time(**{"ttur": [(10.0, 1.0)], "ttur_10": [(10.0, 2.0)]}).curves
-    c2, c5 = (find(name, Measurements(m.values, curves), "fd") for name in ("C2", "C5"))
+    c2, c5 = (find(CLAIMS[name], Measurements(m.values, curves), "fd") for name in ("C2", "C5"))
     assert c2.verdict == c5.verdict == "supported" and c2.evidence in c5.evidence and c2.rule in c5.rule
 
 
@@ -164,7 +185,7 @@ def test_c2_and_the_second_half_of_c5_are_one_test() -> None:
 @pytest.mark.parametrize(("gap", "verdict"), [(0.17, "undecided"), (0.21, "supported")])  # at 1.7 and at 2.1 SD
 def test_against_one_value_the_gap_is_twice_the_sd_of_the_arm_that_has_seeds(constant, gap, verdict) -> None:
     m = Measurements({("dmd2", "fd"): {0: 1.0, 1: 1.1, 2: 0.9}, (constant, "fd"): {0: 1.0 + gap}})
-    found, reverse = lower(m, "fd", "dmd2", constant), lower(m, "fd", constant, "dmd2")
+    found, reverse = below(m, "fd", "dmd2", constant), below(m, "fd", constant, "dmd2")
     assert (found.verdict, reverse.verdict) == (verdict, verdict.replace("supported", "refuted"))
     assert f"twice the seed SD of dmd2 ({constant} has one value)" in found.rule and "pooled" not in found.rule
     assert f"{constant} {1 + gap:g}; " in found.evidence and "SD of dmd2 0.1" in found.evidence
@@ -194,20 +215,20 @@ STEADY, RESTLESS = [0.006, 0.007, 0.005], [0.05, 0.06, 0.04]
     ],
 )
 def test_c5_is_refuted_by_a_steady_ratio_1_and_by_nothing_else(five, one, ten, verdict) -> None:
-    found = find("C5", of_c5(five, one, ten), "fd")
+    found = find(CLAIMS["C5"], of_c5(five, one, ten), "fd")
     assert found.verdict == verdict, found.evidence
     assert "Refuted only if no-regression is as steady as ttur" in found.rule
 
 
 def test_before_its_first_snapshot_a_run_has_no_value_to_compare() -> None:
     late = over_time(ttur=[(100.0, 8.0)], dmd=[(200.0, 5.0), (400.0, 1.0)])
-    [verdict] = judge(["C4"], late, "fd")
+    [verdict] = judge([CLAIMS["C4"]], late, "fd")
     assert verdict["verdict"] == "undecided"
     assert verdict["evidence"] == "not measured: fd at 100 s, before the first snapshot (200 s), of dmd"
 
 
 def test_a_student_worse_than_its_teacher_is_said_as_it_is() -> None:
-    found = find("C8", measured(dmd2=THREE, ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0]), "fd")
+    found = find(CLAIMS["C8"], measured(dmd2=THREE, ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0]), "fd")
     assert "(2) supported: teacher-ode 2, ttur 3 ± 0.1; teacher-ode lower in 3 of 3 seeds" in found.evidence
 
 

@@ -19,7 +19,7 @@ from dmd2.experiment.metrics import LABELS
 from dmd2.experiment.tables import Table, load_experiment
 from dmd2.publish.table_text import cells, markdown, other
 from eval.report.page import best_runs, render
-from eval.report.rules import lower
+from eval.report.rules import below
 from eval.report.tables import build, measurements
 from eval.runs.evaluate import brightness_stability
 from tests.browser import fake_results
@@ -80,7 +80,7 @@ def test_a_released_student_is_one_training_however_many_seeds_ask_for_it(root: 
     table = load_experiment().tables["released-imagenet64"].model_copy(update={"published": {"CTM": {"fid": 1.92}}})
     released = next(row["run"] for row in rows if row["kind"] == "student")
     m = measurements(table, rows)
-    found = lower(m, "fid", released, "published best")
+    found = below(m, "fid", released, "published best")
     assert (found.verdict, "measured with 1, needs 3 seeds" in found.evidence) == ("undecided", True)
 
 

@@ -170,3 +170,27 @@ def test_higher_is_better_and_parts_of_a_metric_may_stand_in_a_table(folder):
     folder.table("one", metrics=["accuracy", "fd"], select="best", claims=["C7"])
     folder.table("two", metrics=["recall"], select="best", claims=["C2"])
     assert folder.load().tables["two"].metrics == ["recall"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "sentence"),
+    [
+        ({"rule": "belo"}, "rule", "claims.0.rule: Input should be 'below', 'above'"),
+        ({"a": "bb"}, "a", "claims: H1: bb is no row of the table, did you mean b?"),
+        ({"b": "teacher"}, "b", "claims: H1: teacher is no row of the table, which has a, b"),
+        ({"metric": "recall"}, "metric", "claims: H1: recall is no metric of the table, which has fd, distance, brigh"),
+        ({"b": "a"}, "b", "claims: H1: a and b are both a"),
+        ({"id": "C7"}, "id", "claims: C7 is the name of another claim"),
+        ({"ruel": "below"}, "ruel", "no key ruel, did you mean rule?"),
+        ({"rule": "faster", "metric": "brightness_std"}, "a", "H1: rule faster compares trainings at equal time"),
+        ({"also": [{"metric": "fd", "a": "a", "b": "c", "rule": "below"}]}, "b", "H1: c is no row of the table"),
+    ],
+)
+def test_what_is_wrong_with_a_claim_of_ones_own_is_named_where_it_stands(folder, changes, key, sentence):
+    claim = {"id": "H1", "claim": "a is better", "metric": "fd", "a": "a", "b": "b", "rule": "below", **changes}
+    rows = [{"run": "a", "change": {}}, {"run": "b", "change": {"critic.ratio": 7}}]
+    folder.table(rows=rows, claims=[claim])
+    error, path = folder.error(), folder.tables / "one.yaml"
+    lines = path.read_text().splitlines()
+    at = max(i for i, line in enumerate(lines, 1) if f" {key}: " in line)
+    assert error.startswith(f"{path}:{at}: ") and sentence in error

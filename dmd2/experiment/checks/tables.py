@@ -1,14 +1,14 @@
 """Whether a table asks for what its base measures, and whether the runs of all tables agree; imports no torch."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.dotted_keys import LocatedConfig, differences, holds
 from dmd2.experiment.metrics import BETTER, FRECHET, measured
 from dmd2.experiment.run_inputs import pipeline_settings
-from dmd2.experiment.table_config import Table
+from dmd2.experiment.table_config import ClaimName, ClaimTest, Table
 from dmd2.experiment.yaml_file import Place
 
 Definition = tuple[str, str, str, dict[str, Any]]  # what, its name, the key of its name, and what it is by dotted keys
@@ -41,7 +41,8 @@ def _problems(table: Table, rows: set[str], base: RunConfig) -> Iterator[tuple[s
     if table.select == "best" and first not in BETTER:
         told = f"neither the lowest nor the highest {first} is the best: name another first, or select: last"
         yield "select", f"select: best goes by the first of metrics, and {told}"
-    about = [claim for claim in table.claims if claim != "C2"]  # that one is about brightness over training
+    # C2 is about brightness over training.
+    about = [claim for claim in table.claims if isinstance(claim, str) and claim != "C2"]
     if about and not set(FRECHET) & set(table.metrics):
         told = f"metrics ({shown}) has no {' or '.join(FRECHET)}: add one, or leave the claim out"
         yield "claims", f"claims: {about[0]} is about the paper's FID, and {told}"
@@ -49,6 +50,42 @@ def _problems(table: Table, rows: set[str], base: RunConfig) -> Iterator[tuple[s
         yield "teachers", teacher, f"base {table.base} has no sampler {teacher}"
     for run in table.row_change.keys() - rows:
         yield "row_change", run, f"row_change names {run}, which is no row of the table"
+    yield from _claim_problems(table, rows)
+
+
+def _claim_problems(table: Table, rows: set[str]) -> Iterator[tuple[str, ...]]:
+    """Of the table's own claims; rows of the paper's may be missing, which their verdicts say."""
+    seen = set(get_args(ClaimName))
+    for i, claim in enumerate(table.claims):
+        if isinstance(claim, str):
+            continue
+        if claim.id in seen:
+            told = f"claims: {claim.id} is the name of another claim, of this table or of the paper: choose another id"
+            yield "claims", str(i), "id", told
+        seen.add(claim.id)
+        for j, test in enumerate(claim.tests):
+            at = ("claims", str(i), *(("also", str(j - 1)) if j else ()))
+            for key, told in _test_problems(table, test, rows):
+                yield *at, key, f"claims: {claim.id}: {told}"
+
+
+def _test_problems(table: Table, test: ClaimTest, rows: set[str]) -> Iterator[tuple[str, str]]:
+    """Keys of a test of a claim, and what is wrong there."""
+    distance = next((metric for metric in table.metrics if metric in FRECHET), None)
+    of_distance = ["distance", *(["patch"] if f"patch_{distance}" in table.metrics else [])] if distance else []
+    metrics = dict.fromkeys([*table.metrics, *of_distance, "brightness_std"])
+    if test.metric not in metrics:
+        yield "metric", f"{test.metric} is no metric of the table, which has {', '.join(metrics)}"
+    teachers = ["teacher", *(f"teacher-{name}" for name in table.teachers)] if table.teachers else []
+    named = [*sorted(rows), *teachers, *(["published best"] if table.published else [])]
+    for key, run in (("a", test.a), ("b", test.b)):
+        if run not in named:
+            hint = did_you_mean(run, named, f", which has {', '.join(named)}")
+            yield key, f"{run} is no row of the table{hint}"
+        elif test.rule == "faster" and (run not in rows or test.metric == "brightness_std"):
+            yield key, f"rule faster compares trainings at equal time, and {test.metric} of {run} has no curve over it"
+    if test.a == test.b:
+        yield "b", f"a and b are both {test.a}: a claim compares two rows"
 
 
 def check_origins(runs: Mapping[tuple[str, str], RunConfig]) -> None:
