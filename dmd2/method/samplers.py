@@ -11,7 +11,8 @@ from torch import Tensor
 from dmd2.experiment.config import Sampler
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, guide
-from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, add_noise, karras_sigmas, spread
+from dmd2.networks.flow import FlowDenoiser
+from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, add_noise, spread
 
 Noise = Callable[[int], Tensor]  # fresh unit noise for step i, shaped like the images
 
@@ -38,13 +39,19 @@ def few_step(student: Denoiser, z: Tensor, times: list[float], cond: Condition, 
 
 
 def heun(
-    denoiser: EdmDenoiser, z: Tensor, cond: Condition, null: Condition | None, spec: Sampler, noise: Noise
+    denoiser: EdmDenoiser | FlowDenoiser,
+    z: Tensor,
+    cond: Condition,
+    null: Condition | None,
+    spec: Sampler,
+    noise: Noise,
 ) -> Tensor:
     """EDM's second-order sampler, float64 (Karras et al. 2022, Algorithm 1; Algorithm 2 when ``churn > 0``).
 
-    ``z`` is unit noise ``(B, C, H, W)``; float32 images are returned.
+    On a flow ``(x - D(x)) / sigma`` is the velocity, and the steps are those of its own levels; ``euler`` leaves the
+    correction out. ``z`` is unit noise ``(B, C, H, W)``; float32 images are returned.
     """
-    sigmas = [*karras_sigmas(spec.steps).flip(0).tolist(), 0.0]
+    sigmas = denoiser.schedule.solver_sigmas(spec.steps)
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         x0 = guide(denoiser, x.float(), times_like(sigma, x), cond, null, spec.guidance)
@@ -58,7 +65,7 @@ def heun(
             x = x + sqrt(raised**2 - sigma**2) * spec.s_noise * noise(i).double()
         d = slope(x, raised)
         step = x + (following - raised) * d
-        if following > 0:
+        if following > 0 and spec.solver == "heun":
             step = x + (following - raised) * (d + slope(step, following)) / 2
         x = step
     return x.float()
@@ -100,6 +107,6 @@ def teacher_sample(
 ) -> Tensor:
     """Images of the teacher from unit noise ``z`` by the sampler that `spec` names."""
     with torch.no_grad():
-        if isinstance(denoiser, EdmDenoiser):
+        if isinstance(denoiser, EdmDenoiser | FlowDenoiser):
             return heun(denoiser, z, cond, null, spec, noise)
         return vp_solver(denoiser, z, cond, null, spec, noise)

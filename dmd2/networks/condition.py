@@ -15,14 +15,15 @@ from dmd2.core.upload import upload
 class Condition:
     """What a batch is conditioned on; unused fields are None.
 
-    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, L, D)``, L = 77 of CLIP. pooled: ``(B, P)`` and
-    time_ids ``(B, 6)``, SDXL only.
+    labels: class indices, int64 ``(B,)``. text: encoder states ``(B, L, D)``, L = 77 of CLIP. pooled: ``(B, P)``.
+    time_ids: ``(B, 6)``, SDXL only. text_mask: which states are no padding, bool ``(B, L)``; None: all.
     """
 
     labels: Tensor | None = None
     text: Tensor | None = None
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Condition:
         """The same condition with its tensors changed, by name."""
@@ -36,6 +37,10 @@ class Condition:
         """
         both = Condition(**{name: value for name, value in vars(self).items() if getattr(other, name) is not None})
         return both._each(lambda name, value: torch.cat([value, getattr(other, name)]))
+
+    def parts(self, count: int) -> tuple[Condition, Condition]:
+        """The condition of the first `count` samples, and that of the others."""
+        return self._each(lambda _, value: value[:count]), self._each(lambda _, value: value[count:])
 
     def expand(self, count: int) -> Condition:
         """Repeat a condition of one sample `count` times."""

@@ -130,6 +130,7 @@ class EdmDenoiser(Denoiser):
     """EDM preconditioning (Karras et al. 2022, Eq. 7): ``D = c_skip x + c_out F(c_in x, ln(sigma)/4)``; t is sigma."""
 
     kind = KarrasSchedule
+    schedule: KarrasSchedule
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """``c_in x`` and ``ln(sigma) / 4``, computed in float32."""

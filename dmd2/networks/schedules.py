@@ -1,6 +1,6 @@
 """Noise schedules: the index grid of 1000 levels that training draws from, and what each level means.
 
-A *time* is what the network is told: a sigma for Karras, an integer step for VP. Index 0 is the least noise.
+A *time* names a level: a sigma for Karras and for flows, an integer step for VP. Index 0 is the least noise.
 """
 
 import math
@@ -13,7 +13,7 @@ LEVELS = 1000
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # Karras et al. 2022, Table 1
 BETA_START, BETA_END = 0.00085, 0.012  # SD 1.5 and SDXL, "scaled linear"
 
-Weighting = Literal["edm", "eps", "x0"]
+Weighting = Literal["edm", "eps", "x0", "v"]
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Schedule:
         """Times of an n-step student, noisiest first.
 
         Args:
-            first: 80.0 of the published runs with EDM; 999, and 399 for one-step SDXL.
+            first: 80.0 of the published runs with EDM; 999, and 399 for one-step SDXL; 1.0 on a flow.
         """
         later = torch.tensor(step_indices(steps)[1:], dtype=torch.long)
         return [first, *map(float, self.time(later).tolist())]
@@ -64,13 +64,16 @@ def add_noise(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor
 def loss_weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
     """Weight of a squared x0 error at times ``t`` ``(B,)``, float64 ``(B,)``.
 
-    ``edm`` is 1/sigma^2 + 1/sigma_data^2; ``eps`` is (alpha/sigma)^2, so that it is the noise error; ``x0`` is 1.
+    ``edm`` is 1/sigma^2 + 1/sigma_data^2; ``eps`` is (alpha/sigma)^2, so that it is the noise error; ``x0`` is 1; ``v``
+    is 1/sigma^2, on a flow the error of the velocity, with which flow-matching teachers are trained.
     """
     alpha, sigma = schedule.alpha_sigma(t, torch.float64)
     if kind == "edm":
         return 1 / sigma**2 + 1 / SIGMA_DATA**2
     if kind == "eps":
         return (alpha / sigma) ** 2
+    if kind == "v":
+        return 1 / sigma**2
     return torch.ones_like(sigma)
 
 
@@ -113,6 +116,10 @@ class KarrasSchedule(Schedule):
         """``sigma * z``, the one-step input ``80 z``."""
         return spread(t, noise) * noise
 
+    def solver_sigmas(self, steps: int) -> list[float]:
+        """Levels of a solver of `steps` steps, noisiest first, and 0 at the end."""
+        return [*karras_sigmas(steps).flip(0).tolist(), 0.0]
+
 
 class VPSchedule(Schedule):
     """``x_t = sqrt(abar) x + sqrt(1 - abar) n`` with Stable Diffusion's betas; the time is the integer step."""
@@ -134,3 +141,41 @@ class VPSchedule(Schedule):
     def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
         """Unit noise as it is: neither the small alpha term nor sigma is applied (DMD2's convention)."""
         return noise
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Sigmas of evenly spaced levels `u` in [0, 1] (Esser et al. 2024, Sec. 5.3.2); two shifts multiply."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def shift_of_tokens(tokens: int) -> float:
+    """FLUX's shift for a number of image tokens: ``exp(mu)``, with mu from 0.5 at 256 to 1.15 at 4096 on a line."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow: ``x_t = (1 - sigma) x + sigma n``; the time is sigma, from 0, the data, to 1, pure noise.
+
+    The grid is that of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift)``, ascending; it has no level 0.
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        super().__init__()
+        self.shift, self.sigmas = shift, shifted(torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS, shift)
+
+    def time(self, index: Tensor) -> Tensor:
+        """Sigma of each index, float32."""
+        return self.on(index.device, self.sigmas)[index].float()
+
+    def alpha_sigma(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(1 - sigma, sigma)``."""
+        sigma = t.double()
+        return (1 - sigma).to(dtype), sigma.to(dtype)
+
+    def pure_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Unit noise as it is: at sigma 1, where students begin, nothing of the data is left."""
+        return noise
+
+    def solver_sigmas(self, steps: int) -> list[float]:
+        """Levels of a solver of `steps` steps, from 1 downwards, and 0 at the end."""
+        return [*shifted(torch.arange(steps, 0, -1, dtype=torch.float64) / steps, self.shift).tolist(), 0.0]

@@ -1,0 +1,49 @@
+"""Flow-matching transformers seen as denoisers."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dmd2.networks.condition import Condition
+from dmd2.networks.denoisers import Denoiser, Precision
+from dmd2.networks.schedules import FlowSchedule, spread
+from dmd2.networks.transformers.family import family_of
+
+
+class FlowDenoiser(Denoiser):
+    """Velocity network on the flow schedule: ``x0 = x_t - sigma v``; t is sigma.
+
+    The factor is at most 1, so that float32 does where the VP schedule needs float64. shift: of the grid of levels.
+    tap: block after which `features` reads the image tokens; None: the middle one.
+    """
+
+    kind = FlowSchedule
+    schedule: FlowSchedule
+
+    def __init__(self, network: Any, precision: Precision = "fp32", shift: float = 1.0, tap: int | None = None) -> None:
+        super().__init__(network, precision)
+        self.schedule = FlowSchedule(shift)
+        self.family = family_of(type(network).__name__)
+        self.tap = len(self.family.blocks(network)) // 2 if tap is None else tap
+        self._call: Any = self.family.velocity
+
+    kind = FlowSchedule
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The sample in the dtype of the weights, and sigma in float32: what the network is told is made of it."""
+        return x_t.to(self.dtype), t.float()
+
+    def prediction(self, x_t: Tensor, t: Tensor, raw: Tensor) -> Tensor:
+        """``x_t - sigma v``, float32."""
+        return x_t.float() - spread(t.float(), x_t) * raw
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Image tokens after block `tap` as a grid, float32 ``(B, D, H / patch, W / patch)``."""
+        sample, sigma = self.network_input(x_t, t)
+        with self.autocast(x_t):
+            return self.family.features(self.running, sample, sigma, cond.cast(sample.dtype), self.tap).float()
+
+    def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
+        """`forward` of the first `predicted` samples and `features` of the others: two passes, with no block twice."""
+        first, rest = cond.parts(predicted)
+        return self(x_t[:predicted], t[:predicted], first), self.features(x_t[predicted:], t[predicted:], rest)

@@ -1,0 +1,127 @@
+"""What the workbench needs of a class of diffusers' transformers: its velocity, its image tokens, its adapters.
+
+A family is one file here with a subclass of `Family`, and one line in `FAMILIES`.
+"""
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmd2.networks.condition import Condition
+
+FAMILIES = {  # class of diffusers -> module and class here, imported when such a network is built or loaded
+    "SD3Transformer2DModel": "sd3:SD3",
+    "FluxTransformer2DModel": "flux:Flux",
+    "SanaTransformer2DModel": "sana:Sana",
+    "Lumina2Transformer2DModel": "lumina2:Lumina2",
+    "ZImageTransformer2DModel": "z_image:ZImage",
+}
+
+REFINERS = ("noise_refiner", "context_refiner")  # blocks before those of the joint sequence
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Family(ABC):
+    """One class of transformers.
+
+    lists: names of its lists of blocks in the order of a pass. targets: ends of the names, within blocks, of the
+    projections that low-rank factors go to.
+    """
+
+    lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    targets: ClassVar[tuple[str, ...]] = ATTENTION
+
+    @abstractmethod
+    def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """``v = n - x0`` at noisy latents ``(B, C, H, W)`` and levels ``(B,)``, float32; the result is like ``x``."""
+
+    def image_tokens(self, hidden: Tensor, count: int, cond: Condition) -> Tensor:
+        """The `count` tokens of the image ``(B, count, D)``, row by row, of what a block hands on."""
+        return hidden
+
+    def patch(self, network: Any) -> int:
+        """Side of the square of latents that is one token."""
+        return network.config.patch_size
+
+    def width(self, network: Any) -> int:
+        """Features D of a token."""
+        return network.config.num_attention_heads * network.config.attention_head_dim
+
+    def has_factors(self, path: str) -> bool:
+        """Whether the projection at a path of the network gets low-rank factors: those of its blocks alone."""
+        return path.startswith(tuple(f"{name}." for name in (*self.lists, *REFINERS))) and path.endswith(self.targets)
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """All blocks in the order of a pass."""
+        return [block for name in self.lists for block in getattr(network, name)]
+
+    def features(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition, tap: int) -> Tensor:
+        """Image tokens after block `tap` as a grid ``(B, D, H / patch, W / patch)``; later blocks are not run."""
+        name, index = self._place(network, tap)
+        whole, stop = getattr(network, name), _Stop()
+        network._modules[name] = nn.ModuleList([*whole[: index + 1], stop])
+        try:
+            self.velocity(network, x, sigma, cond)
+        except _Stopped as stopped:
+            hidden = stopped.hidden
+        finally:
+            network._modules[name] = whole
+        rows, columns = (side // self.patch(network) for side in x.shape[-2:])
+        return self.image_tokens(hidden, rows * columns, cond).transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _place(self, network: Any, tap: int) -> tuple[str, int]:
+        """List and index of block `tap`."""
+        for name in self.lists:
+            if tap < len(getattr(network, name)):
+                return name, tap
+            tap -= len(getattr(network, name))
+        raise IndexError(f"tap is beyond the last of the {len(self.blocks(network))} blocks")
+
+
+class _Stopped(Exception):
+    """Leaves a pass with what the last block handed on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Stop(nn.Module):
+    """Stands behind the tapped block. A hook on that block would be a part of its compiled code; this is none."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> None:
+        raise _Stopped(hidden_states)
+
+
+def family_of(kind: str) -> Family:
+    """The family of a class of diffusers' transformers, by the name of the class."""
+    module, name = FAMILIES[kind].split(":")
+    return getattr(import_module(f"dmd2.networks.transformers.{module}"), name)()
+
+
+def one_hot(labels: Tensor, width: int, like: Tensor) -> Tensor:
+    """Classes ``(B,)`` as vectors ``(B, width)`` in the dtype of `like`; the index after the last class is none."""
+    return F.one_hot(labels, width).to(like.dtype)
+
+
+def text_of(cond: Condition, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Text states ``(B, L, D)`` and their mask, bool ``(B, L)``; a class is a text of one token."""
+    if cond.text is None:
+        assert cond.labels is not None
+        text = one_hot(cond.labels, width, like)[:, None]
+    else:
+        text = cond.text
+    mask = cond.text_mask
+    return text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
+
+
+def pooled_of(cond: Condition, text_width: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Text states and the pooled vector ``(B, width)``; a class is a pooled vector beside one empty token."""
+    if cond.text is not None and cond.pooled is not None:
+        return cond.text, cond.pooled
+    assert cond.labels is not None
+    return like.new_zeros(len(like), 1, text_width), one_hot(cond.labels, width, like)

@@ -1,0 +1,163 @@
+"""Families of flow-matching transformers: velocity, sign and time, tapped tokens, published sizes."""
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from dmd2.networks.condition import Condition
+from dmd2.networks.flow import FlowDenoiser
+from dmd2.networks.schedules import FlowSchedule, add_noise
+from dmd2.networks.transformers.family import FAMILIES, family_of
+from dmd2.networks.transformers.flux import image_ids, pack, unpack
+from tests.transformers import texts, tiny
+
+T = torch.tensor([1.0, 0.3, 0.75])
+IMAGES = torch.randn(3, 4, 8, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def kind(request):
+    return request.param
+
+
+def square_of(kind):
+    """SD3 and Sana of a tiny size have positions for a square only."""
+    return IMAGES.repeat(1, 1, 1, 2) if kind in ("SD3Transformer2DModel", "SanaTransformer2DModel") else IMAGES
+
+
+class Truth(nn.Module):
+    """Stands for a network: says the velocity it is given, in the sign and time that its class has."""
+
+    def __init__(self, config, v, sign, times):
+        super().__init__()
+        self.config, self.v, self.sign, self.times = config, v, sign, times
+        self.transformer_blocks = self.single_transformer_blocks = self.layers = nn.ModuleList()
+
+    def forward(self, x=None, t=None, *_, hidden_states=None, timestep=None, **__):
+        told = timestep if t is None else t
+        assert torch.allclose(told, self.times)
+        return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=self.sign(self.v))
+
+
+def test_sign_and_time_give_the_clean_images_back(kind):
+    x0, n = IMAGES, torch.randn(IMAGES.shape)
+    v, x_t = n - x0, add_noise(FlowSchedule(), IMAGES, n, T)
+    towards_data = kind in ("Lumina2Transformer2DModel", "ZImageTransformer2DModel")
+    times = 1 - T if towards_data else T if kind == "FluxTransformer2DModel" else 1000 * T
+    said = {
+        "FluxTransformer2DModel": pack,
+        "Lumina2Transformer2DModel": torch.neg,
+        "ZImageTransformer2DModel": lambda v: [-one[:, None] for one in v],
+    }
+    network = tiny(kind)
+    truth = type(kind, (Truth,), {})(network.config, v, said.get(kind, lambda v: v), times)
+    denoiser = FlowDenoiser(truth)
+    assert torch.allclose(denoiser(x_t, T, texts(3)), x0, atol=1e-6)
+
+
+def test_features_are_the_image_tokens_of_a_whole_pass(kind):
+    network, x, cond = tiny(kind), square_of(kind), texts(3, kept=[6, 3, 5])
+    family, heard = family_of(kind), []
+    blocks = family.blocks(network)
+    for tap in range(len(blocks)):
+        hook = blocks[tap].register_forward_hook(lambda *given: heard.append(given[-1]))
+        denoiser = FlowDenoiser(network, tap=tap)
+        denoiser(x, T, cond)
+        hook.remove()
+        output = heard[-1]
+        hidden = output[1] if isinstance(output, tuple) else output
+        grid = denoiser.features(x, T, cond)
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        assert grid.shape == (3, family.width(network), rows, columns)
+        for i, kept in enumerate([6, 3, 5]):
+            start = kept if kind == "Lumina2Transformer2DModel" else 0
+            tokens = hidden[i, start : start + rows * columns]
+            assert torch.allclose(grid[i].flatten(1).T, tokens, atol=1e-5)
+    assert len(family.blocks(network)) == 3, "the network is whole again"
+
+
+def test_samples_do_not_see_each_other_and_joined_is_apart(kind):
+    denoiser, x, cond = FlowDenoiser(tiny(kind)), square_of(kind), texts(3, kept=[6, 3, 5])
+    whole = denoiser(x, T, cond)
+    predicted, features = denoiser.joined(x, T, cond, 1)
+    first, rest = cond.parts(1)
+    assert torch.allclose(whole[:1], predicted, atol=1e-5)
+    assert torch.allclose(denoiser(x[1:], T[1:], rest), whole[1:], atol=1e-5)
+    assert torch.allclose(denoiser.features(x, T, cond)[1:], features, atol=1e-5)
+
+
+def test_padding_of_a_masked_text_changes_nothing(kind):
+    if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        pytest.skip("reads all states, as its pipeline does")
+    denoiser, x, cond = FlowDenoiser(tiny(kind)), square_of(kind), texts(3, kept=[6, 3, 5])
+    other = Condition(text=cond.text.clone(), text_mask=cond.text_mask)
+    other.text[~other.text_mask] = 7.0
+    assert torch.allclose(denoiser(x, T, cond), denoiser(x, T, other), atol=1e-5)
+
+
+def test_classes_are_a_condition_too(kind):
+    denoiser, x = FlowDenoiser(tiny(kind)), square_of(kind)
+    shown = [denoiser(x, T, Condition(labels=torch.full((3,), label))) for label in (0, 11)]
+    assert not torch.allclose(*shown, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_flow_from_features_and_from_the_prediction(kind, checkpointing):
+    network, x, cond = tiny(kind).train(), square_of(kind), texts(3)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    denoiser = FlowDenoiser(network)
+    denoiser.features(x, T, cond).square().sum().backward()
+    blocks = denoiser.family.blocks(network)
+    reached = [any(p.grad is not None for p in block.parameters()) for block in blocks]
+    assert reached == [True, True, False], "blocks after the middle one are not run"
+    gradient = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+    if checkpointing:
+        network.disable_gradient_checkpointing()
+        network.zero_grad()
+        denoiser.features(x, T, cond).square().sum().backward()
+        for mine, p in zip(gradient, network.parameters(), strict=True):
+            assert mine is None and p.grad is None or torch.allclose(mine, p.grad, rtol=1e-4, atol=1e-6)
+    denoiser(x, T, cond).sum().backward()
+    missing = [name for name, p in network.named_parameters() if p.grad is None]
+    assert not [name for name in missing if not name.startswith("siglip")], missing
+
+
+def test_packing_is_undone_and_positions_are_rows_and_columns():
+    assert torch.equal(unpack(pack(IMAGES), IMAGES.shape), IMAGES)
+    ids = image_ids(IMAGES)
+    assert ids.shape == (8, 3) and ids[3].tolist() == [0, 1, 1] and ids[:, 0].abs().max() == 0
+    token = pack(IMAGES)[0, 3]
+    assert torch.equal(token, IMAGES[0, :, 2:4, 2:4].flatten()), "token 3 is row 1, column 1: channels, then 2x2"
+
+
+PUBLISHED = {
+    "SD3.5-medium": ("SD3Transformer2DModel", 2_243_171_520, {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
+    "SD3.5-large": ("SD3Transformer2DModel", 8_056_627_520, {
+        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm"}),
+    "FLUX.1-dev": ("FluxTransformer2DModel", 11_901_408_320, {"guidance_embeds": True}),
+    "Sana-1.6B": ("SanaTransformer2DModel", 1_604_462_752, {}),
+    "Z-Image": ("ZImageTransformer2DModel", 6_154_908_736, {"axes_lens": [1536, 512, 512]}),
+    "Lumina-Image-2.0": ("Lumina2Transformer2DModel", 2_609_769_152, {"cap_feat_dim": 2304}),
+}  # fmt: skip
+FACTORS = {  # parameters of low-rank factors for each unit of rank, and modules
+    "SD3.5-medium": (746_496, 243), "SD3.5-large": (1_473_792, 303), "FLUX.1-dev": (1_634_304, 266),
+    "Sana-1.6B": (716_800, 160), "Z-Image": (1_044_480, 136), "Lumina-Image-2.0": (460_800, 120),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_and_their_adapters(name):
+    kind, count, config = PUBLISHED[name]
+    with torch.device("meta"):
+        network = getattr(diffusers, kind).from_config(config)
+    assert sum(p.numel() for p in network.parameters()) == count
+    family = family_of(kind)
+    targets = [
+        module for path, module in network.named_modules() if isinstance(module, nn.Linear) and family.has_factors(path)
+    ]
+    assert (sum(m.in_features + m.out_features for m in targets), len(targets)) == FACTORS[name]
