@@ -118,7 +118,7 @@ def test_gradients_flow_from_features_and_from_the_prediction(kind, checkpointin
         network.zero_grad()
         denoiser.features(x, T, cond).square().sum().backward()
         for mine, p in zip(gradient, network.parameters(), strict=True):
-            assert mine is None and p.grad is None or torch.allclose(mine, p.grad, rtol=1e-4, atol=1e-6)
+            assert (mine is None and p.grad is None) or torch.allclose(mine, p.grad, rtol=1e-4, atol=1e-6)
     denoiser(x, T, cond).sum().backward()
     missing = [name for name, p in network.named_parameters() if p.grad is None]
     assert not [name for name in missing if not name.startswith("siglip")], missing
