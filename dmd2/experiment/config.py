@@ -23,7 +23,8 @@ class Lora(Section):
 
 
 class Generator(Section):
-    """The student's input, number of steps, and first time: a sigma of an edm teacher, a step of an eps teacher.
+    """The student's input, number of steps, and first time: a sigma of an edm teacher, a step of an eps teacher,
+        1 of a flow teacher.
 
     conditions: ``drawn`` independently of the GAN's real batch (labels uniformly, captions from the real set), or those
         of that ``real`` batch, whose images are then also noised for ``noised_real`` (FastGen).
@@ -66,7 +67,7 @@ class Critic(Section):
 
     ratio: Positive
     denoise_weight: Weight
-    weighting: Literal["edm", "eps", "x0"]
+    weighting: Literal["edm", "eps", "x0", "v"]
     lr_multiplier: Annotated[float, Field(gt=0)]
     shares_iteration: bool = True
     index_range: IndexRange = (0, 999)
@@ -90,11 +91,12 @@ class Critic(Section):
 
 
 class Gan(Section):
-    """The GAN: a head on the bottleneck of the critic or the teacher.
+    """The GAN: a head on the bottleneck of the critic or the teacher, of a transformer on the image tokens of a block.
 
     noise_range: noise levels of what it classifies; null: it classifies clean images.
     shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
         that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
+    tap: that block, counted from 0; null: the middle one.
     """
 
     lambda_g: Weight
@@ -104,6 +106,7 @@ class Gan(Section):
     r1_weight: Weight = 0.0
     r1_alpha: Weight = 0.1
     shares_noise: bool = False
+    tap: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def on(self) -> bool:
@@ -259,7 +262,7 @@ class TrainConfig(Section):
 
     def teacher_identity(self) -> dict[str, Any]:
         """What determines the teacher's weights."""
-        teacher = self.teacher.settings(include={"name", "parameterisation", "network", "train", "source"})
+        teacher = self.teacher.settings(include={"name", "parameterisation", "network", "train", "source", "shift"})
         return {"data": self.data.settings(), **teacher}
 
     def identity(self) -> dict[str, Any]:

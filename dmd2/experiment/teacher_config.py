@@ -8,9 +8,9 @@ from dmd2.experiment.section import FolderName, Positive, Precision, Section
 
 
 class TeacherTraining(Section):
-    """How a small teacher is trained from scratch: EDM's loss with log-normal sigma, or uniform t for eps.
+    """How a small teacher is trained from scratch: EDM's loss, uniform t for eps, or the velocity's loss for flow.
 
-    precision: see `Eval`.
+    p_mean, p_std: of ln sigma for edm; for flow of ln(u / (1 - u)), where sigma is u shifted. precision: see `Eval`.
     """
 
     steps: Positive
@@ -29,14 +29,16 @@ class Teacher(Section):
     """The frozen denoiser R: trained here (`train`), converted from the file `source`, or a diffusers UNet of the user.
 
     network: its architecture as a diffusers config. `train` builds it; a network that is loaded must have it.
+    shift: of the levels of a flow teacher: 3 of SD3, Sana and Z-Image, 6 of Lumina2, 3.158 of FLUX at 1024 pixels.
     """
 
     name: FolderName
-    parameterisation: Literal["edm", "eps"]
+    parameterisation: Literal["edm", "eps", "flow"]
     guidance: Annotated[float, Field(ge=1)]
     network: dict[str, Any] | None = None
     train: TeacherTraining | None = None
     source: str | None = None
+    shift: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -44,4 +46,8 @@ class Teacher(Section):
             raise ValueError("train needs network: the architecture to train")
         if self.train is not None and self.source is not None:
             raise ValueError("train and source exclude each other: a teacher is trained here or converted from a file")
+        if self.shift != 1 and self.parameterisation != "flow":
+            raise ValueError(
+                f"shift {self.shift:g} is of flow teachers, and parameterisation is {self.parameterisation}"
+            )
         return self

@@ -63,6 +63,11 @@ class Denoiser(nn.Module):
         with self.autocast(x_t):
             return self._encode(self.running, sample, time, cond.cast(sample.dtype)).bottleneck.float()
 
+    def bottleneck(self, resolution: int) -> tuple[int, int]:
+        """Width and side of the `features` of images of this side: those of the network's last level."""
+        widths = self.network.config["block_out_channels"]
+        return widths[-1], resolution // 2 ** (len(widths) - 1)
+
     def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
         """`forward` of the first `predicted` samples and `features` of the others, in one pass."""
         sample, time = self.network_input(x_t, t)

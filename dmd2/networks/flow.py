@@ -43,6 +43,10 @@ class FlowDenoiser(Denoiser):
         with self.autocast(x_t):
             return self.family.features(self.running, sample, sigma, cond.cast(sample.dtype), self.tap).float()
 
+    def bottleneck(self, resolution: int) -> tuple[int, int]:
+        """Width and side of the `features` of latents of this side: those of the image tokens."""
+        return self.family.width(self.network), resolution // self.family.patch(self.network)
+
     def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:
         """`forward` of the first `predicted` samples and `features` of the others: two passes, with no block twice."""
         first, rest = cond.parts(predicted)

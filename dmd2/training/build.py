@@ -14,6 +14,7 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.step import Models
 from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.head import Head
 from dmd2.networks.lora import add_lora, split
 from dmd2.training.checkpoints.checkpoint import Checkpoints
@@ -35,7 +36,9 @@ def build_models(
     """
     assert inputs.teacher is not None
     precision = cfg.train.precision
-    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision)
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, cfg.teacher.shift)
+    if isinstance(teacher, FlowDenoiser) and cfg.gan.tap is not None:
+        teacher.tap = cfg.gan.tap
     student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
         _load_student(inputs.init, student)
@@ -105,13 +108,8 @@ def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Ten
 
 
 def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
-    """A head that fits the denoiser's bottleneck; its initial weights depend on `seed` only.
-
-    The bottleneck has the width and the resolution of the network's last level, in every class of network.
-    """
-    config = denoiser.network.config
-    width = config["block_out_channels"][-1]
-    resolution = cfg.data.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    """A head that fits the denoiser's bottleneck; its initial weights depend on `seed` only."""
+    width, resolution = denoiser.bottleneck(cfg.data.resolution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{seed}/head").initial_seed())
         return Head(width, resolution).to(device)

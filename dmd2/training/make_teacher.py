@@ -21,7 +21,8 @@ from dmd2.experiment.teacher_config import TeacherTraining
 from dmd2.method.objectives.denoising import denoising_loss
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser, EdmDenoiser
-from dmd2.networks.schedules import LEVELS, add_noise, loss_weight
+from dmd2.networks.flow import FlowDenoiser
+from dmd2.networks.schedules import LEVELS, add_noise, loss_weight, shifted
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.teachers import build_network, unconditional, wrap
@@ -35,6 +36,7 @@ def train_teacher(
     """Train a small teacher with its denoising loss and an EMA of its weights; resumes after a kill.
 
     EDM: ``ln sigma ~ N(p_mean, p_std)`` and weight 1/c_out^2 (Karras et al. 2022, Table 1). eps: uniform t, noise MSE.
+    flow: ``logit u ~ N(p_mean, p_std)``, sigma is u shifted, velocity MSE (Esser et al. 2024, Sec. 3.1).
 
     Its checkpoints are named by the settings and by the content of all that it reads: images, their conditions, and the
     unconditional condition that replaces dropped ones.
@@ -42,7 +44,12 @@ def train_teacher(
     spec = teacher.train
     assert spec is not None and teacher.network is not None
     denoiser, ema = (
-        wrap(build_network(teacher.network, spec.seed), teacher.parameterisation, SAMPLING[spec.precision]).to(device)
+        wrap(
+            build_network(teacher.network, spec.seed),
+            teacher.parameterisation,
+            SAMPLING[spec.precision],
+            teacher.shift,
+        ).to(device)
         for _ in range(2)
     )
     denoiser.train()
@@ -60,7 +67,7 @@ def train_teacher(
     optimiser = Optimiser([denoiser], optim, spec.lr)
     real, pipeline = load_set(real_manifest), pipeline_manifest(data)
     read = [content_of(real_manifest), data.classes, None if pipeline is None else content_of(pipeline)]
-    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train"}), *read])
+    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train", "shift"}), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
     if state := checkpoints.load_latest():
@@ -97,6 +104,9 @@ def _denoising_step(
         cond = cond.where(dropped, null)
     if isinstance(denoiser, EdmDenoiser):
         t, kind = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).exp(), "edm"
+    elif isinstance(denoiser, FlowDenoiser):
+        u = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).sigmoid()
+        t, kind = shifted(u, denoiser.schedule.shift), "v"
     else:
         t, kind = draws.integers("teacher/level", 0, LEVELS - 1), "eps"
     x_t = add_noise(denoiser.schedule, x, draws.normal("teacher/noise", tuple(x.shape[1:])), t)

@@ -56,7 +56,8 @@ def make_shard(
     pairs, data = cfg.regression.pairs, cfg.data
     assert pairs is not None  # of a run that has them
     spec = pairs.sampler
-    teacher = load_teacher(teacher_manifest, cfg.teacher.parameterisation, SAMPLING[pairs.precision]).to(device)
+    form, precision = cfg.teacher.parameterisation, SAMPLING[pairs.precision]
+    teacher = load_teacher(teacher_manifest, form, precision, cfg.teacher.shift).to(device)
     seeds = list(shard_seeds(pairs.count, pairs.shards, index))
     shape = data.shape
     null = null_condition(cfg.data, spec.guidance)

@@ -16,7 +16,7 @@ from dmd2.experiment.metrics import BETTER, best_first, measured
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.networks.denoisers import Denoiser, Network
 from dmd2.networks.lora import State, split
-from dmd2.training.teachers import NETWORKS, unet_folder, wrap
+from dmd2.training.teachers import network_class, unet_folder, wrap
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Snapshot:
                 f"{self.run.folder / self.entry['path']} does not fit the network in {TEACHERS / name}: put "
                 f"back the teacher this run was trained with ({str(error).splitlines()[-1].strip()})"
             ) from None
-        return wrap(network, self.cfg.teacher.parameterisation).eval().requires_grad_(False)
+        return (
+            wrap(network, self.cfg.teacher.parameterisation, shift=self.cfg.teacher.shift).eval().requires_grad_(False)
+        )
 
     def factors(self) -> State:
         """The low-rank factors merged into the weights (see `dmd2.networks.lora`), empty if all of them were trained.
@@ -82,7 +84,7 @@ def network_of(manifest: Path) -> Network:
     config = verified(manifest.parent, next(file for file in teacher["files"] if file["path"] == path))
     if teacher["class"] == "UNet2DConditionModel":
         return empty_unet(config.parent)
-    return NETWORKS[teacher["class"]].from_config(read_json(config))
+    return network_class(teacher["class"]).from_config(read_json(config))
 
 
 def step_of(entry: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
@@ -16,14 +17,31 @@ from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import pipeline_manifest
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, EpsDenoiser, Network
+from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.song_unet import SongUNet
+from dmd2.networks.transformers.family import FAMILIES
 
 NETWORKS: dict[str, type[Network]] = {kind.__name__: kind for kind in (UNet2DModel, SongUNet, UNet2DConditionModel)}
 
 
-def wrap(network: Network, parameterisation: str, precision: Any = "fp32") -> Denoiser:
-    """The denoiser of a network: ``edm`` or ``eps``."""
+def wrap(network: Network, parameterisation: str, precision: Any = "fp32", shift: float = 1.0) -> Denoiser:
+    """The denoiser of a network: ``edm``, ``eps`` or, with the shift of its levels, ``flow``."""
+    if parameterisation == "flow":
+        return FlowDenoiser(network, precision, shift)
     return (EdmDenoiser if parameterisation == "edm" else EpsDenoiser)(network, precision)
+
+
+def network_class(kind: str) -> type[Network]:
+    """A class of networks by its name in a diffusers config.
+
+    Raises:
+        UserError: there is none.
+    """
+    if kind in FAMILIES:
+        return getattr(diffusers, kind)
+    if kind not in NETWORKS:
+        raise UserError(f"there is no network class {kind}: {', '.join([*NETWORKS, *FAMILIES])}")
+    return NETWORKS[kind]
 
 
 def build_network(spec: dict[str, Any], seed: int) -> Network:
@@ -36,7 +54,7 @@ def build_network(spec: dict[str, Any], seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{seed}/network").initial_seed())
         try:
-            return NETWORKS[kind].from_config({k: v for k, v in spec.items() if k != "_class_name"})
+            return network_class(kind).from_config({k: v for k, v in spec.items() if k != "_class_name"})
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"teacher.network: no {kind} can be built of it ({why})") from error
@@ -54,7 +72,7 @@ def unet_folder(manifest: Path) -> Path:
     return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
-def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32") -> Denoiser:
+def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32", shift: float = 1.0) -> Denoiser:
     """The teacher a manifest lists, verified, frozen, in eval mode.
 
     Raises:
@@ -62,10 +80,8 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
             not those of its config.
     """
     folder, kind = unet_folder(manifest), read_json(manifest)["class"]
-    if kind not in NETWORKS:
-        raise UserError(f"{manifest}: there is no network class {kind}: {' or '.join(NETWORKS)}")
     try:
-        network, found = NETWORKS[kind].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        network, found = network_class(kind).from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: the weights do not fit config.json ({str(error).splitlines()[0]})") from None
     if missing := found["missing_keys"]:  # diffusers would draw them
@@ -73,7 +89,7 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32")
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the paper trains without dropout, whatever its teacher was trained with
-    return wrap(network, parameterisation, precision).eval().requires_grad_(False)
+    return wrap(network, parameterisation, precision, shift).eval().requires_grad_(False)
 
 
 def null_condition(data: Data, guidance: float) -> Condition | None:

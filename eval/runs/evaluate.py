@@ -79,7 +79,7 @@ def student_of(run: RunId, cfg: RunConfig, device: torch.device) -> Generator:
     spec, files = cfg.teacher, read_json(run.folder / "train.json")["files"]
     if cfg.released_whole:
         plain = build_network(spec.network or {}, seed=0)
-        network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision]).eval().to(device)
+        network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision], spec.shift).eval().to(device)
     else:
         network = _teacher(cfg, device)  # same network, other weights
 
@@ -108,8 +108,9 @@ def teacher_of(cfg: RunConfig, spec: Sampler, device: torch.device) -> Generator
 
 
 def _teacher(cfg: RunConfig, device: torch.device) -> Denoiser:
-    precision = SAMPLING[cfg.eval.precision]
-    return load_teacher(measured_with(cfg)["teacher"], cfg.teacher.parameterisation, precision).to(device)
+    teacher, precision = cfg.teacher, SAMPLING[cfg.eval.precision]
+    manifest = measured_with(cfg)["teacher"]
+    return load_teacher(manifest, teacher.parameterisation, precision, teacher.shift).to(device)
 
 
 def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:
