@@ -17,7 +17,7 @@ from dmd2.experiment.tables import load_base
 from dmd2.experiment.yaml_file import read_yaml
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import call_network
-from dmd2.networks.schedules import KarrasSchedule, VPSchedule
+from dmd2.networks.schedules import FlowSchedule, KarrasSchedule, VPSchedule
 from dmd2.training import teachers
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.teachers import build_network
@@ -214,8 +214,9 @@ def test_detectors_are_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("steps", [2, 4, 7])
 def test_the_second_time_is_that_of_the_schedule(steps: int) -> None:
-    assert second_time(steps, edm=True) == pytest.approx(KarrasSchedule().step_times(steps, 80.0)[1], rel=1e-5)
-    assert second_time(steps, edm=False) == VPSchedule().step_times(steps, 999)[1]
+    assert second_time(steps, "edm") == pytest.approx(KarrasSchedule().step_times(steps, 80.0)[1], rel=1e-5)
+    assert second_time(steps, "eps") == VPSchedule().step_times(steps, 999)[1]
+    assert second_time(steps, "flow", 3.0) == pytest.approx(FlowSchedule(3.0).step_times(steps, 1.0)[1])
 
 
 @pytest.mark.parametrize("kind", ["UNet2DModel", "UNet2DConditionModel", "SongUNet"])

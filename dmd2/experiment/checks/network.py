@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import did_you_mean
+from dmd2.experiment.checks.transformers import SHAPES, transformer_problems
 from dmd2.experiment.data_config import Data
 
 Problem = tuple[str, ...]  # dotted keys of a run, the first of which names it in the sentence, and the sentence
@@ -20,6 +21,11 @@ SOURCES = {  # classes of networks: package, path in it
     "UNet2DModel": ("diffusers", "models/unets/unet_2d.py"),
     "UNet2DConditionModel": ("diffusers", "models/unets/unet_2d_condition.py"),
     "SongUNet": ("dmd2", "networks", "song_unet.py"),
+    "SD3Transformer2DModel": ("diffusers", "models/transformers/transformer_sd3.py"),
+    "FluxTransformer2DModel": ("diffusers", "models/transformers/transformer_flux.py"),
+    "SanaTransformer2DModel": ("diffusers", "models/transformers/sana_transformer.py"),
+    "Lumina2Transformer2DModel": ("diffusers", "models/transformers/transformer_lumina2.py"),
+    "ZImageTransformer2DModel": ("diffusers", "models/transformers/transformer_z_image.py"),
 }
 TEXT_WIDTHS = {"all-minilm-l6-v2": 384}  # of the encoders that packages ship
 NETWORK = "teacher.network"
@@ -61,11 +67,15 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
         return
     known = defaults(kind)
     values = {**known, **network}
-    if data.text is not None or kind == "UNet2DConditionModel":
-        yield from _text(kind, values, data)
     for key in network:
         if key not in known and not key.startswith("_"):
             yield f"{NETWORK}.{key}", f"a {kind} has no {key}{did_you_mean(key, known)}"
+    if kind in SHAPES:
+        encoder = None if data.text is None else data.text.pipeline.encoder
+        yield from transformer_problems(kind, values, data, TEXT_WIDTHS.get(encoder or ""))
+        return
+    if data.text is not None or kind == "UNet2DConditionModel":
+        yield from _text(kind, values, data)
     for key, field in (("in_channels", "channels"), ("out_channels", "channels"), ("sample_size", "resolution")):
         size = getattr(data, field)
         fits = values[key] in ((size, None, [size, size], (size, size)) if field == "resolution" else (size,))

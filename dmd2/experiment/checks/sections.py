@@ -11,7 +11,8 @@ from typing import Any
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import evaluation_problems
-from dmd2.experiment.checks.network import NETWORK, Problem, network_problems
+from dmd2.experiment.checks.network import NETWORK, Problem, defaults, network_problems
+from dmd2.experiment.checks.transformers import SHAPES, side_of
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import CAPTIONED, Data
 from dmd2.experiment.dotted_keys import LocatedConfig
@@ -19,6 +20,7 @@ from dmd2.experiment.eval_config import Sampler
 
 # What is known of sources without reading them: channels, resolution, classes (None: as the config says).
 KNOWN_SETS = {"sklearn-digits": (1, 8, 10), "cifar10": (3, 32, 10), "idx": (1, None, None)}
+SOLVERS = {"edm": ("heun",), "eps": ("ddim", "ddpm", "pndm", "euler"), "flow": ("euler", "heun")}
 LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.schedules, which imports torch
 
 
@@ -91,11 +93,7 @@ def _samplers(cfg: RunConfig) -> dict[str, Sampler]:
 
 def _teacher(cfg: RunConfig) -> Iterator[Problem]:
     teacher, samplers, classes = cfg.teacher, _samplers(cfg), cfg.data.classes
-    for key, sampler in samplers.items():
-        if (sampler.solver == "heun") != (teacher.parameterisation == "edm"):
-            yield key, f"{sampler.solver} cannot sample an {teacher.parameterisation} teacher"
-        if sampler.s_min > sampler.s_max:
-            yield f"{key}.s_min", f"{key}.s_max", f"{sampler.s_min} is above s_max {sampler.s_max}"
+    yield from _solvers(samplers, teacher.parameterisation)
     guidance = {"teacher.guidance": teacher.guidance, **{f"{key}.guidance": s.guidance for key, s in samplers.items()}}
     if not cfg.needs_pairs:
         guidance.pop("regression.pairs.sampler.guidance", None)
@@ -105,21 +103,38 @@ def _teacher(cfg: RunConfig) -> Iterator[Problem]:
         key = guided or "teacher.train.label_dropout"
         yield key, "data.classes", f"data {cfg.data.name} has no condition to be guided by or to drop: leave it out"
         return
+    kind = (teacher.network or {}).get("_class_name", "UNet2DModel")
     if teacher.network is not None:
+        if (kind in SHAPES) != (teacher.parameterisation == "flow"):
+            told = f"a {kind} is {'a' if kind in SHAPES else 'no'} flow network, and teacher.parameterisation is"
+            yield "teacher.parameterisation", f"{NETWORK}._class_name", f"{told} {teacher.parameterisation}"
         yield from network_problems(teacher.network, cfg.data, guided)
     if guided is not None and teacher.train is not None and dropout == 0:
         told = "guidance leads away from no condition, which the teacher must see in training"
         yield "teacher.train.label_dropout", guided, f"0, but {guided} is above 1: {told}"
     embeds, key = (teacher.network or {}).get("num_class_embeds"), "teacher.train.label_dropout"
-    if dropout > 0 and cfg.data.text is None and embeds != classes + 1:
+    if dropout > 0 and cfg.data.text is None and kind not in SHAPES and embeds != classes + 1:
         yield f"{NETWORK}.num_class_embeds", key, f"{embeds}, but {key} needs {classes + 1}: data.classes and no class"
     if cfg.released_whole and teacher.network is None:
         told = "train.released needs teacher.network: the architecture of the weights in the file"
         yield "train.released", NETWORK, told
 
 
+def _solvers(samplers: Mapping[str, Sampler], form: str) -> Iterator[Problem]:
+    for key, sampler in samplers.items():
+        if sampler.solver not in SOLVERS[form]:
+            yield key, f"{sampler.solver} cannot sample {'a' if form == 'flow' else 'an'} {form} teacher"
+        if sampler.churn > 0 and form != "edm":
+            yield f"{key}.churn", f"{sampler.churn:g}, but churn is for edm teachers"
+        if sampler.s_min > sampler.s_max:
+            yield f"{key}.s_min", f"{key}.s_max", f"{sampler.s_min} is above s_max {sampler.s_max}"
+
+
 def _losses(cfg: RunConfig) -> Iterator[Problem]:
     gan, dm, critic, regression, data = cfg.gan, cfg.dm, cfg.critic, cfg.regression, cfg.data
+    form = cfg.teacher.parameterisation
+    if (critic.weighting == "v" and form != "flow") or (critic.weighting == "edm" and form == "flow"):
+        yield "critic.weighting", "teacher.parameterisation", f"{critic.weighting} is no weighting of {form} teachers"
     if dm.weight == gan.lambda_g == regression.weight == 0:
         told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
         yield "dm.weight", "gan.lambda_g", "regression.weight", told
@@ -147,34 +162,48 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _student_input(cfg: RunConfig) -> Iterator[Problem]:
-    steps, first, edm = cfg.generator.steps, cfg.generator.time, cfg.teacher.parameterisation == "edm"
-    if edm and first > SIGMA_MAX:
+    steps, first, form = cfg.generator.steps, cfg.generator.time, cfg.teacher.parameterisation
+    if form == "edm" and first > SIGMA_MAX:
         yield "generator.time", f"{first} is above {SIGMA_MAX}, the largest sigma of an edm teacher"
-    if not edm and (first > LEVELS - 1 or first % 1):
+    if form == "eps" and (first > LEVELS - 1 or first % 1):
         yield "generator.time", f"{first} is no step of an eps teacher: 0 to 999, whole"
-    if steps > 1 and first <= (second := second_time(steps, edm)):
+    if form == "flow" and first != 1:
+        yield "generator.time", f"{first}, but a student of a flow teacher begins at sigma 1, pure noise: write 1.0"
+    if steps > 1 and first <= (second := second_time(steps, form, cfg.teacher.shift)):
         told = f"{first} is not above {second:.4g}, the second of the {steps} times of generator.steps"
         yield "generator.time", "generator.steps", told
     if cfg.generator.lora is not None and cfg.data.text is None:
         yield "generator.lora", "generator.lora is for text runs (data.text): other networks have no adapters"
 
 
-def second_time(steps: int, edm: bool) -> float:
+def second_time(steps: int, parameterisation: str, shift: float = 1.0) -> float:
     """The second time of a student of several steps (`Schedule.step_times`)."""
     index = LEVELS - 1 - LEVELS // steps
+    if parameterisation == "eps":
+        return index
+    if parameterisation == "flow":
+        u = (index + 1) / LEVELS
+        return shift * u / (1 + (shift - 1) * u)
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    return (low + index / (LEVELS - 1) * (high - low)) ** RHO if edm else index
+    return (low + index / (LEVELS - 1) * (high - low)) ** RHO
 
 
 def _head(cfg: RunConfig) -> Iterator[Problem]:
     """The GAN's head halves the bottleneck to 4x4 (`dmd2.networks.head`); other sizes do not end in one logit."""
-    levels, side = (cfg.teacher.network or {}).get("block_out_channels"), cfg.data.resolution
-    if not cfg.gan.on or levels is None:
+    network, side = cfg.teacher.network or {}, cfg.data.resolution
+    kind, levels = network.get("_class_name", "UNet2DModel"), network.get("block_out_channels")
+    if cfg.gan.tap is not None and kind not in SHAPES:
+        yield "gan.tap", f"{NETWORK}._class_name", f"{cfg.gan.tap}, but the teacher is no transformer: leave it out"
+    if kind in SHAPES:
+        bottleneck, key, what = side_of(kind, {**defaults(kind), **network}, side), "patch_size", "patches"
+    elif levels is not None:
+        bottleneck, key, what = side // 2 ** (len(levels) - 1), "block_out_channels", f"{len(levels)} levels"
+    else:
         return
-    last = bottleneck = side // 2 ** (len(levels) - 1)
+    last = bottleneck
     for _ in range(max(0, round(log2(bottleneck / 4))) if bottleneck else 0):
         last //= 2
-    if last != min(4, bottleneck) or not bottleneck:
-        told = f"data.resolution {side} and {len(levels)} levels leave {bottleneck}"
+    if cfg.gan.on and (last != min(4, bottleneck) or not bottleneck):
+        told = f"data.resolution {side} and {what} leave {bottleneck}"
         told = f"the GAN's head needs a bottleneck of 1 to 4 pixels or 4 times a power of two, but {told}"
-        yield "gan.lambda_g", f"{NETWORK}.block_out_channels", "data.resolution", told
+        yield "gan.lambda_g", f"{NETWORK}.{key}", "data.resolution", told

@@ -103,18 +103,17 @@ def family_of(kind: str) -> Family:
     return getattr(import_module(f"dmd2.networks.transformers.{module}"), name)()
 
 
-def one_hot(labels: Tensor, width: int, like: Tensor) -> Tensor:
-    """Classes ``(B,)`` as vectors ``(B, width)`` in the dtype of `like`; the index after the last class is none."""
-    return F.one_hot(labels, width).to(like.dtype)
+def one_hot(labels: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """Classes ``(B,)`` as vectors ``(B, width)`` in the dtype of `like`, zeros where there are none.
+
+    The index after the last class stands for no class.
+    """
+    return like.new_zeros(len(like), width) if labels is None else F.one_hot(labels, width).to(like.dtype)
 
 
 def text_of(cond: Condition, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Text states ``(B, L, D)`` and their mask, bool ``(B, L)``; a class is a text of one token."""
-    if cond.text is None:
-        assert cond.labels is not None
-        text = one_hot(cond.labels, width, like)[:, None]
-    else:
-        text = cond.text
+    text = one_hot(cond.labels, width, like)[:, None] if cond.text is None else cond.text
     mask = cond.text_mask
     return text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
 
@@ -123,5 +122,4 @@ def pooled_of(cond: Condition, text_width: int, width: int, like: Tensor) -> tup
     """Text states and the pooled vector ``(B, width)``; a class is a pooled vector beside one empty token."""
     if cond.text is not None and cond.pooled is not None:
         return cond.text, cond.pooled
-    assert cond.labels is not None
     return like.new_zeros(len(like), 1, text_width), one_hot(cond.labels, width, like)
