@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from dmd2.core.files import listing, write_json
@@ -48,6 +48,10 @@ KINDS: dict[str, tuple[str, type, dict[str, Any]]] = {
     "eps-labels": ("eps", UNet2DConditionModel,
                    {**LATENTS, **PLAIN, "mid_block_type": "UNetMidBlock2D", "num_class_embeds": CLASSES + 1}),
     "eps-text": ("eps", UNet2DConditionModel, {**LATENTS, **CROSS}),
+    "flow-sd3": ("flow", SD3Transformer2DModel, {
+        "sample_size": SIZE, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2,
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": CLASSES + 1,
+        "caption_projection_dim": 16, "pooled_projection_dim": CLASSES + 1, "pos_embed_max_size": 4}),
     "eps-sdxl": ("eps", UNet2DConditionModel, {**LATENTS, **CROSS, **SIZES}),
 }  # fmt: skip
 
@@ -88,7 +92,7 @@ def tensors(kind: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     if kind == "eps-sdxl":
         values["pooled"] = torch.randn(count, POOLED, generator=g)
         values["time_ids"] = torch.tensor([[8.0, 8, 0, 0, 8, 8]]).repeat(count, 1)
-    if kind in ("edm", "edm-attention", "eps-labels"):
+    if kind in ("edm", "edm-attention", "eps-labels", "flow-sd3"):
         values["labels"] = torch.randint(CLASSES, (count,), generator=g)
     return values
 
@@ -139,16 +143,16 @@ def values(kind: str = "edm", **changes: Any) -> dict[str, Any]:
     Keys of `changes` have ``__`` for the dot: ``values(gan__lambda_g=0.0)``.
     """
     form = KINDS[kind][0]
-    solver = {"solver": "heun" if form == "edm" else "ddim", "steps": 4}
+    solver = {"solver": {"edm": "heun", "eps": "ddim", "flow": "euler"}[form], "steps": 4}
     text = kind in ("eps-text", "eps-sdxl")
     classes = 0 if text or kind == "edm-unlabelled" else CLASSES
     data = {"name": "tiny", "source": {"kind": "latents"}, "resolution": SIZE, "channels": channels(kind)}
     made = {
         "data": {**data, "classes": classes, **({"text": TEXT} if text else {})},
         "teacher": {"name": "tiny", "parameterisation": form, "guidance": 1.0},
-        "generator": {"input": "noise", "steps": 1, "time": 80.0 if form == "edm" else 999.0},
+        "generator": {"input": "noise", "steps": 1, "time": {"edm": 80.0, "eps": 999.0, "flow": 1.0}[form]},
         "dm": {"weight": 1.0, "index_range": [20, 980], "normaliser_eps": 0.0, "alpha_factor": False},
-        "critic": {"ratio": 5, "denoise_weight": 1.0, "weighting": form, "lr_multiplier": 1.0, "shares_iteration": True},
+        "critic": {"ratio": 5, "denoise_weight": 1.0, "weighting": "v" if form == "flow" else form, "lr_multiplier": 1.0, "shares_iteration": True},
         "gan": {"lambda_g": 3e-3, "lambda_d": 1e-2, "features_from": "critic", "noise_range": [0, 999],
                 "r1_weight": 0.0, "r1_alpha": 0.1},
         "regression": {"weight": 0.0, "distance": "l2", "pairs": {"count": 16, "sampler": solver, "shards": 1}},

@@ -18,6 +18,8 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.method.step import Logs, train_step
+from dmd2.networks.denoisers import Denoiser
+from dmd2.networks.flow import FlowDenoiser
 from dmd2.training.sharding import UNITS, equal_passes
 
 VARIANTS = 64  # of one function that PyTorch compiles before it gives up: networks, turns, frozen or not, shapes
@@ -40,6 +42,8 @@ def refuse(run: object, cfg: TrainConfig, hardware: Hardware) -> None:
             f"{run}: training.shard needs equally many passes in every process, which training.micro_batch "
             f"{hardware.micro_batch} does not give {processes} processes of a batch of {cfg.optim.batch}: change it"
         )
+    if hardware.compiled == "network" and cfg.teacher.parameterisation == "flow":
+        raise UserError(f"{run}: training.compiled: a transformer's passes are compiled block by block, write blocks")
     if hardware.graphs:
         device = torch.device(hardware.device).type
         if device != "cuda" or processes > 1:
@@ -70,17 +74,23 @@ def compile_passes(models: Models, what: Literal["blocks", "network"], cache: st
         if what == "network":
             denoiser.compile_passes(backend=backend, dynamic=False, fullgraph=True)
         else:
-            for block in blocks_of(denoiser.running):
+            for block in blocks_of(denoiser):
                 block.compile(backend=backend, dynamic=False)
 
 
-def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """Residual, attention and transformer blocks that are in no other of them."""
-    for child in network.children():
+def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
+    """Residual, attention and transformer blocks that are in no other of them, of the network that passes run."""
+    if isinstance(denoiser, FlowDenoiser):
+        return denoiser.family.blocks(denoiser.running)
+    return list(_blocks_in(denoiser.running))
+
+
+def _blocks_in(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
         if isinstance(child, (*UNITS, Attention)):
             yield child
         else:
-            yield from blocks_of(child)
+            yield from _blocks_in(child)
 
 
 @dataclass(frozen=True)

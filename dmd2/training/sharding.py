@@ -27,6 +27,9 @@ from dmd2.training.checkpoints.parts import Rows, fill
 
 UNITS = (BasicTransformerBlock, ResnetBlock2D, song_unet.Block)  # gathered one at a time; SDXL's largest has 46 M
 
+# Lists of blocks of the transformers of `dmd2.networks.transformers`.
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner")
+
 
 def sharing(module: nn.Module) -> Any:
     """A copy of a module that shares its tensors' memory until `materialise` or `shard_module` gives the copy its own.
@@ -77,6 +80,7 @@ def units(module: nn.Module) -> list[nn.Module]:
     network = getattr(module, "network", module)
     blocks = [*getattr(network, "down_blocks", ()), *getattr(network, "up_blocks", ())]
     blocks += [block for block in [getattr(network, "mid_block", None)] if block is not None]
+    blocks += [block for name in BLOCKS for block in getattr(network, name, ())]
     inner = [unit for unit in network.modules() if isinstance(unit, UNITS)]
     return [*inner, *blocks]
 

@@ -27,15 +27,17 @@ FOUR = {"generator": {"input": "backward_simulation", "steps": 4, "time": 80.0}}
 REAL = {"generator": {"input": "noised_real", "steps": 4, "time": 80.0}}
 
 
-@pytest.mark.parametrize("what", ["blocks", "network"])
-def test_compiled_passes_change_nothing_and_are_compiled_in_the_first_two_turns(what, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "kind"), [("blocks", "edm-attention"), ("network", "edm-attention"), ("blocks", "flow-sd3")]
+)
+def test_compiled_passes_change_nothing_and_are_compiled_in_the_first_two_turns(what, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    cfg = tiny.config("edm-attention", critic__ratio=2)
-    plain, compiled = (tiny.models("edm-attention", cfg) for _ in range(2))
+    cfg = tiny.config(kind, critic__ratio=2)
+    plain, compiled = (tiny.models(kind, cfg) for _ in range(2))
     torch._dynamo.reset()
     counters.clear()
     compile_passes(compiled, what, str(tmp_path), backend="eager")
-    batches, graphs = tiny.batches("edm-attention", cfg), []
+    batches, graphs = tiny.batches(kind, cfg), []
     for it in range(6):
         expected, found = (train_step(m, batches.at(it), it, cfg) for m in (plain, compiled))
         assert {name: value.item() for name, value in found.items()} == pytest.approx(
@@ -46,9 +48,9 @@ def test_compiled_passes_change_nothing_and_are_compiled_in_the_first_two_turns(
     assert counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("edm-attention", 8), ("eps-text", 8)])
+@pytest.mark.parametrize(("kind", "count"), [("edm-attention", 8), ("eps-text", 8), ("flow-sd3", 2)])
 def test_every_block_is_compiled_once(kind, count):
-    blocks = list(blocks_of(tiny.network(kind, 0)))
+    blocks = list(blocks_of(tiny.denoiser(kind)))
     assert len(blocks) == len({id(block) for block in blocks}) >= count
     assert not any(a in set(b.modules()) - {b} for a, b in itertools.permutations(blocks, 2))
 
@@ -129,6 +131,8 @@ def test_what_cannot_be_executed_is_refused(monkeypatch):
         refuse("tiny", cfg, Hardware(graphs=True))
     with pytest.raises(UserError, match="training.graphs cannot record the update of optim.states 8bit"):
         refuse("tiny", tiny.config("edm", optim__states="8bit"), Hardware("cuda", graphs=True))
+    with pytest.raises(UserError, match="training.compiled: a transformer's passes are compiled block by block"):
+        refuse("tiny", tiny.config("flow-sd3"), Hardware(compiled="network"))
     monkeypatch.setattr(execution.distributed, "world_size", lambda: 64)
     with pytest.raises(UserError, match="64 processes cannot share a batch of"):
         refuse("tiny", cfg, Hardware())

@@ -223,7 +223,7 @@ def test_an_unknown_network_is_a_sentence(tmp_path, monkeypatch):
     cfg = config("edm")
     cfg.teacher.network["_class_name"] = "Transformer2DModel"
     with pytest.raises(UserError, match="no network class Transformer2DModel"):
-        architecture(cfg)
+        Counted(cfg)
 
 
 def test_the_teacher_in_its_place_says_what_the_network_is(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tests import reference, tiny
 from tests.draws import keeping
 from tests.passes import kept_passes
 
-KINDS = ["edm", "edm-attention", "eps-labels", "eps-text", "eps-sdxl"]
+KINDS = ["edm", "edm-attention", "eps-labels", "eps-text", "eps-sdxl", "flow-sd3"]
 
 
 def train(kind, iterations, cfg=None, m=None):

@@ -67,6 +67,8 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
         return
     known = defaults(kind)
     values = {**known, **network}
+    if kind not in SHAPES and (data.text is not None or kind == "UNet2DConditionModel"):
+        yield from _text(kind, values, data)
     for key in network:
         if key not in known and not key.startswith("_"):
             yield f"{NETWORK}.{key}", f"a {kind} has no {key}{did_you_mean(key, known)}"
@@ -74,8 +76,6 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
         encoder = None if data.text is None else data.text.pipeline.encoder
         yield from transformer_problems(kind, values, data, TEXT_WIDTHS.get(encoder or ""))
         return
-    if data.text is not None or kind == "UNet2DConditionModel":
-        yield from _text(kind, values, data)
     for key, field in (("in_channels", "channels"), ("out_channels", "channels"), ("sample_size", "resolution")):
         size = getattr(data, field)
         fits = values[key] in ((size, None, [size, size], (size, size)) if field == "resolution" else (size,))
