@@ -1,7 +1,7 @@
 """Bases that say only what differs from another one: ``like: digits``; imports no torch.
 
-Sections are merged key by key. Lists are replaced as a whole, and so are networks, and a source or sampler whose kind
-or solver is written: their other keys belong to the kind that they replace.
+Sections are merged key by key. Lists are replaced as a whole, and so are networks and the samplers of teachers, and a
+source or sampler whose kind or solver is written: their other keys belong to the kind that they replace.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from dmd2.experiment.yaml_file import Place, read_named
 
 Values = dict[str, Any]
 LIKE = "like"
-WHOLE = ("network",)  # sections that are replaced
+WHOLE = ("network", "teacher_samplers")  # sections that are replaced
 KIND = ("kind", "solver")  # keys that make another one of a source or a sampler
 REQUIRED = ("required", "anyOf")  # of a section's JSON Schema: which keys it needs
 
