@@ -10,7 +10,7 @@ from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.schedules import FlowSchedule, add_noise
 from dmd2.networks.transformers.family import FAMILIES, family_of
 from dmd2.networks.transformers.flux import image_ids, pack, unpack
-from tests.transformers import texts, tiny
+from tests.tiny_transformers import texts, tiny
 
 T = torch.tensor([1.0, 0.3, 0.75])
 IMAGES = torch.randn(3, 4, 8, 4, generator=torch.Generator().manual_seed(2))
