@@ -43,15 +43,9 @@ def train_teacher(
     """
     spec = teacher.train
     assert spec is not None and teacher.network is not None
-    denoiser, ema = (
-        wrap(
-            build_network(teacher.network, spec.seed),
-            teacher.parameterisation,
-            SAMPLING[spec.precision],
-            teacher.shift,
-        ).to(device)
-        for _ in range(2)
-    )
+    form, precision = teacher.parameterisation, SAMPLING[spec.precision]
+    networks = (build_network(teacher.network, spec.seed) for _ in range(2))
+    denoiser, ema = (wrap(network, form, precision, teacher.shift).to(device) for network in networks)
     denoiser.train()
     ema.requires_grad_(False)
     optim = Optim(
