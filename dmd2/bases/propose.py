@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dmd2.bases.found import Found
+from dmd2.core.errors import UserError
 
 PAPER_PIXELS, SDXL = (3, 64, 64), (4, 128, 128)  # shapes for which the paper chose lambda_g
 SMALL, LARGE = 16, 64  # sides of images that are resized, for two CPU cores and for GPUs
@@ -17,7 +18,7 @@ SMALL, LARGE = 16, 64  # sides of images that are resized, for two CPU cores and
 SMALL_WIDTHS = {8: (16, 32), 16: (16, 32), 32: (16, 32, 32), 64: (8, 16, 32, 32)}
 GPU_WIDTHS = {8: (128, 256), 16: (128, 256), 32: (128, 256, 256), 64: (128, 128, 256, 256)}
 # Schedules of the small bases, of images and of images with captions, and the minutes they take on two cores.
-IMAGES: dict[str, Any] = {"teacher_steps": 600, "steps": 120, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
+IMAGES: dict[str, Any] = {"teacher_steps": 500, "steps": 100, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
 CAPTIONS: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "minutes": 4}
 MEASURED = 400  # images of an evaluation of a small base, at most
 SHOWN = 6  # classes named in a comment
@@ -25,7 +26,11 @@ MADE = "By dmd2 new-base"  # what the comments of its files begin with
 
 
 def propose(name: str, found: Found, schemas: str = "../schemas") -> dict[str, str]:
-    """Texts of the files by their path in ``workflow``; editors find the JSON Schemas at `schemas`."""
+    """Texts of the files by their path in ``workflow``; editors find the JSON Schemas at `schemas`.
+
+    Raises:
+        UserError: the images are of a size that no proposal has and cannot be resized.
+    """
     captioned = bool(found.captions)
     kinds = ("small-text", "gpu-text", "paper-text", "table4") if captioned else ("small", "gpu", "paper", "table3")
     files = [f"base/{name}{which}.yaml" for which in ("", "-gpu", "-paper")] + [f"tables/{table_of(name, found)}.yaml"]
@@ -67,10 +72,17 @@ def minutes(found: Found) -> int:
 
 
 def _side(found: Found, wanted: int) -> int:
-    """The resolution of a base: a power of two from 8 to 64, at least the images' own where they are not resized."""
+    """The resolution of a base: a power of two from 8 to 64; that of the images, where they are not resized.
+
+    Raises:
+        UserError: they are not resized and have none.
+    """
     sides = sorted(SMALL_WIDTHS)
     if found.fixed:
-        return next((side for side in sides if side >= found.side), sides[-1])
+        if fits := [side for side in sides if side == found.side or (found.source.kind == "idx" and side > found.side)]:
+            return fits[0]
+        told = f"images of kind {found.source.kind} are used as they are, and {found.side} pixels are none of"
+        raise UserError(f"{told} {', '.join(map(str, sides))}: give them as image files, which are resized")
     return max([side for side in sides if side <= min(wanted, max(found.side, sides[0]))])
 
 
@@ -80,7 +92,7 @@ def _values(name: str, found: Found, kind: str) -> dict[str, Any]:
     of_paper = SDXL if "text" in kind else PAPER_PIXELS
     exact = found.square and set(found.sides) == {side}
     source = found.source.model_dump(exclude_none=True)
-    if not found.fixed and not ("text" not in kind and exact):
+    if not found.fixed and ("text" in kind or not exact):
         source["resize"] = "center-crop"
     small = CAPTIONS if "text" in kind else IMAGES
     largest = {"small": MEASURED, "gpu": 10000, "paper": 50000}[kind.split("-")[0]] if "table" not in kind else 0
@@ -109,13 +121,12 @@ def _values(name: str, found: Found, kind: str) -> dict[str, Any]:
         "images": images,
         "shards": max(1, images // 1000),
         "tokens": next(tokens for tokens in (16, 32, 64, 77) if tokens >= 1.5 * words or tokens == 77),
-        "jobs": 1,
     }
 
 
 def _comment(found: Found, side: int, kind: str) -> str:
     if found.fixed:
-        return " # that of the images, or padded to a size whose halves end at 4"
+        return " # that of the images, or what they are padded to"
     if side >= LARGE or side * 2 > found.side:
         return " # 8, 16, 32 or 64"
     return f" # 8, 16, 32 or 64; {side * 2} takes four times as long" if "small" in kind else " # 8, 16, 32 or 64"

@@ -88,19 +88,26 @@ def test_what_lies_in_a_folder_is_found_and_gets_bases_that_fit(name):
     assert small.data.classes == len(classes) and small.eval.reference == small.data.name == "mine"
 
 
-@pytest.mark.parametrize("side", [5, 8, 17, 31, 64, 500])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_images_of_any_size_get_bases_that_fit(side, fixed):
-    source = Source(kind="lmdb" if fixed else "image-folder", path="my images, 2/#1")
+@pytest.mark.parametrize(("kind", "side", "resolution"), [
+    ("image-folder", 5, 8), ("image-folder", 17, 16), ("image-folder", 64, 16), ("image-folder", 500, 16),
+    ("idx", 5, 8), ("idx", 28, 32), ("lmdb", 64, 64),
+])  # fmt: skip
+def test_images_of_any_size_get_bases_that_fit(kind, side, resolution):
+    source, fixed = Source(kind=kind, path="my images, 2/#1"), kind != "image-folder"
     sides = Counter([side]) if fixed else Counter([side, side + 1])
     for file, text in propose("mine", Found(source, 2, sides, True, 1, {"a": 1, "b: c\n#": 1}, fixed=fixed)).items():
         Path("workflow", file).parent.mkdir(parents=True, exist_ok=True)
         Path("workflow", file).write_text(text)
     small = load_experiment().bases["mine"]
     assert small.data.source.path == source.path and (small.data.source.resize is None) == fixed
-    assert small.data.resolution == {5: 8, 8: 8, 17: 32 if fixed else 16, 31: 32 if fixed else 16}.get(
-        side, 64 if fixed else 16
-    )
+    assert small.data.resolution == resolution
+
+
+def test_images_that_are_neither_of_a_size_nor_resized_are_refused():
+    with pytest.raises(
+        UserError, match="lmdb are used as they are, and 48 pixels are none of 8, 16, 32, 64: give them"
+    ):
+        propose("mine", Found(Source(kind="lmdb", path="x"), 2, Counter([48]), True, 1, {"a": 2}, fixed=True))
 
 
 @pytest.mark.parametrize(("files", "told"), [
