@@ -87,7 +87,7 @@ def make_sweep(count: int) -> None:
     out = Path("results/tables/sweep.json")
     beside = [out.with_suffix(f".{suffix}") for suffix in BESIDE]
     with recorded(out, experiment.shown("sweep"), experiment.measured("sweep"), beside):
-        for path in beside:
+        for path in [*beside, out.parent / "metrics/sweep/sweep.yaml"]:
             write_text(path, "{}")
         write_json(out, {"name": "sweep"})
     record = {key: value for key, value in made_from(None, [out]).items() if key != "origins"}

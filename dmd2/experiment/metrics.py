@@ -124,6 +124,7 @@ UNSETTLED = 0.2  # first share of a training, in which the student leaves its in
 OF_RUNS = tuple(name for name, metric in METRICS.items() if metric.in_runs)  # what eval.metrics may name
 FRECHET = tuple(name for name, metric in METRICS.items() if (metric.function, metric.sees) == ("frechet", "detector"))
 WITH_INFLUENCES = tuple(name for name, metric in METRICS.items() if metric.has_influence)
+OF_PIXELS = {"brightness_std", *(name for name, metric in METRICS.items() if metric.sees == "pixels")}
 BETTER: dict[str, Direction] = {name: number.better for name, number in NUMBERS.items() if number.better}
 LABELS = {name: number.label for name, number in NUMBERS.items()}
 

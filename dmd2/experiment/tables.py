@@ -16,8 +16,8 @@ from dmd2.experiment.table_config import Preset, Row, Table, rows_of
 from dmd2.experiment.yaml_file import Place, read_named, read_yaml, workflow_files
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
-# Suffixes of the files that are written beside the JSON of a table.
-BESIDE = ("md", "csv", "curves.csv", "metrics.yaml")
+# Suffixes of the files that are written beside the JSON of a table; a file for each row is in `metrics/TABLE` there.
+BESIDE = ("md", "csv", "curves.csv")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Experiment:
         """What the text of a table depends on besides metrics: an edited number of the paper remakes only the table."""
         rows = [row.settings() for row in self.rows[table]]
         presets = {row.preset: self.presets[row.preset].change for row in self.rows[table] if row.preset is not None}
-        return [self.tables[table].settings(), rows, presets]
+        return [self.tables[table].settings(), rows, presets, "metrics by row"]
 
     def measured(self, table: str) -> list[str]:
         """Files of metrics that a table is made from."""

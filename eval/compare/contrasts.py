@@ -18,12 +18,14 @@ from dmd2.core.retraining import differences as code_differences
 from dmd2.core.retraining import named
 from dmd2.experiment.config import NOT_IDENTITY
 from dmd2.experiment.dotted_keys import differences
-from dmd2.experiment.metrics import WITH_INFLUENCES
+from dmd2.experiment.metrics import OF_PIXELS, WITH_INFLUENCES
 from eval.compare.versions import Evaluation, Side, inputs
 from eval.metrics.estimate import Estimate, mean_interval, t_quantile
 from eval.report.differences import NORMAL, around, bounded, difference, with_influences
 
 ROUNDING = 1e-6  # relative; below, two evaluations of the same weights differ by the order of sums
+# Keys of a protocol that say how features are made and compared.
+OF_FEATURES = {"protocol", "detector", "reference", "geometry", "covariance_init", "patch", "clip"}
 EQUAL = "equal"  # what the interval of numbers that differ by rounding only "covers"
 Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
 Evaluations = Mapping[int, Evaluation]  # by training seed
@@ -66,8 +68,8 @@ class MatchedRow:
         Raises:
             UserError: the two cannot be compared, or the influences of an evaluation are damaged.
         """
-        if self.refusal:
-            raise UserError(self.refusal)
+        if refusal := self._mixed or self._other_protocols(metric):
+            raise UserError(refusal)
         values = []
         for name, side in (("A", self.a), ("B", self.b)):
             seeds = self.shared if len(self.shared) > 1 else sorted(side)
@@ -126,8 +128,8 @@ class MatchedRow:
         return with_influences(known.metrics, path.parent, known.step, metric, value, self.classes)
 
     @cached_property
-    def refusal(self) -> str:
-        """Why no number of this row can be subtracted; empty if they can."""
+    def _mixed(self) -> str:
+        """How the seeds of one side differ; empty if they do not."""
         for name, seeds in (("A", self.a), ("B", self.b)):
             first, *others = seeds.values()
             mixed = {key for s in others for key, *_ in differences(first.protocol, s.protocol)}
@@ -135,11 +137,32 @@ class MatchedRow:
             mixed |= {key for key in configs if _in_key(key) or key == "train.steps"}
             if mixed:
                 return f"the seeds of {name} differ among themselves in {', '.join(sorted(mixed))}"
-        ours, theirs = (next(iter(seeds.values())).protocol for seeds in (self.a, self.b))
-        told = [
-            f"{key} is {'absent' if old is None else old} in A, {'absent' if new is None else new} in B"
-            for key, old, new in differences(ours, theirs)
-        ]
+        return ""
+
+    @cached_property
+    def _protocols(self) -> tuple[list[tuple[str, Any, Any]], list[str]]:
+        """Keys of the protocols that differ, with both values, and those that only one side tells.
+
+        A published table does not tell all of them; an evaluation does, and what it lacks its version could not do.
+        """
+        ours, theirs = (next(iter(seeds.values())) for seeds in (self.a, self.b))
+        found = [each for each in differences(ours.protocol, theirs.protocol) if each[0] != "snapshot"]
+        if ours.config and theirs.config:
+            return found, []
+        silent = [key for key, old, new in found if old is None or new is None]
+        return [each for each in found if each[0] not in silent], silent
+
+    def _other_protocols(self, metric: str) -> str:
+        """Why no number of a metric can be subtracted; empty if they can."""
+        told = []
+        for key, *values in self._protocols[0]:
+            if metric in OF_PIXELS and key in OF_FEATURES:
+                continue
+            old, new = ("absent" if value is None else str(value) for value in values)
+            told.append(f"{key} is {old} in A, {new} in B")
+            name = old.partition("@")[0]
+            if key == "detector" and new.startswith(f"{name}@"):
+                told[-1] += f" (two trainings, two kinds of features: comparable with one data/weights/{name} for both)"
         return f"measured by different protocols: {'; '.join(told)}" if told else ""
 
     def changes(self) -> dict[str, Any]:
@@ -155,6 +178,8 @@ class MatchedRow:
         config = {} if unknown else {key: (old, new) for key, old, new in differences(ours.config, theirs.config)}
         if unknown:
             texts.append(f"the config of {' and of '.join(unknown)} is not known: only a published table is left")
+        if silent := self._protocols[1]:
+            texts.append(f"one side does not tell {', '.join(silent)} of its protocol: taken to be as on the other")
         keys = [(s, self.a[s].key, self.b[s].key) for s in self.shared]
         other_keys = [s for s, x, y in keys if x and y and x != y]
         if other_keys and not texts and not any(map(_in_key, config)):

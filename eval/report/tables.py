@@ -259,8 +259,13 @@ def main(name: str, out: Annotated[Path, typer.Option(help="folder")] = Path("re
         with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name), beside):
             table = build(name)
             texts = [markdown(table), tidy(table).to_csv(index=False), curves(table).to_csv(index=False)]
-            for path, text in zip(beside, [*texts, yaml.safe_dump(means(table), sort_keys=False)], strict=True):
+            for path, text in zip(beside, texts, strict=True):
                 write_text(path, text)
+            for_dvc = {out / f"metrics/{name}/{run}.yaml": values for run, values in means(table).items()}
+            for left in set((out / f"metrics/{name}").glob("*.yaml")) - set(for_dvc):
+                left.unlink()
+            for path, values in for_dvc.items():
+                write_text(path, yaml.safe_dump(values, sort_keys=False))
             write_json(out / f"{name}.json", table)
 
 

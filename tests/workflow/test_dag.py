@@ -51,6 +51,14 @@ def test_second_run_has_nothing_to_do(finished: Workspace) -> None:
     assert finished.planned("demo") == {}
 
 
+def test_what_dvc_records_after_the_demo_is_all_made(edited: Workspace) -> None:
+    assert edited.planned("digits-data", "digits-teacher", "digits-runs") == {}
+    (edited.path / "results/tables/digits-ttur.json").write_text("{}")
+    assert "digits-ttur made here, but not named in `tables` of dvc.yaml" in edited.plan("digits-runs")[1]
+    (edited.path / "dvc.yaml").unlink()
+    assert edited.planned("digits-runs")["train"] > 10
+
+
 def test_edits_of_comments_code_and_hardware_restart_nothing(edited: Workspace) -> None:
     edited.edit("workflow/cluster/local.yaml", "  train:     {threads: 1, device: cpu}", "  train:     {threads: 1}")
     edited.edit("workflow/tables/demo.yaml", "# a comment", "# another comment")

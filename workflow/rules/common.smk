@@ -19,6 +19,7 @@ from dmd2.experiment.run_inputs import (
 )
 from dmd2.core.provenance import Artefact
 from dmd2.core.run import RunId
+from dmd2.experiment.yaml_file import read_yaml
 from eval.detectors.weights import registry
 
 CONFIGS = [*EXPERIMENT.bases.values(), *RUNS.values()]
