@@ -4,7 +4,7 @@ UV := 0.13.9
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-gpu lint lock clean reference
+.PHONY: demo test test-gpu lint docs lock clean reference
 demo: $(READY)
 	dmd2 run demo
 	@echo "open results/report/index.html; the table is results/tables/demo.md"
@@ -25,6 +25,10 @@ lint: $(READY)
 	snakefmt --check workflow
 	mypy
 
+docs: $(READY) # into site/, which loads nothing from elsewhere
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
@@ -39,7 +43,7 @@ lock:
 		--extra dev --extra docs --extra data --extra dvc pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv .snakemake .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site .venv .snakemake .pytest_cache .mypy_cache .ruff_cache
 
 reference: # publish the tables of the last `snakemake digits` in git
 	mkdir -p results/reference
