@@ -42,7 +42,12 @@ def claims() -> str:
     blocks = [prose(str(eval.report.rules.__doc__))]
     blocks += [table(("rule", "a claim that"), ((f"`{n}`", prose(str(rule.__doc__))) for n, rule in RULES.items()))]
     rows = [
-        (f"{name}{{ #{name.lower()} }}", c.claim, c.paper, "; ".join(f"`{' '.join(part)}`" for part in c.test))
+        (
+            f"{name}{{ #{name.lower()} }}",
+            c.claim,
+            c.paper,
+            "; ".join(f"`{t.a}` {t.rule} `{t.b}`: {t.metric}" for t in c.tests),
+        )
         for name, c in CLAIMS.items()
     ]
     return page("Claims and rules", *blocks, "## Claims", table(("claim", "says", "paper", "test"), rows))
