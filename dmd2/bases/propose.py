@@ -19,7 +19,7 @@ SMALL_WIDTHS = {8: (16, 32), 16: (16, 32), 32: (16, 32, 32), 64: (8, 16, 32, 32)
 GPU_WIDTHS = {8: (128, 256), 16: (128, 256), 32: (128, 256, 256), 64: (128, 128, 256, 256)}
 # Schedules of the small bases, of images and of images with captions, and the minutes they take on two cores.
 IMAGES: dict[str, Any] = {"teacher_steps": 500, "steps": 100, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
-CAPTIONS: dict[str, Any] = {"teacher_steps": 700, "steps": 120, "batch": 16, "lr": "1.0e-3", "minutes": 4}
+CAPTIONS: dict[str, Any] = {"teacher_steps": 600, "steps": 100, "batch": 16, "lr": "1.0e-3", "minutes": 4}
 MEASURED = 400  # images of an evaluation of a small base, at most
 SHOWN = 6  # classes named in a comment
 MADE = "By dmd2 new-base"  # what the comments of its files begin with
@@ -120,7 +120,7 @@ def _values(name: str, found: Found, kind: str) -> dict[str, Any]:
         "factor": sqrt(prod(of_paper) / prod(shape)),
         "images": images,
         "shards": max(1, images // 1000),
-        "tokens": next(tokens for tokens in (16, 32, 64, 77) if tokens >= 1.5 * words or tokens == 77),
+        "tokens": next(tokens for tokens in (16, 32, 64, 77) if tokens >= 1.3 * words or tokens == 77),
     }
 
 

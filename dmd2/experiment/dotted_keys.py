@@ -108,7 +108,10 @@ def validate(model: type[Model], values: Any, place: Place, changed_at: ChangedA
     if first["type"] == "missing":
         missing = [".".join(map(str, _keys(e["loc"]))) for e in errors if e["type"] == "missing"]
         told = f"keys {', '.join(missing)} are" if len(missing) > 1 else f"key {key} is"
-        raise UserError(f"{where}: {told} missing")
+        advice = (
+            "; `like: digits` takes from that base what is not written" if model is RunConfig and missing[1:] else ""
+        )
+        raise UserError(f"{where}: {told} missing{advice}")
     got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     raise UserError(f"{where}: {key and f'{key}: '}{first['msg'].removeprefix('Value error, ')}{got}")
 

@@ -110,7 +110,7 @@ def test_all_missing_keys_are_told_at_once(folder):
     values = tiny.values("edm")
     del values["data"]["classes"], values["optim"]["clip"], values["eval"]
     folder.base("tiny", values)
-    assert folder.says("keys data.classes, optim.clip, eval are missing")
+    assert folder.says("keys data.classes, optim.clip, eval are missing; `like: digits` takes")
 
 
 def test_a_base_without_a_table_is_read_and_checked(folder):
