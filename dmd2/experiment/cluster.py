@@ -31,21 +31,21 @@ def import_environment() -> dict[str, str]:
 class Resources(Strict):
     """What one kind of job asks for, by the names of Snakemake's Slurm plugin; what is not set is not asked for."""
 
-    threads: Positive = 1
+    threads: Annotated[Positive, Field(description="CPU threads of each process")] = 1
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         Field(description="of the networks; auto: cuda if the job sees a GPU"),
     ] = "auto"
-    mem_mb: Positive | None = None
-    mem_mb_per_cpu: Positive | None = None
+    mem_mb: Annotated[Positive | None, Field(description="memory of a node, in MB")] = None
+    mem_mb_per_cpu: Annotated[Positive | None, Field(description="memory for each CPU, in MB")] = None
     runtime: Annotated[int, Field(ge=1, description="minutes")] | None = None
     gpu: Annotated[int | str, Field(description="--gpus of one node")] | None = None
-    gres: str | None = None
-    cpus_per_gpu: int | None = None
-    slurm_partition: str | None = None
-    slurm_account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    gres: Annotated[str | None, Field(description="generic resources, for example gpu:h100:1")] = None
+    cpus_per_gpu: Annotated[int | None, Field(description="CPU cores for each GPU")] = None
+    slurm_partition: Annotated[str | None, Field(description="--partition")] = None
+    slurm_account: Annotated[str | None, Field(description="--account")] = None
+    qos: Annotated[str | None, Field(description="--qos")] = None
+    constraint: Annotated[str | None, Field(description="--constraint")] = None
     slurm_extra: Annotated[str, Field(description="further options of sbatch, handed over as they are")] | None = None
 
     @field_validator("gpu")
@@ -94,7 +94,7 @@ class Execution(Strict):
 class Training(Execution):
     """How trainings run in their jobs."""
 
-    nodes: Positive = 1
+    nodes: Annotated[Positive, Field(description="of one training")] = 1
     processes: Annotated[int, Field(ge=0, description="per node; 0: one for each GPU of `gpu`, or one")] = 0
     signal_seconds: Annotated[int, Field(ge=1, description="warning before the time limit, to save and requeue")] = 120
     poll_seconds: Annotated[float, Field(gt=0, description="between two looks of all waiting launchers")] = 15
@@ -125,25 +125,25 @@ class Hardware:
 class Jobs(Strict):
     """Resources by kind of job, which are rules of the Snakefile."""
 
-    real_data: Resources
+    real_data: Annotated[Resources, Field(description="decodes images")]
     encode: Annotated[Resources, Field(description="prompts and latents of text runs")] = Resources()
-    detector: Resources
-    reference: Resources
-    teacher: Resources
-    pairs: Resources
-    train: Resources
-    evaluate: Resources
+    detector: Annotated[Resources, Field(description="trains or checks the network of the features")]
+    reference: Annotated[Resources, Field(description="features of the real set")]
+    teacher: Annotated[Resources, Field(description="trains or converts the teacher")]
+    pairs: Annotated[Resources, Field(description="teacher pairs")]
+    train: Annotated[Resources, Field(description="trainings")]
+    evaluate: Annotated[Resources, Field(description="sampling and features of runs")]
 
 
 class Cluster(Strict):
     """A machine (`launcher: local`) or a Slurm cluster (`launcher: slurm`, trainings through submitit)."""
 
-    launcher: Literal["local", "slurm"]
+    launcher: Annotated[Literal["local", "slurm"], Field(description="how trainings are started")]
     all: Annotated[Resources, Field(description="for every kind of job that does not say otherwise")] = Resources()
     setup: Annotated[list[str], Field(description="shell commands at the start of each job")] = []
     container: Annotated[str, Field(description="command in front of python in each job")] = ""
-    jobs: Jobs
-    training: Training = Training()
+    jobs: Annotated[Jobs, Field(description="by kind of job")]
+    training: Annotated[Training, Field(description="how trainings run")] = Training()
 
     @model_validator(mode="before")
     @classmethod

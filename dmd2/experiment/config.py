@@ -18,8 +18,8 @@ from dmd2.experiment.teacher_config import Teacher
 class Lora(Section):
     """Low-rank student: W + (alpha / rank) up down for every convolution and projection (`dmd2.networks.lora`)."""
 
-    rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    rank: Annotated[Positive, Field(description="of the factors")]
+    alpha: Annotated[float, Field(gt=0, description="their scale: alpha / rank")]
 
 
 class Generator(Section):
@@ -31,9 +31,12 @@ class Generator(Section):
     lora: train low-rank factors on the teacher's weights instead of the weights; the critic is trained whole.
     """
 
-    input: Literal["noise", "noised_real", "backward_simulation"]
-    steps: Annotated[int, Field(ge=1, le=1000)]
-    time: Annotated[float, Field(gt=0)]
+    input: Annotated[
+        Literal["noise", "noised_real", "backward_simulation"],
+        Field(description="noise, noised real images, or what the student makes of noise in its first steps"),
+    ]
+    steps: Annotated[int, Field(ge=1, le=1000, description="of the student")]
+    time: Annotated[float, Field(gt=0, description="noise level of the first step, see above")]
     conditions: Literal["drawn", "real"] = "drawn"
     lora: Lora | None = None
 
@@ -52,7 +55,7 @@ class DistributionMatching(Section):
     alpha_factor: whether the gradient is multiplied by alpha_t.
     """
 
-    weight: Weight
+    weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
     index_range: IndexRange
     normaliser_eps: Weight = 0.0
     alpha_factor: bool = False
@@ -65,10 +68,10 @@ class Critic(Section):
     index_range: noise levels of the denoising loss, both ends included.
     """
 
-    ratio: Positive
-    denoise_weight: Weight
-    weighting: Literal["edm", "eps", "x0", "v"]
-    lr_multiplier: Annotated[float, Field(gt=0)]
+    ratio: Annotated[Positive, Field(description="critic updates for each student update (TTUR)")]
+    denoise_weight: Annotated[Weight, Field(description="weight of its denoising loss")]
+    weighting: Annotated[Literal["edm", "eps", "x0", "v"], Field(description="of that loss over noise levels")]
+    lr_multiplier: Annotated[float, Field(gt=0, description="its learning rate over that of the student")]
     shares_iteration: bool = True
     index_range: IndexRange = (0, 999)
 
@@ -99,12 +102,12 @@ class Gan(Section):
     tap: that block, counted from 0; null: the middle one.
     """
 
-    lambda_g: Weight
-    lambda_d: Weight
-    features_from: Literal["critic", "teacher"]
+    lambda_g: Annotated[Weight, Field(description="weight of the student's GAN loss; 0 is off")]
+    lambda_d: Annotated[Weight, Field(description="weight of the discriminator's loss; 0 is off")]
+    features_from: Annotated[Literal["critic", "teacher"], Field(description="whose bottleneck the head sees")]
     noise_range: IndexRange | None
-    r1_weight: Weight = 0.0
-    r1_alpha: Weight = 0.1
+    r1_weight: Annotated[Weight, Field(description="weight of the approximate R1 penalty")] = 0.0
+    r1_alpha: Annotated[Weight, Field(description="noise that it adds to real images")] = 0.1
     shares_noise: bool = False
     tap: Annotated[int, Field(ge=0)] | None = None
 
@@ -117,10 +120,10 @@ class Gan(Section):
 class Pairs(Section):
     """Pairs of noise and the teacher's image, sampled in `precision` (see `Eval`)."""
 
-    count: Positive
-    sampler: Sampler
-    shards: Positive
-    precision: Precision = "fp32"
+    count: Annotated[Positive, Field(description="number of pairs")]
+    sampler: Annotated[Sampler, Field(description="of the teacher, deterministic")]
+    shards: Annotated[Positive, Field(description="jobs that share the sampling")]
+    precision: Annotated[Precision, Field(description="arithmetic of the sampling")] = "fp32"
 
     @model_validator(mode="after")
     def _filled(self) -> Self:
@@ -138,8 +141,8 @@ class Regression(Section):
     decoder: turns latents into the images that lpips compares: the pipeline's autoencoder, or its tiny one (taesd).
     """
 
-    weight: Weight
-    distance: Literal["lpips", "l2"]
+    weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
+    distance: Annotated[Literal["lpips", "l2"], Field(description="of the student's image to the teacher's")]
     pairs: Pairs | None = None
     decoder: Literal["vae", "vae_tiny"] = "vae"
 
@@ -156,15 +159,15 @@ class Optim(Section):
     states: how AdamW keeps its moments; 8bit quantises them in blocks.
     """
 
-    lr: Annotated[float, Field(gt=0)]
-    batch: Positive
-    warmup: Annotated[int, Field(ge=0)]
+    lr: Annotated[float, Field(gt=0, description="learning rate of the student")]
+    batch: Annotated[Positive, Field(description="images of one update over all processes")]
+    warmup: Annotated[int, Field(ge=0, description="ticks until the full learning rate")]
     ticks_per_iteration: Positive
     clip: Annotated[float, Field(gt=0)]
-    weight_decay: Weight
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
+    weight_decay: Annotated[Weight, Field(description="of AdamW")]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False, description="of AdamW")]
     ema: Annotated[float, Field(gt=0, lt=1)] | None
-    clip_critic: bool = True
+    clip_critic: Annotated[bool, Field(description="whether critic and head are clipped, too")] = True
     states: Literal["fp32", "8bit"] = "fp32"
 
 
@@ -185,9 +188,9 @@ class Train(Section):
     steps: Positive
     precision: Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
     init_from: str | None
-    snapshot_every: Positive
-    checkpoint_every: Positive
-    log_every: Positive
+    snapshot_every: Annotated[Positive, Field(description="iterations between evaluated snapshots")]
+    checkpoint_every: Annotated[Positive, Field(description="iterations between checkpoints, to go on from")]
+    log_every: Annotated[Positive, Field(description="iterations between lines of the log")]
     released: str | None = None
 
     @model_validator(mode="after")

@@ -16,8 +16,11 @@ class Source(Section):
     resize: makes images of any size square as EDM's dataset tool does: central square, then Lanczos.
     """
 
-    kind: Literal["sklearn-digits", "idx", "lmdb", "image-folder", "cifar10", "hub", "webdataset", "emoji", "latents"]
-    path: str | None = None
+    kind: Annotated[
+        Literal["sklearn-digits", "idx", "lmdb", "image-folder", "cifar10", "hub", "webdataset", "emoji", "latents"],
+        Field(description="what reads it"),
+    ]
+    path: Annotated[str | None, Field(description="file, folder or name of the hub set")] = None
     split: str | None = None
     image: str | None = None
     label: str | None = None
@@ -40,18 +43,18 @@ class Source(Section):
 class AutoencoderTraining(Section):
     """How a small autoencoder is trained on the images of the set: L1 plus `kl` times the KL divergence, per pixel."""
 
-    steps: Positive
-    batch: Positive
-    lr: Annotated[float, Field(gt=0)]
-    kl: Weight
-    seed: int = 0
+    steps: Annotated[Positive, Field(description="iterations")]
+    batch: Annotated[Positive, Field(description="images of one update")]
+    lr: Annotated[float, Field(gt=0, description="learning rate")]
+    kl: Annotated[Weight, Field(description="weight of the KL divergence")]
+    seed: Annotated[int, Field(description="of the training")] = 0
 
 
 class Autoencoder(Section):
     """An AutoencoderKL that is trained here: its diffusers config and its training."""
 
-    network: dict[str, Any]
-    train: AutoencoderTraining
+    network: Annotated[dict[str, Any], Field(description="config of diffusers' AutoencoderKL")]
+    train: Annotated[AutoencoderTraining, Field(description="how it is trained")]
 
 
 class Pipeline(Section):
@@ -61,7 +64,7 @@ class Pipeline(Section):
     autoencoder: trained for it.
     """
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", description="folder in data/pipelines")]
     encoder: Literal["all-minilm-l6-v2"] | None = None
     tokens: Positive = 77
     autoencoder: Autoencoder | None = None
@@ -83,7 +86,7 @@ class Text(Section):
     keep_images: keep the images beside their latents, to evaluate against them.
     """
 
-    pipeline: Pipeline
+    pipeline: Annotated[Pipeline, Field(description="what encodes prompts and images")]
     latents: bool
     prompts: str | None = None
     jobs: Positive = 1
@@ -97,12 +100,12 @@ class Data(Section):
     0 and no text there is none, and labels of the source are not read.
     """
 
-    name: FolderName
-    source: Source
-    resolution: Positive
-    channels: Positive
-    classes: Annotated[int, Field(ge=0)]
-    text: Text | None = None
+    name: Annotated[FolderName, Field(description="of the set, in data/real; shared by all bases that name it")]
+    source: Annotated[Source, Field(description="where the images come from")]
+    resolution: Annotated[Positive, Field(description="height and width of what is diffused")]
+    channels: Annotated[Positive, Field(description="of what is diffused")]
+    classes: Annotated[int, Field(ge=0, description="number of classes; 0: none")]
+    text: Annotated[Text | None, Field(description="prompts instead of classes")] = None
 
     @model_validator(mode="after")
     def _one_condition(self) -> Self:

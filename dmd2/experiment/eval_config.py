@@ -31,9 +31,9 @@ class Sampler(Section):
         DMD2's authors were made with ``trailing`` ones (999, 979, ..., 19).
     """
 
-    solver: Literal["heun", "ddim", "ddpm", "pndm", "euler"]
-    steps: Positive
-    guidance: Annotated[float, Field(ge=1)] = 1.0
+    solver: Annotated[Literal["heun", "ddim", "ddpm", "pndm", "euler"], Field(description="the method")]
+    steps: Annotated[Positive, Field(description="of the solver")]
+    guidance: Annotated[float, Field(ge=1, description="classifier-free guidance; 1 is none")] = 1.0
     churn: Weight = 0.0
     s_min: Weight = 0.0
     s_max: Annotated[float, Field(gt=0)] = 1e9
@@ -81,8 +81,8 @@ def _complete_or_protocol(schema: dict[str, Any]) -> None:
 class Patch(Section):
     """Geometry and reference of the second Frechet distance, of patches of the images (patch_fid, patch_fd)."""
 
-    geometry: Annotated[str, Field(pattern=GEOMETRIES)]
-    reference: str
+    geometry: Annotated[str, Field(pattern=GEOMETRIES, description="crop or resizing before the detector")]
+    reference: Annotated[str, Field(description="images to compare with")]
 
 
 class Eval(Section):
@@ -101,22 +101,28 @@ class Eval(Section):
     model_config = ConfigDict(json_schema_extra=_complete_or_protocol)
 
     protocol: str | None = None
-    metrics: Annotated[list[str], Field(min_length=1), Distinct]
-    detector: str
-    geometry: Annotated[str, Field(pattern=GEOMETRIES)] = "none"
-    reference: str
-    images: Annotated[int, Field(ge=2)]
-    draws: Positive
+    metrics: Annotated[
+        Annotated[list[str], Field(min_length=1), Distinct], Field(description="names of the metrics to compute")
+    ]
+    detector: Annotated[str, Field(description="network of the features")]
+    geometry: Annotated[
+        str, Field(pattern=GEOMETRIES, description="crop or resizing of the images before the detector")
+    ] = "none"
+    reference: Annotated[str, Field(description="set of real images, or moments in data/refs, to compare with")]
+    images: Annotated[int, Field(ge=2, description="generated images of one draw")]
+    draws: Annotated[Positive, Field(description="independent draws whose numbers are averaged")]
     precision: Precision = "fp32"
-    batch: Positive
+    batch: Annotated[Positive, Field(description="images of one call of the networks")]
     shards: Positive = 1
-    teacher_samplers: dict[SamplerName, Sampler]
+    teacher_samplers: Annotated[
+        dict[SamplerName, Sampler], Field(description="samplers of the teacher to measure beside the students, by name")
+    ]
     labels: Annotated[str, Field(pattern=f"^(none|random|cyclic{RANKS}?)$")]
-    rounding: Literal["round", "trunc"]
+    rounding: Annotated[Literal["round", "trunc"], Field(description="how pixels become 8-bit")]
     covariance_init: Annotated[str, Field(pattern=f"^(zeros|ones{RANKS})$")] = "zeros"
     prompts: str | None = None
     clip: str | None = None
-    patch: Patch | None = None
+    patch: Annotated[Patch | None, Field(description="second distance, of patches")] = None
 
     @property
     def statistics(self) -> str:

@@ -18,17 +18,17 @@ class Row(Section):
     preset: file in workflow/presets with a change that is applied before the row's own.
     """
 
-    run: Annotated[str, Field(pattern=NAME)]
+    run: Annotated[str, Field(pattern=NAME, description="name of the run")]
     preset: str | None = None
-    change: dict[str, Any] = {}
-    paper: dict[str, float | None] = {}
+    change: Annotated[dict[str, Any], Field(description="dotted keys of the base, with their values")] = {}
+    paper: Annotated[dict[str, float | None], Field(description="the paper's numbers of it")] = {}
 
 
 class Extension(Section):
     """All rows of another table, and more of the table's own."""
 
-    origin: Annotated[str, Field(alias="from")]
-    add: Annotated[list[Row], Field(min_length=1)]
+    origin: Annotated[str, Field(alias="from", description="table whose rows are taken")]
+    add: Annotated[list[Row], Field(min_length=1, description="further rows")]
 
 
 def _kind(value: Any) -> str:
@@ -54,16 +54,17 @@ RuleName = Literal["below", "above", "faster", "equivalent", "no_gain"]  # funct
 
 
 class ClaimTest(Section):
-    """Two rows, a metric of both, and the rule that judges its values over seeds.
+    """Two rows, a metric of both, and the rule that judges its values over seeds."""
 
-    metric: one of the table, `brightness_std`, or `distance`, its first Frechet distance, and `patch`, that of patches.
-    a, b: rows, `teacher-SAMPLER`, `teacher` (the sampler that was distilled) or `published best` (of other methods).
-    """
-
-    metric: str
-    a: str
-    b: str
-    rule: RuleName
+    metric: Annotated[
+        str,
+        Field(
+            description="one of the table, brightness_std, distance (its first Frechet distance) or patch (of patches)"
+        ),
+    ]
+    a: Annotated[str, Field(description="row, teacher-SAMPLER, or teacher: the sampler that was distilled")]
+    b: Annotated[str, Field(description="the same, or `published best`: of other methods")]
+    rule: Annotated[RuleName, Field(description="see the rules of claims")]
 
 
 class Claim(ClaimTest):
@@ -73,8 +74,8 @@ class Claim(ClaimTest):
     also: further tests; the claim is supported if all are, and refuted if one is.
     """
 
-    id: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    claim: str
+    id: Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="short name")]
+    claim: Annotated[str, Field(description="what it says")]
     paper: str = ""
     also: list[ClaimTest] = []
 
@@ -94,8 +95,8 @@ Seed = Annotated[int, Field(ge=0)]
 class Preset(Section):
     """A change with a name, for rows of any table."""
 
-    title: str
-    change: dict[str, Any]
+    title: Annotated[str, Field(description="one line")]
+    change: Annotated[dict[str, Any], Field(description="dotted keys, with their values")]
 
 
 class Table(Section):
@@ -108,20 +109,36 @@ class Table(Section):
     claims: names of the paper's claims, and claims of one's own.
     """
 
-    title: str
-    base: str
+    title: Annotated[str, Field(description="one line")]
+    base: Annotated[str, Field(description="file in workflow/base")]
     rows: Rows
-    metrics: Annotated[list[str], Field(min_length=1), Distinct] = ["fd"]
-    seeds: Annotated[list[Seed], Field(min_length=1), Distinct] = [0]
-    select: Annotated[str, Field(pattern="^(last|best)$")] = "last"
-    columns: dict[str, str] = {}
+    metrics: Annotated[
+        Annotated[list[str], Field(min_length=1), Distinct],
+        Field(description="what the table shows of what the base measures, the first one with intervals"),
+    ] = ["fd"]
+    seeds: Annotated[
+        Annotated[list[Seed], Field(min_length=1), Distinct], Field(description="training seeds of each row")
+    ] = [0]
+    select: Annotated[
+        str,
+        Field(
+            pattern="^(last|best)$",
+            description="the snapshot that counts: the last one, or the best by the first metric",
+        ),
+    ] = "last"
+    columns: Annotated[
+        dict[str, str], Field(description="columns of ticks: title, and a condition on the row's configuration")
+    ] = {}
     change: dict[str, Any] = {}
     row_change: dict[str, dict[str, Any]] = {}
-    teachers: dict[str, dict[str, float | None]] = {}
-    published: dict[str, dict[str, float]] = {}
+    teachers: Annotated[
+        dict[str, dict[str, float | None]],
+        Field(description="samplers of the base's `teacher_samplers` to list, with the paper's numbers"),
+    ] = {}
+    published: Annotated[dict[str, dict[str, float]], Field(description="numbers of other methods, for claims")] = {}
     claims: list[TableClaim] = []
-    reference_row: str | None = None
-    notes: str = ""
+    reference_row: Annotated[str | None, Field(description="row that differences are taken from")] = None
+    notes: Annotated[str, Field(description="text below the table")] = ""
 
 
 def rows_of(name: str, tables: Mapping[str, Table], places: Mapping[str, Place]) -> list[tuple[Row, Place]]:

@@ -10,19 +10,21 @@ from dmd2.experiment.section import FolderName, Positive, Precision, Section
 class TeacherTraining(Section):
     """How a small teacher is trained from scratch: EDM's loss, uniform t for eps, or the velocity's loss for flow.
 
-    p_mean, p_std: of ln sigma for edm; for flow of ln(u / (1 - u)), where sigma is u shifted. precision: see `Eval`.
+    p_mean, p_std: of ln sigma for edm; for flow of ln(u / (1 - u)), where sigma is u shifted.
     """
 
-    steps: Positive
-    batch: Positive
-    lr: Annotated[float, Field(gt=0)]
-    warmup: Annotated[int, Field(ge=0)]
-    ema: Annotated[float, Field(ge=0, lt=1)]
-    p_mean: float = -1.2
-    p_std: Annotated[float, Field(gt=0)] = 1.2
-    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
-    precision: Precision = "fp32"
+    steps: Annotated[Positive, Field(description="iterations")]
+    batch: Annotated[Positive, Field(description="images of one update")]
+    lr: Annotated[float, Field(gt=0, description="learning rate")]
+    warmup: Annotated[int, Field(ge=0, description="iterations until the full learning rate")]
+    ema: Annotated[float, Field(ge=0, lt=1, description="decay of the average of the weights, which is the teacher")]
+    p_mean: Annotated[float, Field(description="mean of log sigma")] = -1.2
+    p_std: Annotated[float, Field(gt=0, description="SD of log sigma")] = 1.2
+    label_dropout: Annotated[
+        float, Field(ge=0, lt=1, description="share of images trained without their condition, for guidance")
+    ] = 0.0
+    seed: Annotated[int, Field(description="of the training")] = 0
+    precision: Annotated[Precision, Field(description="arithmetic of the training")] = "fp32"
 
 
 class Teacher(Section):
@@ -32,12 +34,17 @@ class Teacher(Section):
     shift: of the levels of a flow teacher: 3 of SD3, Sana and Z-Image, 6 of Lumina2, 3.158 of FLUX at 1024 pixels.
     """
 
-    name: FolderName
-    parameterisation: Literal["edm", "eps", "flow"]
-    guidance: Annotated[float, Field(ge=1)]
+    name: Annotated[FolderName, Field(description="of its folder in data/teachers; shared by all bases that name it")]
+    parameterisation: Annotated[
+        Literal["edm", "eps", "flow"],
+        Field(description="what the network predicts: EDM's preconditioned image, noise, or flow"),
+    ]
+    guidance: Annotated[
+        float, Field(ge=1, description="classifier-free guidance u + s (c - u) of distillation; 1 is none")
+    ]
     network: dict[str, Any] | None = None
-    train: TeacherTraining | None = None
-    source: str | None = None
+    train: Annotated[TeacherTraining | None, Field(description="how it is trained here")] = None
+    source: Annotated[str | None, Field(description="file that it is converted from")] = None
     shift: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")

@@ -42,8 +42,13 @@ def sections(model: type) -> list[Section]:
     links: dict[str, str] = {}
     for name, (first, *_) in places.items():  # a key may be one of two sections
         links[name] = f"{first}-{name.lower()}" if first in links.values() else first
-    rest = [_section(defined[name], links[name], found, links) for name, found in places.items()]
-    return [_section(schema, "", [""], links), *rest]
+    about = {name: _first_sentence(defined[name].get("description", "")) for name in places}
+    rest = [_section(defined[name], links[name], found, links, about) for name, found in places.items()]
+    return [_section(schema, "", [""], links, about), *rest]
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.\s", " ".join(text.partition("\n\n")[0].split()) + " ")[0]
 
 
 def _find(schema: Schema, place: str, defined: Schema, places: dict[str, list[str]]) -> None:
@@ -69,20 +74,18 @@ def _refers(value: Any, suffix: str = "") -> Iterator[tuple[str, str]]:
         yield from _refers(value["additionalProperties"], "NAME")
 
 
-def _section(schema: Schema, anchor: str, places: list[str], links: dict[str, str]) -> Section:
+def _section(schema: Schema, anchor: str, places: list[str], links: dict[str, str], about: dict[str, str]) -> Section:
     keys = schema.get("properties", {})
     text, meanings = split(schema.get("description", ""), set(keys))
     found = []
     for key, value in keys.items():
-        told = value.get("description") or meanings.get(key) or _told(value)
+        options = [value, *value.get("anyOf", [])]  # a description may be that of an option beside null
+        told = [option["description"] for option in options if "description" in option]
+        told += [meanings[key]] if key in meanings else []
+        meaning = "; ".join(told or [about[name] for name, _ in _refers(value)][:1])
         name = f"{places[0]}.{key}".lstrip(".")
-        found.append(Key(name, words(value, links), _default(key, schema), prose(told)))
+        found.append(Key(name, words(value, links), _default(key, schema), prose(meaning)))
     return Section(anchor, places, prose(text), found)
-
-
-def _told(value: Schema) -> str:
-    """The description of an option, where ``| None`` was written behind it."""
-    return next((option["description"] for option in value.get("anyOf", []) if "description" in option), "")
 
 
 def _default(key: str, schema: Schema) -> str:
@@ -120,8 +123,8 @@ def prose(text: str) -> str:
 def words(schema: Schema, links: dict[str, str]) -> str:
     """The values that a JSON Schema allows, in words; sections are links to their anchors."""
     if "$ref" in schema:
-        place = links[schema["$ref"].rpartition("/")[2]]
-        return f"[section](#{place})"
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{re.sub('(?<!^)(?=[A-Z])', ' ', name).lower()}](#{links[name]})"
     if options := schema.get("anyOf", schema.get("oneOf")):
         return " or ".join(words(option, links) for option in options)
     if "const" in schema or "enum" in schema:
