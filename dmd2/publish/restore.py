@@ -25,6 +25,10 @@ from dmd2.core.files import read_json
 from dmd2.core.provenance import altered
 
 LOCK, CACHE = Path("dvc.lock"), Path(".dvc/cache")
+NOTHING = (
+    "dvc.lock is missing, so there is nothing to restore: git has it in commits whose results were versioned; "
+    "elsewhere make them (dmd2 run), then dvc repro writes it"
+)
 # Where artefacts keep the list of their files with checksums.
 MANIFESTS = ("data/*/*/manifest.json", "data/pairs/*/*/manifest.json", "data/pairs/*/*/shard-?????.json",
              "results/runs/*/*/seed*/train.json", "results/runs/*/*/seed*/metrics.json",
@@ -56,7 +60,7 @@ def versioned_files(targets: list[str], cache: Path) -> dict[Path, Listed]:
         UserError: there is no dvc.lock, it names no such target, or the listing of a folder was not pulled.
     """
     if not LOCK.exists():
-        raise UserError("dvc.lock is missing: nothing was versioned here yet (dvc repro does it)")
+        raise UserError(NOTHING)
     stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
     found: dict[Path, Listed] = {}
     for target in targets or ["."]:
@@ -185,6 +189,8 @@ def main(
 ) -> None:
     """Pull TARGETS from the DVC remote and compare every file with its checksums; exit 1 names what is damaged."""
     with readable_errors():
+        if not LOCK.exists():
+            raise UserError(NOTHING)  # what `dvc pull` says instead advises to force it
         if not check and find_spec("dvc") is None:
             raise UserError("DVC is not installed: pip install dvc, or dvc-s3 or dvc-ssh for such a remote")
         pull = [sys.executable, "-m", "dvc", "pull", *(["--remote", remote] if remote else []), *(targets or [])]

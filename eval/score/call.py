@@ -152,7 +152,8 @@ class Call:
         scored = {name: network.scored(sources[METRICS[name].sees]) for name, network in self.prompted.items()}
         values = {name: found for name, (found, _) in scored.items()}
         repeats = features.duplicates if features else next(iter(scored.values()))[1]
-        return Arm(path, identity(next(iter(sources.values()))), repeats, features, values)
+        source = next(iter(sources.values()))
+        return Arm(path, identity(source) | {"channels": source.batch(range(1)).shape[1]}, repeats, features, values)
 
     def results(self, arm: Arm, reference: Reference | None) -> dict[str, Estimate]:
         """All metrics of a set by the names of their rows; image i is of class ``i mod classes``.
@@ -228,7 +229,8 @@ def differences(arms: list[Arm], results: list[dict[str, Estimate]]) -> dict[str
     counts = [len(arm.features) for arm in arms if arm.features]
     if len(set(counts)) > 1:
         raise UserError(
-            f"the two sets differ in number of images, {counts[0]} and {counts[1]}: they are not comparable"
+            f"the two sets differ in number of images, {counts[0]} and {counts[1]}: they are not comparable; if their "
+            f"first images share seeds, give --first {min(counts)}"
         )
     ours, theirs = results
     return finite({name: theirs[name].minus(estimate) for name, estimate in ours.items()})

@@ -13,6 +13,7 @@ from dmd2.experiment.metrics import of_option
 from dmd2.experiment.protocols import NamedProtocol, named
 from dmd2.experiment.run_inputs import FEATURES, WEIGHTS
 
+FID = "; FID is what fd is called with --detector inception-2015-12-05, with any other detector it is an FD"
 OF_A_PROTOCOL = ("images", "classes", "detector", "geometry", "metrics")
 
 
@@ -64,7 +65,8 @@ class Options:
         asked = Options(**{"metrics": ("fd",), **_settings(found), **given}, protocol=found, given=given)
         unknown = [name for name in asked.metrics if name not in known]
         if unknown or not asked.metrics:
-            raise UserError(f"there is no metric {', '.join(unknown) or 'given'}: choose from {', '.join(known)}")
+            told = f"there is no metric {', '.join(unknown) or 'given'}: choose from {', '.join(known)}"
+            raise UserError(told + (FID if "fid" in unknown else ""))
         return asked
 
     def which(self, sees: str | None = None, needs: str | None = None) -> tuple[str, ...]:

@@ -165,6 +165,19 @@ def test_repeated_images_that_are_meant_are_a_warning() -> None:
     assert "60 generated images repeat" in result.stderr
 
 
+def test_what_often_goes_wrong_is_said() -> None:
+    fid = refusal("score a.safetensors r.safetensors --detector quadrants --metrics fid")
+    assert "there is no metric fid" in fid and "fd is called with --detector inception-2015-12-05" in fid
+    itself = call("score a.safetensors a.safetensors --detector quadrants --metrics fd,kid")
+    assert "are those of the reference" in itself.stderr and "KID is not multiplied" in itself.stdout
+    other = call("score a.safetensors r.safetensors --detector quadrants --metrics prdc")
+    assert "prdc of 120 generated and 220 reference images" in other.stderr and "those of the" not in other.stderr
+    save_file({"images": draw(list(range(60)))[:, :1].contiguous()}, "grey.safetensors")
+    assert "are grey" in call("score grey.safetensors r.safetensors --detector quadrants").stderr
+    assert "grey" not in other.stderr
+    assert "give --first 110" in refusal("paired a.safetensors short.safetensors r.safetensors --detector quadrants")
+
+
 def test_first_images_only() -> None:
     assert rows(f"{SCORE} --first 50 --images 50")[0]["n"] == document()["n"] == 50
 

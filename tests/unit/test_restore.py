@@ -10,7 +10,7 @@ import yaml
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, write_json, write_text
 from dmd2.core.provenance import recorded
-from dmd2.publish.restore import CACHE, verify, versioned_files
+from dmd2.publish.restore import CACHE, main, verify, versioned_files
 
 RUNS = Path("results/runs/digits")
 RUN = RUNS / "dmd2/seed0"
@@ -139,5 +139,7 @@ def test_unknown_target_and_no_versions_are_said() -> None:
     with pytest.raises(UserError, match="rums is no stage and no versioned file"):
         verify(["rums"])
     Path("dvc.lock").unlink()
-    with pytest.raises(UserError, match="nothing was versioned here yet"):
+    with pytest.raises(UserError, match="dvc.lock is missing, so there is nothing to restore"):
         verify()
+    with pytest.raises(SystemExit, match="error: dvc.lock is missing"):  # and no `dvc pull`, with its 120 lines
+        main()
