@@ -21,7 +21,7 @@ COMMANDS: dict[str, list[tuple[str, str, str, Place]]] = {
     ],
     "Runs": [
         ("status", "dmd2.launch.command:status", "State, step, rate and time left of runs", "workspace"),
-        ("logs", "dmd2.launch.command:logs", "Messages of a run's newest Slurm job", "workspace"),
+        ("logs", "dmd2.launch.command:logs", "Messages of a run's training, here or on Slurm", "workspace"),
         ("cancel", "dmd2.launch.command:cancel", "Stop the Slurm jobs of runs; nothing saved is lost", "workspace"),
         ("print", "dmd2.launch.command:print_script", "The batch script that Slurm would get", "workspace"),
         ("prune", "dmd2.publish.prune:main", "Delete checkpoints that nothing needs any more", "workspace"),

@@ -29,6 +29,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 Config = Annotated[str | None, typer.Option(help="JSON of the run; default: what the tables say")]
 ChangedCode = Literal["warn", "retrain"]
+LOGS = Path("logs/train")  # of the rule (workflow/rules/train.smk)
 ClusterName = Annotated[str, typer.Option(help="file in workflow/cluster, without .yaml")]
 
 
@@ -127,27 +128,29 @@ def cancel(names: Annotated[list[str], Names]) -> None:
     with readable_errors():
         idle, entries = [], [entry for entry in squeue().values() if not entry.ended]
         for name in names:
-            jobs = {run: [e.job for e in entries if e.name == job_name(run)] for run in runs_named([name])}
+            named = [RunId.parse(name)] if name.count("/") == 2 else runs_named([name])  # also one that is in no table
+            jobs = {run: [e.job for e in entries if e.name == job_name(run)] for run in named}
             for run, found in jobs.items():
                 if found:
                     slurm("scancel", *found)
                     say(run, f"cancelled Slurm job {', '.join(found)}")
             if not any(jobs.values()):
                 idle.append(name)
-        if idle:
+        if idle and runs_named(idle):
             be = "is" if len(idle) == 1 else "are"
             raise UserError(f"{', '.join(idle)} {be} not running and not waiting in the Slurm queue")
 
 
 @app.command()
 def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing")] = False) -> None:
-    """Print the messages of the run's newest Slurm job."""
+    """Print the messages of the run's newest Slurm job, or of its training on this machine."""
     with readable_errors():
         run_id = run_named(run)
         jobs = submissions(run_id)["jobs"]
-        path = log_path(run_id, jobs[-1]) if jobs else None
-        if path is None or not path.exists():
-            raise UserError(f"{run_id} has no log of a Slurm job" + (f" yet ({path})" if path else ""))
+        paths = [*(log_path(run_id, job) for job in jobs[-1:]), LOGS / f"{run_id}.log"]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
+            raise UserError(f"{run_id} has no log yet ({' or '.join(map(str, paths))})")
         print(f"==> {path}", flush=True)
         os.execv(shutil.which("tail") or "/usr/bin/tail", ["tail", *(["-f"] if follow else []), "-n", "50", str(path)])
 

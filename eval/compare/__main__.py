@@ -14,11 +14,17 @@ import typer
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import write_json, write_text
+from dmd2.core.options import workspace
+
+
+def side(text: str) -> str:
+    """What a user named: a folder from where the user stands, whose workspace may lie above."""
+    return str(Path(text).absolute()) if Path(text).exists() and workspace() not in (None, Path.cwd()) else text
 
 
 def main(
-    a: Annotated[str, typer.Argument(help="git revision, DVC experiment or folder", show_default=False)],
-    b: Annotated[str, typer.Argument(help="the same; by default the current workspace")] = "workspace",
+    a: Annotated[str, typer.Argument(help="git revision, DVC experiment or folder", parser=side, show_default=False)],
+    b: Annotated[str, typer.Argument(help="the same; by default the current workspace", parser=side)] = "workspace",
     html_file: Annotated[Path | None, typer.Option("--html", help="write one page with the images here")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
     fail_if_worse: Annotated[

@@ -176,7 +176,7 @@ def _download(file: WeightFile, path: Path) -> None:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="network of weights.yaml")],
+    name: Annotated[str, typer.Argument(help="network of weights.yaml", autocompletion=lambda: [*registry()])],
     folder: Annotated[
         Path | None, typer.Option(help="to put NAME/ into; by default data/weights, outside a workspace ~/.cache/dmd2")
     ] = None,

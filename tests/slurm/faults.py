@@ -118,7 +118,7 @@ def killed_node(workspace: SlurmWorkspace) -> Outcome:
 def cancelled(workspace: SlurmWorkspace) -> Outcome:
     """`cancel` by hand: the launcher says so, the next one continues in a new job."""
     fault = Fault(workspace, "cancelled")
-    cancel = workspace.start(sys.executable, "-m", "dmd2.launch", "cancel", fault.run)
+    cancel = workspace.start(sys.executable, "-m", "dmd2", "cancel", fault.run)
     assert ended(cancel)[0] == 0
     code, output = ended(fault.launcher)
     assert code == 1 and "CANCELLED" in output and "Traceback" not in output, output

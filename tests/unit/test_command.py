@@ -16,7 +16,9 @@ from dmd2.core.errors import UserError
 from dmd2.core.files import write_json
 from dmd2.core.options import WORKSPACE, workspace
 from dmd2.core.run import RunId
+from dmd2.core.slurm_queue import job_name
 from dmd2.launch.names import complete, run_named, runs_named
+from tests.fake_slurm import FakeSlurm
 from tests.fork_server import REPO, quick_bin
 
 CONSOLE = Path(sys.executable).with_name("dmd2")
@@ -197,3 +199,36 @@ def test_the_installed_command_is_this_code_whatever_lies_in_the_folder(tmp_path
         (tmp_path / name).write_text("raise SystemExit('mine')")
     assert alone(tmp_path, str(CONSOLE), "--version", PYTHONPATH="").stdout.startswith("dmd2 0.")
     assert "in64-edm" in alone(tmp_path, str(CONSOLE), "eval", "protocols", PYTHONPATH="").stdout
+
+
+def test_a_side_of_a_comparison_may_be_a_folder_where_the_user_stands(place: Path, capsys) -> None:
+    (place / "notes/mine/old/results").mkdir(parents=True)
+    assert dmd2_("compare", "old") == 2
+    assert str(place / "notes/mine/old") in capsys.readouterr().err
+
+
+def test_logs_are_those_of_the_newest_slurm_job_or_of_this_machine(place: Path, started, capsys) -> None:
+    assert dmd2_("logs", "digits/dmd2/seed0") == 1
+    assert capsys.readouterr().err.endswith("seed0 has no log yet (logs/train/digits/dmd2/seed0.log)\n")
+    here, job = Path("logs/train/digits/dmd2/seed0.log"), Path("results/runs/digits/dmd2/seed0/jobs/8_0_log.err")
+    for path in (here, job):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    group()(["logs", "digits/dmd2/seed0"], standalone_mode=False)
+    write_json(job.parents[1] / "job.json", {"config": "c", "jobs": ["7", "8"]})
+    group()(["logs", "-f", "digits/dmd2/seed0"], standalone_mode=False)
+    assert started == [["-n", "50", str(here)], ["-f", "-n", "50", str(job)]]
+
+
+def test_a_row_is_cancelled_if_one_of_its_runs_is_live(place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    monkeypatch.chdir(place)
+    name = job_name(RunId("digits", "dmd2", 1))
+    slurm.answer("squeue", f"7|{name}|RUNNING|None|node1")
+    assert dmd2_("cancel", "digits/dmd2") == 0
+    assert slurm.calls("scancel") == ["scancel 7"]
+    assert dmd2_("cancel", "digits/dmd2/seed0", "digits/ttur") == 1
+    told = "error: digits/dmd2/seed0, digits/ttur are not running and not waiting in the Slurm queue\n"
+    assert capsys.readouterr().err.endswith(told) and len(slurm.calls("scancel")) == 1
+    assert dmd2_("cancel", "digits/dmd3/seed0") == 1
+    assert "did you mean digits/dmd/seed0?" in capsys.readouterr().err

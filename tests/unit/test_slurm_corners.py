@@ -258,6 +258,8 @@ def test_the_temporary_files_of_a_training_are_left_alone_by_an_evaluation_of_th
 # Cancelling.
 def test_cancel_goes_on_after_a_run_that_is_idle_and_names_it(fake):
     runs = [RunId("digits", name, 0) for name in ("a", "b", "c", "d")]
+    for run in (runs[0], runs[2]):
+        run.folder.mkdir(parents=True)
     fake.answer("squeue", *(f"{i}|{job_name(run)}|RUNNING|None|n" for i, run in enumerate(runs) if i in (1, 3)))
     idle = r"^error: digits/a/seed0, digits/c/seed0 are not running and not waiting in the Slurm queue$"
     with pytest.raises(SystemExit, match=idle):
