@@ -9,6 +9,7 @@ from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.section import Distinct, Section
 from dmd2.experiment.yaml_file import Place
 
+MIN_SEEDS = 3  # trainings of each row that a verdict on a claim needs
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dmd2.core.files import read_json
 from dmd2.experiment.config import digest
-from dmd2.publish.table_text import cells, digits, label, stand_in
+from dmd2.publish.table_text import cells, label, number, stand_in
 from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.snapshot import Snapshot
 
@@ -36,7 +36,7 @@ def model_card(
     """
     found = (snapshot.measured or {"estimates": {}})["estimates"]
     sampling = {**sampling, "count": COUNTS.get(len(sampling["times"]), str(len(sampling["times"])))}
-    card = template(TEMPLATES / "card.md.j2", label=label, digits=digits)
+    card = template(TEMPLATES / "card.md.j2", label=label, number=number)
     body = card.render(
         sampling,
         snapshot=snapshot,

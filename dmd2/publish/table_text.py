@@ -1,21 +1,27 @@
 """The text of a table of results, made from its JSON, for its Markdown, the report and the model card.
 
-Cells and numbers are made here; the sentences are in ``templates/sentences.j2``.
+Cells and numbers are made here; the sentences are in ``templates/sentences.j2``. Numbers are written by one rule: three
+significant digits, all digits before the point, no exponent; a standard deviation and a margin have two. An interval
+has the decimals of its difference, a gap to the paper those of the paper's number. JSON and CSV keep all digits.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from dmd2.experiment.metrics import BETTER, FRECHET, LABELS, NUMBERS
+from dmd2.experiment.table_config import MIN_SEEDS
 from dmd2.publish.template import TEMPLATES, template
 
 # The paper's metric that ours stands in for.
 PAPER_NAME = {name: number.paper for name, number in NUMBERS.items() if number.paper}
 NONE = "–"
+MOST_DECIMALS = 9  # of a number without exponent
+TOO_FEW = "; measured with {}, needs {} seeds"  # as rules of claims say it
 SENTENCES: Any = template(TEMPLATES / "sentences.j2").module
 
 TableRecord = dict[str, Any]  # a table of results, as in results/tables/NAME.json
@@ -42,8 +48,8 @@ def columns(table: TableRecord) -> list[Column]:
         Column("run", "run", [f"`{row['run']}`" for row in rows]),
         *(Column(name, "tick", ["✓" * row["ticks"].get(name, False) for row in rows]) for name in table["columns"]),
         Column(label(first), first, [mean_sd(row["values"][first].values()) for row in rows]),
-        Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", [_paper(row, first) for row in rows]),
-        _gaps(table),
+        *_paper_column(table),
+        *_gaps(table),
         *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
         Column("student updates", "text", [_updates(row) for row in rows]),
         Column("training time", "text", [_training_time(row) for row in rows]),
@@ -71,9 +77,22 @@ def paper_value(row: RowRecord, metric: str) -> float | None:
     return row["paper"].get(metric, row["paper"].get(PAPER_NAME.get(metric, metric)))
 
 
-def _paper(row: RowRecord, metric: str) -> str:
-    value = paper_value(row, metric)
-    return NONE if value is None else f"{value:.{_decimals(value)}f}"
+def from_paper(table: TableRecord) -> bool:
+    """Whether a table has numbers of a paper beside its own, of rows or of other methods."""
+    beside = (value for row in table["rows"] for value in row["paper"].values())
+    return bool(table.get("published")) or any(value is not None for value in beside)
+
+
+def _paper_column(table: TableRecord) -> list[Column]:
+    first = table["metrics"][0]
+    papers = [paper_value(row, first) for row in table["rows"]]
+    if all(paper is None for paper in papers):
+        return []
+    return [Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", [*map(_as_printed, papers)])]
+
+
+def _as_printed(paper: float | None) -> str:
+    return NONE if paper is None else f"{paper:.{_decimals(paper)}f}"
 
 
 def _decimals(paper: float) -> int:
@@ -81,21 +100,22 @@ def _decimals(paper: float) -> int:
     return 2 if abs(paper) >= 1 else 3
 
 
-def _gaps(table: TableRecord) -> Column:
+def _gaps(table: TableRecord) -> list[Column]:
     """Differences to the paper's numbers where the metric is the paper's own, else both ratios to the reference row."""
     metric, rows, reference = table["metrics"][0], table["rows"], table["reference_row"]
     means = [float(np.mean([*row["values"][metric].values()])) for row in rows]
     own = [row["paper"].get(metric) for row in rows]
     if any(paper is not None for paper in own):
         gaps = [NONE if p is None else f"{mean - p:+.{_decimals(p)}f}" for mean, p in zip(means, own, strict=True)]
-        return Column("gap to the paper", "text", gaps)
-    runs, texts = [row["run"] for row in rows], [NONE for _ in rows]
-    if reference in runs:
-        at, papers = runs.index(reference), [paper_value(row, metric) for row in rows]
-        base = papers[at]
-        theirs = [f" (paper ×{p / base:.2f})" if p is not None and base else "" for p in papers]
-        texts = [f"×{mean / means[at]:.2f}{paper}" for mean, paper in zip(means, theirs, strict=True)]
-    return Column(f"gap to `{reference or 'none'}`", "text", texts)
+        return [Column("gap to the paper", "text", gaps)]
+    runs = [row["run"] for row in rows]
+    if reference not in runs:
+        return []
+    at, papers = runs.index(reference), [paper_value(row, metric) for row in rows]
+    base = papers[at]
+    theirs = [f" (paper ×{number(p / base)})" if p is not None and base else "" for p in papers]
+    texts = [f"×{number(mean / means[at])}{paper}" for mean, paper in zip(means, theirs, strict=True)]
+    return [Column(f"gap to `{reference}`", "text", texts)]
 
 
 def other(row: RowRecord, metric: str) -> str:
@@ -103,7 +123,7 @@ def other(row: RowRecord, metric: str) -> str:
     if metric not in row["values"]:
         return NONE
     paper = paper_value(row, metric)
-    return mean_sd(row["values"][metric].values()) + ("" if paper is None else f" (paper {paper:g})")
+    return mean_sd(row["values"][metric].values()) + ("" if paper is None else f" (paper {_as_printed(paper)})")
 
 
 def _updates(row: RowRecord) -> str:
@@ -112,7 +132,7 @@ def _updates(row: RowRecord) -> str:
 
 def _training_time(row: RowRecord) -> str:
     seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
-    return f"{fmean(seconds):.0f} s" if seconds else NONE
+    return f"{number(fmean(seconds))} s" if seconds else NONE
 
 
 def certainty(table: TableRecord) -> Cells | None:
@@ -130,7 +150,7 @@ def certainty(table: TableRecord) -> Cells | None:
         bias = None if None in biases else float(np.mean(biases))
         numbers = [centre, error, bias, None if bias is None else centre - bias]
         difference = [difference_text(row["difference"])] if base else []
-        lines.append([f"`{row['run']}`", *(digits(x, 3) for x in numbers), *difference])
+        lines.append([f"`{row['run']}`", *map(number, numbers), *difference])
     return heads + ([f"minus `{base}`, paired, 95 %"] if base else []), lines
 
 
@@ -142,14 +162,31 @@ def published(table: TableRecord) -> str:
         return ""
     known.sort(key=lambda pair: (pair[0][first], pair[1]), reverse=BETTER.get(first) == "higher")
     metrics = [first, *(metric for metric in rest if any(metric in numbers for numbers, _ in known))]
-    values = [" / ".join(f"{numbers[m]:g}" if m in numbers else NONE for m in metrics) for numbers, _ in known]
+    values = [" / ".join(_as_printed(numbers.get(m)) for m in metrics) for numbers, _ in known]
     methods = ", ".join(f"{name} {text}" for (_, name), text in zip(known, values, strict=True))
     return f"Published {' / '.join(map(label, metrics))} of other methods: {methods}."
 
 
-def stand_in(table: TableRecord) -> bool:
-    """Whether a metric of the table only stands in for the paper's."""
-    return any(metric in PAPER_NAME for metric in table["metrics"])
+def stand_in(table: TableRecord) -> str:
+    """The sentence about a metric that only stands in for the paper's; empty if there is none."""
+    if not any(metric in PAPER_NAME for metric in table["metrics"]):
+        return ""
+    return str(SENTENCES.stand_in(from_paper(table)))
+
+
+def too_few_seeds(table: TableRecord) -> str:
+    """The one sentence on all claims of a table that has too few seeds for any verdict; else empty."""
+    claims, seeds = table["claims"], len(table["seeds"])
+    if not claims or seeds >= MIN_SEEDS or any(claim["verdict"] != "undecided" for claim in claims):
+        return ""
+    return str(SENTENCES.too_few_seeds(seeds, MIN_SEEDS))
+
+
+def evidence(table: TableRecord, claim: Mapping[str, str]) -> str:
+    """What was measured of a claim; what `too_few_seeds` says is not said again."""
+    if not too_few_seeds(table):
+        return claim["evidence"]
+    return claim["evidence"].replace(TOO_FEW.format(len(table["seeds"]), MIN_SEEDS), "").replace("undecided: ", "")
 
 
 def markdown(table: TableRecord) -> str:
@@ -160,30 +197,39 @@ def markdown(table: TableRecord) -> str:
         certainty=certainty(table),
         published=published(table),
         stand_in=stand_in(table),
+        too_few_seeds=too_few_seeds(table),
+        evidence=evidence,
     )
     return text.rstrip("\n") + "\n"
 
 
 def mean_sd(values: Iterable[float]) -> str:
-    """``mean ± SD`` of a value per seed, or the one value; large numbers without exponent."""
+    """``mean ± SD`` of a value per seed, or the one value."""
     known = np.array([*values])
     if len(known) < 2:
-        return _number(float(known[0]), 3) if len(known) else NONE
-    return f"{_number(known.mean(), 3)} ± {_number(known.std(ddof=1), 2)}"
+        return number(float(known[0])) if len(known) else NONE
+    return f"{number(float(known.mean()))} ± {number(float(known.std(ddof=1)), 2)}"
 
 
 def mean(values: Iterable[float]) -> str:
-    """Mean over seeds, with three digits."""
-    return _number(fmean(values), 3)
+    """Mean over seeds."""
+    return number(fmean(values))
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A number, if there is one, with so many significant digits and without exponent, if it is not far below one.
 
-
-def digits(value: float | None, count: int) -> str:
-    """A number, if there is one, with so many significant digits."""
-    return NONE if value is None else f"{value:.{count}g}"
+    Args:
+        value: any.
+        digits: how many.
+        sign: ``+`` to write that of positive numbers, too.
+    """
+    if value is None:
+        return NONE
+    if value == 0 or not isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - int(f"{value:.{digits - 1}e}".partition("e")[2]))
+    return f"{value:{sign}.{decimals}f}" if decimals < MOST_DECIMALS else f"{value:{sign}.{digits - 1}e}"
 
 
 def difference_text(found: Mapping[str, Any] | None) -> str:

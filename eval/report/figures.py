@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dmd2.experiment.metrics import UNSETTLED
-from dmd2.publish.table_text import RowRecord, TableRecord, label
+from dmd2.publish.table_text import RowRecord, TableRecord, label, number
 
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 LOG_RANGE = 10.0  # a curve spanning more than this factor is drawn on a log axis
@@ -105,7 +105,7 @@ def _curves(table: TableRecord, axis: str, x_label: str) -> Markup:
             axes.set_xlim(left=0)
         title = label(metric) + y_scale
         axes.set(title=title, xlabel=x_label + x_scale)
-        last = ", ".join(f"{run} {mean[-1]:.3g}" for run, mean in means.items() if mean)
+        last = ", ".join(f"{run} {number(mean[-1])}" for run, mean in means.items() if mean)
         alt = f"Line chart of {title}, over {x_label}{x_scale}, one line per run. Last values: {last}."
         return _svg(figure, alt)
 
@@ -149,7 +149,7 @@ def brightness(table: TableRecord) -> dict[str, Markup]:
             axes.set(xlim=(0, steps), ylim=(middle - half, middle + half), xlabel="critic updates")
             axes.yaxis.set_major_locator(MaxNLocator(4))
             late = [y for points in lines[run] for x, y in points if x >= UNSETTLED * steps]
-            spread = f", between {min(late):.3f} and {max(late):.3f} after the shaded start" if late else ""
+            spread = f", between {number(min(late))} and {number(max(late))} after the shaded start" if late else ""
             panels[run] = _svg(figure, f"Brightness of {run} over critic updates{spread}.")
     return panels
 

@@ -9,6 +9,7 @@ import typer
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import write_text
 from dmd2.core.provenance import Artefact
+from dmd2.publish.table_text import too_few_seeds
 from dmd2.publish.template import template
 from eval.report.figures import ARMS, rows_of
 from eval.report.page import MARKS, REPORT, TEMPLATES, date_of, made_from_comment, read_table, write
@@ -47,6 +48,8 @@ def _listed(path: Path, folder: Path) -> dict[str, Any]:
         "problem": problem,
         "warnings": len(table["warnings"]),
         "rows": [row["run"] for row in table["rows"]],
+        "too_few_seeds": too_few_seeds(table),
+        "claims": len(table["claims"]),
         "verdicts": [(mark, sum(claim["verdict"] == mark for claim in table["claims"])) for mark in MARKS],
         "commits": [(commit, date_of(commit.rstrip("+"))) for commit in commits],
     }

@@ -17,21 +17,24 @@ from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
 from dmd2.experiment.metrics import BETTER, UNSETTLED, best_first
+from dmd2.experiment.table_config import MIN_SEEDS
 from dmd2.publish.table_text import (
     SENTENCES,
     TableRecord,
     certainty,
     columns,
+    evidence,
+    from_paper,
     label,
     mean,
     mean_sd,
     published,
     stand_in,
+    too_few_seeds,
 )
 from dmd2.publish.template import template
 from eval.pixels.grid import sample_grid, sample_side
 from eval.report import figures
-from eval.report.rules import MIN_SEEDS
 
 TEMPLATES = Path(__file__).with_name("templates")
 REPORT = Path("results/report")
@@ -98,6 +101,9 @@ def view(table: TableRecord) -> dict[str, Any]:
         "explained": SENTENCES.explained(table["seeds"]),
         "others": published(table),
         "stand_in": stand_in(table),
+        "from_paper": from_paper(table) or any(claim["paper"] for claim in table["claims"]),
+        "too_few_seeds": too_few_seeds(table),
+        "claims": [{**claim, "evidence": evidence(table, claim)} for claim in table["claims"]],
         "curves": figures.training_curves(table),
         "behind": curves,  # the numbers behind the first of them
         "steps": sorted({step for points in curves.values() for step in points}),

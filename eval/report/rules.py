@@ -12,12 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from dmd2.experiment.table_config import RuleName
-from dmd2.publish.table_text import mean_sd
+from dmd2.experiment.table_config import MIN_SEEDS, RuleName
+from dmd2.publish.table_text import TOO_FEW, mean_sd, number
 from eval.metrics.estimate import mean_interval
 
 Verdict = Literal["supported", "refuted", "undecided"]
-MIN_SEEDS = 3
 MARGIN = 0.05  # equivalence margin of C3, C10 and C16, as a share of the distance compared with
 TEACHER = "teacher"  # the teacher's sampler at the guidance that the student is distilled with, if the table has one
 SINGLE = (TEACHER, "published ")  # how the names begin of what has one value, no training seeds
@@ -100,9 +99,9 @@ def _compared(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Find
     gaps = y - x
     evidence = f"{_both(x, y, a, b)}; {a} lower in {int((gaps > 0).sum())} of {len(gaps)} seeds"
     if len(gaps) < MIN_SEEDS:
-        return Finding("undecided", f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", rule)
+        return Finding("undecided", evidence + TOO_FEW.format(len(gaps), MIN_SEEDS), rule)
     deviation = sqrt(np.mean([values.var(ddof=1) for values in spread.values()]))
-    evidence += f"; mean gap {gaps.mean():.3g}, {sd} {deviation:.2g}"
+    evidence += f"; mean gap {number(gaps.mean())}, {sd} {number(deviation, 2)}"
     agree, clear = (gaps > 0).all() or (gaps < 0).all(), abs(gaps.mean()) > 2 * deviation
     verdict: Verdict = "undecided" if not (agree and clear) else "supported" if gaps[0] > 0 else "refuted"
     return Finding(verdict, evidence, rule)
@@ -130,11 +129,11 @@ def _interval(m: Measurements, metric: str, a: str, b: str, share: float) -> tup
     """Evidence, the paired 90 % t-interval of ``a - b`` (boundless with too few seeds), and the margin on its scale."""
     x, y = m.pair(metric, a, b)
     margin, gaps = share * float(y.mean()), x - y
-    evidence = f"{_both(x, y, a, b)}; mean difference {gaps.mean():+.3g}, margin {margin:.2g}"
+    evidence = f"{_both(x, y, a, b)}; mean difference {number(gaps.mean(), 3, '+')}, margin {number(margin, 2)}"
     if len(gaps) < MIN_SEEDS:
-        return f"{evidence}; measured with {len(gaps)}, needs {MIN_SEEDS} seeds", (-inf, inf), margin
+        return evidence + TOO_FEW.format(len(gaps), MIN_SEEDS), (-inf, inf), margin
     _, low, high = mean_interval(gaps, 0.9)
-    return f"{evidence}, interval {low:+.3g} to {high:+.3g}", (low, high), margin
+    return f"{evidence}, interval {number(low, 3, '+')} to {number(high, 3, '+')}", (low, high), margin
 
 
 def every(*parts: Finding) -> Finding:

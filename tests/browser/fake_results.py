@@ -15,6 +15,7 @@ from dmd2.data.sets import save_shard
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.tables import load_experiment
+from dmd2.publish.table_text import markdown
 from eval.report.tables import build
 
 SNAPSHOTS, ROWS, COLUMNS = 20, 6, 10
@@ -39,7 +40,9 @@ def table(name: str, edit: dict[str, object] | None = None) -> Path:
     for i, sampler in enumerate(table.teachers):
         _teacher(Path("results/teachers") / table.base / sampler, 7.2 - 2.1 * i, i)
     path = Path(f"results/tables/{name}.json")
-    write_json(path, build(name) | (edit or {}))
+    table = build(name) | (edit or {})
+    write_json(path, table)
+    write_text(path.with_suffix(".md"), markdown(table))
     return path
 
 

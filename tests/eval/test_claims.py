@@ -94,7 +94,7 @@ def test_a_claim_of_ones_own_is_judged_as_the_papers_are() -> None:
 
 def test_claims_use_the_metric_of_their_table() -> None:
     m = Measurements({("dmd2", "fid"): {0: 1.0}, ("ttur", "fid"): {0: 2.0}})
-    assert "dmd2 1, ttur 2" in judge([CLAIMS["C7"]], m, "fid")[0]["evidence"]
+    assert "dmd2 1.00, ttur 2.00" in judge([CLAIMS["C7"]], m, "fid")[0]["evidence"]
 
 
 def over_time(**runs: list[tuple[float, float]]) -> Measurements:
@@ -229,8 +229,8 @@ def test_before_its_first_snapshot_a_run_has_no_value_to_compare() -> None:
 
 def test_a_student_worse_than_its_teacher_is_said_as_it_is() -> None:
     found = find(CLAIMS["C8"], measured(dmd2=THREE, ttur=[3.0, 3.1, 2.9], teacher_ode=[2.0]), "fd")
-    assert "(2) supported: teacher-ode 2, ttur 3 ± 0.1; teacher-ode lower in 3 of 3 seeds" in found.evidence
+    assert "(2) supported: teacher-ode 2.00, ttur 3.00 ± 0.10; teacher-ode lower in 3 of 3 seeds" in found.evidence
 
 
 def test_equal_seeds_have_an_sd_of_0() -> None:
-    assert mean_sd(np.array([0.9, 0.9])) == "0.9 ± 0" and mean_sd(np.array([0.9])) == "0.9"
+    assert mean_sd(np.array([0.9, 0.9])) == "0.900 ± 0" and mean_sd(np.array([0.9])) == "0.900"

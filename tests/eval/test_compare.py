@@ -227,7 +227,7 @@ def test_ci_hears_a_sentence_per_row(places: tuple[Path, Path]) -> None:
     gone = f"digits/old is gone: only A ({places[0]}) has it"
     assert result.stderr.splitlines() == ["digits/dmd2 got worse: FD +3.00 [+2.75, +3.25]", gone]
     assert "Rows only in A: `digits/old`." in result.stdout and "Rows only in B: `digits/new`." in result.stdout
-    assert "| `same` | 9 ± 0.5 | 9 ± 0.5 | equal | – |" in result.stdout
+    assert "| `same` | 9.00 ± 0.50 | 9.00 ± 0.50 | equal | – |" in result.stdout
     assert run(places).exit_code == 0
     shutil.rmtree(places[0] / "results/runs/digits/old")
     assert run(places, "--fail-if-worse", "--margin", "2.5").exit_code == 1

@@ -77,7 +77,7 @@ def test_between_two_revisions_it_says_both_what_was_retrained_and_what_was_chan
     assert re.fullmatch(r"digits/dmd2 got worse: FD \+3\.30 \[\+2\.\d\d, \+4\.\d\d\]\n", result.stderr)
     assert "- A has seeds 0, 1, 2; B 3, 4, 5: unpaired, Welch interval" in result.stdout
     assert "- config `critic.ratio`: `5` → `10`" in result.stdout
-    assert "`ttur` | 9 ± 0.5 | 9 ± 0.5 | equal | – |" in result.stdout
+    assert "`ttur` | 9.00 ± 0.50 | 9.00 ± 0.50 | equal | – |" in result.stdout
     assert re.search(r"A: old \(revision [0-9a-f]{9}\)\. B: new \(revision [0-9a-f]{9}\)", result.stdout)
     claim = "| digits-table3, C7: Adding the GAN loss gives a large gain | undecided | **refuted** | undecided! | refuted! |"
     assert claim in result.stdout
@@ -88,7 +88,7 @@ def test_an_experiment_is_a_side(repository: Path) -> None:
         result = run("new", "tried")
         assert "1 better, 1 no difference shown" in result.stdout
         assert "- config `critic.ratio`: `10` → `20`" in result.stdout
-        assert "| `dmd2` | 5 ± 0.5 | 5 ± 0.5 | equal | – |" in run("tried").stdout  # the workspace
+        assert "| `dmd2` | 5.00 ± 0.50 | 5.00 ± 0.50 | equal | – |" in run("tried").stdout  # the workspace
 
 
 def test_only_what_is_asked_for_is_copied(repository: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_of_a_table_published_without_configs_numbers_are_left_and_what_is_lost_
 def test_the_published_tables_of_this_repository_are_a_side(root: Path) -> None:
     result = run(str(root / "results/reference"), str(root / "results/reference"))
     assert result.exit_code == 0 and "29 no difference shown" in result.stdout
-    assert "| `dmd` | 3.6 ± 0.27 | 3.6 ± 0.27 | equal |" in result.stdout
+    assert "| `dmd` | 3.60 ± 0.27 | 3.60 ± 0.27 | equal |" in result.stdout
 
 
 def test_a_sample_grid_that_is_no_image_is_said(tables: Path) -> None:

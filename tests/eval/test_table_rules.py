@@ -178,8 +178,8 @@ def first_metric(metric: str, values: dict[str, float], paper: dict[str, float |
 def test_any_metric_may_come_first(metric: str, table3: Path) -> None:
     table = first_metric(metric, {"dmd": 0.2, "dmd2": 0.3}, {"dmd": None, "dmd2": None})
     text = markdown(table)
-    assert "| gap to `dmd2` |" in text and "| ×0.67 |" in text
-    assert "FD is the Fréchet distance in this detector's features: it is not FID" in text
+    assert "| gap to `dmd2` |" in text and "| ×0.667 |" in text and "paper" not in text.split("\n\n")[1]
+    assert "FD is the Fréchet distance in this detector's features: it is not FID." in text
 
 
 def test_the_gap_is_to_the_paper_where_it_has_the_metric_and_to_one_thing_only(table3: Path) -> None:
@@ -214,4 +214,4 @@ def test_the_report_says_the_rule_against_one_value_and_that_fd_is_not_fid(table
     write_json(table3, build(NAME))
     page = render(table3)
     assert "which has one value, twice that of the row that has seeds" in page
-    assert "FD is the Fréchet distance in the features of a detector made for this data" in page
+    assert "FD is the Fréchet distance in this detector&#39;s features: it is not FID, and the paper" in page

@@ -1,6 +1,7 @@
 """What a table and the report say about cost, from the records that evaluation leaves behind."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from contextlib import chdir
@@ -15,7 +16,7 @@ from dmd2.core.code_digest import modules_of
 from dmd2.core.files import read_json, write_json, write_text
 from dmd2.core.run import RunId
 from dmd2.experiment.tables import load_experiment
-from dmd2.publish.table_text import cells, markdown, other, published
+from dmd2.publish.table_text import cells, markdown, number, other, published
 from eval.report import page as report
 from eval.report.tables import build, curves, means, measurements, tidy
 from eval.runs import evaluate
@@ -88,8 +89,8 @@ def test_the_report_has_the_column_and_in_each_row_who_counted(table3: Path) -> 
     told = re.findall(r"<dt>Cost</dt><dd>(.*?)</dd>", page)
     assert len(told) == 6  # no teacher
     assert told[3] == (
-        "30 GPU-hours and 240 CPU-hours by sacct, 1 start (seed 0), "
-        "31 GPU-hours and 248 CPU-hours by sacct, 2 starts (seed 1), "
+        "30.0 GPU-hours and 240 CPU-hours by sacct, 1 start (seed 0), "
+        "31.0 GPU-hours and 248 CPU-hours by sacct, 2 starts (seed 1), "
         "33.5 GPU-hours and 268 CPU-hours by sacct, 3 starts (seed 2)"
     )
     assert told[4] == "0.0123 GPU-hours and 0.0988 CPU-hours by wall clock"
@@ -168,13 +169,13 @@ def test_a_released_student_has_no_training_of_ours(root: Path, tmp_path: Path) 
 def test_published_numbers_stand_below_the_table(table3: Path) -> None:
     others = {"published": {"CTM": {"fd": 1.92}, "BOOT": {"fd": 16.3}, "unmeasured": {"accuracy": 1.0}}}
     write_json(table3, read_json(table3) | others)
-    sentence = "Published FD of other methods: CTM 1.92, BOOT 16.3."
+    sentence = "Published FD of other methods: CTM 1.92, BOOT 16.30."
     assert sentence in markdown(read_json(table3)) and sentence in report.render(table3)
 
 
 def test_further_metrics_stand_beside_the_papers() -> None:
     row = {"values": {"patch_fd": {0: 30.0}, "clip_score": {0: 0.3}}, "paper": {"patch_fid": 20.86}}
-    assert [other(row, m) for m in ("patch_fd", "clip_score", "saturation")] == ["30 (paper 20.86)", "0.3", "–"]
+    assert [other(row, m) for m in ("patch_fd", "clip_score", "saturation")] == ["30.0 (paper 20.86)", "0.300", "–"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_further_metrics_stand_beside_the_papers() -> None:
         (["fid", "patch_fid", "clip_score"], {"LCM (1 step)": {"fid": 81.62, "clip_score": 0.275}, "Turbo": {"fid": 24.57}},
          "Published FID / CLIP of other methods: Turbo 24.57 / –, LCM (1 step) 81.62 / 0.275."),
         (["accuracy"], {"one": {"fd": 2.0, "accuracy": 0.9}, "two": {"accuracy": 0.95}},
-         "Published Class accuracy of other methods: two 0.95, one 0.9."),
+         "Published Class accuracy of other methods: two 0.950, one 0.900."),
     ],
 )  # fmt: skip
 def test_published_numbers_begin_with_the_best_of_the_first_metric(metrics, others, text) -> None:
@@ -198,3 +199,24 @@ def test_the_teacher_of_a_claim_is_its_sampler_at_the_distilled_guidance(guidanc
                  "config": {"guidance": g}} for i, g in enumerate(guidances)]  # fmt: skip
     table = load_experiment().tables["dmd2-table4"]
     assert measurements(table, [student, *teachers]).values["teacher", "saturation"] == {0: expected}
+
+
+def test_a_table_without_numbers_of_the_paper_does_not_speak_of_it(table3: Path) -> None:
+    table = read_json(table3)
+    table["claims"] = [{**table["claims"][0], "id": "H1", "paper": ""}]
+    for row in table["rows"]:
+        row["paper"] = {"fd": None}
+    write_json(table3, table | {"title": "Mine", "notes": ""})
+    said = markdown(read_json(table3)) + report.render(table3).replace('class="paper"', "")
+    assert "H1: " in said and "H1. " in said
+    assert not re.findall(r".{20}[Pp]aper.{20}", re.sub(r"<style>.*?</style>", "", said, flags=re.S))
+    assert cells(table)[0][5:7] == ["FD", "gap to `dmd2`"]
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(3.7387, 3, "3.74"), (0.95, 3, "0.950"), (9.996, 3, "10.0"), (2208.7, 3, "2209"), (0.0011, 2, "0.0011"), (0.0, 3, "0"),
+     (math.nan, 3, "nan"), (None, 3, "–"), (-2.5e-12, 3, "-2.50e-12")],
+)  # fmt: skip
+def test_numbers_have_the_same_significant_digits(value: float | None, digits: int, text: str) -> None:
+    assert number(value, digits) == text

@@ -27,7 +27,7 @@ def test_best_is_the_lowest_of_the_first_metric_and_the_card_says_so(tmp_path):
     measured(run, {2: 3.0, 4: 5.0})
     export(find_snapshot(run, select="best"), tmp_path / "best")
     text = (tmp_path / "best/README.md").read_text()
-    assert "lowest fd of 2" in text and "| FD | 3 | 0.5 | 1 | [1, 3] | 60 |" in text
+    assert "lowest fd of 2" in text and "| FD | 3.00 | 0.500 | 1.00 | [1.00, 3.00] | 60 |" in text
     assert find_snapshot(run).step == find_snapshot(run, select="last").step == 4
 
 
