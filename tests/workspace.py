@@ -56,13 +56,19 @@ class Workspace:
         (self.path / file).write_text(text.replace(old, new, 1))
 
 
+def copied_files(target: Path) -> list[str]:
+    """Copy the files that git would commit; returns their names."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
+    names = [name for name in listed.stdout.splitlines() or _without_git() if (REPO / name).exists()]
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPO / name, target / name, follow_symlinks=False)
+    return names
+
+
 def copy_repository(target: Path) -> Workspace:
     """The files git would commit, with the digits base shrunk and the demo cut to two rows."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
-    for name in listed.stdout.splitlines() or _without_git():
-        if (REPO / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPO / name, target / name, follow_symlinks=False)
+    copied_files(target)
     base_file = target / "workflow/base/digits.yaml"
     base = yaml.safe_load(base_file.read_text())
     for section, values in SHRUNK.items():
