@@ -11,10 +11,12 @@ import typer
 
 from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import import_environment
-from dmd2.experiment.yaml_file import ORIGIN, read_yaml
+from dmd2.experiment.tables import BASES, TABLES
+from dmd2.experiment.yaml_file import ORIGIN, read_yaml, workflow_files
 from dmd2.launch.names import complete, run_named, runs_named
 
 PROFILES = Path("workflow/profiles")
+RULES = ("digits",)  # of the Snakefile, with the name of a base
 SNAKEFILES = ("workflow/Snakefile", "Snakefile")
 
 
@@ -63,9 +65,10 @@ def _profile(name: str) -> Path:
 def _files(word: str) -> list[str]:
     """A word for Snakemake: the measurements of the runs that it names, else the word itself."""
     row = re.fullmatch(r"([\w-]+)/[\w-]+(/seed\d+)?", word)
-    if not row or row[1] in ("data", "results", "workflow"):
-        return [word]
-    return [str(run.folder / "metrics.json") for run in runs_named([word])]
+    is_base = word in workflow_files(BASES) and word not in (*workflow_files(TABLES), *RULES)
+    if is_base or (row and row[1] not in ("data", "logs", "results", "workflow")):
+        return [str(run.folder / "metrics.json") for run in runs_named([word])]
+    return [word]
 
 
 def _train_again(words: list[str], profile: Path) -> None:

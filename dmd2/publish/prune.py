@@ -84,7 +84,7 @@ def _unlisted(folder: Path) -> list[Path]:
 
 def _keyed(folder: Path) -> list[Path]:
     """Folders of checkpoints and snapshots."""
-    return sorted(path for path in folder.iterdir() if KEYED.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*") if KEYED.fullmatch(path.name))
 
 
 def main(

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dmd2.command.run
-import dmd2.launch.names
 from dmd2.command.app import group
 from dmd2.core.errors import UserError
 from dmd2.core.files import write_json
@@ -144,17 +142,17 @@ def os_ended(code: int) -> subprocess.CompletedProcess[str]:
 
 def test_run_hands_targets_and_options_to_snakemake(place: Path, started) -> None:
     (place / "workflow/Snakefile").unlink()
-    dmd2.command.app.group()(
-        ["run", "-n", "--config", "changed_code=retrain", "digits", "digits/dmd2"], standalone_mode=False
-    )
+    group()(["run", "-n", "--config", "changed_code=retrain", "digits", "digits/dmd2"], standalone_mode=False)
     runs = [f"results/runs/digits/dmd2/seed{i}/metrics.json" for i in range(3)]
     there = ["-m", "snakemake", "--snakefile", str(REPO / "workflow/Snakefile"), "--profile", "workflow/profiles/local"]
     assert started == [[*there, "-n", "--config", "changed_code=retrain", "digits", *runs]]
     assert Path.cwd() == place and os.environ["PYTHONSAFEPATH"] == "1"
+    group()(["run", "emoji"], standalone_mode=False)
+    assert "results/runs/emoji/4step/seed0/metrics.json" in started[1] and "emoji" not in started[1]
 
 
 def test_run_again_trains_from_the_start_where_the_profile_says(place: Path, started, capsys) -> None:
-    dmd2.command.app.group()(["run", "digits/ttur/seed1", "--again", "--profile", "slurm"], standalone_mode=False)
+    group()(["run", "digits/ttur/seed1", "--again", "--profile", "slurm"], standalone_mode=False)
     train = ["-m", "dmd2.launch", "train", "digits/ttur/seed1", "--again", "--cluster", "slurm"]
     make = ["-m", "snakemake", "--profile", "workflow/profiles/slurm", "results/runs/digits/ttur/seed1/metrics.json"]
     assert started == [train, make]
@@ -232,3 +230,13 @@ def test_a_row_is_cancelled_if_one_of_its_runs_is_live(place: Path, tmp_path: Pa
     assert capsys.readouterr().err.endswith(told) and len(slurm.calls("scancel")) == 1
     assert dmd2_("cancel", "digits/dmd3/seed0") == 1
     assert "did you mean digits/dmd/seed0?" in capsys.readouterr().err
+
+
+def test_prune_takes_names_and_leaves_the_others(place: Path, capsys) -> None:
+    """Of runs that are not started, too."""
+    for name in ("dmd2", "ttur"):
+        (place / f"results/runs/digits/{name}/seed0/checkpoints-01234567").mkdir(parents=True)
+    assert dmd2_("prune", "digits/dmd2", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "results/runs/digits/dmd2/seed0 is kept: it is not finished", "0.0 MB would be freed.",
+    ]  # fmt: skip
