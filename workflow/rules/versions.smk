@@ -5,20 +5,20 @@ def on_base(base, wanted):
     return sorted({path for cfg in [EXPERIMENT.bases[base], *configs] for path in wanted(cfg)})
 
 
-def versioned():
-    """Tables that dvc.yaml names, or all where there is none: a `dvc repro` after the demo trains no other table."""
-    if not Path("dvc.yaml").exists():
-        return list(TABLES)
-    return [name for part in read_yaml(Path("dvc.yaml"))[0].get("vars", []) for name in part.get("tables", [])]
+def versioned(base):
+    """Tables on a base that dvc.yaml names, or all if it names none: a `dvc repro` after the demo trains no other table."""
+    of_base = [name for name, table in TABLES.items() if table.base == base]
+    parts = read_yaml(Path("dvc.yaml"))[0].get("vars", []) if Path("dvc.yaml").exists() else []
+    return [name for part in parts for name in part.get("tables", []) if name in of_base] or of_base
 
 
 def measured_on(base):
     """Metrics of every run of the versioned tables on a base, and of the teacher's samplers that they show."""
-    made = [name for name, table in TABLES.items() if table.base == base]
-    left = [name for name in made if name not in versioned() and Path(f"results/tables/{name}.json").exists()]
-    if left:
+    names = versioned(base)
+    others = [name for name, table in TABLES.items() if table.base == base and name not in names]
+    if left := [name for name in others if Path(f"results/tables/{name}.json").exists()]:
         tell("note", {", ".join(left): "made here, but not named in `tables` of dvc.yaml: DVC does not version them"})
-    return sorted({path for name in made if name in versioned() for path in EXPERIMENT.measured(name)})
+    return sorted({path for name in names for path in EXPERIMENT.measured(name)})
 
 
 for base in EXPERIMENT.bases:
