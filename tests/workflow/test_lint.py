@@ -30,3 +30,10 @@ def test_the_catalogue_finds_what_it_needs() -> None:
     words = usage["mandatory-flags"]["flags"].split()
     planned = subprocess.run([*SNAKEMAKE, *words, "-n", "--", "digits-data"], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
+
+
+def test_a_bare_snakemake_plans_the_demo_on_this_machine() -> None:
+    planned = subprocess.run([*SNAKEMAKE, "-n", "--quiet", "host"], cwd=ROOT, capture_output=True, text=True)
+    said = planned.stdout + planned.stderr
+    assert planned.returncode == 0 and "workflow specific profile default" in said, said
+    assert re.search(r"rule all:\n +input: results/tables/demo.md", said), said
