@@ -18,6 +18,8 @@ from dmd2.experiment.yaml_file import Place, read_named, read_yaml, workflow_fil
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
 # Suffixes of the files that are written beside the JSON of a table; a file for each row is in `metrics/TABLE` there.
 BESIDE = ("md", "csv", "curves.csv")
+# Suffixes of the page of a table and of the files that are written beside it.
+PAGE = ("html", "tex", "curves.svg", "curves.pdf", "training.svg", "training.pdf")
 
 
 @dataclass(frozen=True)

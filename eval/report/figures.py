@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from dmd2.experiment.metrics import UNSETTLED
+from dmd2.experiment.metrics import UNSETTLED, best_first
 from dmd2.publish.table_text import RowRecord, TableRecord, label, number
 
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
@@ -41,6 +42,17 @@ def rows_of(table: TableRecord, kind: Kind) -> list[RowRecord]:
     return [row for row in table["rows"] if row["kind"] == kind]
 
 
+def best_runs(table: TableRecord, metric: str) -> list[str]:
+    """The student rows with the best mean; none where there is nothing to compare."""
+    students = [row for row in rows_of(table, "student") if metric in row["values"]]
+    means = {row["run"]: fmean(row["values"][metric].values()) for row in students}
+    finite = {run: mean for run, mean in means.items() if isfinite(mean)}
+    if len(set(finite.values())) < 2:
+        return []
+    best = min(finite.values(), key=lambda mean: best_first(metric, mean))
+    return [run for run, mean in finite.items() if mean == best]
+
+
 def styles(table: TableRecord) -> dict[str, LineStyle]:
     """Line of every row: students by colour, dash and marker, the reference row thicker, teachers grey and bare."""
     found: dict[str, LineStyle] = {}
@@ -59,7 +71,7 @@ def styles(table: TableRecord) -> dict[str, LineStyle]:
 
 def key(name: str, style: LineStyle) -> Markup:
     """A short piece of a row's line as an SVG symbol called `name`, to stand as legend beside the row's name."""
-    with _drawing(name):
+    with drawing(name):
         figure = Figure(figsize=(0.46, 0.17))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(-1, 1))
         axes.set_axis_off()
@@ -78,39 +90,46 @@ def curve(row: RowRecord, axis: str, metric: str) -> dict[float, list[float]]:
     return dict(sorted(points.items()))
 
 
+AXES = {"step": "critic updates", "student_updates": "student updates"}
+
+
 def training_curves(table: TableRecord) -> list[Markup]:
     """The table's first metric over critic updates and over student updates."""
-    return [_curves(table, "step", "critic updates"), _curves(table, "student_updates", "student updates")]
+    return [_curves(table, axis, x_label) for axis, x_label in AXES.items()]
 
 
 def _curves(table: TableRecord, axis: str, x_label: str) -> Markup:
+    with drawing(f"{table['name']}-{axis}"):
+        figure, axes = panel(4.5, 3.1)
+        return svg(figure, draw_curves(axes, table, axis, x_label))
+
+
+def draw_curves(axes: Axes, table: TableRecord, axis: str, x_label: str) -> str:
+    """Draw the table's first metric over `axis`; returns what the chart shows, for who does not see it."""
     metric, drawn = table["metrics"][0], styles(table)
     curves = {row["run"]: curve(row, axis, metric) for row in rows_of(table, "student")}
     means = {run: [sum(v) / len(v) for v in points.values()] for run, points in curves.items()}
     levels = {row["run"]: next(iter(row["values"][metric].values())) for row in rows_of(table, "teacher")}
-    with _drawing(f"{table['name']}-{axis}"):
-        figure, axes = _panel(4.5, 3.1)
-        for run, points in curves.items():
-            axes.plot([*points], means[run], markersize=3.6, markevery=max(1, len(points) // 12), **drawn[run])
-            low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
-            if low != high:
-                axes.fill_between([*points], low, high, color=drawn[run]["color"], alpha=0.14, linewidth=0)
-        for run, level in levels.items():
-            axes.axhline(level, zorder=1, **drawn[run])
-        ends = [max(points) for points in curves.values() if points]
-        # Where runs end far apart, the shorter ones would be squeezed.
-        x_scale = _scaled(axes, "x", ends, 3)
-        y_scale = _scaled(axes, "y", [*levels.values(), *(v for mean in means.values() for v in mean)], LOG_RANGE)
-        if not x_scale:
-            axes.set_xlim(left=0)
-        title = label(metric) + y_scale
-        axes.set(title=title, xlabel=x_label + x_scale)
-        last = ", ".join(f"{run} {number(mean[-1])}" for run, mean in means.items() if mean)
-        alt = f"Line chart of {title}, over {x_label}{x_scale}, one line per run. Last values: {last}."
-        return _svg(figure, alt)
+    for run, points in curves.items():
+        axes.plot([*points], means[run], markersize=3.6, markevery=max(1, len(points) // 12), **drawn[run])
+        low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
+        if low != high:
+            axes.fill_between([*points], low, high, color=drawn[run]["color"], alpha=0.14, linewidth=0)
+    for run, level in levels.items():
+        axes.axhline(level, zorder=1, **drawn[run])
+    ends = [max(points) for points in curves.values() if points]
+    # Where runs end far apart, the shorter ones would be squeezed.
+    x_scale = scaled(axes, "x", ends, 3)
+    y_scale = scaled(axes, "y", [*levels.values(), *(v for mean in means.values() for v in mean)], LOG_RANGE)
+    if not x_scale:
+        axes.set_xlim(left=0)
+    title = label(metric) + y_scale
+    axes.set(title=title, xlabel=x_label + x_scale)
+    last = ", ".join(f"{run} {number(mean[-1])}" for run, mean in means.items() if mean)
+    return f"Line chart of {title}, over {x_label}{x_scale}, one line per run. Last values: {last}."
 
 
-def _scaled(axes: Axes, which: Literal["x", "y"], values: list[float], most: float) -> str:
+def scaled(axes: Axes, which: Literal["x", "y"], values: list[float], most: float) -> str:
     """Make an axis logarithmic if positive values span more than the factor `most`; how it is labelled then.
 
     Its ticks are plain numbers, two or three to a decade.
@@ -141,8 +160,8 @@ def brightness(table: TableRecord) -> dict[str, Markup]:
     drawn, panels = styles(table), {}
     for row in students:
         run, steps = row["run"], row["config"]["train"]["steps"]
-        with _drawing(f"{table['name']}-{run}-brightness"):
-            figure, axes = _panel(3.5, 1.75)
+        with drawing(f"{table['name']}-{run}-brightness"):
+            figure, axes = panel(3.5, 1.75)
             axes.axvspan(0, UNSETTLED * steps, color=SHADE, linewidth=0, zorder=0)
             for points in lines[run]:
                 axes.plot(*zip(*points, strict=True), color=drawn[run]["color"], linewidth=0.9, alpha=0.85)
@@ -150,7 +169,7 @@ def brightness(table: TableRecord) -> dict[str, Markup]:
             axes.yaxis.set_major_locator(MaxNLocator(4))
             late = [y for points in lines[run] for x, y in points if x >= UNSETTLED * steps]
             spread = f", between {number(min(late))} and {number(max(late))} after the shaded start" if late else ""
-            panels[run] = _svg(figure, f"Brightness of {run} over critic updates{spread}.")
+            panels[run] = svg(figure, f"Brightness of {run} over critic updates{spread}.")
     return panels
 
 
@@ -159,14 +178,15 @@ def _finite(points: list[list[float]]) -> list[tuple[float, float]]:
 
 
 @contextmanager
-def _drawing(salt: str) -> Iterator[None]:
+def drawing(salt: str) -> Iterator[None]:
     """Our style over matplotlib's own defaults, whatever a matplotlibrc says, and the same ids in every rendering."""
     with mpl.style.context(STYLE, after_reset=True):
         mpl.rcParams["svg.hashsalt"] = salt
         yield
 
 
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+def panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one chart over training."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -181,13 +201,14 @@ def _drawn(figure: Figure) -> tuple[str, str]:
     text = buffer.getvalue()
     body = text[text.index('<g id="figure_1"') : text.rindex("</svg>")]
     body = re.sub(r' id="[\w.]+_\d+"', "", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r">[^<]*<|(\d\.\d\d)\d+", lambda found: found[1] or found[0], body)  # but not of texts
     body = re.sub(r" font-family: [^;\"]+;?", "", body)
     body = re.sub("|".join(VARIABLES), lambda found: f"var({VARIABLES[found[0]]})", body)
     width, height = figure.get_size_inches() * 72
     return re.sub(r"\s*\n\s*", " ", body).strip(), f"0 0 {width:g} {height:g}"
 
 
-def _svg(figure: Figure, alt: str) -> Markup:
+def svg(figure: Figure, alt: str) -> Markup:
+    """The figure for a page; `alt` says what it shows."""
     body, view = _drawn(figure)
     return Markup(f'<svg viewBox="{view}" role="img" aria-label="{escape(alt)}">{body}</svg>')

@@ -12,7 +12,7 @@ from dmd2.core.provenance import Artefact
 from dmd2.publish.table_text import too_few_seeds
 from dmd2.publish.template import template
 from eval.report.figures import ARMS, rows_of
-from eval.report.page import MARKS, REPORT, TEMPLATES, date_of, made_from_comment, read_table, write
+from eval.report.page import MARKS, REPORT, TEMPLATES, date_of, made_from_comment, outputs, read_table, write
 
 
 def render(tables: Sequence[Path], folder: Path) -> str:
@@ -22,7 +22,7 @@ def render(tables: Sequence[Path], folder: Path) -> str:
     with the reason.
     """
     return template(TEMPLATES / "index.html.j2").render(
-        record=made_from_comment([path.stem for path in tables], [*tables]),
+        record=made_from_comment([path.stem for path in tables], [*tables], []),
         title="Tables of results",
         tables=[_listed(path, folder) for path in tables],
         arms=ARMS,
@@ -36,7 +36,7 @@ def _listed(path: Path, folder: Path) -> dict[str, Any]:
         table = read_table(path)
     except UserError as error:
         return {"title": path.stem, "page": "", "problem": str(error), "warnings": 0, "rows": []}
-    if not page.exists() or Artefact([str(page)], None, [str(path)]).outdated():
+    if not page.exists() or Artefact([*map(str, outputs(path.stem, folder))], None, [str(path)]).outdated():
         try:
             write(path, folder)
         except UserError as error:

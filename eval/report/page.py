@@ -3,9 +3,8 @@
 import json
 import re
 import subprocess
-from math import isfinite
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -16,8 +15,9 @@ from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
-from dmd2.experiment.metrics import BETTER, UNSETTLED, best_first
+from dmd2.experiment.metrics import BETTER, UNSETTLED
 from dmd2.experiment.table_config import MIN_SEEDS
+from dmd2.experiment.tables import PAGE
 from dmd2.publish.table_text import (
     SENTENCES,
     TableRecord,
@@ -28,13 +28,14 @@ from dmd2.publish.table_text import (
     label,
     mean,
     mean_sd,
+    number,
     published,
     stand_in,
     too_few_seeds,
 )
 from dmd2.publish.template import template
 from eval.pixels.grid import sample_grid, sample_side
-from eval.report import figures
+from eval.report import figures, files, training_log
 
 TEMPLATES = Path(__file__).with_name("templates")
 REPORT = Path("results/report")
@@ -50,18 +51,18 @@ def read_table(path: Path) -> TableRecord:
         UserError: the file is missing, is not JSON or holds something else.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing: make it with snakemake --profile local results/tables/{path.stem}.md")
+        raise UserError(f"{path} is missing: make it with dmd2 run {path.stem}")
     table = read_json(path)
     missing = NEEDED - table.keys() if isinstance(table, dict) else {"rows"}
     if missing:
-        raise UserError(f"{path} is no table, it has no {min(missing)}: make it with python -m eval.report.tables NAME")
+        raise UserError(f"{path} is no table, it has no {min(missing)}: make it with dmd2 run {path.stem}")
     if not figures.rows_of(table, "student"):
         raise UserError(f"{path} has no trained row: give the table rows in workflow/tables/{path.stem}.yaml")
     return table
 
 
-def render(path: Path) -> str:
-    """The page of the table in this file.
+def render(path: Path, beside: Sequence[Path] = ()) -> str:
+    """The page of the table in this file, with links to the files `beside` it.
 
     Raises:
         UserError: the table or one of its sample grids is missing or unreadable.
@@ -69,13 +70,14 @@ def render(path: Path) -> str:
     table = read_table(path)
     filters = {"code": code, "yaml": _yaml, "value": setting, "costs": costs, "mean_sd": mean_sd}
     return template(TEMPLATES / "table.html.j2", **filters).render(
-        record=made_from_comment(None, [path]),
+        record=made_from_comment(None, [path], [*beside]),
         title=table["title"],
         table=view(table),
         source=path,
         checksum=sha256(path)[:12],
         commit=commit(),
         date=date_of("HEAD"),
+        beside=[file.name for file in beside],
         arms=figures.ARMS,
         marks=MARKS,
         min_seeds=MIN_SEEDS,
@@ -96,7 +98,7 @@ def view(table: TableRecord) -> dict[str, Any]:
         "symbols": [figures.key(anchors[run], style) for run, style in styles.items()],
         "metric": label(metric),
         "shown": columns(table)[1:],
-        "best": {metric: best_runs(table, metric) for metric in BETTER},
+        "best": {metric: figures.best_runs(table, metric) for metric in BETTER},
         "certainty": certainty(table),
         "explained": SENTENCES.explained(table["seeds"]),
         "others": published(table),
@@ -108,19 +110,42 @@ def view(table: TableRecord) -> dict[str, Any]:
         "behind": curves,  # the numbers behind the first of them
         "steps": sorted({step for points in curves.values() for step in points}),
         "brightness": figures.brightness(table),
+        "training": training_log.panels(table),
+        "durations": durations(table),
+        "chain": chain(table),
         "grids": [(row, sample_grid(Path(next(iter(row["grid"].values()))), side)) for row in table["rows"]],
     }
 
 
-def best_runs(table: TableRecord, metric: str) -> list[str]:
-    """The student rows with the best mean; none where there is nothing to compare."""
-    students = [row for row in figures.rows_of(table, "student") if metric in row["values"]]
-    means = {row["run"]: fmean(row["values"][metric].values()) for row in students}
-    finite = {run: mean for run, mean in means.items() if isfinite(mean)}
-    if len(set(finite.values())) < 2:
-        return []
-    best = min(finite.values(), key=lambda mean: best_first(metric, mean))
-    return [run for run, mean in finite.items() if mean == best]
+def chain(table: TableRecord) -> list[tuple[str, str]]:
+    """The steps that made a table, in order, with what each is of: the rules of the workflow."""
+    students = figures.rows_of(table, "student")
+    config, seeds = students[0]["config"], len(table["seeds"])
+    trained = [row for row in students if row["config"]["train"]["released"] is None]
+    paired = [row for row in trained if row["config"]["regression"]["weight"] > 0]
+    rows, teachers = len(students) * seeds, len(table["rows"]) - len(students)
+    steps = [
+        ("data", config["data"]["name"]),
+        ("teacher", config["teacher"]["name"]),
+        ("pairs", f"for {len(paired)} row{'' if len(paired) == 1 else 's'}" if paired else ""),
+        ("trainings", f"{len(trained)} rows × {seeds} seed{'' if seeds == 1 else 's'}" if trained else ""),
+        ("evaluations", f"{rows + teachers}, {teachers} of the teacher" if teachers else str(rows)),
+        ("table", table["name"]),
+        ("page", "and list of tables"),
+    ]
+    return [(step, of) for step, of in steps if of]
+
+
+def durations(table: TableRecord) -> list[list[str]]:
+    """Seconds of each row over all seeds: training, evaluation and both; in the end of all rows."""
+    found = []
+    for row in table["rows"]:
+        taken = [value for value in row["seconds"].values() if value is not None]
+        measured = [value for value in row.get("eval_seconds", {}).values() if value is not None]
+        of_row = (sum(taken), sum(measured)) if row["kind"] == "student" else (0.0, sum(taken))
+        found.append((f"`{row['run']}`", *of_row))
+    found.append(("all", *(sum(seconds) for seconds in zip(*(of_row[1:] for of_row in found), strict=True))))
+    return [[run, number(trained), number(measured), number(trained + measured)] for run, trained, measured in found]
 
 
 def costs(per_seed: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -158,22 +183,32 @@ def date_of(revision: str) -> str:
     return shown.stdout.strip()
 
 
-def made_from_comment(config: Any, inputs: list[Path]) -> Markup:
-    """The record of what a page is made from, as `dmd2.core.provenance` reads it back."""
+def made_from_comment(config: Any, inputs: list[Path], beside: list[Path]) -> Markup:
+    """The record of what a page is made from and together with, as `dmd2.core.provenance` reads it back."""
     record = {key: value for key, value in made_from(config, inputs).items() if key != "origins"}
-    return Markup(f"<!-- made from {json.dumps(record)} -->")
+    made = {str(path): sha256(path)[:12] for path in beside}
+    return Markup(f"<!-- made from {json.dumps({**record, 'beside': made})} -->")
 
 
-def write(table: Path, folder: Path) -> None:
-    """Write the page of the table in the file `table` into a folder; see `render` for errors."""
-    write_text(folder / f"{table.stem}.html", render(table))
+def outputs(name: str, folder: Path) -> list[Path]:
+    """The page of a table and the files beside it."""
+    return [folder / f"{name}.{suffix}" for suffix in PAGE]
+
+
+def write(path: Path, folder: Path) -> None:
+    """Write the page of the table in the file `path`, and the files beside it; see `render` for errors."""
+    table = read_table(path)
+    page, *beside = outputs(path.stem, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.save({**table, "name": path.stem}, folder)
+    write_text(page, render(path, beside))
 
 
 def main(
     name: Annotated[str, typer.Argument(help="of a table in results/tables", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder")] = REPORT,
 ) -> None:
-    """Write the page of the table NAME: numbers, verdicts, curves and samples."""
+    """Write the page of the table NAME (numbers, verdicts, curves and samples), its LaTeX and its figures."""
     with readable_errors():
         write(Path(f"results/tables/{name}.json"), out)
 

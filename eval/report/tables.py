@@ -26,6 +26,7 @@ from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_valu
 from eval.metrics.estimate import Estimate
 from eval.report.claims import claims_of, distance, is_timed, judge
 from eval.report.differences import difference, with_influences
+from eval.report.logs import summary
 from eval.report.rules import TEACHER, Measurements
 
 Records = dict[int, dict[str, Any]]  # the metrics.json of every training seed; of a teacher's sampler under 0
@@ -71,6 +72,7 @@ def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRe
         "step": {s: snapshot["step"] for s, snapshot in chosen.items()},
         "estimates": {s: snapshot["estimates"] for s, snapshot in chosen.items()},
         "seconds": {s: record["seconds"] for s, record in records.items()},
+        "eval_seconds": {s: record.get("eval_seconds") for s, record in records.items()},
         "grid": {s: str(folder / "grid.png") for s, folder in folders.items()},
         "protocol": protocols[0],
         "protocols": protocols,
@@ -91,6 +93,7 @@ def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
         "cost": {s: record["cost"] for s, record in records.items() if record["cost"]},
         "curves": {s: record["snapshots"] for s, record in records.items()},
         "times": {s: _times(records[s], log) for s, log in logs.items()},
+        "log": summary(logs.values(), first["config"]["train"]["steps"]),
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "config": first["config"],
         "commits": {s: record["train_commit"] for s, record in records.items()},
@@ -103,7 +106,7 @@ def _sampled(metrics: dict[str, Any]) -> RowRecord:
         "kind": "teacher",
         "student_updates": 0,
         "device": "",
-        **{name: {} for name in ("ticks", "cost", "curves", "probe", "changed")},
+        **{name: {} for name in ("ticks", "cost", "curves", "log", "probe", "changed")},
         "config": metrics["sampler"],
         "commits": {0: metrics["eval_commit"]},
         "network_calls": Sampler.model_validate(metrics["sampler"]).network_calls,

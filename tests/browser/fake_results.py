@@ -65,7 +65,10 @@ def _student(run: RunId, cfg: RunConfig, number: int) -> None:
     at = np.arange(0, steps, max(1, steps // 150))
     noise = np.convolve(rng.standard_normal(len(at) + 20), np.ones(21) / 21, "valid") * (0.25 if unstable else 0.012)
     probe = 0.305 - 0.12 * np.exp(-at / steps * 14) + noise
-    log = [json.dumps({"step": int(s), "probe/brightness": float(p)}) for s, p in zip(at, probe, strict=True)]
+    log = [
+        json.dumps({"step": s, "probe/brightness": p, "critic/denoise": 0.2 + 9 / (s + 9), "student/dm": p * p})
+        for s, p in zip(at.tolist(), probe.tolist(), strict=True)
+    ]
     unknown = {} if cfg.train.released is None else {"seconds": None, "cost": {}, "device": "released"}
     if not unknown:
         write_text(run.folder / "log.jsonl", "\n".join(log) + "\n")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dmd2.core.errors import UserError
-from eval.report import index
+from eval.report import figures, index
 from eval.report import page as report
 from eval.report.figures import ARMS
 from eval.report.page import REPORT
@@ -44,7 +44,11 @@ def text(place: Path, name: str = "demo") -> str:
 
 
 def test_rendering_again_gives_the_same_bytes(place: Path):
-    assert text(place) == report.render(Path("results/tables/demo.json"))
+    _, *beside = report.outputs("demo", REPORT)
+    before = [path.read_bytes() for path in beside]
+    assert text(place) == report.render(Path("results/tables/demo.json"), beside)
+    report.write(Path("results/tables/demo.json"), REPORT)
+    assert [path.read_bytes() for path in beside] == before
 
 
 def test_pages_are_small(place: Path):
@@ -82,6 +86,31 @@ def test_says_the_verdicts_the_best_value_and_the_warning(place: Path):
     assert row and row[0].count("<strong>") >= 1 and "<code>dmd2</code>" in row[0]
 
 
+def test_latex_is_escaped_and_complete(place: Path):
+    tex = (place / "results/report/demo.tex").read_text()
+    assert tex.count(r" \\") == 1 + 8 and r"\caption{One seed <script>" in tex and r"$\times$" in tex
+    assert re.search(r"\\texttt\{dmd2\} & \\checkmark .*\\textbf\{", tex)
+    cells = {line.count(" & ") for line in tex.splitlines() if line.endswith(r"\\")}
+    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", tex)
+    assert columns and cells == {len(columns[1]) - 1}
+
+
+def test_panels_of_the_log_and_run_times(place: Path):
+    page = text(place)
+    assert "Line chart of the distribution matching loss" in page and "Line chart of the denoising loss of the" in page
+    row = re.search(r"<th scope=\"row\">all</th>(.*?)</tr>", page)
+    trained, measured, both = (float(text) for text in re.findall(r"<td>(.*?)</td>", row[1] if row else ""))
+    assert trained > 6 * 90 and measured == round(6 * 12.3 + 2 * 4.0, 1) and abs(trained + measured - both) <= 1
+
+
+def test_small_numbers_on_an_axis_keep_their_digits():
+    with figures.drawing("any"):
+        figure, axes = figures.panel(3.5, 2.0)
+        axes.plot([1, 2], [0.002, 0.5])
+        assert figures.scaled(axes, "y", [0.002, 0.5], 10) == ", log scale"
+        assert ">0.003<" in figures.svg(figure, "")
+
+
 def test_missing_grid_is_named(place: Path, tmp_path: Path):
     table = json.loads(Path("results/tables/demo.json").read_text())
     table["rows"][0]["grid"] = {"0": "results/runs/digits/gone/seed0/grid.png"}
@@ -92,11 +121,11 @@ def test_missing_grid_is_named(place: Path, tmp_path: Path):
 
 
 def test_missing_or_foreign_bundle_is_named(place: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"nowhere.json is missing: make it with snakemake .*nowhere.md"):
+    with pytest.raises(UserError, match=r"nowhere.json is missing: make it with dmd2 run nowhere"):
         report.render(Path("results/tables/nowhere.json"))
     foreign = tmp_path / "metrics.json"
     foreign.write_text('{"kind": "metrics"}')
-    with pytest.raises(UserError, match=r"metrics.json is no table, it has no base: .*eval.report.tables"):
+    with pytest.raises(UserError, match=r"metrics.json is no table, it has no base: .*dmd2 run metrics"):
         report.render(foreign)
 
 
@@ -181,7 +210,7 @@ def test_every_row_and_picture_is_shown(opened):
     widths = opened.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
     assert len(widths) == 8 and all(widths)
     figures = opened.find_elements("css selector", "svg[role=img]")
-    assert len(figures) == 2 + 6  # two panels of curves, brightness of six runs
+    assert len(figures) == 2 + 2 + 6  # curves, quantities of the log, brightness of six runs
     assert all(figure.size["width"] > 150 and figure.size["height"] > 80 for figure in figures)
 
 

@@ -18,7 +18,8 @@ from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.metrics import LABELS
 from dmd2.experiment.tables import Table, load_experiment
 from dmd2.publish.table_text import cells, markdown, other
-from eval.report.page import best_runs, render
+from eval.report.figures import best_runs
+from eval.report.page import render
 from eval.report.rules import below
 from eval.report.tables import build, measurements
 from eval.runs.evaluate import brightness_stability

@@ -31,18 +31,18 @@ rule table:
 rule page:
     input:
         artefact(
-            "results/report/{table}.html",
+            *(f"results/report/{{table}}.{suffix}" for suffix in PAGE),
             of=[{"table": name} for name in TABLES],
             settings=lambda w: None,
             inputs=lambda w: {"table": f"results/tables/{w.table}.json"},
         ),
     output:
-        "results/report/{table}.html",
+        multiext("results/report/{table}", *(f".{suffix}" for suffix in PAGE)),
     log:
         "logs/page/{table}.log",
     localrule: True
     message:
-        "page {output}"
+        "page {output[0]}"
     shell:
         "exec 3>&2 &> {log}; python -m eval.report.page {wildcards.table}"
 
