@@ -100,6 +100,7 @@ class Gan(Section):
     shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
         that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
     tap: that block, counted from 0; null: the middle one.
+    head: ``single`` ends in one logit; ``patches`` in the mean of those of patches, for the widths of transformers.
     """
 
     lambda_g: Annotated[Weight, Field(description="weight of the student's GAN loss; 0 is off")]
@@ -110,6 +111,7 @@ class Gan(Section):
     r1_alpha: Annotated[Weight, Field(description="noise that it adds to real images")] = 0.1
     shares_noise: bool = False
     tap: Annotated[int, Field(ge=0)] | None = None
+    head: Literal["single", "patches"] = "single"
 
     @property
     def on(self) -> bool:

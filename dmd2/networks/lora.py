@@ -1,4 +1,4 @@
-"""Low-rank students: factors on every convolution and projection of a UNet, and the plain weights that follow.
+"""Low-rank students: factors on convolutions and projections, and the plain weights that follow.
 
 Hu et al. (2021): ``W + (alpha / rank) up down``. A state of factors names them ``PATH.lora_down.weight``
 ``(r, C_in[, k, k])``, ``PATH.lora_up.weight`` ``(C_out, r[, 1, 1])`` and ``PATH.alpha``, PATH being the module's.
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+
+from dmd2.networks.transformers.family import FAMILIES, family_of
 
 State = dict[str, Tensor]
 
@@ -22,18 +23,27 @@ ADAPTER, IN_SNAPSHOT = "default", "lora."
 FACTOR_DOWN, FACTOR_UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
-def add_lora(network: UNet2DConditionModel, rank: int, alpha: float) -> None:
-    """Put factors on the `TARGETS` of `network`, in place; afterwards only they require a gradient.
+def add_lora(network: Any, rank: int, alpha: float) -> None:
+    """Put factors on the `targets_of` a network of diffusers, in place; afterwards only they require a gradient.
 
     ``down`` is drawn by Kaiming's rule from torch's global generator of the CPU, ``up`` is zero: nothing changes yet.
     """
     from peft import LoraConfig  # its import takes seconds that runs without factors need not pay
 
     scaled: Any = alpha  # peft declares whole numbers, and takes others
-    config = LoraConfig(r=rank, lora_alpha=scaled, lora_dropout=0.0, target_modules=list(TARGETS))
+    config = LoraConfig(r=rank, lora_alpha=scaled, lora_dropout=0.0, target_modules=targets_of(network))
     network.add_adapter(config, ADAPTER)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(_is_factor(name))
+
+
+def targets_of(network: nn.Module) -> list[str]:
+    """Modules of a network that get factors: by the ends of their names, those of a transformer's blocks in full."""
+    kind = type(network).__name__
+    if kind not in FAMILIES:
+        return list(TARGETS)
+    family = family_of(kind)
+    return [path for path, m in network.named_modules() if isinstance(m, nn.Linear) and family.has_factors(path)]
 
 
 def lora_state(network: nn.Module, weights: State | None = None) -> State:
@@ -61,7 +71,7 @@ def merged_state(network: nn.Module, weights: State | None = None) -> State:
         if path in modules and kind == "weight":
             down, up = weights[path + FACTOR_DOWN].detach(), weights[path + FACTOR_UP].detach()
             tensor = merged(tensor, down, up, modules[path].scaling[ADAPTER])
-        state[f"{path}.{kind}"] = tensor.cpu().contiguous()
+        state[f"{path}.{kind}" if path else kind] = tensor.cpu().contiguous()
     return state
 
 

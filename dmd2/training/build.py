@@ -15,7 +15,7 @@ from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.step import Models
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.head import Head
+from dmd2.networks.head import Head, PatchHead
 from dmd2.networks.lora import add_lora, split
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
@@ -107,12 +107,12 @@ def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Ten
     return distance
 
 
-def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head:
+def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head | PatchHead:
     """A head that fits the denoiser's bottleneck; its initial weights depend on `seed` only."""
     width, resolution = denoiser.bottleneck(cfg.data.resolution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{seed}/head").initial_seed())
-        return Head(width, resolution).to(device)
+        return (Head(width, resolution) if cfg.gan.head == "single" else PatchHead(width)).to(device)
 
 
 def _load_student(train_json: Path, student: Denoiser) -> None:

@@ -7,6 +7,8 @@ from torch import nn
 
 from dmd2.networks.condition import Condition
 from dmd2.networks.flow import FlowDenoiser
+from dmd2.networks.head import PatchHead
+from dmd2.networks.lora import add_lora, merged_state, targets_of
 from dmd2.networks.schedules import FlowSchedule, add_noise
 from dmd2.networks.transformers.family import FAMILIES, family_of
 from dmd2.networks.transformers.flux import image_ids, pack, unpack
@@ -156,8 +158,28 @@ def test_published_sizes_and_their_adapters(name):
     with torch.device("meta"):
         network = getattr(diffusers, kind).from_config(config)
     assert sum(p.numel() for p in network.parameters()) == count
-    family = family_of(kind)
-    targets = [
-        module for path, module in network.named_modules() if isinstance(module, nn.Linear) and family.has_factors(path)
-    ]
+    targets = [network.get_submodule(path) for path in targets_of(network)]
     assert (sum(m.in_features + m.out_features for m in targets), len(targets)) == FACTORS[name]
+
+
+@pytest.mark.parametrize(("width", "count"), [(1536, 18_877_441), (3072, 75_503_617), (2304, 42_471_937)])
+def test_the_head_of_patches_has_the_published_size(width, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in PatchHead(width).parameters()) == count
+    small = PatchHead(8)
+    features = torch.randn(2, 8, 4, 6)
+    logits = small(features)
+    assert logits.shape == (2, 1) and not torch.allclose(logits[0], logits[1])
+
+
+def test_factors_merge_into_plain_weights(kind):
+    plain, adapted, x, cond = tiny(kind), tiny(kind), square_of(kind), texts(3)
+    add_lora(adapted, rank=2, alpha=4.0)
+    for name, p in adapted.named_parameters():
+        assert p.requires_grad == ("lora" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    expected = FlowDenoiser(adapted)(x, T, cond)
+    plain.load_state_dict(merged_state(adapted))
+    assert torch.allclose(FlowDenoiser(plain)(x, T, cond), expected, atol=1e-5)
+    assert not torch.allclose(FlowDenoiser(tiny(kind))(x, T, cond), expected, atol=1e-3)

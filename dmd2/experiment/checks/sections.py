@@ -200,6 +200,11 @@ def _head(cfg: RunConfig) -> Iterator[Problem]:
         bottleneck, key, what = side // 2 ** (len(levels) - 1), "block_out_channels", f"{len(levels)} levels"
     else:
         return
+    if cfg.gan.head == "patches":
+        if cfg.gan.on and bottleneck < 2:
+            told = f"patches need features of 2 pixels or more, and {what} leave {bottleneck}: use single"
+            yield "gan.head", f"{NETWORK}.{key}", told
+        return
     last = bottleneck
     for _ in range(max(0, round(log2(bottleneck / 4))) if bottleneck else 0):
         last //= 2
