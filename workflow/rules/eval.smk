@@ -47,7 +47,13 @@ rule evaluate:
         unpack(lambda w: parts(RUNS[w.base, w.run], f"results/runs/{w.base}/{w.run}/seed{w.seed}")),
     output:
         metrics="results/runs/{base}/{run}/seed{seed}/metrics.json",
-        grid="results/runs/{base}/{run}/seed{seed}/grid.png",
+        grid=report(
+            "results/runs/{base}/{run}/seed{seed}/grid.png",
+            caption="../report/samples.rst",
+            category="samples",
+            subcategory="{base}",
+            labels={"row": "{run}", "seed": "{seed}"},
+        ),
     log:
         "logs/evaluate/{base}/{run}/seed{seed}.log",
     threads: threads_of("evaluate")
@@ -101,7 +107,13 @@ rule evaluate_teacher:
         unpack(lambda w: parts(EXPERIMENT.bases[w.base], f"results/teachers/{w.base}/{w.sampler}")),
     output:
         metrics="results/teachers/{base}/{sampler}/metrics.json",
-        grid="results/teachers/{base}/{sampler}/grid.png",
+        grid=report(
+            "results/teachers/{base}/{sampler}/grid.png",
+            caption="../report/samples.rst",
+            category="samples",
+            subcategory="{base}",
+            labels={"row": "teacher-{sampler}", "seed": ""},
+        ),
     log:
         "logs/evaluate_teacher/{base}/{sampler}.log",
     threads: threads_of("evaluate")

@@ -28,6 +28,18 @@ rule table:
         "exec 3>&2 &> {log}; python -m eval.report.tables {wildcards.table}"
 
 
+IN_REPORT = {"html": "page", "curves.svg": "curves", "training.svg": "training"}  # of Snakemake: files and captions
+
+
+def in_report(start, suffix):
+    """An output of the page, which `snakemake --report` shows if it is of a kind that browsers do."""
+    path = f"{start}.{suffix}"
+    if suffix not in IN_REPORT:
+        return path
+    what = IN_REPORT[suffix]
+    return report(path, caption=f"../report/{what}.rst", category="{table}", labels={"what": what})
+
+
 rule page:
     input:
         artefact(
@@ -37,7 +49,7 @@ rule page:
             inputs=lambda w: {"table": f"results/tables/{w.table}.json"},
         ),
     output:
-        multiext("results/report/{table}", *(f".{suffix}" for suffix in PAGE)),
+        *(in_report("results/report/{table}", suffix) for suffix in PAGE),
     log:
         "logs/page/{table}.log",
     localrule: True
