@@ -26,7 +26,7 @@ lint: $(READY)
 	mypy
 
 docs: $(READY) # into site/, which loads nothing from elsewhere
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "open site/index.html"
 
 $(READY): requirements.lock pyproject.toml

@@ -70,7 +70,9 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def dmd2(
     workspace: Workspace = None,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and the commit.")
+    ] = False,
 ) -> None:
     """Distil diffusion models with DMD2, ablate it, and measure what comes out."""
 

@@ -1,7 +1,7 @@
 """What objectives need of the networks, and how the needs of all objectives become few, large passes.
 
 An objective is a generator function of a `Turn`. It yields the passes that it needs, is sent their results in the same
-order, and returns its loss with what is logged of it::
+order, and returns its loss with what is logged of it:
 
     def my_objective(turn):
         x_t, t = turn.noised(turn.x, "mine", (20, 980))

@@ -10,6 +10,11 @@ from eval.catalogue.columns import METRICS as METRIC_COLUMNS
 from eval.report.claims import CLAIMS
 from eval.report.rules import RULES
 
+CLAIMS_NOTE = (
+    "All tests of a claim must hold; the metric stands behind the colon. `distance` is the first Fréchet distance of a "
+    "table. C5 and C10 are refuted by more than the reverse: see `eval/report/claims.py`."
+)
+
 
 def metrics() -> str:
     """What ``eval.metrics`` may name, and the numbers that it gives."""
@@ -40,17 +45,17 @@ def protocols() -> str:
 def claims() -> str:
     """The paper's claims with their tests, and the rules of these."""
     blocks = [prose(str(eval.report.rules.__doc__))]
-    blocks += [table(("rule", "a claim that"), ((f"`{n}`", prose(str(rule.__doc__))) for n, rule in RULES.items()))]
+    blocks += [table(("rule", "judges"), ((f"`{n}`", prose(str(rule.__doc__))) for n, rule in RULES.items()))]
     rows = [
         (
-            f"{name}{{ #{name.lower()} }}",
+            f"**{name}**{{ #{name.lower()} }}",
             c.claim,
             c.paper,
             "; ".join(f"`{t.a}` {t.rule} `{t.b}`: {t.metric}" for t in c.tests),
         )
         for name, c in CLAIMS.items()
     ]
-    return page("Claims and rules", *blocks, "## Claims", table(("claim", "says", "paper", "test"), rows))
+    return page("Claims and rules", *blocks, "## Claims", CLAIMS_NOTE, table(("claim", "says", "paper", "test"), rows))
 
 
 def catalogue() -> str:

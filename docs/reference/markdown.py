@@ -1,5 +1,6 @@
 """Markdown of generated pages."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,14 +11,15 @@ def page(title: str, *blocks: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; ``|`` and line breaks in cells are kept as text."""
+    """A Markdown table; what a cell says is one line."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    """One line; outside code, ``|`` would begin another cell."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or "\\|", " ".join(str(value).split()))
 
 
 def anchor(name: str) -> str:

@@ -48,14 +48,16 @@ def yaml_file(title: str, folder: str, model: type, *notes: str) -> str:
     files = sorted((ROOT / "workflow" / folder).glob("*.yaml"))
     blocks = [f"`workflow/{folder}/*.yaml`. {top.text}", *notes, _keys(top)]
     for part in rest:
-        blocks += [f"## `{part.places[0]}` {{ #{part.anchor} }}", part.text, *_also(part), _keys(part)]
+        kind = part.anchor.removeprefix(part.places[0]).replace("-", " ")  # where a key may be one of two sections
+        blocks += [f"## `{part.places[0]}`{kind} {{ #{part.anchor} }}", part.text, *_also(part), _keys(part)]
     listed = [(f"`{path.stem}`{{ #file-{path.stem} }}", _first_words(path)) for path in files]
     return page(title, *blocks, "## Files of this repository { #files }", table(("name", "what it is"), listed))
 
 
 def _keys(part: Section) -> str:
     rows = ((anchor(key.name), key.values, key.default, key.meaning) for key in part.keys)
-    return table(("key", "value", "default", "meaning"), rows)
+    listed = table(("key", "value", "default", "meaning"), rows)
+    return f'<div class="keys" markdown>\n\n{listed}\n\n</div>'
 
 
 def _also(part: Section) -> Iterator[str]:

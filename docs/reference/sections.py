@@ -48,7 +48,7 @@ def sections(model: type) -> list[Section]:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"\.\s", " ".join(text.partition("\n\n")[0].split()) + " ")[0]
+    return re.split(r"\.\s+(?=[A-Z])", " ".join(text.partition("\n\n")[0].split()))[0].rstrip(".")
 
 
 def _find(schema: Schema, place: str, defined: Schema, places: dict[str, list[str]]) -> None:

@@ -6,6 +6,8 @@ from contextlib import chdir
 from pathlib import Path
 
 import matplotlib as mpl
+import nbclient
+import nbformat
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ import eval.catalogue.__main__
 import eval.catalogue.read
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, sha256, write_text
+from dmd2.core.options import WORKSPACE
 from dmd2.experiment.metrics import OF_RUNS, measured
 from eval.catalogue.columns import LOG_SCHEMA, METRICS, SCHEMA, SUFFIXES, describe, explained, write_parquet
 from eval.catalogue.read import catalogue, training_logs
@@ -179,6 +182,20 @@ def test_a_file_is_replaced_as_a_whole_and_never_written_into(place: Path) -> No
         write_parquet(catalogue(), out, describe(catalogue().columns))
         assert reader.read() == "earlier"
     assert len(pd.read_parquet(out)) == 13 and [p.name for p in Path().iterdir() if p.is_file()] == ["c.parquet"]
+
+
+def test_the_notebook_of_examples_runs_in_another_workspace(
+    place: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WORKSPACE, str(place))
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    notebook = nbformat.read(root / "examples/catalogue.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    published = [output.output_type for cell in cells for output in cell.outputs]
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
+    assert cells[0].outputs[0].text == "13 snapshots of 4 trainings\n1 samplers of teachers\n"
+    assert [output.output_type for cell in cells for output in cell.outputs] == published
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 2
 
 
 def test_schema_explains_everything_without_a_workspace(tmp_path: Path) -> None:
