@@ -124,3 +124,11 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
                 assert not re.match(r"(\w+:)?//", attributes.get(name, "")), f"{page}: {tag} {attributes}"
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*['\"]?(\w+:)?//", style.read_text()), style
+
+
+def test_files_of_the_repository_that_pages_link_to_are_pages(site: Path) -> None:
+    pages = [*(site / "how-to").glob("*.html"), *(site / "explanation").glob("*.html"), site / "index.html"]
+    links = {(page.parent / attributes["href"]).resolve() for page in pages for _, attributes in Elements(page).found
+             if "/source/" in f"/{attributes.get('href', '')}"}  # fmt: skip
+    assert links and all(target.exists() for target in links)
+    assert "def train_step" in re.sub("<[^>]*>", "", (site / "source/dmd2/method/step.py.html").read_text())

@@ -1,5 +1,7 @@
 """Reference pages of what is listed in the code: metrics, protocols, claims, columns of the catalogue."""
 
+from typing import Any
+
 import eval.report.rules
 from dmd2.experiment.metrics import METRICS, NUMBERS
 from dmd2.experiment.protocols import known_protocols
@@ -22,14 +24,14 @@ def metrics() -> str:
         (anchor(m.name), ", ".join(f"`{n}`" for n in m.gives), m.sees, ", ".join(m.needs), code(m.option))
         for m in METRICS.values()
     ]
-    numbers = [(f"`{n.name}`", n.label, n.better or "", n.unit, n.meaning, code(n.paper)) for n in NUMBERS.values()]
+    numbers = [(f"`{n.name}`", n.label, n.better or "", n.unit, code(n.paper), n.meaning) for n in NUMBERS.values()]
     return page(
         "Metrics",
         "What `eval.metrics` of a base names, or `--metrics` of `dmd2 eval score`.",
         table(("metric", "gives", "computed from", "needs", "option"), named),
         "## Numbers",
         "The keys of `metrics.json`, of tables and of the catalogue.",
-        table(("number", "label", "better", "unit", "meaning", "in place of"), numbers),
+        table(("number", "label", "better", "unit", "in place of", "meaning"), numbers),
     )
 
 
@@ -38,8 +40,14 @@ def protocols() -> str:
     blocks = ["What a published number depends on besides the images: `eval.protocol` of a base, `--protocol NAME`."]
     for name, protocol in known_protocols().items():
         values = protocol.model_dump(mode="json", exclude={"name"}, exclude_none=True)
-        blocks += [f"## {name}", table(("key", "value"), ((f"`{k}`", value) for k, value in values.items()))]
+        blocks += [f"## {name}", table(("key", "value"), ((f"`{k}`", _listed(value)) for k, value in values.items()))]
     return page("Protocols", *blocks)
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def claims() -> str:

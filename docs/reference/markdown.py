@@ -11,10 +11,11 @@ def page(title: str, *blocks: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; what a cell says is one line."""
+    """A Markdown table; what a cell says is one line. One that ends with a meaning is a list on a telephone."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return f'<div class="told" markdown>\n\n{text}\n\n</div>' if head[-1] == "meaning" else text
 
 
 def _cell(value: Any) -> str:

@@ -56,8 +56,7 @@ def yaml_file(title: str, folder: str, model: type, *notes: str) -> str:
 
 def _keys(part: Section) -> str:
     rows = ((anchor(key.name), key.values, key.default, key.meaning) for key in part.keys)
-    listed = table(("key", "value", "default", "meaning"), rows)
-    return f'<div class="keys" markdown>\n\n{listed}\n\n</div>'
+    return table(("key", "value", "default", "meaning"), rows)
 
 
 def _also(part: Section) -> Iterator[str]:
