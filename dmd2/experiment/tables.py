@@ -89,6 +89,8 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
     """
     experiment, places = Experiment(), dict[str, Place]()
     for name, path in workflow_files(tables).items():
+        if name == "index":
+            raise UserError(f"{path}: index is the page with the list of all tables: rename the file")
         values, places[name] = read_yaml(path)
         experiment.tables[name] = validate(Table, values, places[name])
     of_tables = (table.base for table in experiment.tables.values())

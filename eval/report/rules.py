@@ -1,6 +1,6 @@
 """The rules, fixed beforehand, by which measured values support or refute a claim.
 
-Default rule: at least three seeds; *supported* if the sign is the paper's in every seed and the mean gap exceeds twice
+Default rule: at least three seeds; *supported* if every seed agrees with the claim and the mean gap exceeds twice
 the pooled standard deviation over seeds, *refuted* if the reverse holds under the same test, else *undecided*. Against
 what has one value (the teacher, a published number) it is twice the standard deviation of the arm that has seeds.
 """

@@ -194,3 +194,8 @@ def test_what_is_wrong_with_a_claim_of_ones_own_is_named_where_it_stands(folder,
     lines = path.read_text().splitlines()
     at = max(i for i, line in enumerate(lines, 1) if f" {key}: " in line)
     assert error.startswith(f"{path}:{at}: ") and sentence in error
+
+
+def test_no_table_has_the_name_of_the_list_of_tables(folder):
+    folder.table("index")
+    assert folder.error().startswith(f"{folder.tables}/index.yaml: ") and "rename the file" in folder.error()

@@ -25,6 +25,7 @@ def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
     markdown = (finished.path / "results/tables/demo.md").read_text()
     assert "undecided" in markdown and "| `dmd2` | ✓ | ✓ | ✓ | ✓ |" in markdown
     assert (finished.path / "results/report/demo.html").stat().st_size > 10_000
+    assert '<a href="demo.html">' in (finished.path / "results/report/index.html").read_text()
 
 
 def test_pairs_come_in_shards_that_cover_every_seed_once(finished: Workspace) -> None:
@@ -57,6 +58,15 @@ def test_what_dvc_records_after_the_demo_is_all_made(edited: Workspace) -> None:
     assert "digits-ttur made here, but not named in `tables` of dvc.yaml" in edited.plan("digits-runs")[1]
     (edited.path / "dvc.yaml").unlink()
     assert edited.planned("digits-runs")["train"] > 10
+
+
+def test_snakemakes_own_report_has_pages_curves_and_samples_with_captions(finished: Workspace) -> None:
+    result = finished.snakemake("demo", "--report", "snakemake.html")
+    assert result.returncode == 0, result.stderr
+    text = (finished.path / "snakemake.html").read_text()
+    for name in ("demo.html", "demo.curves.svg", "demo.training.svg", "grid.png"):
+        assert f"Adding {name}" in result.stderr
+    assert "The table demo: numbers, verdicts on claims" in text and "Samples of digits: the same noise" in text
 
 
 def test_edits_of_comments_code_and_hardware_restart_nothing(edited: Workspace) -> None:
