@@ -105,11 +105,16 @@ def test_every_command_and_its_options_are_in_the_reference(site: Path) -> None:
         assert f"{option} <" in text.replace("&lt;", "<"), option
 
 
-def test_lists_of_the_code_are_in_the_reference(site: Path) -> None:
+def test_lists_of_the_code_are_in_the_reference(site: Path, root: Path) -> None:
     for page, names in {"claims": CLAIMS, "protocols": known_protocols(), "catalogue": SCHEMA | LOG_SCHEMA}.items():
         text = (site / f"reference/{page}.html").read_text()
         missing = [name for name in names if f">{name}<" not in text]
         assert not missing, f"{page}: {missing}"
+    for name in FILES:
+        listed = {path.stem for path in (root / "workflow").glob(f"{name}*/*.yaml")}
+        text = (site / f"reference/{name}.html").read_text()
+        assert listed and all(f'id="file-{stem}"' in text for stem in listed)
+        assert "yaml-language-server" not in text
 
 
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:

@@ -21,8 +21,8 @@ from docs.reference.sections import Section, sections
 ROOT = Path(__file__).parents[2]
 MODULES = ("dmd2.method.step", "dmd2.method.passes", "eval.catalogue.read", "eval.metrics.frechet")
 LIKE = (
-    "A base may be `like` another one (`like: digits`) and then says only what differs: sections are merged key by "
-    "key; lists, networks, and sources or samplers of another kind are replaced."
+    "A base may be `like`{ #like } another one (`like: digits`) and then says only what differs: sections are merged "
+    "key by key; lists, networks, and sources or samplers of another kind are replaced."
 )
 
 
@@ -68,7 +68,7 @@ def _first_words(path: Path) -> str:
     """The title in a YAML file, else the comment that it begins with."""
     text = path.read_text(encoding="utf-8")
     title = (yaml.safe_load(text) or {}).get("title")
-    lines = text.splitlines()
+    lines = [line for line in text.splitlines() if not line.startswith("# yaml-language-server")]
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return str(title or " ".join(line.lstrip("# ") for line in lines[:count]))
 
