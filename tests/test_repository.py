@@ -1,10 +1,8 @@
-"""Promises about the repository itself: README, schemas, sizes, no pickles."""
+"""Promises about the repository itself: pages, schemas, sizes, no pickles."""
 
 import ast
 import json
 import re
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 from dmd2.experiment.cluster import Cluster
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import Table, load_experiment
-from tests.fork_server import quick_bin
+from tests.docs.pages import PAGES
 
 REPO = Path(__file__).parents[1]
 SOURCES = sorted([*(REPO / "dmd2").rglob("*.py"), *(REPO / "eval").rglob("*.py")])
@@ -23,7 +21,7 @@ PACKAGES = [
     "dmd2.launch", "dmd2.planning", "dmd2.bases", "dmd2.publish", "eval.pixels", "eval.metrics", "eval.detectors", "eval.score",
     "eval.runs", "eval.report", "eval.compare", "eval.catalogue", "dmd2.command",
 ]  # fmt: skip
-README = (REPO / "README.md").read_text()
+CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
@@ -100,32 +98,19 @@ def test_exported_schema_is_current(name: str, model: type) -> None:
     assert exported == model.model_json_schema(), "run python -m dmd2.launch schema"
 
 
-def _commands() -> list[str]:
-    whole = re.sub(r"```yaml\n.*?```console\n.*?```", "", README, flags=re.S)  # a file and what is then asked for
-    return [line for block in re.findall(r"```console\n(.*?)```", whole, re.S) for line in block.splitlines() if line]
+def test_links_and_packages_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#h][^)#]*)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+    for package in re.findall(r"^\| `([\w/]+)/`", CONTRIBUTING, re.M):
+        assert (REPO / package).is_dir(), package
+    for name in PACKAGES:
+        assert f"| `{name.replace('.', '/')}/` |" in CONTRIBUTING, name
 
 
-# tests/workflow/test_readme_snippets.py runs those beside a file to be written, tests/slurm/test_slurm.py those of
-# dmd2.launch, tests/eval/test_readme_commands.py those of eval, tests/workflow/test_readme.py the rest.
-@pytest.mark.parametrize("command", [c for c in _commands() if not re.search(r"python -m (dmd2|eval)|^dvc", c)])
-def test_readme_command_plans(command: str) -> None:
-    words = command.split()
-    dry = [*words, "-n"] if "-n" not in words else words
-    env = {"PATH": f"{quick_bin()}:{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": "/tmp"}
-    result = subprocess.run(dry, cwd=REPO, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
-
-
-def test_readme_links_and_named_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
-        assert (REPO / target).exists(), target
-    for row in re.findall(r"^\| `(\w+)/`", README, re.M):
-        assert (REPO / row).is_dir(), row
-
-
-def test_readme_names_every_table() -> None:
+def test_pages_name_every_table() -> None:
     for name in load_experiment().tables:
-        assert f"`{name}`" in README, name
+        assert any(f"`{name}`" in page.read_text() for page in PAGES), name
 
 
 def test_lock_names_no_index_host() -> None:

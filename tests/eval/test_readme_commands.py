@@ -1,7 +1,4 @@
-"""The README's commands of eval, as written, on small folders of real digits."""
-
-import re
-from pathlib import Path
+"""Commands of eval of README and pages, as written, on small folders of real digits."""
 
 import numpy as np
 import pytest
@@ -10,9 +7,9 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import eval.score.command as command
+from tests.docs.pages import lines_of
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = re.findall(r"^python -m eval (.*)$", README, re.M)
+COMMANDS = [line.removeprefix("dmd2 eval ") for line in lines_of("dmd2 eval ")]
 
 
 @pytest.fixture

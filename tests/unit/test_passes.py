@@ -77,9 +77,9 @@ def test_objective_may_ask_again_for_what_follows_from_a_result():
     assert set(found) == {"twice", "once"} and set(found["twice"][1]) == {"mine/first"}
 
 
-def of_the_readme():
-    """The example of the README's "Add a loss": its file and its line, as a reader would put them in place."""
-    section = Path("README.md").read_text(encoding="utf-8").partition("### Add a loss")[2]
+def of_the_page():
+    """The example of the page on adding a loss: its file and its line, as a reader would put them in place."""
+    section = Path("docs/how-to/add-a-loss.md").read_text(encoding="utf-8")
     file, line = section.partition("```python\n")[2].partition("```")[0], re.search(r"`(Term\(.*\)),`", section)
     names = {"Term": Term}
     exec(file, names)
@@ -89,7 +89,7 @@ def of_the_readme():
 def test_objective_of_ones_own_is_a_function_and_a_line(monkeypatch):
     cfg = tiny.config("edm")
     plain = train_step(tiny.models("edm", cfg), tiny.batches("edm", cfg).at(0), 0, cfg)
-    monkeypatch.setattr(dmd2.method.step, "STUDENT", [*STUDENT, of_the_readme()])
+    monkeypatch.setattr(dmd2.method.step, "STUDENT", [*STUDENT, of_the_page()])
     logs = train_step(tiny.models("edm", cfg), tiny.batches("edm", cfg).at(0), 0, cfg)
     assert {**logs, **plain} == {**plain, **{name: logs[name] for name in ("student/tv", "tv/down")}}
     assert all(

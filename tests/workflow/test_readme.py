@@ -1,14 +1,13 @@
-"""The README's commands on finished runs, as written, in a workspace that is a git repository."""
+"""Commands of README and pages on finished runs, as written, in a workspace that is a git repository."""
 
-import re
 import shutil
 
 import pytest
 
-from tests.workspace import REPO, Workspace
+from tests.docs.pages import lines_of
+from tests.workspace import Workspace
 
-README = (REPO / "README.md").read_text()
-COMMANDS = re.findall(r"^python -m (?:eval\.[\w.]+|dmd2\.publish\.export) .*$", README, re.M)
+COMMANDS = [line for name in ("compare", "catalogue", "export") for line in lines_of(f"dmd2 {name} ")]
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +23,19 @@ def repository(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 MAKES = {
-    "eval.compare": None,
-    "eval.catalogue": "results/catalogue.parquet",
-    "dmd2.publish.export": "exported/digits-dmd2/sample.py",
+    "compare": None,
+    "catalogue": "results/catalogue.parquet",
+    "export": "exported/digits-dmd2/sample.py",
 }
 
 
 def test_there_are_some() -> None:
-    assert {line.split()[2] for line in COMMANDS} == set(MAKES)
+    assert {line.split()[1] for line in COMMANDS} == set(MAKES)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_it_runs(repository: Workspace, line: str) -> None:
-    result = repository.run("bash", "-c", line)
+    result = repository.run("python", "-m", *line.split())
     assert result.returncode == 0, result.stderr + result.stdout
-    made = MAKES[line.split()[2]]
+    made = MAKES[line.split()[1]]
     assert (repository.path / made).exists() if made else "Rows on both sides" in result.stdout, result.stdout

@@ -1,7 +1,6 @@
-"""The README's commands about networks, as written: what a base takes, and NVlabs' networks converted and back."""
+"""Commands of the pages about networks, as written: what a base takes, and NVlabs' networks converted and back."""
 
 import json
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -10,36 +9,38 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import edm_reference as edm
+from tests.docs.pages import lines_of
 from tests.fork_server import quick_bin
 from tests.workspace import REPO
 
-README = (REPO / "README.md").read_text()
-PLANS = re.findall(r"^python -m dmd2\.planning imagenet64.*$", README, re.M)  # SDXL's takes minutes
-CONVERSIONS = re.findall(r"^python -m dmd2\.convert .*$", README, re.M)
+PLANS = [
+    line for line in lines_of("dmd2 plan ") if "imagenet64" in line or "dmd2-table3" in line
+]  # SDXL's takes minutes
+CONVERSIONS = lines_of("dmd2 convert ")
 
 
 def run(line: str, folder: Path) -> str:
     words = shlex.split(line)
-    result = subprocess.run([str(quick_bin() / "python"), *words[1:]], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([str(quick_bin() / "python"), "-m", *words], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_there_are_some() -> None:
-    assert len(PLANS) == len(CONVERSIONS) == 2
+    assert len(PLANS) == 3 and len(CONVERSIONS) == 2
 
 
 @pytest.mark.parametrize("line", PLANS)
 def test_a_plan_names_memory_time_and_disk(line: str) -> None:
     text = run(line, REPO)
     assert "295,899,267" in text and "Disk" in text and "A100" in text
-    assert ("gan-only-ttur" in text) == ("--table" in line)
+    assert ("gan-only-ttur" in text) == ("dmd2-table3" in line)
 
 
 def test_a_network_is_converted_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     state = edm.random_state(edm.ADM)
-    edm.write(tmp_path / shlex.split(CONVERSIONS[0])[3], edm.ADM, state)
+    edm.write(tmp_path / shlex.split(CONVERSIONS[0])[2], edm.ADM, state)
     assert "UNet2DModel" in run(CONVERSIONS[0], tmp_path)
     config = json.loads((tmp_path / "data/teachers/edm-imagenet64/unet/config.json").read_text())
     assert config["num_class_embeds"] == edm.ADM["labels"]

@@ -1,4 +1,4 @@
-"""The README's YAML, put where its text says, and the command beside it, on a finished demo."""
+"""The YAML of adding a row, put where its text says, and the command beside it, on a finished demo."""
 
 import re
 
@@ -7,12 +7,12 @@ import yaml
 
 from tests.workspace import REPO, ROWS, Workspace
 
-README = (REPO / "README.md").read_text()
-SNIPPETS = list(re.finditer(r"```yaml\n(.*?)```\s*```console\nsnakemake --profile local -n (\S+)\n```", README, re.S))
+PAGE = (REPO / "docs/how-to/add-a-row.md").read_text()
+SNIPPETS = list(re.finditer(r"```yaml\n(.*?)```\s*```console\ndmd2 run -n (\S+)\n```", PAGE, re.S))
 
 
 def test_every_snippet_has_its_command() -> None:
-    assert len(SNIPPETS) == README.count("```yaml\n") == 2
+    assert len(SNIPPETS) == PAGE.count("```yaml\n") == 2
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet[2])
@@ -22,11 +22,11 @@ def test_it_schedules_what_the_text_says(edited: Workspace, snippet: re.Match[st
     table3.write_text(yaml.safe_dump({**cut, "rows": [row for row in cut["rows"] if row["run"] in ROWS]}))
     shipped = (REPO / "workflow/tables/demo.yaml").read_text()
     (edited.path / "workflow/tables/demo.yaml").write_text(shipped)
-    place = edited.path / re.findall(r"`(workflow/[\w/-]+\.yaml)`", README[: snippet.start()])[-1]
+    place = edited.path / re.findall(r"`(workflow/[\w/-]+\.yaml)`", PAGE[: snippet.start()])[-1]
     if place.exists():
         edited.edit(str(place.relative_to(edited.path)), "rows: dmd2-table3\n", snippet[1])
     else:
         place.write_text(snippet[1])
     target = snippet[2]
-    assert "one training per seed, its evaluation, the table and the report, and nothing else" in README
+    assert "one training per seed, its evaluation, the table and the report, and nothing else" in PAGE
     assert edited.planned(target) == {target: 1, "train": 1, "evaluate": 1, "table": 1, "page": 1, "index": 1}
