@@ -23,7 +23,7 @@ def test_demo_ends_with_table_and_report(finished: Workspace) -> None:
     assert fd.loc["dmd2", "paper"] == 1.51 and fd.loc["dmd2", "student_updates"] == 4
     assert fd.loc["dmd", "student_updates"] == 20
     markdown = (finished.path / "results/tables/demo.md").read_text()
-    assert "undecided" in markdown and "| `dmd2` | ✓ | ✓ | ✓ | ✓ |" in markdown
+    assert "this table has one" in markdown and "| `dmd2` | ✓ | ✓ | ✓ | ✓ |" in markdown
     assert (finished.path / "results/report/demo.html").stat().st_size > 10_000
     assert '<a href="demo.html">' in (finished.path / "results/report/index.html").read_text()
 
