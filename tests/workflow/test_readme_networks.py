@@ -13,9 +13,9 @@ from tests.docs.pages import lines_of
 from tests.fork_server import quick_bin
 from tests.workspace import REPO
 
-PLANS = [
-    line for line in lines_of("dmd2 plan ") if "imagenet64" in line or "dmd2-table3" in line
-]  # SDXL's takes minutes
+# SDXL's takes minutes, and others of bases and rows plan nothing that these do not.
+PLANS = [*lines_of("dmd2 plan imagenet64"), *lines_of("dmd2 plan dmd2-table3 ")]
+PLANS = [line for line in PLANS if "imagenet64/" not in line]
 CONVERSIONS = lines_of("dmd2 convert ")
 
 
@@ -27,7 +27,7 @@ def run(line: str, folder: Path) -> str:
 
 
 def test_there_are_some() -> None:
-    assert len(PLANS) == 3 and len(CONVERSIONS) == 2
+    assert len(PLANS) == 2 and len(CONVERSIONS) == 2
 
 
 @pytest.mark.parametrize("line", PLANS)
