@@ -82,9 +82,23 @@ def write(files: dict[str, str], force: bool) -> None:
         raise UserError(
             f"{', '.join(foreign)}: not written by new-base, so --force does not replace it; take another name"
         )
+    for left in of_other_kind(files):
+        left.unlink()
     for file, text in files.items():
         write_text(WORKFLOW / file, text)
     load_experiment()
+
+
+def of_other_kind(files: dict[str, str]) -> list[Path]:
+    """The table of an earlier call for the same name, whose images had captions where these have none or vice versa.
+
+    Its base is replaced, and has not the metrics that it shows.
+    """
+    from dmd2.bases.propose import MADE
+
+    tables = {re.sub(r"-table[34]\.yaml$", f"-table{number}.yaml", file) for file in files for number in (3, 4)}
+    earlier = [WORKFLOW / file for file in tables - files.keys() if (WORKFLOW / file).exists()]
+    return [path for path in earlier if MADE in path.read_text(encoding="utf-8")]
 
 
 def show(found: "Found") -> None:

@@ -41,7 +41,8 @@ def look_at_images(place: Path) -> Found:
     source, files, shapes = Source(kind="image-folder", path=str(place)), Files(place), Shapes()
     names = files.images()
     firsts = Counter(name.split("/")[0] if "/" in name else "" for name in names)
-    if len(firsts) > 1 and {first.lower() for first in firsts} <= SPLITS:
+    in_folders = len(firsts) > 1 or all(name.count("/") > 1 for name in names)
+    if in_folders and {first.lower() for first in firsts} <= SPLITS:
         raise UserError(f"{place} holds {', '.join(sorted(firsts))}: give one of these folders")
     captions = _captions(source, files, names)
     for name in names[:: max(1, len(names) // LOOKED_AT)]:

@@ -101,7 +101,7 @@ def _decimals(paper: float) -> int:
 
 
 def _gaps(table: TableRecord) -> list[Column]:
-    """Differences to the paper's numbers where the metric is the paper's own, else both ratios to the reference row."""
+    """Differences to the paper's numbers where the metric is the paper's own, else ratios to a reference above 0."""
     metric, rows, reference = table["metrics"][0], table["rows"], table["reference_row"]
     means = [float(np.mean([*row["values"][metric].values()])) for row in rows]
     own = [row["paper"].get(metric) for row in rows]
@@ -109,7 +109,7 @@ def _gaps(table: TableRecord) -> list[Column]:
         gaps = [NONE if p is None else f"{mean - p:+.{_decimals(p)}f}" for mean, p in zip(means, own, strict=True)]
         return [Column("gap to the paper", "text", gaps)]
     runs = [row["run"] for row in rows]
-    if reference not in runs:
+    if reference not in runs or not means[runs.index(reference)]:
         return []
     at, papers = runs.index(reference), [paper_value(row, metric) for row in rows]
     base = papers[at]
@@ -234,7 +234,7 @@ def number(value: float | None, digits: int = 3, sign: str = "") -> str:
 
 def difference_text(found: Mapping[str, Any] | None) -> str:
     """``+1.2 [-0.3, +2.7]``; bold where the interval excludes 0."""
-    if found is None:
+    if found is None or not isfinite(found["value"]):
         return NONE
     decimals = max(0, 2 - int(np.floor(np.log10(max(abs(found["value"]), found["high"] - found["low"], 1e-9)))))
     value, low, high = (f"{found[key]:+.{decimals}f}" for key in ("value", "low", "high"))

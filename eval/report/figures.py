@@ -134,7 +134,8 @@ def scaled(axes: Axes, which: Literal["x", "y"], values: list[float], most: floa
 
     Its ticks are plain numbers, two or three to a decade.
     """
-    low, high = min(values, default=0.0), max(values, default=0.0)
+    finite = [value for value in values if isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     if low <= 0 or high <= most * low:
         return ""
     axes.set(**{f"{which}scale": "log"})

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dmd2.core.code_digest import modules_of
 from dmd2.core.files import read_json, write_json, write_text
@@ -18,6 +19,7 @@ from dmd2.core.run import RunId
 from dmd2.experiment.tables import load_experiment
 from dmd2.publish.table_text import cells, markdown, number, other, published
 from eval.report import page as report
+from eval.report.figures import scaled
 from eval.report.tables import build, curves, means, measurements, tidy
 from eval.runs import evaluate
 from tests.browser import fake_results
@@ -211,6 +213,24 @@ def test_a_table_without_numbers_of_the_paper_does_not_speak_of_it(table3: Path)
     assert "H1: " in said and "H1. " in said
     assert not re.findall(r".{20}[Pp]aper.{20}", re.sub(r"<style>.*?</style>", "", said, flags=re.S))
     assert cells(table)[0][5:7] == ["FD", "gap to `dmd2`"]
+
+
+def test_texts_of_several_lines_and_zeros_and_no_numbers_keep_the_table_whole(table3: Path) -> None:
+    table = read_json(table3)
+    heads = cells(table)[0]
+    table["claims"][0] |= {"claim": "a | b\nis lower\n"}
+    reference = next(row for row in table["rows"] if row["run"] == table["reference_row"])
+    reference["values"]["fd"] = dict.fromkeys(reference["values"]["fd"], 0.0)
+    table["rows"][0]["difference"] |= {"value": math.nan, "low": math.nan, "high": math.nan}
+    said = markdown(table)
+    assert f"| {table['claims'][0]['id']}: a \\| b is lower | " in said
+    assert cells(table)[0] == [head for head in heads if not head.startswith("gap")]
+
+
+def test_an_axis_is_scaled_by_the_finite_values() -> None:
+    axes = Figure().add_subplot()
+    assert scaled(axes, "y", [math.nan, 1.0, 2.0, math.inf], 10.0) == ""
+    assert scaled(axes, "y", [math.nan, 1.0, 20.0, -math.inf], 10.0) == ", log scale"
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def test_images_that_are_neither_of_a_size_nor_resized_are_refused():
 
 @pytest.mark.parametrize(("files", "told"), [
     ({"train/a.png": FILES["0.png"], "test/b.png": FILES["1.png"]}, "set holds test, train: give one of these folders"),
+    ({f"train/{name}": content for name, content in CLASSED.items()}, "set holds train: give one of these folders"),
     ({**FILES, "0.txt": b"one"}, "1 of 5 images have a .txt beside them"),
     ({"a.png": b"no image"}, "set/a.png is not a readable image"),
     ({"notes.md": b"no image"}, "set holds no images"),
@@ -147,6 +148,9 @@ def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing
     assert small.read_text().startswith("# mine\n")
     assert called("pets", "set", "--force")[0] == 0
     assert not small.read_text().startswith("# mine\n")
+    write_files(Path("captioned"), {**FILES, **TEXTS})
+    code, text = called("pets", "captioned", "--force")
+    assert code == 0 and [table.stem for table in Path("workflow/tables").iterdir()] == ["pets-table4"], text
     small.write_text("like: digits\n")
     code, text = called("pets", "set", "--force")
     assert code == 1 and "workflow/base/pets.yaml: not written by new-base" in text
