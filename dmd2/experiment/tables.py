@@ -1,5 +1,6 @@
 """Reads bases, tables and their rows, and makes validated configs of runs before there is a DAG."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
         UserError: one sentence with file, line and key for the first problem found.
     """
     experiment, places = Experiment(), dict[str, Place]()
+    for path in [*workflow_files(tables).values(), *workflow_files(bases).values()]:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", path.stem):  # it is part of commands and of names of files
+            raise UserError(f"{path}: {path.stem!r} is no name: rename the file, with letters, digits, - and _ only")
     for name, path in workflow_files(tables).items():
         if name == "index":
             raise UserError(f"{path}: index is the page with the list of all tables: rename the file")

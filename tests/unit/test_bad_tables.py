@@ -199,3 +199,10 @@ def test_what_is_wrong_with_a_claim_of_ones_own_is_named_where_it_stands(folder,
 def test_no_table_has_the_name_of_the_list_of_tables(folder):
     folder.table("index")
     assert folder.error().startswith(f"{folder.tables}/index.yaml: ") and "rename the file" in folder.error()
+
+
+@pytest.mark.parametrize("name", ["my table", "demo.curves", "$HOME"])
+def test_names_of_tables_can_stand_in_commands(folder, name):
+    folder.table(name)
+    told = "is no name: rename the file, with letters, digits, - and _ only"
+    assert folder.error() == f"{folder.tables}/{name}.yaml: {name!r} {told}"

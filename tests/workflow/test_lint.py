@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -37,3 +38,12 @@ def test_a_bare_snakemake_plans_the_demo_on_this_machine() -> None:
     said = planned.stdout + planned.stderr
     assert planned.returncode == 0 and "workflow specific profile default" in said, said
     assert re.search(r"rule all:\n +input: results/tables/demo.md", said), said
+
+
+def test_a_table_with_the_name_of_a_rule_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "workflow/tables/train.yaml"
+    table.parent.mkdir(parents=True)
+    table.write_text((ROOT / "workflow/tables/demo.yaml").read_text())
+    command = [*SNAKEMAKE, "-n", "--snakefile", str(ROOT / "workflow/Snakefile"), "train"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "workflow/tables/train.yaml: train is a rule of the workflow: rename the file" in done.stderr
