@@ -37,9 +37,7 @@ Line = tuple[bool, str, str]  # whether it is there, what, and what that allows 
 def doctor() -> None:
     """Say what this machine has and lacks, what each allows, and which tables can be made here."""
     # Asked while all else is looked at.
-    looking = subprocess.Popen(
-        [sys.executable, "-c", GPUS], stdout=-1, stderr=-1, text=True
-    )  # while all else is looked at
+    looking = subprocess.Popen([sys.executable, "-c", GPUS], stdout=-1, stderr=-1, text=True)
     lines = [*_software(), *_machine(), _slurm(), *_workspace(), *_data()]
     gpus, told = _gpus(looking)
     for good, name, text in [*lines[:4], (bool(gpus), "GPU", told), *lines[4:]]:

@@ -27,8 +27,6 @@ class FlowDenoiser(Denoiser):
         self.tap = len(self.family.blocks(network)) // 2 if tap is None else tap
         self._call: Any = self.family.velocity
 
-    kind = FlowSchedule
-
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The sample in the dtype of the weights, and sigma in float32: what the network is told is made of it."""
         return x_t.to(self.dtype), t.float()

@@ -46,4 +46,4 @@ def test_a_table_with_the_name_of_a_rule_is_refused(tmp_path: Path) -> None:
     table.write_text((ROOT / "workflow/tables/demo.yaml").read_text())
     command = [*SNAKEMAKE, "-n", "--snakefile", str(ROOT / "workflow/Snakefile"), "train"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "workflow/tables/train.yaml: train is a rule of the workflow: rename the file" in done.stderr
+    assert "workflow/tables/train.yaml: train is a rule of the workflow: rename the file" in done.stdout + done.stderr
