@@ -25,7 +25,7 @@ def main(
     """Look at the images in FOLDER, and write bases and a table for them: small, one GPU, and as in the paper."""
     with readable_errors():
         from dmd2.bases.look import look
-        from dmd2.bases.propose import minutes, propose, table_of
+        from dmd2.bases.propose import minutes, propose, table_of, too_few
         from dmd2.experiment.yaml_file import ORIGIN
 
         check_name(name)
@@ -33,6 +33,8 @@ def main(
         inside = (WORKFLOW / "schemas").is_dir()
         files = propose(name, found, "../schemas" if inside else (ORIGIN / WORKFLOW / "schemas").as_uri())
         show(found)
+        if few := too_few(name, found):
+            print(few)
         if dry_run:
             for file, text in files.items():
                 print(f"\n==> {WORKFLOW / file}\n{text}", end="")
@@ -82,11 +84,20 @@ def write(files: dict[str, str], force: bool) -> None:
         raise UserError(
             f"{', '.join(foreign)}: not written by new-base, so --force does not replace it; take another name"
         )
-    for left in of_other_kind(files):
-        left.unlink()
+    left = of_other_kind(files)
+    before = {path: path.read_text(encoding="utf-8") for path in (*there, *left)}
+    for path in left:
+        path.unlink()
     for file, text in files.items():
         write_text(WORKFLOW / file, text)
-    load_experiment()
+    try:
+        load_experiment()
+    except UserError:  # the workspace is then as it was
+        for file in files:
+            (WORKFLOW / file).unlink()
+        for path, text in before.items():
+            write_text(path, text)
+        raise
 
 
 def of_other_kind(files: dict[str, str]) -> list[Path]:

@@ -44,6 +44,10 @@ def look_at_images(place: Path) -> Found:
     in_folders = len(firsts) > 1 or all(name.count("/") > 1 for name in names)
     if in_folders and {first.lower() for first in firsts} <= SPLITS:
         raise UserError(f"{place} holds {', '.join(sorted(firsts))}: give one of these folders")
+    if in_folders and len(firsts) == 1:
+        (only,) = firsts
+        told = f"give {place}/{only}" if place.is_dir() else f"pack what is in {only}"
+        raise UserError(f"{place} holds only the folder {only}, and the classes would be in there: {told}")
     captions = _captions(source, files, names)
     for name in names[:: max(1, len(names) // LOOKED_AT)]:
         shapes.add(f"{place}/{name}", files.read(name), captioned=bool(captions))

@@ -71,6 +71,16 @@ def minutes(found: Found) -> int:
     return round(schedule["minutes"] * max(1, (_side(found, SMALL) / SMALL) ** 2))
 
 
+def too_few(name: str, found: Found) -> str:
+    """Which bases get no interval of the Frechet distance for want of images, as a sentence; empty if all do."""
+    features = {"": 112, "-gpu": 320, "-paper": 320 if found.captions else 1280}  # of the detectors
+    few = [f"{name}{base} {2 * width:,}" for base, width in features.items() if found.count < 2 * width]
+    told = (
+        f"{found.count:,} images are few: a Frechet distance has an interval from twice as many images as features on"
+    )
+    return f"{told} ({', '.join(few)})" if few else ""
+
+
 def _side(found: Found, wanted: int) -> int:
     """The resolution of a base: a power of two from 8 to 64; that of the images, where they are not resized.
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,13 @@ import typer
 
 from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import import_environment
-from dmd2.experiment.tables import BASES, TABLES
+from dmd2.experiment.tables import BASES, TABLES, load_experiment
 from dmd2.experiment.yaml_file import ORIGIN, read_yaml, workflow_files
 from dmd2.launch.names import complete, run_named, runs_named
 
 PROFILES = Path("workflow/profiles")
 RULES = ("digits",)  # of the Snakefile, with the name of a base
+FOLDERS = ("data", "logs", "results", "workflow")
 SNAKEFILES = ("workflow/Snakefile", "Snakefile")
 
 
@@ -38,6 +40,10 @@ def run(
     """
     with readable_errors():
         words, place = targets or [], _profile(profile)
+        named = (word for word in words if word not in ("-n", "--dry-run"))
+        for word in takewhile(lambda word: not word.startswith("-"), named):  # afterwards it may be an option's value
+            _check_name(word)
+        load_experiment()  # Snakemake would tell what is wrong with a table in four lines
         os.environ.update(import_environment())
         if again:
             _train_again(words, place)
@@ -62,11 +68,30 @@ def _profile(name: str) -> Path:
     return found
 
 
+def _check_name(word: str) -> None:
+    """Refuse a name that is almost that of a table, base or rule. Others may be those of a Snakefile of the user's.
+
+    Raises:
+        UserError: with the name that is meant.
+    """
+    bases, tables = workflow_files(BASES), workflow_files(TABLES)
+    known = {*bases, *tables, *(f"{base}-{part}" for base in bases for part in ("data", "teacher", "runs"))}
+    for folder in (Path("workflow"), ORIGIN / "workflow"):
+        for file in (folder / "Snakefile", *folder.glob("rules/*.smk")):
+            if file.exists():
+                known |= set(re.findall(r"^rule (\w+):", file.read_text(encoding="utf-8"), re.M))
+    if re.fullmatch(r"[\w-]+", word) and word not in known and (hint := did_you_mean(word, known)):
+        raise UserError(f"there is no table, base or rule {word}{hint}")
+
+
 def _files(word: str) -> list[str]:
     """A word for Snakemake: the measurements of the runs that it names, else the word itself."""
     row = re.fullmatch(r"([\w-]+)/[\w-]+(/seed\d+)?", word)
-    is_base = word in workflow_files(BASES) and word not in (*workflow_files(TABLES), *RULES)
-    if is_base or (row and row[1] not in ("data", "logs", "results", "workflow")):
+    bases = workflow_files(BASES)
+    is_base = word in bases and word not in (*workflow_files(TABLES), *RULES)
+    if row and row[1] not in (*bases, *FOLDERS) and did_you_mean(row[1], bases):
+        raise UserError(f"there is no base {row[1]}{did_you_mean(row[1], bases)}")
+    if is_base or (row and row[1] in bases):
         return [str(run.folder / "metrics.json") for run in runs_named([word])]
     return [word]
 

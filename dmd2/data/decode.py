@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.data_config import Data
@@ -73,7 +73,10 @@ def eight_bits(content: bytes) -> Image.Image:
         UserError: its pixels have more than 8 bits.
         OSError, Image.DecompressionBombError: it is no image, or one of too many pixels; or another of `BROKEN`.
     """
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # whose text is an address in memory
+        raise OSError("no format of images that is known") from None
     # Pillow opens 16-bit colour PNG as RGB and drops the low bytes; only the header tells (byte 24 is the bit depth).
     if image.mode[0] in "FI" or (image.format == "PNG" and content[24] == 16):
         raise UserError("has more than 8 bits per channel: quantise it to 8 bits first")

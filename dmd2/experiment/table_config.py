@@ -137,7 +137,7 @@ class Table(Section):
         Field(description="samplers of the base's `teacher_samplers` to list, with the paper's numbers"),
     ] = {}
     published: Annotated[dict[str, dict[str, float]], Field(description="numbers of other methods, for claims")] = {}
-    claims: list[TableClaim] = []
+    claims: Annotated[list[TableClaim], Distinct] = []
     reference_row: Annotated[str | None, Field(description="row that differences are taken from")] = None
     notes: Annotated[str, Field(description="text below the table")] = ""
 

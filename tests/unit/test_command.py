@@ -146,6 +146,8 @@ def test_run_hands_targets_and_options_to_snakemake(place: Path, started) -> Non
     runs = [f"results/runs/digits/dmd2/seed{i}/metrics.json" for i in range(3)]
     there = ["-m", "snakemake", "--snakefile", str(REPO / "workflow/Snakefile"), "--profile", "workflow/profiles/local"]
     assert started == [[*there, "-n", "--config", "changed_code=retrain", "digits", *runs]]
+    group()(["run", "digits-data", "prune", "--conda-prefix", "some/folder"], standalone_mode=False)
+    assert started.pop()[-4:] == ["digits-data", "prune", "--conda-prefix", "some/folder"]
     assert Path.cwd() == place and os.environ["PYTHONSAFEPATH"] == "1"
     group()(["run", "emoji"], standalone_mode=False)
     assert "results/runs/emoji/4step/seed0/metrics.json" in started[1] and "emoji" not in started[1]
@@ -165,6 +167,8 @@ def test_run_again_trains_from_the_start_where_the_profile_says(place: Path, sta
     ("words", "sentence"),
     [
         (["digits/dmd3/seed0"], "no run or table is called digits/dmd3/seed0, did you mean digits/dmd/seed0?"),
+        (["-n", "digits-tabel3"], "there is no table, base or rule digits-tabel3, did you mean digits-table3?"),
+        (["digtis/dmd2"], "there is no base digtis, did you mean digits?"),
         (["--profile", "slrum"], "there is no profile workflow/profiles/slrum, did you mean slurm?"),
     ],
 )

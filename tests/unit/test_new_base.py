@@ -113,8 +113,9 @@ def test_images_that_are_neither_of_a_size_nor_resized_are_refused():
 @pytest.mark.parametrize(("files", "told"), [
     ({"train/a.png": FILES["0.png"], "test/b.png": FILES["1.png"]}, "set holds test, train: give one of these folders"),
     ({f"train/{name}": content for name, content in CLASSED.items()}, "set holds train: give one of these folders"),
+    ({f"all/{name}": content for name, content in CLASSED.items()}, "holds only the folder all, .*: give set/all"),
     ({**FILES, "0.txt": b"one"}, "1 of 5 images have a .txt beside them"),
-    ({"a.png": b"no image"}, "set/a.png is not a readable image"),
+    ({"a.png": b"no image"}, r"set/a.png is not a readable image \(no format of images that is known\)"),
     ({"notes.md": b"no image"}, "set holds no images"),
     ({"a.png": encoded(Image.new("RGBA", (8, 8)))}, "set/a.png is transparent: put your images on a background"),
     ({"a.png": encoded(Image.fromarray(np.zeros((8, 8), np.uint16)))}, "a.png has more than 8 bits per channel"),
@@ -139,7 +140,13 @@ def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing
     assert code == 0 and "like: digits" in text and not list(Path("workflow").rglob("*.yaml"))
     code, text = called("pets", "set")
     assert code == 0, text
-    for piece in ("5 RGB images of 2 classes, 8x8, in set", "class cat: 2", "next: dmd2 run pets-table3"):
+    for piece in (
+        "5 RGB images of 2 classes, 8x8, in set",
+        "5 images are few",
+        "(pets 224, pets-gpu 640, pets-paper",
+        "class cat: 2",
+        "next: dmd2 run pets-table3",
+    ):
         assert piece in text
     small = Path("workflow/base/pets.yaml")
     small.write_text("# mine\n" + small.read_text())
@@ -151,6 +158,13 @@ def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing
     write_files(Path("captioned"), {**FILES, **TEXTS})
     code, text = called("pets", "captioned", "--force")
     assert code == 0 and [table.stem for table in Path("workflow/tables").iterdir()] == ["pets-table4"], text
+    made = {path: path.read_text() for path in Path("workflow").rglob("*.yaml")}
+    broken = Path("workflow/tables/broken.yaml")
+    write_files(broken.parent, {broken.name: b"title: x"})
+    code, text = called("pets", "set", "--force")
+    assert code == 1 and "broken.yaml" in text
+    broken.unlink()
+    assert {path: path.read_text() for path in Path("workflow").rglob("*.yaml")} == made
     small.write_text("like: digits\n")
     code, text = called("pets", "set", "--force")
     assert code == 1 and "workflow/base/pets.yaml: not written by new-base" in text

@@ -8,8 +8,9 @@ def on_base(base, wanted):
 def versioned(base):
     """Tables on a base that dvc.yaml names, or all if it names none: a `dvc repro` after the demo trains no other table."""
     of_base = [name for name, table in TABLES.items() if table.base == base]
-    parts = read_yaml(Path("dvc.yaml"))[0].get("vars", []) if Path("dvc.yaml").exists() else []
-    return [name for part in parts for name in part.get("tables", []) if name in of_base] or of_base
+    parts = read_yaml(Path("dvc.yaml"))[0].get("vars") or [] if Path("dvc.yaml").exists() else []
+    named = [part.get("tables") or [] for part in parts if isinstance(part, dict)]
+    return [name for names in named for name in names if name in of_base] or of_base
 
 
 def measured_on(base):
