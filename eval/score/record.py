@@ -27,7 +27,7 @@ def warnings(arm: Arm, reference: Reference | None, options: Options) -> list[st
     found, n, classes = [], arm.source["images"], options.classes
     if arm.features is not None and reference is not None:
         found += _sizes(n, arm.features.features.shape[1], reference, options.counts_reference)
-        if arm.source["id"] == reference.about["id"]:
+        if arm.source["id"] == reference.about.get("id"):
             found.append("the generated images are those of the reference: every distance is 0 but for rounding")
         others = [name for name in ("prdc", "pr") if name in options.metrics and n != reference.about["images"]]
         if others:
@@ -35,7 +35,7 @@ def warnings(arm: Arm, reference: Reference | None, options: Options) -> list[st
             found.append(f"{', '.join(others)} of {sizes}: values depend on both numbers, compare at equal ones only")
     if classes is not None and n % classes:
         found.append(f"{n} images are not a multiple of {classes} classes: the classes are not balanced")
-    if arm.source["channels"] == 1 and arm.features and not arm.features.detector["name"].endswith("-classifier"):
+    if arm.source.get("channels") == 1 and arm.features and not arm.features.detector["name"].endswith("-classifier"):
         found.append("the generated images are grey, and the detector is for colour: it sees their channel three times")
     if arm.source["small"]:
         found.append(f"{arm.source['small']} generated images are smaller than the patch")

@@ -161,7 +161,8 @@ def test_a_file_missing_in_the_cache_is_named(repository: Path, tmp_path: Path, 
     assert "ttur/seed0/metrics.json of old: neither in git, the DVC cache nor a remote: run dvc push" in result.stderr
 
 
-def test_a_name_with_two_meanings_is_refused(repository: Path) -> None:
+def test_a_name_with_two_meanings_is_refused(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMD2_WORKSPACE", str(repository))
     with chdir(repository):
         Path("old").mkdir()
         try:
