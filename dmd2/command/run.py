@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,8 +42,7 @@ def run(
     with readable_errors():
         words, place = targets or [], _profile(profile)
         named = (word for word in words if word not in ("-n", "--dry-run"))
-        for word in takewhile(lambda word: not word.startswith("-"), named):  # afterwards it may be an option's value
-            _check_name(word)
+        _check_names(takewhile(lambda word: not word.startswith("-"), named))  # afterwards it may be an option's value
         load_experiment()  # Snakemake would tell what is wrong with a table in four lines
         os.environ.update(import_environment())
         if again:
@@ -68,7 +68,7 @@ def _profile(name: str) -> Path:
     return found
 
 
-def _check_name(word: str) -> None:
+def _check_names(words: Iterable[str]) -> None:
     """Refuse a name that is almost that of a table, base or rule. Others may be those of a Snakefile of the user's.
 
     Raises:
@@ -80,8 +80,9 @@ def _check_name(word: str) -> None:
         for file in (folder / "Snakefile", *folder.glob("rules/*.smk")):
             if file.exists():
                 known |= set(re.findall(r"^rule (\w+):", file.read_text(encoding="utf-8"), re.M))
-    if re.fullmatch(r"[\w-]+", word) and word not in known and (hint := did_you_mean(word, known)):
-        raise UserError(f"there is no table, base or rule {word}{hint}")
+    for word in words:
+        if re.fullmatch(r"[\w-]+", word) and word not in known and (hint := did_you_mean(word, known)):
+            raise UserError(f"there is no table, base or rule {word}{hint}")
 
 
 def _files(word: str) -> list[str]:

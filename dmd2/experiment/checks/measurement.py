@@ -8,7 +8,7 @@ from importlib.resources import files
 import yaml
 
 from dmd2.core.errors import did_you_mean
-from dmd2.experiment.checks.network import Problem
+from dmd2.experiment.checks.transformers import Problem
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.metrics import METRICS, OF_RUNS

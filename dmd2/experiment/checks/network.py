@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import did_you_mean
-from dmd2.experiment.checks.transformers import SHAPES, transformer_problems
+from dmd2.experiment.checks.transformers import NETWORK, SHAPES, Problem, transformer_problems
 from dmd2.experiment.data_config import Data
 
-Problem = tuple[str, ...]  # dotted keys of a run, the first of which names it in the sentence, and the sentence
 SOURCES = {  # classes of networks: package, path in it
     "UNet2DModel": ("diffusers", "models/unets/unet_2d.py"),
     "UNet2DConditionModel": ("diffusers", "models/unets/unet_2d_condition.py"),
@@ -28,7 +27,6 @@ SOURCES = {  # classes of networks: package, path in it
     "ZImageTransformer2DModel": ("diffusers", "models/transformers/transformer_z_image.py"),
 }
 TEXT_WIDTHS = {"all-minilm-l6-v2": 384}  # of the encoders that packages ship
-NETWORK = "teacher.network"
 
 
 def _file(package: str, *path: str) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import evaluation_problems
-from dmd2.experiment.checks.network import NETWORK, Problem, defaults, network_problems
-from dmd2.experiment.checks.transformers import SHAPES, side_of
+from dmd2.experiment.checks.network import defaults, network_problems
+from dmd2.experiment.checks.transformers import NETWORK, SHAPES, Problem, side_of
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import CAPTIONED, Data
 from dmd2.experiment.dotted_keys import LocatedConfig

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dmd2.experiment.data_config import Data
 
 NETWORK = "teacher.network"
-Problem = tuple[str, ...]
+Problem = tuple[str, ...]  # dotted keys of a run, the first of which names it in the sentence, and the sentence
 
 
 class Shape(NamedTuple):
