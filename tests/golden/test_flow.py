@@ -12,7 +12,7 @@ from dmd2.method.objectives.distribution_matching import distribution_matching_g
 from dmd2.method.samplers import few_step, heun
 from dmd2.networks.denoisers import guidance
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.schedules import FlowSchedule, add_noise, loss_weight, shift_of_tokens, shifted
+from dmd2.networks.schedules import FlowSchedule, VPSchedule, add_noise, loss_weight, shift_of_tokens, shifted
 from tests.stubs import NO_CONDITION
 
 FLUX, SMALL_FLUX = shift_of_tokens(4096), shift_of_tokens(256)
@@ -25,8 +25,12 @@ GRID = {  # shift: sigma of indices 0, 20, 249, 499, 749, 980, 998
 }
 STUDENTS = {
     (1.0, 4): (1, 0.75, 0.5, 0.25), (3.0, 4): (1, 0.9, 0.75, 0.5), (3.0, 2): (1, 0.75),
+    (3.0, 3): (1, 2.001 / 2.334, 1.002 / 1.668),  # of indices 999, 666, 333: thirds but for a thousandth
     (3.0, 8): (1, 0.9545454545, 0.9, 0.8333333333, 0.75, 0.6428571429, 0.5, 0.3),
-    (5.0, 4): (1, 0.9375, 0.8333333333, 0.625), (12.0, 4): (1, 0.972972973, 0.9230769231, 0.8),
+    (5.0, 4): (1, 0.9375, 0.8333333333, 0.625), (6.0, 4): (1, 0.9473684211, 0.8571428571, 0.6666666667),
+    (12.0, 4): (1, 0.972972973, 0.9230769231, 0.8),
+    (SMALL_FLUX, 4): (1, 0.831824344, 0.6224593312, 0.3546612444),
+    (shift_of_tokens(1024), 4): (1, 0.8492348307, 0.6524894622, 0.3849447488),
     (FLUX, 4): (1, 0.904530764, 0.759510934, 0.512844145),
 }  # fmt: skip
 N = torch.arange(24, dtype=torch.float64)
@@ -105,9 +109,41 @@ def test_conversions():
     assert first(x0) == pytest.approx([0.4314829847, 0.1635249023, 1.3106769182], rel=1e-5)
     assert first(x0[1]) == pytest.approx([-0.1926155723, 0.3254317716, 0.9089528336], rel=1e-5)
     exact = x_t - SIGMA[:, None, None, None] * F
-    weighed = {kind: denoising_loss(exact, X, loss_weight(FlowSchedule(), SIGMA, kind)) for kind in ("v", "x0")}
-    assert weighed["v"].item() == pytest.approx((F - (E - X)).square().mean().item()) == pytest.approx(0.5888970926)
-    assert weighed["x0"].item() == pytest.approx(0.2350179590)
+    noise, score = noise_and_score(x_t, exact, SIGMA)
+    assert first(noise) == pytest.approx([0.4314829847, 1.0728223291, 0.5538744228])
+    assert first(noise[1]) == pytest.approx([-1.0981939343, 1.0879902221, 1.1798586219])
+    assert first(score) == pytest.approx([-0.4794255386, -1.1920248101, -0.6154160254])
+    assert first(score[1]) == pytest.approx([4.3927757374, -4.3519608885, -4.7194344875])
+    kinds = ("v", "x0", "eps")
+    weighed = [denoising_loss(exact, X, loss_weight(FlowSchedule(), SIGMA, kind)).item() for kind in kinds]
+    errors = [(one - other).square().mean().item() for one, other in ((F, E - X), (exact, X), (noise, E))]
+    assert weighed == pytest.approx(errors) and errors == pytest.approx([0.5888970926, 0.2350179590, 0.1847501736])
+
+
+def noise_and_score(x_t, x0, sigma):
+    """What a clean image at a level stands for, by the schedule's own scales."""
+    alpha, scale = (v.reshape(-1, 1, 1, 1) for v in FlowSchedule().alpha_sigma(sigma, torch.float64))
+    noise = (x_t - alpha * x0) / scale
+    return noise, -noise / scale
+
+
+def test_levels_of_other_schedules():
+    """A flow is EDM's process, or VP's, of images that are scaled: the clean image behind them is the same."""
+    alpha, sigma = FlowSchedule().alpha_sigma(torch.tensor([0.02, 0.5, 0.9, 0.98, 80 / 81]), torch.float64)
+    assert (sigma / alpha).tolist() == pytest.approx([0.0204081633, 1, 9, 49, 80], rel=1e-4)
+    vp = VPSchedule()
+    a, s = vp.alpha_sigma(torch.tensor([0, 500, 999]), torch.float64)
+    level = s / (a + s)
+    scale = torch.hypot(*FlowSchedule().alpha_sigma(level, torch.float64))
+    torch.testing.assert_close(
+        torch.stack(FlowSchedule().alpha_sigma(level, torch.float64)) / scale, torch.stack([a, s])
+    )
+
+
+@pytest.mark.parametrize(("kind", "at"), [("v", (273.6, 4, 1)), ("x0", (1, 1, 1)), ("eps", (241.5, 1, 0))])
+def test_weights_of_a_level(kind, at):
+    levels = torch.tensor([0.06046065259, 0.5, 1], dtype=torch.float64)
+    assert loss_weight(FlowSchedule(), levels, kind).tolist() == pytest.approx(at, rel=2e-4)
 
 
 @pytest.mark.parametrize(("shift", "largest"), [(1.0, 1e6), (3.0, 111_556)])
@@ -116,13 +152,26 @@ def test_the_largest_weight_of_the_velocity_loss(shift, largest):
     assert loss_weight(schedule, schedule.sigmas[:1], "v").item() == pytest.approx(largest, rel=1e-6)
 
 
+def test_a_larger_velocity_of_the_teacher_moves_images_against_it():
+    """``f - r = sigma (v_R - v_K)``: with the other sign the student flees from the teacher, and nothing else is told."""
+    x_t = add_noise(FlowSchedule(), X, E, SIGMA)
+    real, fake = (Velocity(lambda *_, v=v: v.float())(x_t, SIGMA, NO_CONDITION) for v in (R, U))
+    apart = SIGMA.reshape(2, 1, 1, 1) * (R - U)
+    torch.testing.assert_close((fake - real).double(), apart, rtol=1e-5, atol=1e-6)
+    normaliser = (X.float() - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    g = distribution_matching_gradient(X.float(), real, fake)
+    torch.testing.assert_close(g.double(), apart / normaliser, rtol=1e-5, atol=1e-6)
+
+
 def test_distribution_matching_with_and_without_guidance():
     g = distribution_matching_gradient(X, R, F)
     assert first(g, 4) == pytest.approx([-1.1767537507, 0.4342163926, -0.4008678241, 0.8361741480])
+    assert ((F - R) / g)[:, 0, 0, 0].tolist() == pytest.approx([0.8497954644, 0.9109515985])
     assert distribution_matching_loss(X, g).item() == pytest.approx(0.6214892101)
     guided = guidance(torch.cat([U, R]), 3.0)
     assert first(guided) == pytest.approx([1, -0.1342582062, -2.3290451214])
     coupled = distribution_matching_gradient(X, guided, F)
+    assert ((F - guided) / coupled)[:, 0, 0, 0].tolist() == pytest.approx([2.2212750134, 2.3702820158])
     assert first(coupled, 4) == pytest.approx([-0.4501918916, 0.4698002844, 0.7078108819, 1.2749598217])
     assert distribution_matching_loss(X, coupled).item() == pytest.approx(0.6948412870)
 
@@ -135,12 +184,27 @@ def gaussian(x, sigma):
     return ((x - (0.3 + gain * (x - (1 - s) * 0.3))) / s).float()
 
 
+GAUSSIAN = {  # level: clean image, noise, velocity and score of 1
+    0.05: (1.0443835616, 0.1567123288, -0.8876712329, -3.1342465753), 0.6: (0.52, 1.32, 0.8, -2.2),
+    0.95: (0.3136332180, 1.0361245675, 0.7224913495, -1.0906574394), 1.0: (0.3, 1, 0.7, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", GAUSSIAN)
+def test_the_gaussian_teacher_of_one(level):
+    one, sigma = torch.ones(1, 1, 1, 1), torch.tensor([level])
+    x0 = Velocity(gaussian)(one, sigma, NO_CONDITION)
+    found = (x0, *noise_and_score(one, x0, sigma), gaussian(one, sigma))
+    assert [found[i].item() for i in (0, 1, 3, 2)] == pytest.approx(GAUSSIAN[level], rel=1e-5)
+
+
 SOLVED = {
     ("euler", 4, 1.0): (0.6405405405, 0.1297297297), ("euler", 4, 3.0): (0.5121081081, 0.1939459459),
     ("euler", 25, 1.0): (0.7712013783, 0.0643993108), ("euler", 25, 3.0): (0.7445973408, 0.0777013296),
     ("euler", 50, 1.0): (0.7853967383, 0.0573016309), ("euler", 50, 3.0): (0.7715873072, 0.0642063464),
     ("heun", 4, 1.0): (0.7327154533, 0.0836422733), ("heun", 25, 1.0): (0.7986731008, 0.0506634496),
-    ("heun", 25, 3.0): (0.7857084916, 0.0571457542), ("heun", 50, 3.0): (0.7963491046, 0.0518254477),
+    ("heun", 25, 3.0): (0.7857084916, 0.0571457542), ("heun", 50, 1.0): (0.7996809050, 0.0501595475),
+    ("heun", 50, 3.0): (0.7963491046, 0.0518254477),
 }  # fmt: skip
 
 
@@ -165,3 +229,25 @@ def test_the_few_step_sampler_is_the_stochastic_one_of_diffusers():
     for t in scheduler.timesteps:
         x = scheduler.step(v(x, torch.full((2,), float(t) / 1000)), t, x, generator=theirs).prev_sample
     assert torch.allclose(x, found, atol=1e-6)
+
+
+UNSHIFTED = [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("given", "sigmas"),
+    [
+        ({"num_inference_steps": 4}, [1, 0.857692301, 0.602150559, 0.008928572]),  # shifted a second time
+        ({"num_inference_steps": 2}, [1, 0.008928572]),
+        ({"sigmas": UNSHIFTED}, [1, 0.9, 0.75, 0.5]),
+        ({"sigmas": [1.0, 0.9, 0.75, 0.5]}, [1, 0.964285671, 0.9, 0.75]),
+        ({"sigmas": UNSHIFTED, "mu": 1.15}, [1, 0.904530764, 0.759510934, 0.512844145]),
+    ],
+)
+def test_what_the_scheduler_of_diffusers_makes_of_a_list(given, sigmas):
+    """As docs/explanation/flow.md says: only unshifted sigmas give the student's levels."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting="mu" in given)
+    scheduler.set_timesteps(**given)
+    assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0], rel=1e-6)
+    students = FlowSchedule(FLUX if "mu" in given else 3.0).step_times(4, 1.0)
+    assert (scheduler.sigmas[:-1].tolist() == pytest.approx(students, rel=1e-6)) == (given.get("sigmas") == UNSHIFTED)

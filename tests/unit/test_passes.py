@@ -31,7 +31,7 @@ def passes_of(turn, network="critic"):
     ]
 
 
-@pytest.mark.parametrize("kind", ["edm", "eps-text", "eps-sdxl"])
+@pytest.mark.parametrize("kind", ["edm", "eps-text", "eps-sdxl", "flow-sd3"])
 @pytest.mark.parametrize("guidance", [1.0, 8.0])
 def test_joined_passes_give_what_each_gives_by_itself(kind, guidance):
     turn = turn_of(kind, **({} if kind == "edm" else {"teacher__guidance": guidance}))

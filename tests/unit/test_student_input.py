@@ -7,8 +7,9 @@ import torch
 from dmd2.core.rng import Draws
 from dmd2.method.batches import Batch
 from dmd2.method.student_input import student_input
+from dmd2.networks.schedules import FlowSchedule
 from tests import reference, tiny
-from tests.draws import with_step
+from tests.draws import keeping, with_step
 from tests.stubs import NO_CONDITION, MixtureEps, arrays, tensor
 
 TIMES = [999, 749, 499, 249]
@@ -63,6 +64,17 @@ def test_one_step_edm_input_is_80_times_the_batch_noise():
     x_t, t = student_input(student, batch(), cfg.generator, SHAPE)
     assert set(t.tolist()) == {80.0}
     torch.testing.assert_close(x_t, 80 * batch_noise(batch()))
+
+
+def test_noised_real_images_of_a_shifted_flow_have_the_students_levels():
+    student = tiny.denoiser("flow-sd3")
+    student.schedule = FlowSchedule(3.0)
+    source = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    b = keeping(batch(source=source))
+    x_t, t = student_input(student, b, generator("noised_real", time=1.0), (1, 8, 8))
+    assert sorted(set(t.tolist())) == pytest.approx([0.5, 0.75, 0.9, 1.0])
+    level, noise = t.reshape(-1, 1, 1, 1), b.draws.normals["student/noise"]
+    torch.testing.assert_close(x_t, (1 - level) * source + level * noise)
 
 
 # Backward simulation.

@@ -200,7 +200,7 @@ def test_micro_batches_have_the_labels_of_their_own_real_images(micro_batch):
     assert torch.equal(torch.cat([p.cond.labels for p in parts]), tiny.one_batch("edm", cfg, 3).real[1].labels)
 
 
-@pytest.mark.parametrize(("kind", "time"), [("edm", 80.0), ("eps-labels", 999.0)])
+@pytest.mark.parametrize(("kind", "time"), [("edm", 80.0), ("eps-labels", 999.0), ("flow-sd3", 1.0)])
 def test_one_step_from_noised_real_images_is_one_from_noise(kind, time):
     made = []
     for mode in ("noise", "noised_real"):

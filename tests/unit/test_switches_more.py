@@ -6,6 +6,7 @@ import torch
 
 from dmd2.experiment.config import RunConfig
 from dmd2.method.step import critic_loss, student_loss, train_step
+from dmd2.networks.schedules import add_noise
 from tests import reference, tiny
 from tests.draws import keeping
 
@@ -45,14 +46,20 @@ def test_normaliser_eps_is_added_to_the_normaliser(kind):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_student_that_equals_teacher_and_critic_has_zero_dm_gradient():
-    cfg = tiny.config("edm", gan__lambda_g=0.0, gan__lambda_d=0.0)
-    m, batch, x = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm").requires_grad_()
+@pytest.mark.parametrize(("kind", "scale"), [("edm", 1.0), ("flow-sd3", 1.0), ("flow-sd3", 3.0)])
+def test_before_the_critic_has_learnt_only_guidance_moves_an_image(kind, scale):
+    cfg = tiny.config(kind, gan__lambda_g=0.0, gan__lambda_d=0.0, teacher__guidance=scale)
+    m, batch, x = tiny.models(kind, cfg), keeping(tiny.one_batch(kind, cfg)), image(kind).requires_grad_()
     m.critic.load_state_dict(m.teacher.state_dict())
-    loss = student_loss(m, x, batch, cfg, {})
-    loss.backward()
-    assert loss.item() == 0
-    assert not x.grad.any()
+    student_loss(m, x, batch, cfg, {}).backward()
+    t = m.teacher.schedule.time(batch.draws.levels["dm/level"][2])
+    x_t = add_noise(m.teacher.schedule, x.detach(), batch.draws.normals["dm/noise"], t)
+    with torch.no_grad():
+        with_class, without = (m.teacher(x_t, t, cond) for cond in (batch.cond, tiny.null(kind).expand(4)))
+    guided = without + scale * (with_class - without)
+    normaliser = (x.detach() - guided).abs().mean(dim=(1, 2, 3), keepdim=True)
+    expected = -(scale - 1) * (with_class - without) / normaliser
+    torch.testing.assert_close(x.grad * x.numel(), expected, rtol=1e-3, atol=1e-6 if scale > 1 else 0)
 
 
 # Exclusive turns (FastGen).
@@ -113,7 +120,8 @@ def test_r1_alpha_scales_the_perturbation():
 
 # Critic.
 @pytest.mark.parametrize(
-    ("kind", "weighting"), [("edm", "edm"), ("edm", "x0"), ("eps-text", "eps"), ("eps-text", "x0")]
+    ("kind", "weighting"),
+    [("edm", "edm"), ("edm", "x0"), ("eps-text", "eps"), ("eps-text", "x0"), ("flow-sd3", "v"), ("flow-sd3", "x0")],
 )
 def test_critic_weighting(kind, weighting):
     cfg = tiny.config(kind, critic__weighting=weighting, gan__lambda_g=0.0, gan__lambda_d=0.0)
@@ -128,6 +136,9 @@ def test_critic_weighting(kind, weighting):
         a = reference.column(reference.ABAR[t.numpy()])
         eps = (x_t.double().numpy() - np.sqrt(a) * predicted) / np.sqrt(1 - a)
         expected = reference.critic_loss_eps(eps, noise)
+    elif weighting == "v":
+        velocity = (x_t.double().numpy() - predicted) / reference.column(t.double().numpy())
+        expected = ((velocity - (noise - clean)) ** 2).mean()
     else:
         expected = ((predicted - clean) ** 2).mean()
     assert logs["critic/denoise"].item() == pytest.approx(expected, rel=1e-4)

@@ -10,6 +10,7 @@ from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.head import PatchHead
 from dmd2.networks.lora import add_lora, merged_state, targets_of
 from dmd2.networks.schedules import FlowSchedule, add_noise
+from dmd2.networks.transformers import flux
 from dmd2.networks.transformers.family import FAMILIES, family_of
 from dmd2.networks.transformers.flux import image_ids, pack, unpack
 from tests.tiny_transformers import texts, tiny
@@ -129,9 +130,16 @@ def test_gradients_flow_from_features_and_from_the_prediction(kind, checkpointin
 def test_packing_is_undone_and_positions_are_rows_and_columns():
     assert torch.equal(unpack(pack(IMAGES), IMAGES.shape), IMAGES)
     ids = image_ids(IMAGES)
-    assert ids.shape == (8, 3) and ids[3].tolist() == [0, 1, 1] and ids[:, 0].abs().max() == 0
+    assert ids.shape == (8, 3) and ids[:3].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0]] and ids[:, 0].abs().max() == 0
     token = pack(IMAGES)[0, 3]
     assert torch.equal(token, IMAGES[0, :, 2:4, 2:4].flatten()), "token 3 is row 1, column 1: channels, then 2x2"
+
+
+def test_swapped_rows_and_columns_are_another_image_to_flux(monkeypatch):
+    denoiser = FlowDenoiser(tiny("FluxTransformer2DModel"))
+    right = denoiser(IMAGES, T, texts(3))
+    monkeypatch.setattr(flux, "image_ids", lambda x: image_ids(x)[:, [0, 2, 1]])
+    assert not torch.allclose(denoiser(IMAGES, T, texts(3)), right, atol=1e-4)
 
 
 PUBLISHED = {
