@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import networks
 from dmd2.experiment.checks.network import defaults
 from dmd2.experiment.checks.sections import second_time
+from dmd2.experiment.inheritance import read_base
 from dmd2.experiment.tables import load_base
 from dmd2.experiment.yaml_file import read_yaml
 from dmd2.networks.condition import Condition
@@ -123,6 +123,11 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "steps above the schedule's": (
             {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
     },
+    "emoji-flow": {
+        "width of the text": ({f"{NET}.joint_attention_dim": 768}, f"{NET}.joint_attention_dim", "text states of 384"),
+        "pooled text": ({f"{NET}.pooled_projection_dim": 768}, f"{NET}.pooled_projection_dim", "text states of 384"),
+        "positions": ({f"{NET}.pos_embed_max_size": 3}, f"{NET}.pos_embed_max_size", "there are 4 tokens along a side"),
+    },
     "cifar10": {
         "groups of SongUNet": ({f"{NET}.block_out_channels": [250] * 3}, f"{NET}.block_out_channels", "width 250"),
         "FID by another name": ({"eval.metrics": ["fd"]}, "eval.metrics", "fd with detector inception-2015-12-05 is called fid"),
@@ -139,7 +144,7 @@ CASES = [(base, name) for base, cases in WRONG.items() for name in cases]
 
 
 def shipped(base: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / f"workflow/base/{base}.yaml").read_text())
+    return read_base(base, ROOT / "workflow/base")[0]
 
 
 def write(folder: Folder, name: str, base: str, changes: dict[str, Any]) -> None:

@@ -105,6 +105,15 @@ def test_classes_are_a_condition_too(kind):
     assert not torch.allclose(*shown, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_a_text_without_a_pooled_vector_is_pooled_by_its_mean(kind):
+    text, t, x = texts(2).text, torch.tensor([0.3, 0.9]), torch.randn(2, 4, 8, 8)
+    denoiser = FlowDenoiser(tiny(kind))
+    pooled = denoiser(x, t, Condition(text=text))
+    assert torch.equal(pooled, denoiser(x, t, Condition(text=text, pooled=text.mean(1))))
+    assert not torch.equal(pooled, denoiser(x, t, Condition(text=text.flip(1), pooled=text[:, 0])))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_flow_from_features_and_from_the_prediction(kind, checkpointing):
     network, x, cond = tiny(kind).train(), square_of(kind), texts(3)

@@ -69,6 +69,9 @@ def transformer_problems(kind: str, values: Mapping[str, Any], data: Data, state
     if data.text is None and values[shape.classes] < data.classes + 1:
         told = f"{shape.classes} is {values[shape.classes]}, but {data.classes} classes and no class are a vector of"
         yield f"{NETWORK}.{shape.classes}", "data.classes", f"{told} {data.classes + 1}"
-    if data.text is not None and states not in (None, values[shape.text]):
-        told = f"{shape.text} is {values[shape.text]}, but {data.text.pipeline.encoder} gives text states of {states}"
-        yield f"{NETWORK}.{shape.text}", "data.text.pipeline.encoder", told
+    if data.text is not None and states is not None:
+        # An encoder of one's own makes no pooled vector: the mean of its states stands for it.
+        for key in dict.fromkeys((shape.text, shape.classes)):
+            if values[key] != states:
+                told = f"{key} is {values[key]}, but {data.text.pipeline.encoder} gives text states of {states}"
+                yield f"{NETWORK}.{key}", "data.text.pipeline.encoder", told

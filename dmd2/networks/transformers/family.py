@@ -119,7 +119,10 @@ def text_of(cond: Condition, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_of(cond: Condition, text_width: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Text states and the pooled vector ``(B, width)``; a class is a pooled vector beside one empty token."""
-    if cond.text is not None and cond.pooled is not None:
-        return cond.text, cond.pooled
+    """Text states and the pooled vector ``(B, width)``; a class is a pooled vector beside one empty token.
+
+    The pooled vector of an encoder that makes none is the mean of its states.
+    """
+    if cond.text is not None:
+        return cond.text, cond.text.mean(1) if cond.pooled is None else cond.pooled
     return like.new_zeros(len(like), 1, text_width), one_hot(cond.labels, width, like)
