@@ -138,6 +138,9 @@ class Table(Section):
     ] = {}
     published: Annotated[dict[str, dict[str, float]], Field(description="numbers of other methods, for claims")] = {}
     claims: Annotated[list[TableClaim], Distinct] = []
+    beside: Annotated[
+        str | None, Field(description="another table, whose rows of the same names are shown beside, once it is made")
+    ] = None
     reference_row: Annotated[str | None, Field(description="row that differences are taken from")] = None
     notes: Annotated[str, Field(description="text below the table")] = ""
 

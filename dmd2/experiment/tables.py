@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import UserError, did_you_mean
+from dmd2.core.files import sha256
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.checks.sections import check_all
 from dmd2.experiment.checks.tables import check_origins, check_shared, check_table
@@ -17,6 +18,7 @@ from dmd2.experiment.table_config import Preset, Row, Table, rows_of
 from dmd2.experiment.yaml_file import Place, read_named, read_yaml, workflow_files
 
 BASES, TABLES = Path("workflow/base"), Path("workflow/tables")
+MADE = (Path("results/tables"), Path("results/reference"))  # tables of results: of this workspace, and shipped ones
 # Suffixes of the files that are written beside the JSON of a table; a file for each row is in `metrics/TABLE` there.
 BESIDE = ("md", "csv", "curves.csv")
 # Suffixes of the page of a table and of the files that are written beside it.
@@ -49,7 +51,17 @@ class Experiment:
         """What the text of a table depends on besides metrics: an edited number of the paper remakes only the table."""
         rows = [row.settings() for row in self.rows[table]]
         presets = {row.preset: self.presets[row.preset].change for row in self.rows[table] if row.preset is not None}
-        return [self.tables[table].settings(), rows, presets, "metrics by row"]
+        beside = self.beside(table)
+        read = [] if beside is None else [sha256(beside)]
+        return [self.tables[table].settings(), rows, presets, "metrics by row", *read]
+
+    def beside(self, table: str) -> Path | None:
+        """The record of the table that is shown beside this one, made here or else shipped, if there is one.
+
+        It is no input of the table: its rows are not trained for a column of another table.
+        """
+        name = self.tables[table].beside
+        return next((file for folder in MADE if name and (file := folder / f"{name}.json").exists()), None)
 
     def measured(self, table: str) -> list[str]:
         """Files of metrics that a table is made from."""
@@ -114,10 +126,24 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
             configs.append(_row(row, place, read[table.base], changes))
             _add(experiment, name, row.run, configs[-1].cfg, place)
         check_table(table, {row.run for row, _ in rows}, read[table.base].cfg, of_table)
+        _check_beside(name, experiment.tables, of_table)
     check_shared(configs)
     check_all(configs)
     check_origins(experiment.runs)
     return experiment
+
+
+def _check_beside(name: str, tables: dict[str, Table], place: Place) -> None:
+    """The table beside another must be one, with the same first metric."""
+    beside, known = tables[name].beside, {other: table for other, table in tables.items() if other != name}
+    if beside is None:
+        return
+    if beside not in known:
+        raise UserError(f"{place.where('beside')}: beside: {beside} is no other table{did_you_mean(beside, known)}")
+    metric = tables[name].metrics[0]
+    if metric not in known[beside].metrics:
+        told = f"beside: table {beside} shows no {metric}, the first of metrics here"
+        raise UserError(f"{place.where('beside')}: {told}")
 
 
 def _preset(row: Row, place: Place, folder: Path) -> tuple[Preset, Place]:

@@ -50,6 +50,7 @@ def columns(table: TableRecord) -> list[Column]:
         Column(label(first), first, [mean_sd(row["values"][first].values()) for row in rows]),
         *_paper_column(table),
         *_gaps(table),
+        *_beside_column(table),
         *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
         Column("student updates", "text", [_updates(row) for row in rows]),
         Column("training time", "text", [_training_time(row) for row in rows]),
@@ -89,6 +90,16 @@ def _paper_column(table: TableRecord) -> list[Column]:
     if all(paper is None for paper in papers):
         return []
     return [Column(f"paper's {label(PAPER_NAME.get(first, first))}", "paper", [*map(_as_printed, papers)])]
+
+
+def _beside_column(table: TableRecord) -> list[Column]:
+    """The first metric of the same rows in another table, where there is one."""
+    found = [row.get("beside", {}) for row in table["rows"]]
+    if not any(found):
+        return []
+    return [
+        Column(f"{label(table['metrics'][0])} in `{table['beside']}`", "text", [mean_sd(v.values()) for v in found])
+    ]
 
 
 def _as_printed(paper: float | None) -> str:

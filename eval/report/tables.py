@@ -54,10 +54,25 @@ def build(name: str) -> TableRecord:
             row |= _sampled(found[0])
         rows.append(row)
     _add_differences(table, rows, records)
+    warnings = _warnings(table, rows) + _code_warnings(records) + _add_beside(experiment.beside(name), table, rows)
     claims = judge(claims_of(table), measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
-    warnings = _warnings(table, rows) + _code_warnings(records)
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
+
+
+def _add_beside(file: Path | None, table: Table, rows: list[RowRecord]) -> list[str]:
+    """Give rows the first metric of the rows of the same names in the record of another table; warnings about them."""
+    if file is None:
+        return []
+    others = {row["run"]: row for row in read_json(file)["rows"]}
+    for row in rows:
+        row["beside"] = others.get(row["run"], {}).get("values", {}).get(table.metrics[0], {})
+    here, there = ({of_record(row)["detector"] for row in of} for of in (rows, others.values()))
+    if here == there:
+        return []
+    return [
+        f"{table.beside} was measured with {', '.join(there)}, this table with {', '.join(here)}: compare orders only"
+    ]
 
 
 def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRecord:

@@ -215,6 +215,25 @@ def test_a_table_without_numbers_of_the_paper_does_not_speak_of_it(table3: Path)
     assert cells(table)[0][5:7] == ["FD", "gap to `dmd2`"]
 
 
+def test_rows_of_another_table_stand_beside_those_of_the_same_names(table3: Path) -> None:
+    name, beside = "digits-table3", "digits-ttur"
+    written = Path(f"workflow/tables/{name}.yaml")
+    write_text(written, written.read_text() + f"beside: {beside}\n")
+    before = load_experiment().shown(name)
+    assert f"FD in `{beside}`" not in cells(build(name))[0]  # it is not made
+    rows = [{**row, "values": {"fd": {"0": 7.0, "1": 8.0, "2": 9.0}}} for row in read_json(table3)["rows"][:2]]
+    write_json(Path(f"results/reference/{beside}.json"), {"rows": rows})
+    table = build(name)
+    heads, lines = cells(table)
+    assert [line[heads.index(f"FD in `{beside}`")] for line in lines[:3]] == ["8.00 ± 1.0", "8.00 ± 1.0", "–"]
+    assert load_experiment().shown(name) != before  # so that the table is made anew
+    assert not any(beside in warning for warning in table["warnings"])
+    for row in rows:
+        row["protocol"] |= {"detector": "another"}
+    write_json(Path(f"results/tables/{beside}.json"), {"rows": rows})  # made here, which comes before what is shipped
+    assert f"{beside} was measured with another" in " ".join(build(name)["warnings"])
+
+
 def test_texts_of_several_lines_and_zeros_and_no_numbers_keep_the_table_whole(table3: Path) -> None:
     table = read_json(table3)
     heads = cells(table)[0]

@@ -38,6 +38,7 @@ WRONG_TABLES = {
     "no rows": ({"rows": []}, "rows:", "rows is empty"),
     "row given twice": ({"rows": [{"run": "a"}, {"run": "a"}]}, "run: a", "twice"),
     "unknown reference row": ({"reference_row": "z"}, "reference_row", "is no row"),
+    "unknown table beside it": ({"beside": "one"}, "beside:", "one is no other table"),
     "unknown row in row_change": ({"row_change": {"z": {}}}, "z:", "is no row"),
     "unknown teacher sampler": ({"teachers": {"sd": {}}}, "sd:", "no sampler sd"),
     "row named like a sampler of the teacher": ({"rows": [{"run": "teacher-forced"}]}, "teacher-", "the teacher's samplers"),
