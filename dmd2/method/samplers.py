@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
-from dmd2.experiment.config import Sampler
+from dmd2.experiment.eval_config import Sampler
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, guide
 from dmd2.networks.flow import FlowDenoiser

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmd2.experiment.config import Generator
+from dmd2.experiment.method_config import Generator
 from dmd2.method.batches import Batch
 from dmd2.method.samplers import few_step, times_like
 from dmd2.networks.denoisers import Denoiser

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from dmd2.core.files import read_json
 from dmd2.experiment.cluster import Cluster
-from dmd2.experiment.config import Lora, RunConfig, TrainConfig, digest
+from dmd2.experiment.config import RunConfig, TrainConfig, digest
+from dmd2.experiment.method_config import Lora
 from dmd2.experiment.run_inputs import REAL
 from dmd2.planning.memory import WHOLE, Counted, Memory, Setup
 from dmd2.planning.rates import Rate, rate_of

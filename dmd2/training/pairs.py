@@ -12,7 +12,8 @@ from dmd2.core.progress import Progress
 from dmd2.core.rng import sample_labels, sample_noise
 from dmd2.core.upload import upload
 from dmd2.data.sets import load_set, save_shard
-from dmd2.experiment.config import Data, Pairs, Section, Teacher, TrainConfig
+from dmd2.experiment.config import Data, Section, Teacher, TrainConfig
+from dmd2.experiment.method_config import Pairs
 from dmd2.experiment.run_inputs import pair_prompts
 from dmd2.networks.condition import Condition
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_labels, sample_noise
-from dmd2.experiment.config import RunConfig, Sampler, TrainConfig
+from dmd2.experiment.config import RunConfig, TrainConfig
+from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.run_inputs import pipeline_manifest
 from dmd2.method.batches import Batches
 from dmd2.method.samplers import few_step, teacher_sample

@@ -21,7 +21,8 @@ from dmd2.core.progress import Progress
 from dmd2.core.run import RunId, commit
 from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import load_shard
-from dmd2.experiment.config import RunConfig, Sampler
+from dmd2.experiment.config import RunConfig
+from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.run_inputs import measured_with
 from dmd2.networks.condition import Condition

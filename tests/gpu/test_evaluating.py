@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import TensorSet
-from dmd2.experiment.config import Sampler
+from dmd2.experiment.eval_config import Sampler
 from dmd2.training.sampling import sample_teacher, student_sample
 from eval.detectors import features
 from eval.detectors.beside import after_current, second

@@ -9,7 +9,8 @@ from PIL import Image
 
 from dmd2.core.rng import sample_labels, sample_noise
 from dmd2.data.sets import load_shard
-from dmd2.experiment.config import Data, Sampler, Teacher
+from dmd2.experiment.config import Data, Teacher
+from dmd2.experiment.eval_config import Sampler
 from dmd2.networks.quantise import RULES, quantise
 from dmd2.publish.diffusers_folder import export
 from dmd2.training.make_teacher import train_teacher

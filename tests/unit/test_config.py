@@ -5,8 +5,10 @@ from pydantic import ValidationError
 
 from dmd2.experiment import section
 from dmd2.experiment.checks.sections import problems
-from dmd2.experiment.config import Pairs, RunConfig, Sampler, TrainConfig, digest
+from dmd2.experiment.config import RunConfig, TrainConfig, digest
 from dmd2.experiment.dotted_keys import leaves
+from dmd2.experiment.eval_config import Sampler
+from dmd2.experiment.method_config import Pairs
 from dmd2.experiment.tables import load_base
 from tests import tiny
 from tests.conftest import ROOT

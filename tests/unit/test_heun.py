@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.experiment.config import Sampler
+from dmd2.experiment.eval_config import Sampler
 from dmd2.method.samplers import heun, teacher_sample
 from dmd2.networks.denoisers import EdmDenoiser
 from tests import reference

@@ -5,7 +5,7 @@ import pytest
 from diffusers import EulerDiscreteScheduler
 from pydantic import ValidationError
 
-from dmd2.experiment.config import Sampler
+from dmd2.experiment.eval_config import Sampler
 from dmd2.method.samplers import vp_solver
 from tests import reference
 from tests.stubs import NO_CONDITION, MixtureEps, arrays, tensor

@@ -1,0 +1,142 @@
+"""The method of a run: the student's input and the terms of both losses, one section each."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.experiment.eval_config import Sampler
+from dmd2.experiment.section import IndexRange, Positive, Precision, Section, Weight
+
+
+class Lora(Section):
+    """Low-rank student: W + (alpha / rank) up down for every convolution and projection (`dmd2.networks.lora`)."""
+
+    rank: Annotated[Positive, Field(description="of the factors")]
+    alpha: Annotated[float, Field(gt=0, description="their scale: alpha / rank")]
+
+
+class Generator(Section):
+    """The student's input, number of steps, and first time: a sigma of an edm teacher, a step of an eps teacher,
+        1 of a flow teacher.
+
+    conditions: ``drawn`` independently of the GAN's real batch (labels uniformly, captions from the real set), or those
+        of that ``real`` batch, whose images are then also noised for ``noised_real`` (FastGen).
+    lora: train low-rank factors on the teacher's weights instead of the weights; the critic is trained whole.
+    """
+
+    input: Annotated[
+        Literal["noise", "noised_real", "backward_simulation"],
+        Field(description="noise, noised real images, or what the student makes of noise in its first steps"),
+    ]
+    steps: Annotated[int, Field(ge=1, le=1000, description="of the student")]
+    time: Annotated[float, Field(gt=0, description="noise level of the first step, see above")]
+    conditions: Literal["drawn", "real"] = "drawn"
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.input == "noise" and self.steps > 1:
+            raise ValueError("input noise is for one step: use backward_simulation or noised_real for several")
+        return self
+
+
+class DistributionMatching(Section):
+    """The distribution-matching loss of the student (paper Eq. 1).
+
+    index_range: noise levels, both ends included.
+    normaliser_eps: smallest value of the normaliser.
+    alpha_factor: whether the gradient is multiplied by alpha_t.
+    """
+
+    weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
+    index_range: IndexRange
+    normaliser_eps: Weight = 0.0
+    alpha_factor: bool = False
+
+
+class Critic(Section):
+    """The critic K: every iteration updates it, and every `ratio`-th one, from iteration 0 on, the student too (TTUR).
+
+    shares_iteration: false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
+    index_range: noise levels of the denoising loss, both ends included.
+    """
+
+    ratio: Annotated[Positive, Field(description="critic updates for each student update (TTUR)")]
+    denoise_weight: Annotated[Weight, Field(description="weight of its denoising loss")]
+    weighting: Annotated[Literal["edm", "eps", "x0", "v"], Field(description="of that loss over noise levels")]
+    lr_multiplier: Annotated[float, Field(gt=0, description="its learning rate over that of the student")]
+    shares_iteration: bool = True
+    index_range: IndexRange = (0, 999)
+
+    def turns(self, it: int) -> tuple[bool, bool]:
+        """Whether iteration `it`, counted from 0, updates the student and whether it updates the critic."""
+        if self.shares_iteration:
+            return it % self.ratio == 0, True
+        student = it % self.ratio == self.ratio - 1
+        return student, not student
+
+    def student_updates(self, iterations: int) -> int:
+        """Updates of the student in the first `iterations`."""
+        return -(-iterations // self.ratio) if self.shares_iteration else iterations // self.ratio
+
+    @model_validator(mode="after")
+    def _gets_turns(self) -> Self:
+        if self.ratio == 1 and not self.shares_iteration:
+            raise ValueError("ratio 1 with shares_iteration false gives the critic no turn: use a ratio of 2 or more")
+        return self
+
+
+class Gan(Section):
+    """The GAN: a head on the bottleneck of the critic or the teacher, of a transformer on the image tokens of a block.
+
+    noise_range: noise levels of what it classifies; null: it classifies clean images.
+    shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
+        that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
+    tap: that block, counted from 0; null: the middle one.
+    head: ``single`` ends in one logit; ``patches`` in the mean of those of patches, for the widths of transformers.
+    """
+
+    lambda_g: Annotated[Weight, Field(description="weight of the student's GAN loss; 0 is off")]
+    lambda_d: Annotated[Weight, Field(description="weight of the discriminator's loss; 0 is off")]
+    features_from: Annotated[Literal["critic", "teacher"], Field(description="whose bottleneck the head sees")]
+    noise_range: IndexRange | None
+    r1_weight: Annotated[Weight, Field(description="weight of the approximate R1 penalty")] = 0.0
+    r1_alpha: Annotated[Weight, Field(description="noise that it adds to real images")] = 0.1
+    shares_noise: bool = False
+    tap: Annotated[int, Field(ge=0)] | None = None
+    head: Literal["single", "patches"] = "single"
+
+    @property
+    def on(self) -> bool:
+        """Whether any GAN term is active."""
+        return self.lambda_g > 0 or self.lambda_d > 0
+
+
+class Pairs(Section):
+    """Pairs of noise and the teacher's image, sampled in `precision` (see `Eval`)."""
+
+    count: Annotated[Positive, Field(description="number of pairs")]
+    sampler: Annotated[Sampler, Field(description="of the teacher, deterministic")]
+    shards: Annotated[Positive, Field(description="jobs that share the sampling")]
+    precision: Annotated[Precision, Field(description="arithmetic of the sampling")] = "fp32"
+
+    @model_validator(mode="after")
+    def _filled(self) -> Self:
+        if self.shards > self.count:
+            raise ValueError(f"{self.shards} shards for {self.count} pairs would leave some empty: use fewer")
+        if self.sampler.stochastic:
+            raise ValueError("sampler is stochastic: pairs need a deterministic one (churn and eta 0, not ddpm)")
+        return self
+
+
+class Regression(Section):
+    """Regression of the student on teacher pairs; with weight 0 no pairs are made.
+
+    pairs: needed where the weight is above 0.
+    decoder: turns latents into the images that lpips compares: the pipeline's autoencoder, or its tiny one (taesd).
+    """
+
+    weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
+    distance: Annotated[Literal["lpips", "l2"], Field(description="of the student's image to the teacher's")]
+    pairs: Pairs | None = None
+    decoder: Literal["vae", "vae_tiny"] = "vae"
