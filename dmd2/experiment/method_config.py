@@ -86,13 +86,16 @@ class Critic(Section):
         return self
 
 
+Block = Annotated[int, Field(ge=0)]
+
+
 class Gan(Section):
     """The GAN: a head on the bottleneck of the critic or the teacher, of a transformer on the image tokens of a block.
 
     noise_range: noise levels of what it classifies; null: it classifies clean images.
     shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
         that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
-    tap: that block, counted from 0; null: the middle one.
+    tap: that block, counted from 0, or several, each with a head of its own; null: the middle one.
     head: ``single`` ends in one logit; ``patches`` in the mean of those of patches, for the widths of transformers.
     """
 
@@ -103,8 +106,13 @@ class Gan(Section):
     r1_weight: Annotated[Weight, Field(description="weight of the approximate R1 penalty")] = 0.0
     r1_alpha: Annotated[Weight, Field(description="noise that it adds to real images")] = 0.1
     shares_noise: bool = False
-    tap: Annotated[int, Field(ge=0)] | None = None
+    tap: Block | Annotated[list[Block], Field(min_length=1)] | None = None
     head: Literal["single", "patches"] = "single"
+
+    @property
+    def taps(self) -> list[int]:
+        """Blocks of `tap` in ascending order; none: the middle one."""
+        return sorted({self.tap} if isinstance(self.tap, int) else set(self.tap or ()))
 
     @property
     def on(self) -> bool:

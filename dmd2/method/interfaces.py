@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser
-from dmd2.networks.head import Head, PatchHead
+from dmd2.networks.head import AnyHead
 
 
 class Optimiser(Protocol):
@@ -45,7 +45,7 @@ class Models:
     student: Denoiser
     teacher: Denoiser
     critic: Denoiser
-    head: Head | PatchHead | None
+    head: AnyHead | None
     student_optimiser: Optimiser
     critic_optimiser: Optimiser
     null: Condition | None = None  # the unconditional condition of one sample, when the teacher is guided

@@ -1,5 +1,6 @@
 """Flow-matching transformers seen as denoisers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +15,19 @@ class FlowDenoiser(Denoiser):
     """Velocity network on the flow schedule: ``x0 = x_t - sigma v``; t is sigma.
 
     The factor is at most 1, so that float32 does where the VP schedule needs float64. shift: of the grid of levels.
-    tap: block after which `features` reads the image tokens; None: the middle one.
+    taps: blocks, in ascending order, after which `features` reads the image tokens; None: the middle one.
     """
 
     kind = FlowSchedule
     schedule: FlowSchedule
 
-    def __init__(self, network: Any, precision: Precision = "fp32", shift: float = 1.0, tap: int | None = None) -> None:
+    def __init__(
+        self, network: Any, precision: Precision = "fp32", shift: float = 1.0, taps: Sequence[int] | None = None
+    ) -> None:
         super().__init__(network, precision)
         self.schedule = FlowSchedule(shift)
         self.family = family_of(type(network).__name__)
-        self.tap = len(self.family.blocks(network)) // 2 if tap is None else tap
+        self.taps = [len(self.family.blocks(network)) // 2] if taps is None else taps
         self._call: Any = self.family.velocity
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,13 +39,13 @@ class FlowDenoiser(Denoiser):
         return x_t.float() - spread(t.float(), x_t) * raw
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Image tokens after block `tap` as a grid, float32 ``(B, D, H / patch, W / patch)``."""
+        """Image tokens after the blocks `taps` as a grid, float32 ``(B, taps D, H / patch, W / patch)``."""
         sample, sigma = self.network_input(x_t, t)
         with self.autocast(x_t):
-            return self.family.features(self.running, sample, sigma, cond.cast(sample.dtype), self.tap).float()
+            return self.family.features(self.running, sample, sigma, cond.cast(sample.dtype), self.taps).float()
 
     def bottleneck(self, resolution: int) -> tuple[int, int]:
-        """Width and side of the `features` of latents of this side: those of the image tokens."""
+        """Width and side of the `features` of one tap, of latents of this side: those of the image tokens."""
         return self.family.width(self.network), resolution // self.family.patch(self.network)
 
     def joined(self, x_t: Tensor, t: Tensor, cond: Condition, predicted: int) -> tuple[Tensor, Tensor]:

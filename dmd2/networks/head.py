@@ -1,7 +1,9 @@
 """The GAN classifier head on the critic's bottleneck features (paper Sec. 4.3; widths and counts of its code)."""
 
 import math
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,3 +47,19 @@ class PatchHead(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         """Logit per sample, positive for "real"."""
         return super().forward(features.float()).flatten(1).mean(1, keepdim=True)
+
+
+class Heads(nn.Module):
+    """Features of several blocks side by side ``(B, blocks width, h, w)`` to logits ``(B, blocks)``, a head each."""
+
+    def __init__(self, heads: Iterable[Head | PatchHead]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits, positive for "real"; losses are means over blocks, too."""
+        parts = features.chunk(len(self.heads), dim=1)
+        return torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)], dim=1)
+
+
+AnyHead = Head | PatchHead | Heads

@@ -25,7 +25,7 @@ from dmd2.networks.lora import add_lora
 from dmd2.networks.lpips import Lpips
 from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
 from dmd2.planning.ledger import GpuFunctions, Ledger, rounded
-from dmd2.training.build import build_head, hold_lowered, in_bfloat16
+from dmd2.training.build import build_head, hold_lowered, in_bfloat16, tap_blocks
 from dmd2.training.sharding import recompute_activations, units
 from dmd2.training.teachers import build_network, wrap
 
@@ -101,6 +101,7 @@ class Counted:
                 module.p = 0.0
         precision, form = cfg.train.precision, cfg.teacher.parameterisation
         teacher = self._on_gpu(wrap(network, form, precision, cfg.teacher.shift))
+        tap_blocks(teacher, cfg)
         # A schedule is copied to the device when it is first used: before the teacher is copied and a ledger counts.
         schedule, level = teacher.schedule, torch.zeros(1, dtype=torch.long, device=META)
         schedule.alpha_sigma(schedule.time(level), torch.float32)

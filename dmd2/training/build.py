@@ -15,7 +15,7 @@ from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.step import Models
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.head import Head, PatchHead
+from dmd2.networks.head import AnyHead, Head, Heads, PatchHead
 from dmd2.networks.lora import add_lora, split
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
@@ -37,8 +37,7 @@ def build_models(
     assert inputs.teacher is not None
     precision = cfg.train.precision
     teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, cfg.teacher.shift)
-    if isinstance(teacher, FlowDenoiser) and cfg.gan.tap is not None:
-        teacher.tap = cfg.gan.tap
+    tap_blocks(teacher, cfg)
     student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
         _load_student(inputs.init, student)
@@ -107,12 +106,19 @@ def regression_distance(cfg: TrainConfig, device: torch.device) -> Callable[[Ten
     return distance
 
 
-def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> Head | PatchHead:
-    """A head that fits the denoiser's bottleneck; its initial weights depend on `seed` only."""
+def tap_blocks(denoiser: Denoiser, cfg: TrainConfig) -> None:
+    """Let a transformer give the features that the GAN of a run sees, and so its copies that are made after this."""
+    if isinstance(denoiser, FlowDenoiser) and cfg.gan.taps:
+        denoiser.taps = cfg.gan.taps
+
+
+def build_head(denoiser: Denoiser, cfg: TrainConfig, seed: int, device: torch.device) -> AnyHead:
+    """A head that fits the denoiser's bottleneck, or one for each tap; initial weights depend on `seed` only."""
     width, resolution = denoiser.bottleneck(cfg.data.resolution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{seed}/head").initial_seed())
-        return (Head(width, resolution) if cfg.gan.head == "single" else PatchHead(width)).to(device)
+        heads = [Head(width, resolution) if cfg.gan.head == "single" else PatchHead(width) for _ in cfg.gan.taps or [0]]
+    return (heads[0] if len(heads) == 1 else Heads(heads)).to(device)
 
 
 def _load_student(train_json: Path, student: Denoiser) -> None:

@@ -69,7 +69,7 @@ def test_a_family_is_a_file_and_a_line(aura: None) -> None:
     for tap, block in enumerate(denoiser.family.blocks(network)):
         heard = []
         hook = block.register_forward_hook(lambda *given, heard=heard: heard.append(given[-1]))
-        denoiser.tap = tap
+        denoiser.taps = [tap]
         denoiser(IMAGES, T, captions)
         hook.remove()
         hidden = heard[0][1] if isinstance(heard[0], tuple) else heard[0]

@@ -69,6 +69,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "nothing trains the student": ({"dm.weight": 0.0, "gan.lambda_g": 0.0}, "dm.weight", "nothing would train the student"),
         "nothing trains the critic": ({"critic.denoise_weight": 0.0, "gan.lambda_g": 0.0, "gan.lambda_d": 0.0},
                                       "critic.denoise_weight", "nothing would train the critic"),
+        "tap of a UNet": ({"gan.tap": [1, 2]}, "gan.tap", "the teacher is no transformer: leave it out"),
         "GAN without discriminator": ({"gan.lambda_d": 0.0}, "gan.lambda_d", "the head would never be trained"),
         "VP solver for an edm teacher": ({"regression.pairs.sampler": {"solver": "ddim", "steps": 4}},
                                          "regression.pairs.sampler", "ddim cannot sample an edm teacher"),

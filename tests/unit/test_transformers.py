@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from dmd2.experiment.checks.sections import problems
 from dmd2.networks.condition import Condition
 from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.head import PatchHead
@@ -13,7 +14,9 @@ from dmd2.networks.schedules import FlowSchedule, add_noise
 from dmd2.networks.transformers import flux
 from dmd2.networks.transformers.family import FAMILIES, family_of
 from dmd2.networks.transformers.flux import image_ids, pack, unpack
-from tests.tiny_transformers import texts, tiny
+from dmd2.training.build import build_head, tap_blocks
+from tests import tiny as tiny_run
+from tests.tiny_transformers import TINY, texts, tiny
 
 T = torch.tensor([1.0, 0.3, 0.75])
 IMAGES = torch.randn(3, 4, 8, 4, generator=torch.Generator().manual_seed(2))
@@ -62,22 +65,24 @@ def test_sign_and_time_give_the_clean_images_back(kind):
 def test_features_are_the_image_tokens_of_a_whole_pass(kind):
     network, x, cond = tiny(kind), square_of(kind), texts(3, kept=[6, 3, 5])
     family, heard = family_of(kind), []
-    blocks = family.blocks(network)
+    blocks, grids = family.blocks(network), []
     for tap in range(len(blocks)):
         hook = blocks[tap].register_forward_hook(lambda *given: heard.append(given[-1]))
-        denoiser = FlowDenoiser(network, tap=tap)
+        denoiser = FlowDenoiser(network, taps=[tap])
         denoiser(x, T, cond)
         hook.remove()
         output = heard[-1]
         hidden = output[1] if isinstance(output, tuple) else output
         grid = denoiser.features(x, T, cond)
+        grids.append(grid)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         assert grid.shape == (3, family.width(network), rows, columns)
         for i, kept in enumerate([6, 3, 5]):
             start = kept if kind == "Lumina2Transformer2DModel" else 0
             tokens = hidden[i, start : start + rows * columns]
             assert torch.allclose(grid[i].flatten(1).T, tokens, atol=1e-5)
-    assert len(family.blocks(network)) == 3, "the network is whole again"
+    assert torch.equal(FlowDenoiser(network, taps=[0, 1, 2]).features(x, T, cond), torch.cat(grids, dim=1))
+    assert family.blocks(network) == blocks, "the network is whole again"
 
 
 def test_samples_do_not_see_each_other_and_joined_is_apart(kind):
@@ -119,7 +124,7 @@ def test_gradients_flow_from_features_and_from_the_prediction(kind, checkpointin
     network, x, cond = tiny(kind).train(), square_of(kind), texts(3)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    denoiser = FlowDenoiser(network)
+    denoiser = FlowDenoiser(network, taps=[0, 1])
     denoiser.features(x, T, cond).square().sum().backward()
     blocks = denoiser.family.blocks(network)
     reached = [any(p.grad is not None for p in block.parameters()) for block in blocks]
@@ -187,6 +192,25 @@ def test_the_head_of_patches_has_the_published_size(width, count):
     features = torch.randn(2, 8, 4, 6)
     logits = small(features)
     assert logits.shape == (2, 1) and not torch.allclose(logits[0], logits[1])
+
+
+def test_several_taps_have_a_head_each():
+    denoiser, cfg = tiny_run.denoiser("flow-sd3"), tiny_run.config("flow-sd3", gan__tap=[1, 0])
+    tap_blocks(denoiser, cfg)
+    assert denoiser.taps == [0, 1]
+    heads, x = build_head(denoiser, cfg, 0, torch.device("cpu")), torch.randn(3, 1, 8, 8)
+    features = denoiser.features(x, T, tiny_run.condition("flow-sd3", 3))
+    logits = heads(features)
+    assert logits.shape == (3, 2)
+    assert torch.equal(logits[:, 1:], heads.heads[1](features[:, 16:])) and not torch.equal(*logits.T)
+
+
+def test_a_tap_after_the_last_block_is_told(kind):
+    network = {"_class_name": kind, **TINY[kind]}
+    cfg = tiny_run.config("flow-sd3", teacher__network=network, gan__tap=[0, 3])
+    told = [problem for problem in problems(cfg, {}) if problem[0] == "gan.tap"]
+    keys = {"FluxTransformer2DModel": "num_single_layers", "ZImageTransformer2DModel": "n_layers"}
+    assert told == [("gan.tap", f"teacher.network.{keys.get(kind, 'num_layers')}", "3, but blocks are 0 to 2")]
 
 
 def test_factors_merge_into_plain_weights(kind):

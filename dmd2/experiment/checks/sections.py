@@ -12,7 +12,7 @@ from typing import Any
 from dmd2.core.errors import UserError
 from dmd2.experiment.checks.measurement import evaluation_problems
 from dmd2.experiment.checks.network import defaults, network_problems
-from dmd2.experiment.checks.transformers import NETWORK, SHAPES, Problem, side_of
+from dmd2.experiment.checks.transformers import NETWORK, SHAPES, Problem, blocks_of, side_of
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import CAPTIONED, Data
 from dmd2.experiment.dotted_keys import LocatedConfig
@@ -195,7 +195,15 @@ def _head(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.gan.tap is not None and kind not in SHAPES:
         yield "gan.tap", f"{NETWORK}._class_name", f"{cfg.gan.tap}, but the teacher is no transformer: leave it out"
     if kind in SHAPES:
-        bottleneck, key, what = side_of(kind, {**defaults(kind), **network}, side), "patch_size", "patches"
+        values = {**defaults(kind), **network}
+        count = blocks_of(kind, values)
+        if cfg.gan.taps[-1:] >= [count]:
+            yield (
+                "gan.tap",
+                f"{NETWORK}.{SHAPES[kind].blocks[-1]}",
+                f"{cfg.gan.taps[-1]}, but blocks are 0 to {count - 1}",
+            )
+        bottleneck, key, what = side_of(kind, values, side), "patch_size", "patches"
     elif levels is not None:
         bottleneck, key, what = side // 2 ** (len(levels) - 1), "block_out_channels", f"{len(levels)} levels"
     else:

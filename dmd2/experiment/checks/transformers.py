@@ -13,7 +13,7 @@ class Shape(NamedTuple):
     """Where a class of transformers says what it takes.
 
     text: width of text states. classes: width of the vector that a class becomes. packed: latents in one channel of the
-    network. sized: positions are for one size. patch: key of the patch's side.
+    network. sized: positions are for one size. patch: key of the patch's side. blocks: of the numbers of its blocks.
     """
 
     text: str
@@ -21,20 +21,28 @@ class Shape(NamedTuple):
     packed: int = 1
     sized: bool = False
     patch: str | None = "patch_size"
+    blocks: tuple[str, ...] = ("num_layers",)
 
 
 SHAPES = {
     "SD3Transformer2DModel": Shape("joint_attention_dim", "pooled_projection_dim", sized=True),
-    "FluxTransformer2DModel": Shape("joint_attention_dim", "pooled_projection_dim", packed=4, patch=None),
+    "FluxTransformer2DModel": Shape(
+        "joint_attention_dim", "pooled_projection_dim", packed=4, patch=None, blocks=("num_layers", "num_single_layers")
+    ),
     "SanaTransformer2DModel": Shape("caption_channels", "caption_channels", sized=True),
     "Lumina2Transformer2DModel": Shape("cap_feat_dim", "cap_feat_dim"),
-    "ZImageTransformer2DModel": Shape("cap_feat_dim", "cap_feat_dim", patch="all_patch_size"),
+    "ZImageTransformer2DModel": Shape("cap_feat_dim", "cap_feat_dim", patch="all_patch_size", blocks=("n_layers",)),
 }
 
 
 def side_of(kind: str, values: Mapping[str, Any], resolution: int) -> int:
     """Tokens along a side of the image."""
     return resolution // _patch(kind, values)
+
+
+def blocks_of(kind: str, values: Mapping[str, Any]) -> int:
+    """Blocks that the GAN's head can be put on."""
+    return sum(values[key] for key in SHAPES[kind].blocks)
 
 
 def _patch(kind: str, values: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ A family is one file here with a subclass of `Family`, and one line in `FAMILIES
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -59,19 +60,28 @@ class Family(ABC):
         """All blocks in the order of a pass."""
         return [block for name in self.lists for block in getattr(network, name)]
 
-    def features(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition, tap: int) -> Tensor:
-        """Image tokens after block `tap` as a grid ``(B, D, H / patch, W / patch)``; later blocks are not run."""
-        name, index = self._place(network, tap)
-        whole, stop = getattr(network, name), _Stop()
-        network._modules[name] = nn.ModuleList([*whole[: index + 1], stop])
+    def features(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition, taps: Sequence[int]) -> Tensor:
+        """Image tokens after each of the blocks `taps`, in ascending order, as grids ``(B, D, H / patch, W / patch)``.
+
+        They are joined along D. Blocks after the last one are not run.
+        """
+        whole = {name: getattr(network, name) for name in self.lists}
+        run = {name: [*blocks] for name, blocks in whole.items()}
+        *early, (name, index) = (self._place(network, tap) for tap in taps)
+        heard = [_Heard(whole[name][index]) for name, index in early]
+        for (where, place), block in zip(early, heard, strict=True):
+            run[where][place] = block
+        run[name][index + 1 :] = [_Stop()]
+        network._modules.update({name: nn.ModuleList(blocks) for name, blocks in run.items()})
         try:
             self.velocity(network, x, sigma, cond)
         except _Stopped as stopped:
-            hidden = stopped.hidden
+            hidden = [*(block.hidden for block in heard), stopped.hidden]
         finally:
-            network._modules[name] = whole
+            network._modules.update(whole)
         rows, columns = (side // self.patch(network) for side in x.shape[-2:])
-        return self.image_tokens(hidden, rows * columns, cond).transpose(1, 2).unflatten(2, (rows, columns))
+        tokens = torch.cat([self.image_tokens(one, rows * columns, cond) for one in hidden], dim=2)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def _place(self, network: Any, tap: int) -> tuple[str, int]:
         """List and index of block `tap`."""
@@ -90,8 +100,24 @@ class _Stopped(Exception):
         self.hidden = hidden
 
 
+class _Heard(nn.Module):
+    """Stands around a tapped block that others follow. A hook on it would be a part of its compiled code."""
+
+    hidden: Tensor
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        found = self.block(*given, **named)
+        if not hasattr(self, "hidden"):  # a block that is computed again in backward was heard before
+            self.hidden = found[-1] if isinstance(found, tuple) else found  # the image comes last
+        return found
+
+
 class _Stop(nn.Module):
-    """Stands behind the tapped block. A hook on that block would be a part of its compiled code; this is none."""
+    """Stands behind the last tapped block."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> None:
         raise _Stopped(hidden_states)
