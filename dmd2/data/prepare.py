@@ -21,7 +21,7 @@ from dmd2.data.sets import Rows, ShardWriter
 from dmd2.experiment.data_config import Data
 
 PIXELS = 1 << 22  # of the images that the autoencoder encodes at once: four of 1024 x 1024
-PROMPTS = 256  # encoded at once
+PROMPTS, LONG_PROMPTS = 256, 16  # encoded at once: 77 tokens of CLIP, or up to 512 of a language model
 
 
 def prepare_labelled(data: Data, folder: Path) -> Path:
@@ -63,13 +63,12 @@ def _write_real(manifest: Path, data: Data, count: int, files: list[dict[str, An
 
 
 def text_rows(pipeline: Pipeline, prompts: list[str], pixels: int) -> Rows:
-    """States of prompts as they are stored: float16, with SDXL's size condition where there is a pooled embedding."""
-    parts = [pipeline.encode_prompts(prompts[start : start + PROMPTS]) for start in range(0, len(prompts), PROMPTS)]
-    rows = {}
-    for name in ("text", "pooled"):
-        if states := [getattr(part, name) for part in parts if getattr(part, name) is not None]:
-            rows[name] = torch.cat(states).half().cpu()
-    if "pooled" in rows:
+    """States of prompts as they are stored, with SDXL's size condition."""
+    size = LONG_PROMPTS if pipeline.transformer else PROMPTS
+    some = (prompts[start : start + size] for start in range(0, len(prompts), size))
+    parts = [pipeline.stored(pipeline.encode_prompts(part)) for part in some]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if pipeline.sized:
         rows["time_ids"] = time_ids(pixels).expand(len(prompts), 6)
     return rows
 

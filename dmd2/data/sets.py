@@ -14,7 +14,7 @@ from dmd2.core.upload import upload
 from dmd2.networks.condition import Condition
 
 SHARD_BYTES = 1 << 28
-CONDITIONS = ("labels", "text", "pooled", "time_ids")
+CONDITIONS = ("labels", "text", "pooled", "time_ids", "text_mask")
 Rows = dict[str, Tensor]  # tensors of equal length by name
 
 

@@ -62,17 +62,22 @@ class Pipeline(Section):
 
     encoder, tokens: make it here, with the text encoder that a package ships, cut to so many tokens.
     autoencoder: trained for it.
+    max_sequence_length: tokens of the T5 or language model of a transformer's pipeline, by default as many as the
+        pipeline of diffusers takes. What a caption takes on disk grows with it.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$", description="folder in data/pipelines")]
     encoder: Literal["all-minilm-l6-v2"] | None = None
     tokens: Positive = 77
     autoencoder: Autoencoder | None = None
+    max_sequence_length: Positive | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.autoencoder is not None and self.encoder is None:
             raise ValueError("autoencoder is of a pipeline made here: name its text encoder in encoder")
+        if self.max_sequence_length is not None and self.encoder is not None:
+            raise ValueError("max_sequence_length is of a pipeline that is put there: of one made here it is tokens")
         return self
 
 
@@ -113,8 +118,10 @@ class Data(Section):
             raise ValueError(f"classes {self.classes} and text exclude each other: give classes 0 with text")
         if self.text is None and self.source.kind in CAPTIONED:
             raise ValueError(f"source {self.source.kind} has captions, no labels: give data.text and classes 0")
-        if self.text is not None and self.text.latents and self.channels != 4 and self.text.pipeline.encoder is None:
-            raise ValueError(f"channels {self.channels}: latents of Stable Diffusion's autoencoders have 4")
+        stock = self.text is not None and self.text.latents and self.text.pipeline.encoder is None
+        if stock and self.channels not in (4, 16, 32):
+            told = "latents of Stable Diffusion's autoencoders have 4, of SD3's and FLUX's 16, of Sana's 32"
+            raise ValueError(f"channels {self.channels}: {told}")
         return self
 
     @property

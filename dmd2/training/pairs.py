@@ -11,11 +11,10 @@ from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.progress import Progress
 from dmd2.core.rng import sample_labels, sample_noise
 from dmd2.core.upload import upload
-from dmd2.data.sets import load_set, save_shard
+from dmd2.data.sets import CONDITIONS, Rows, condition_of, load_set, save_shard
 from dmd2.experiment.config import Data, Section, Teacher, TrainConfig
 from dmd2.experiment.method_config import Pairs
 from dmd2.experiment.run_inputs import pair_prompts
-from dmd2.networks.condition import Condition
 
 FIRST_SEED = 1_000_000_000  # far from the seeds that evaluation uses
 BATCH = 250
@@ -68,10 +67,11 @@ def make_shard(
     for start in range(0, len(seeds), batch):
         chunk = seeds[start : start + batch]
         z, drawn = sample_noise(chunk, shape, "noise"), conditions(chunk)
+        cond = condition_of(drawn).to(device)
         unconditional = null and null.to(device).expand(len(chunk))
         with float32_products(pairs.precision):
-            images = teacher_sample(teacher, upload(z, device), drawn.to(device), unconditional, spec, _no_noise)
-        rows.append({"noise": z, "images": images.cpu(), **_stored(drawn)})
+            images = teacher_sample(teacher, upload(z, device), cond, unconditional, spec, _no_noise)
+        rows.append({"noise": z, "images": images.cpu(), **drawn})
         progress.update(start + len(chunk), {})
     path = out.with_suffix(".safetensors")
     save_shard(path, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
@@ -79,21 +79,15 @@ def make_shard(
     write_json(out, {**about, "files": listing([path], out.parent)})
 
 
-def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Condition]:
-    """Conditions of pair seeds: none, uniform labels, or prompts drawn from those the student is trained on."""
+def _conditions(cfg: PairsConfig | TrainConfig) -> Callable[[list[int]], Rows]:
+    """Conditions of pair seeds as sets keep them: none, uniform labels, or prompts drawn from those of training."""
     manifest = pair_prompts(cfg.data)
     if manifest is None:
         if not cfg.data.labelled:
-            return lambda _: Condition()
-        return lambda seeds: Condition(labels=sample_labels(seeds, cfg.data.classes, "random"))
+            return lambda _: {}
+        return lambda seeds: {"labels": sample_labels(seeds, cfg.data.classes, "random")}
     prompts = load_set(manifest)
-    return lambda seeds: prompts.condition(sample_labels(seeds, len(prompts), "random"))
-
-
-def _stored(cond: Condition) -> dict[str, torch.Tensor]:
-    """Fields of a condition as rows of a shard: text states in float16, as in every set."""
-    found = {name: value for name, value in vars(cond).items() if value is not None}
-    return {name: value.half() if name in ("text", "pooled") else value for name, value in found.items()}
+    return lambda seeds: prompts.rows(sample_labels(seeds, len(prompts), "random"), CONDITIONS)
 
 
 def _no_noise(step: int) -> torch.Tensor:

@@ -110,4 +110,4 @@ def unconditional(data: Data) -> Condition:
         return Condition(labels=torch.tensor([data.classes]))
     pipeline = Pipeline.load(manifest)
     null = pipeline.null
-    return null if null.pooled is None else replace(null, time_ids=time_ids(pipeline.image_size(data))[None])
+    return replace(null, time_ids=time_ids(pipeline.image_size(data))[None]) if pipeline.sized else null
