@@ -40,16 +40,21 @@ class Generator(Section):
         return self
 
 
+LogitNormal = Annotated[tuple[float, Annotated[float, Field(gt=0)]] | None, Field(strict=False)]
+
+
 class DistributionMatching(Section):
     """The distribution-matching loss of the student (paper Eq. 1).
 
     index_range: noise levels, both ends included.
+    logit_normal: mean and SD of the logit of the level on the grid, from 0, the least noise, to 1; null: uniform.
     normaliser_eps: smallest value of the normaliser.
     alpha_factor: whether the gradient is multiplied by alpha_t.
     """
 
     weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
     index_range: IndexRange
+    logit_normal: LogitNormal = None
     normaliser_eps: Weight = 0.0
     alpha_factor: bool = False
 
@@ -59,6 +64,7 @@ class Critic(Section):
 
     shares_iteration: false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
     index_range: noise levels of the denoising loss, both ends included.
+    logit_normal: see `DistributionMatching`; flow teachers are trained with [0, 1].
     """
 
     ratio: Annotated[Positive, Field(description="critic updates for each student update (TTUR)")]
@@ -67,6 +73,7 @@ class Critic(Section):
     lr_multiplier: Annotated[float, Field(gt=0, description="its learning rate over that of the student")]
     shares_iteration: bool = True
     index_range: IndexRange = (0, 999)
+    logit_normal: LogitNormal = None
 
     def turns(self, it: int) -> tuple[bool, bool]:
         """Whether iteration `it`, counted from 0, updates the student and whether it updates the critic."""

@@ -28,7 +28,7 @@ from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Inputs, guidance, with_unconditional
-from dmd2.networks.schedules import add_noise
+from dmd2.networks.schedules import add_noise, index_of, logit_normal
 
 Logs = dict[str, Tensor]
 
@@ -69,10 +69,16 @@ class Turn:
     def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Images at a level that is drawn per sample from an inclusive index range, and the times of these levels.
 
-        Level and noise are addressed by `name`: equal names give equal draws.
+        Level and noise are addressed by `name`: equal names give equal draws. Those of sections ``dm`` and ``critic``
+        may be logit-normal, what is beyond the range at its end; all others are uniform.
         """
         schedule, draws = self.m.teacher.schedule, self.batch.draws
-        t = schedule.time(draws.integers(f"{name}/level", *index_range))
+        moments = {"dm": self.cfg.dm.logit_normal, "critic": self.cfg.critic.logit_normal}.get(name)
+        if moments is None:
+            index = draws.integers(f"{name}/level", *index_range)
+        else:
+            index = index_of(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
+        t = schedule.time(index)
         return add_noise(schedule, images, draws.normal(f"{name}/noise", tuple(images.shape[1:])), t), t
 
 

@@ -77,6 +77,17 @@ def loss_weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
     return torch.ones_like(sigma)
 
 
+def logit_normal(normal: Tensor, moments: tuple[float, float]) -> Tensor:
+    """Levels in (0, 1) of standard normal draws: their logits have these `moments`, mean and SD (Esser et al. 2024)."""
+    mean, std = moments
+    return (normal * std + mean).sigmoid()
+
+
+def index_of(u: Tensor) -> Tensor:
+    """Grid index of levels `u` in [0, 1], the least noise first."""
+    return (LEVELS * u).long().clamp(max=LEVELS - 1)
+
+
 def step_indices(steps: int) -> list[int]:
     """Grid indices of an n-step student: 999 downwards in strides of ``1000 // n`` (n = 4: 999, 749, 499, 249)."""
     return [step_index(k, steps) for k in range(steps)]

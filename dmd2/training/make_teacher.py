@@ -22,7 +22,7 @@ from dmd2.method.objectives.denoising import denoising_loss
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser, EdmDenoiser
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.schedules import LEVELS, add_noise, loss_weight, shifted
+from dmd2.networks.schedules import LEVELS, add_noise, logit_normal, loss_weight, shifted
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.teachers import build_network, unconditional, wrap
@@ -99,7 +99,7 @@ def _denoising_step(
     if isinstance(denoiser, EdmDenoiser):
         t, kind = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).exp(), "edm"
     elif isinstance(denoiser, FlowDenoiser):
-        u = (draws.normal("teacher/level", ()) * spec.p_std + spec.p_mean).sigmoid()
+        u = logit_normal(draws.normal("teacher/level", ()), (spec.p_mean, spec.p_std))
         t, kind = shifted(u, denoiser.schedule.shift), "v"
     else:
         t, kind = draws.integers("teacher/level", 0, LEVELS - 1), "eps"

@@ -12,7 +12,16 @@ from dmd2.method.objectives.distribution_matching import distribution_matching_g
 from dmd2.method.samplers import few_step, heun
 from dmd2.networks.denoisers import guidance
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.schedules import FlowSchedule, VPSchedule, add_noise, loss_weight, shift_of_tokens, shifted
+from dmd2.networks.schedules import (
+    FlowSchedule,
+    VPSchedule,
+    add_noise,
+    index_of,
+    logit_normal,
+    loss_weight,
+    shift_of_tokens,
+    shifted,
+)
 from tests.stubs import NO_CONDITION
 
 FLUX, SMALL_FLUX = shift_of_tokens(4096), shift_of_tokens(256)
@@ -81,6 +90,25 @@ def test_two_shifts_multiply_and_flux_has_a_line_of_mu():
     half = torch.tensor(0.5, dtype=torch.float64)
     assert shifted(shifted(half, 3.0), 3.0).item() == pytest.approx(shifted(half, 9.0).item()) == pytest.approx(0.9)
     assert [math.log(shift_of_tokens(n)) for n in (256, 1024, 4096)] == pytest.approx([0.5, 0.63, 1.15])
+
+
+QUANTILES = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("moments", "levels"),
+    [
+        ((0.0, 1.0), (0.0889642226, 0.2172862285, 0.3374922407, 0.5, 0.6625077593, 0.7827137715, 0.9110357774)),
+        (
+            (math.log(2), 1.6),
+            (0.0461323972, 0.2046737232, 0.4046718150, 0.6666666667, 0.8547472870, 0.9395525686, 0.9880535623),
+        ),
+    ],
+)
+def test_logit_normal_levels(moments, levels):
+    found = logit_normal(torch.special.ndtri(QUANTILES), moments)
+    assert found.tolist() == pytest.approx(levels)
+    assert index_of(torch.tensor([0.0, 0.0019, 0.5, 0.9999, 1.0])).tolist() == [0, 1, 500, 999, 999]
 
 
 def test_pure_noise_is_the_noise():

@@ -40,6 +40,16 @@ def test_joined_passes_give_what_each_gives_by_itself(kind, guidance):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_levels_of_dm_and_critic_may_be_logit_normal_on_the_grid():
+    turn = turn_of("flow-sd3", dm__logit_normal=[0.7, 1.6], critic__logit_normal=[100.0, 1.0])
+    draws, of_index = turn.batch.draws, turn.m.teacher.schedule.time
+    found = [turn.noised(turn.x, name, (20, 980))[1] for name in ("dm", "critic", "gan/real")]
+    drawn = 1000 / (1 + (-0.7 - 1.6 * draws.normal("dm/level", ())).exp())
+    assert torch.equal(found[0], of_index(drawn.long().clamp(20, 980))) and found[0].unique().numel() == 4
+    assert torch.equal(found[1], of_index(torch.full((4,), 980)))
+    assert torch.equal(found[2], of_index(draws.integers("gan/real/level", 20, 980)))
+
+
 def test_unlabelled_real_images_are_joined_with_labelled_generated_ones():
     cfg = tiny.config("edm-unlabelled")
     logs = train_step(tiny.models("edm-unlabelled", cfg), tiny.batches("edm-unlabelled", cfg).at(0), 0, cfg)

@@ -26,7 +26,7 @@ NO_DM = {"dm__weight": 0.0}
 # Later than the recorded runs: at these values a config is what it was before they came.
 LATER = {
     "generator.conditions": ("drawn", "real"), "critic.index_range": ([0, 999], [2, 998]),
-    "gan.shares_noise": (False, True), "optim.clip_critic": (True, False),
+    "critic.logit_normal": (None, [0.0, 1.0]), "dm.logit_normal": (None, [0.0, 1.0]), "gan.shares_noise": (False, True), "optim.clip_critic": (True, False),
 }  # fmt: skip
 
 
