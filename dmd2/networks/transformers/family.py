@@ -111,8 +111,7 @@ class _Heard(nn.Module):
 
     def forward(self, *given: Any, **named: Any) -> Any:
         found = self.block(*given, **named)
-        if not hasattr(self, "hidden"):  # a block that is computed again in backward was heard before
-            self.hidden = found[-1] if isinstance(found, tuple) else found  # the image comes last
+        self.hidden = found[-1] if isinstance(found, tuple) else found  # the image comes last
         return found
 
 
