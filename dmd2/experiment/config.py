@@ -132,8 +132,8 @@ class TrainConfig(Section):
         return f"{self.teacher.name}/{pairs.sampler.solver}{pairs.sampler.steps}-{pairs.count}-{key}"
 
     def teacher_identity(self) -> dict[str, Any]:
-        """What determines the teacher's weights."""
-        teacher = self.teacher.settings(include={"name", "parameterisation", "network", "train", "source", "shift"})
+        """What determines the teacher's images but the strength of guidance, which is the sampler's."""
+        teacher = self.teacher.settings(exclude={"guidance"})
         return {"data": self.data.settings(), **teacher}
 
     def identity(self) -> dict[str, Any]:

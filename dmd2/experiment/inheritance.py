@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.core.errors import UserError
+from dmd2.experiment.teacher_config import OF_RUN
 from dmd2.experiment.yaml_file import Place, read_named
 
 Values = dict[str, Any]
@@ -83,7 +84,7 @@ def _named(name: str, values: Values, base: Values, written: Values) -> Values:
     data, teacher, text = (_at(values, *path) for path in (("data",), ("teacher",), ("data", "text")))
     old_data, old_teacher = _at(base, "data"), _at(base, "teacher")
     other_data = _differ(data, old_data)
-    other_teacher = _differ(teacher, old_teacher, "guidance") or (other_data and teacher.get("train") is not None)
+    other_teacher = _differ(teacher, old_teacher, *OF_RUN) or (other_data and teacher.get("train") is not None)
     pipeline, old_pipeline = (_at(of, "data", "text", "pipeline") for of in (values, base))
     # What a pipeline made here learns from: a pipeline that is brought keeps its name, that of its folder.
     learned = pipeline.get("autoencoder") and any(data.get(k) != old_data.get(k) for k in ("source", "resolution"))

@@ -6,6 +6,11 @@ from pydantic import Field, model_validator
 
 from dmd2.experiment.section import FolderName, Positive, Precision, Section
 
+GUIDANCE_EMBED = 3.5  # that FLUX.1-dev's pipeline tells it
+OF_FLOW = ("shift", "rescale", "guidance_embed")
+# What a run may set for itself of a teacher that other runs share by its name.
+OF_RUN = {"guidance", "rescale", "guidance_embed"}
+
 
 class TeacherTraining(Section):
     """How a small teacher is trained from scratch: EDM's loss, uniform t for eps, or the velocity's loss for flow.
@@ -32,6 +37,9 @@ class Teacher(Section):
 
     network: its architecture as a diffusers config. `train` builds it; a network that is loaded must have it.
     shift: of the levels of a flow teacher: 3 of SD3, Sana and Z-Image, 6 of Lumina2, 3.158 of FLUX at 1024 pixels.
+    rescale: scale a guided velocity to the norm of the conditional one, over a ``sample``, the ``channels`` of a place
+        or a ``row`` of latents, as Lumina2's pipeline does.
+    guidance_embed: the guidance that FLUX.1-dev, student and critic alike, is told through its embedder.
     """
 
     name: Annotated[FolderName, Field(description="of its folder in data/teachers; shared by all bases that name it")]
@@ -40,12 +48,20 @@ class Teacher(Section):
         Field(description="what the network predicts: EDM's preconditioned image, noise, or flow"),
     ]
     guidance: Annotated[
-        float, Field(ge=1, description="classifier-free guidance u + s (c - u) of distillation; 1 is none")
+        float,
+        Field(ge=1, description="classifier-free guidance u + s (c - u) of distillation; 1 is none"),
     ]
     network: dict[str, Any] | None = None
     train: Annotated[TeacherTraining | None, Field(description="how it is trained here")] = None
     source: Annotated[str | None, Field(description="file that it is converted from")] = None
     shift: Annotated[float, Field(gt=0)] = 1.0
+    rescale: Literal["sample", "channels", "row"] | None = None
+    guidance_embed: Annotated[float, Field(ge=0)] = GUIDANCE_EMBED
+
+    @property
+    def flow(self) -> dict[str, Any]:
+        """Settings of the denoiser of a flow network; the others have none (`dmd2.training.teachers.wrap`)."""
+        return {name: getattr(self, name) for name in OF_FLOW}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -53,8 +69,8 @@ class Teacher(Section):
             raise ValueError("train needs network: the architecture to train")
         if self.train is not None and self.source is not None:
             raise ValueError("train and source exclude each other: a teacher is trained here or converted from a file")
-        if self.shift != 1 and self.parameterisation != "flow":
-            raise ValueError(
-                f"shift {self.shift:g} is of flow teachers, and parameterisation is {self.parameterisation}"
-            )
+        of_flow = self.settings(include=set(OF_FLOW))
+        if of_flow and self.parameterisation != "flow":
+            key, value = next(iter(of_flow.items()))
+            raise ValueError(f"{key} {value} is of flow teachers, and parameterisation is {self.parameterisation}")
         return self

@@ -132,7 +132,8 @@ def _joined(turn: Turn, group: list[Pass]) -> dict[Pass, Tensor]:
         parts = (*predicted.split(sizes[:predictions]), *features.split(sizes[predictions:]))
     doubled = [len(part) > len(one.t) for one, part in zip(group, parts, strict=True)]
     return {
-        one: guidance(part, scale) if twice else part for one, part, twice in zip(group, parts, doubled, strict=True)
+        one: guidance(part, scale, one.x_t, network.rescale) if twice else part
+        for one, part, twice in zip(group, parts, doubled, strict=True)
     }
 
 

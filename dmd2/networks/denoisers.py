@@ -18,6 +18,8 @@ from dmd2.networks.halves import Network, decode, encode, labels_of
 from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
 
 Precision = Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
+Rescale = Literal["sample", "channels", "row"]
+AXES: dict[Rescale, tuple[int, ...]] = {"sample": (1, 2, 3), "channels": (1,), "row": (3,)}
 SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
 
 
@@ -40,6 +42,7 @@ class Denoiser(nn.Module):
     """
 
     kind: type[Schedule]
+    rescale: Rescale | None = None  # of guided velocities, see `guidance`
     _call, _encode, _decode = staticmethod(call_network), staticmethod(encode), staticmethod(decode)
 
     def __init__(self, network: Network, precision: Precision = "fp32") -> None:
@@ -197,17 +200,23 @@ def with_unconditional(x_t: Tensor, t: Tensor, cond: Condition, null: Condition)
     return torch.cat([x_t, x_t]), torch.cat([t, t]), null.join(cond)
 
 
-def guidance(both: Tensor, scale: float) -> Tensor:
-    """``u + s (c - u)`` of predictions for `with_unconditional`.
+def guidance(both: Tensor, scale: float, x_t: Tensor | None = None, rescale: Rescale | None = None) -> Tensor:
+    """``u + s (c - u)`` of predictions for `with_unconditional` at ``x_t``.
 
-    x0 is affine in the predicted noise, so guiding x0 equals guiding the noise (some codes use ``c + s(c-u)``).
+    x0 is affine in the predicted noise or velocity, so guiding x0 equals guiding these (some codes use ``c + s(c-u)``).
+    With `rescale` the guided velocity is then scaled to the norm of c's: over a whole sample, over the channels of a
+    place, or over a row of latents (Lumina2's pipeline). ``x_t - x0`` is sigma v, and sigma cancels in the ratio.
     """
     unconditional, conditional = both.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    if rescale is None or x_t is None:
+        return guided
+    norms = [torch.linalg.vector_norm(x_t - x0, dim=AXES[rescale], keepdim=True) for x0 in (conditional, guided)]
+    return x_t - (x_t - guided) * (norms[0] / norms[1])
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition | None, scale: float) -> Tensor:
     """The prediction with classifier-free guidance, which is applied only when ``s > 1``."""
     if scale <= 1 or null is None:
         return denoiser(x_t, t, cond)
-    return guidance(denoiser(*with_unconditional(x_t, t, cond, null)), scale)
+    return guidance(denoiser(*with_unconditional(x_t, t, cond, null)), scale, x_t, denoiser.rescale)

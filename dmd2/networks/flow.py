@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dmd2.networks.condition import Condition
-from dmd2.networks.denoisers import Denoiser, Precision
+from dmd2.networks.denoisers import Denoiser, Precision, Rescale
 from dmd2.networks.schedules import FlowSchedule, spread
 from dmd2.networks.transformers.family import family_of
 
@@ -16,17 +16,26 @@ class FlowDenoiser(Denoiser):
 
     The factor is at most 1, so that float32 does where the VP schedule needs float64. shift: of the grid of levels.
     taps: blocks, in ascending order, after which `features` reads the image tokens; None: the middle one.
+    rescale: of guided velocities, see `guidance`. guidance_embed: what a network with a guidance embedder is told.
     """
 
     kind = FlowSchedule
     schedule: FlowSchedule
 
     def __init__(
-        self, network: Any, precision: Precision = "fp32", shift: float = 1.0, taps: Sequence[int] | None = None
+        self,
+        network: Any,
+        precision: Precision = "fp32",
+        shift: float = 1.0,
+        taps: Sequence[int] | None = None,
+        rescale: Rescale | None = None,
+        guidance_embed: float = 3.5,
     ) -> None:
         super().__init__(network, precision)
         self.schedule = FlowSchedule(shift)
+        self.rescale = rescale
         self.family = family_of(type(network).__name__)
+        self.family.guidance_embed = guidance_embed
         self.taps = [len(self.family.blocks(network)) // 2] if taps is None else taps
         self._call: Any = self.family.velocity
 

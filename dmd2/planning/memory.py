@@ -100,7 +100,7 @@ class Counted:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         precision, form = cfg.train.precision, cfg.teacher.parameterisation
-        teacher = self._on_gpu(wrap(network, form, precision, cfg.teacher.shift))
+        teacher = self._on_gpu(wrap(network, form, precision, **cfg.teacher.flow))
         tap_blocks(teacher, cfg)
         # A schedule is copied to the device when it is first used: before the teacher is copied and a ledger counts.
         schedule, level = teacher.schedule, torch.zeros(1, dtype=torch.long, device=META)

@@ -36,7 +36,7 @@ def build_models(
     """
     assert inputs.teacher is not None
     precision = cfg.train.precision
-    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, cfg.teacher.shift)
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, **cfg.teacher.flow)
     tap_blocks(teacher, cfg)
     student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:

@@ -45,7 +45,7 @@ def train_teacher(
     assert spec is not None and teacher.network is not None
     form, precision = teacher.parameterisation, SAMPLING[spec.precision]
     networks = (build_network(teacher.network, spec.seed) for _ in range(2))
-    denoiser, ema = (wrap(network, form, precision, teacher.shift).to(device) for network in networks)
+    denoiser, ema = (wrap(network, form, precision, **teacher.flow).to(device) for network in networks)
     denoiser.train()
     ema.requires_grad_(False)
     optim = Optim(
@@ -61,7 +61,8 @@ def train_teacher(
     optimiser = Optimiser([denoiser], optim, spec.lr)
     real, pipeline = load_set(real_manifest), pipeline_manifest(data)
     read = [content_of(real_manifest), data.classes, None if pipeline is None else content_of(pipeline)]
-    identity = digest_of([teacher.settings(include={"parameterisation", "network", "train", "shift"}), *read])
+    weighed = {"parameterisation", "network", "train", "shift", "guidance_embed"}
+    identity = digest_of([teacher.settings(include=weighed), *read])
     checkpoints = Checkpoints(folder / f"checkpoints-{identity}")
     done = 0
     if state := checkpoints.load_latest():

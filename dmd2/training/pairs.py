@@ -57,7 +57,7 @@ def make_shard(
     assert pairs is not None  # of a run that has them
     spec = pairs.sampler
     form, precision = cfg.teacher.parameterisation, SAMPLING[pairs.precision]
-    teacher = load_teacher(teacher_manifest, form, precision, cfg.teacher.shift).to(device)
+    teacher = load_teacher(teacher_manifest, form, precision, **cfg.teacher.flow).to(device)
     seeds = list(shard_seeds(pairs.count, pairs.shards, index))
     shape = data.shape
     null = null_condition(cfg.data, spec.guidance)

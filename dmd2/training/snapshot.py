@@ -57,9 +57,8 @@ class Snapshot:
                 f"{self.run.folder / self.entry['path']} does not fit the network in {TEACHERS / name}: put "
                 f"back the teacher this run was trained with ({str(error).splitlines()[-1].strip()})"
             ) from None
-        return (
-            wrap(network, self.cfg.teacher.parameterisation, shift=self.cfg.teacher.shift).eval().requires_grad_(False)
-        )
+        teacher = self.cfg.teacher
+        return wrap(network, teacher.parameterisation, **teacher.flow).eval().requires_grad_(False)
 
     def factors(self) -> State:
         """The low-rank factors merged into the weights (see `dmd2.networks.lora`), empty if all of them were trained.

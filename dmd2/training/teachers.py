@@ -24,10 +24,10 @@ from dmd2.networks.transformers.family import FAMILIES
 NETWORKS: dict[str, type[Network]] = {kind.__name__: kind for kind in (UNet2DModel, SongUNet, UNet2DConditionModel)}
 
 
-def wrap(network: Network, parameterisation: str, precision: Any = "fp32", shift: float = 1.0) -> Denoiser:
-    """The denoiser of a network: ``edm``, ``eps`` or, with the shift of its levels, ``flow``."""
+def wrap(network: Network, parameterisation: str, precision: Any = "fp32", **flow: Any) -> Denoiser:
+    """The denoiser of a network: ``edm``, ``eps`` or ``flow``, with the settings `Teacher.flow` of a flow."""
     if parameterisation == "flow":
-        return FlowDenoiser(network, precision, shift)
+        return FlowDenoiser(network, precision, **flow)
     return (EdmDenoiser if parameterisation == "edm" else EpsDenoiser)(network, precision)
 
 
@@ -72,7 +72,7 @@ def unet_folder(manifest: Path) -> Path:
     return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
-def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32", shift: float = 1.0) -> Denoiser:
+def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32", **flow: Any) -> Denoiser:
     """The teacher a manifest lists, verified, frozen, in eval mode.
 
     Raises:
@@ -89,7 +89,7 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32",
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the paper trains without dropout, whatever its teacher was trained with
-    return wrap(network, parameterisation, precision, shift).eval().requires_grad_(False)
+    return wrap(network, parameterisation, precision, **flow).eval().requires_grad_(False)
 
 
 def null_condition(data: Data, guidance: float) -> Condition | None:

@@ -80,7 +80,7 @@ def student_of(run: RunId, cfg: RunConfig, device: torch.device) -> Generator:
     spec, files = cfg.teacher, read_json(run.folder / "train.json")["files"]
     if cfg.released_whole:
         plain = build_network(spec.network or {}, seed=0)
-        network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision], spec.shift).eval().to(device)
+        network = wrap(plain, spec.parameterisation, SAMPLING[cfg.eval.precision], **spec.flow).eval().to(device)
     else:
         network = _teacher(cfg, device)  # same network, other weights
 
@@ -104,14 +104,15 @@ def teacher_of(cfg: RunConfig, spec: Sampler, device: torch.device) -> Generator
     def sample(seeds: list[int], cond: Condition | None) -> Tensor:
         return sample_teacher(network, cfg, spec, seeds, device, cond)
 
-    identity = {"teacher": files, "sampler": spec.model_dump(mode="json")}
+    guided = cfg.teacher.settings(include={"rescale", "guidance_embed"})
+    identity = {"teacher": files, "sampler": spec.model_dump(mode="json"), **guided}
     return Generator(cfg, device, network, sample, lambda: iter([(0, identity)]))
 
 
 def _teacher(cfg: RunConfig, device: torch.device) -> Denoiser:
     teacher, precision = cfg.teacher, SAMPLING[cfg.eval.precision]
     manifest = measured_with(cfg)["teacher"]
-    return load_teacher(manifest, teacher.parameterisation, precision, teacher.shift).to(device)
+    return load_teacher(manifest, teacher.parameterisation, precision, **teacher.flow).to(device)
 
 
 def evaluate(name: str, generator: Generator, out: Path) -> dict[str, Any]:

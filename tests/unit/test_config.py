@@ -98,6 +98,7 @@ WRONG = {
     "unknown input": {"generator__input": "latents"},
     "noise for several steps": {"generator__steps": 4},
     "guidance below 1": {"teacher__guidance": 0.5},
+    "rescaled velocity of no flow": {"teacher__rescale": "row"},
     "train without network": {"teacher__train": {"steps": 1, "batch": 1, "lr": 1.0, "warmup": 0, "ema": 0.5}},
     "train and source": {
         "teacher__train": {"steps": 1, "batch": 1, "lr": 1.0, "warmup": 0, "ema": 0.5},

@@ -127,6 +127,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
     "emoji-flow": {
         "width of the text": ({f"{NET}.joint_attention_dim": 768}, f"{NET}.joint_attention_dim", "text states of 384"),
         "pooled text": ({f"{NET}.pooled_projection_dim": 768}, f"{NET}.pooled_projection_dim", "text states of 384"),
+        "guidance told to no embedder": ({"teacher.guidance_embed": 1.0}, "teacher.guidance_embed", "no guidance embedder"),
         "positions": ({f"{NET}.pos_embed_max_size": 3}, f"{NET}.pos_embed_max_size", "there are 4 tokens along a side"),
     },
     "cifar10": {

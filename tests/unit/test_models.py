@@ -85,6 +85,13 @@ def test_a_guided_class_teacher_gets_the_extra_class_as_null(kind, manifest):
     assert built(kind, manifest, teacher__guidance=2.0).null.labels.tolist() == [tiny.CLASSES]
 
 
+def test_all_networks_of_a_flow_know_its_settings(tmp_path):
+    settings = {"teacher__shift": 3.0, "teacher__rescale": "row", "teacher__guidance_embed": 2.0}
+    m = built("flow-sd3", tiny.teacher(tmp_path, "flow-sd3"), **settings)
+    for one in (m.teacher, m.student, m.critic):
+        assert (one.schedule.shift, one.rescale, one.family.guidance_embed) == (3.0, "row", 2.0)
+
+
 def test_a_changed_teacher_file_is_named(kind, manifest, tmp_path):
     record = json.loads(manifest.read_text())
     record["files"][-1]["sha256"] = "0" * 64

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmd2.experiment.checks.tables import definitions
 from tests import tiny
 from tests.experiment_folder import line_of
 
@@ -42,3 +43,8 @@ def test_a_row_may_name_another_teacher_and_change_guidance(folder):
     named = {"teacher.name": "longer", "teacher.train.steps": 9}
     folder.table(rows=[{"run": "a", "change": {"teacher.guidance": 1.5}}, {"run": "b", "change": named}])
     assert folder.load().runs["tiny", "b"].teacher.train.steps == 9
+
+
+def test_how_a_run_guides_a_flow_teacher_defines_no_other_teacher_but_other_pairs():
+    plain, rescaled = (tiny.config("flow-sd3", teacher__rescale=value) for value in (None, "row"))
+    assert list(definitions(plain)) == list(definitions(rescaled)) and plain.pair_set != rescaled.pair_set

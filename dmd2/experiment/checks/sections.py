@@ -17,6 +17,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.data_config import CAPTIONED, Data
 from dmd2.experiment.dotted_keys import LocatedConfig
 from dmd2.experiment.eval_config import Sampler
+from dmd2.experiment.teacher_config import GUIDANCE_EMBED, Teacher
 
 # What is known of sources without reading them: channels, resolution, classes (None: as the config says).
 KNOWN_SETS = {"sklearn-digits": (1, 8, 10), "cifar10": (3, 32, 10), "idx": (1, None, None)}
@@ -41,6 +42,7 @@ def problems(cfg: RunConfig, sets: Mapping[str, Data]) -> Iterator[Problem]:
     """All that does not fit in a config, given every data section by name."""
     yield from _data(cfg.data)
     yield from _teacher(cfg)
+    yield from _embedder(cfg.teacher)
     yield from _losses(cfg)
     yield from _student_input(cfg)
     yield from _head(cfg)
@@ -118,6 +120,15 @@ def _teacher(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.released_whole and teacher.network is None:
         told = "train.released needs teacher.network: the architecture of the weights in the file"
         yield "train.released", NETWORK, told
+
+
+def _embedder(teacher: Teacher) -> Iterator[Problem]:
+    network = teacher.network or {}
+    if teacher.guidance_embed == GUIDANCE_EMBED or "_class_name" not in network:
+        return
+    if not {**defaults(network["_class_name"]), **network}.get("guidance_embeds"):
+        told = f"{teacher.guidance_embed:g}, but the network has no guidance embedder to tell it: leave it out"
+        yield "teacher.guidance_embed", f"{NETWORK}.guidance_embeds", told
 
 
 def _solvers(samplers: Mapping[str, Sampler], form: str) -> Iterator[Problem]:

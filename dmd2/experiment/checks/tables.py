@@ -9,6 +9,7 @@ from dmd2.experiment.dotted_keys import LocatedConfig, differences, holds
 from dmd2.experiment.metrics import BETTER, FRECHET, measured
 from dmd2.experiment.run_inputs import pipeline_settings
 from dmd2.experiment.table_config import ClaimName, ClaimTest, Table
+from dmd2.experiment.teacher_config import OF_RUN
 from dmd2.experiment.yaml_file import Place
 
 Definition = tuple[str, str, str, dict[str, Any]]  # what, its name, the key of its name, and what it is by dotted keys
@@ -118,7 +119,7 @@ def definitions(cfg: RunConfig) -> Iterator[Definition]:
         made = {"text": {"pipeline": text.pipeline.model_dump(mode="json"), "latents": settings["latents"]}}
         images = {key: data[key] for key in ("source", "resolution") if key in settings}
         yield "pipeline", text.pipeline.name, "data.text.pipeline.name", {"data": {**made, **images}}
-    teacher = cfg.teacher.model_dump(mode="json", exclude={"guidance"})  # which is the run's
+    teacher = cfg.teacher.model_dump(mode="json", exclude=OF_RUN - ({"guidance_embed"} if cfg.teacher.train else set()))
     trained = {"data": data} if cfg.teacher.train is not None else {}  # what another one learned from is not known here
     yield "teacher", cfg.teacher.name, "teacher.name", {"teacher": teacher, **trained}
     spec, patch = cfg.eval, cfg.eval.patch

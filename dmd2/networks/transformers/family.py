@@ -30,8 +30,10 @@ class Family(ABC):
     """One class of transformers.
 
     lists: names of its lists of blocks in the order of a pass. targets: ends of the names, within blocks, of the
-    projections that low-rank factors go to.
+    projections that low-rank factors go to. guidance_embed: what a network with a guidance embedder is told.
     """
+
+    guidance_embed: float
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     targets: ClassVar[tuple[str, ...]] = ATTENTION

@@ -8,13 +8,11 @@ from torch import Tensor
 from dmd2.networks.condition import Condition
 from dmd2.networks.transformers.family import ATTENTION, Family, pooled_of
 
-GUIDANCE = 3.5  # that FLUX.1-dev was distilled for, as its pipeline passes it
-
 
 class Flux(Family):
     """``FluxTransformer2DModel``: the time is sigma, the output v, both of packed latents.
 
-    A network with a guidance embedder (dev) is always given `GUIDANCE`: it is no classifier-free guidance.
+    A network with a guidance embedder (dev) is told `guidance_embed`, which is no classifier-free guidance.
     """
 
     lists = ("transformer_blocks", "single_transformer_blocks")
@@ -31,7 +29,7 @@ class Flux(Family):
             timestep=sigma,
             img_ids=image_ids(x),
             txt_ids=x.new_zeros(text.shape[1], 3),
-            guidance=torch.full_like(sigma, GUIDANCE) if config.guidance_embeds else None,
+            guidance=torch.full_like(sigma, self.guidance_embed) if config.guidance_embeds else None,
         ).sample
         return unpack(v, x.shape)
 
