@@ -213,3 +213,6 @@ def gradients(*modules: torch.nn.Module | None) -> Iterator[Tensor]:
     """Gradients stored on the modules' parameters."""
     for module in modules:
         yield from (p.grad for p in (module.parameters() if module else ()) if p.grad is not None)
+
+
+GIVEN = torch.zeros(4, 1, SIZE, SIZE), torch.full((4,), 80.0)  # of a student's pass, where nothing depends on it

@@ -22,6 +22,9 @@ class Generator(Section):
     conditions: ``drawn`` independently of the GAN's real batch (labels uniformly, captions from the real set), or those
         of that ``real`` batch, whose images are then also noised for ``noised_real`` (FastGen).
     lora: train low-rank factors on the teacher's weights instead of the weights; the critic is trained whole.
+    isg: weight of intra-segment guidance: one step of the student should end where a step of the teacher and then one
+        of the student end (SenseFlow, arXiv 2506.00523); 0 is off and costs nothing.
+    isg_margin: distance in grid indices between the level where the two meet and both ends of the student's step.
     """
 
     input: Annotated[
@@ -32,31 +35,68 @@ class Generator(Section):
     time: Annotated[float, Field(gt=0, description="noise level of the first step, see above")]
     conditions: Literal["drawn", "real"] = "drawn"
     lora: Lora | None = None
+    isg: Weight = 0.0
+    isg_margin: Annotated[int, Field(ge=0, le=499)] = 50
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.input == "noise" and self.steps > 1:
             raise ValueError("input noise is for one step: use backward_simulation or noised_real for several")
+        if self.isg > 0 and 2 * self.isg_margin > 1000 // self.steps:
+            raise ValueError(
+                f"isg_margin {self.isg_margin} leaves no level within a step of {1000 // self.steps} indices: lower it"
+            )
         return self
 
 
-LogitNormal = Annotated[tuple[float, Annotated[float, Field(gt=0)]] | None, Field(strict=False)]
+Moments = Annotated[tuple[float, Annotated[float, Field(gt=0)]] | None, Field(strict=False)]
 
 
 class DistributionMatching(Section):
-    """The distribution-matching loss of the student (paper Eq. 1).
+    """The loss by which critic and teacher move the student (paper Eq. 1), and what came after it.
 
     index_range: noise levels, both ends included.
     logit_normal: mean and SD of the logit of the level on the grid, from 0, the least noise, to 1; null: uniform.
     normaliser_eps: smallest value of the normaliser.
     alpha_factor: whether the gradient is multiplied by alpha_t.
+    objective: ``dmd``; ``decoupled``, its two parts at levels of their own (arXiv 2511.22677); ``sid``, score identity
+        distillation, whose gradient runs through teacher and critic (arXiv 2509.25127).
+    matching, augmentation: weights of the two parts of ``decoupled``: distribution matching without guidance, and what
+        guidance adds.
+    renoise: levels of the two: ``shared`` by both, ``full`` and independent, not noisier than the student's own level
+        in both (``constrained``) or in the augmentation alone (``hybrid``).
+    sid_alpha: of ``sid``. sid_weight: of its levels: ``alpha``, or ``normaliser``, that of ``dmd``.
+    divergence: weights images by the head's estimate of how real they are (f-distill, arXiv 2502.15681); ``rkl`` is
+        off: all weights are 1.
+    moments_kl: weight of a divergence of each image's mean and variance from `moments`, mean and variance of the data.
     """
 
     weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
     index_range: IndexRange
-    logit_normal: LogitNormal = None
+    logit_normal: Moments = None
     normaliser_eps: Weight = 0.0
     alpha_factor: bool = False
+    objective: Literal["dmd", "decoupled", "sid"] = "dmd"
+    matching: Weight = 1.0
+    augmentation: Weight = 1.0
+    renoise: Literal["shared", "full", "constrained", "hybrid"] = "shared"
+    sid_alpha: Weight = 1.0
+    sid_weight: Literal["alpha", "normaliser"] = "alpha"
+    divergence: Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman"] = "rkl"
+    moments_kl: Weight = 0.0
+    moments: Moments = None
+
+    def weight_of(self, objective: str) -> float:
+        """`weight` for the objective of the run, 0 for the others."""
+        return self.weight if self.objective == objective else 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.moments_kl > 0 and self.moments is None:
+            raise ValueError("moments_kl needs moments: the mean and the variance of the images of the data set")
+        if self.divergence != "rkl" and self.objective != "dmd":
+            raise ValueError(f"divergence {self.divergence} weights objective dmd, and objective is {self.objective}")
+        return self
 
 
 class Critic(Section):
@@ -65,6 +105,8 @@ class Critic(Section):
     shares_iteration: false makes the turns exclusive: `ratio` - 1 of the critic, then one of the student (FastGen).
     index_range: noise levels of the denoising loss, both ends included.
     logit_normal: see `DistributionMatching`; flow teachers are trained with [0, 1].
+    ida: share that the critic keeps of its weights after each update of the student, whose weights are the rest
+        (implicit distribution alignment, arXiv 2506.00523); 1 is off and costs nothing.
     """
 
     ratio: Annotated[Positive, Field(description="critic updates for each student update (TTUR)")]
@@ -73,7 +115,8 @@ class Critic(Section):
     lr_multiplier: Annotated[float, Field(gt=0, description="its learning rate over that of the student")]
     shares_iteration: bool = True
     index_range: IndexRange = (0, 999)
-    logit_normal: LogitNormal = None
+    logit_normal: Moments = None
+    ida: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def turns(self, it: int) -> tuple[bool, bool]:
         """Whether iteration `it`, counted from 0, updates the student and whether it updates the critic."""
@@ -103,6 +146,9 @@ class Gan(Section):
     shares_noise: the student's GAN term takes the sample that L_DM noised, and the discriminator the student's images
         that L_K noised (FastGen); real images have a draw of their own. If false, all draws are independent.
     tap: that block, counted from 0, or several, each with a head of its own; null: the middle one.
+    loss: ``logistic``, non-saturating, or ``hinge``.
+    level_weight: whether images count by alpha^2 of the level at which the student made them, on a flow (1 - sigma)^2:
+        nothing in the first step (SenseFlow).
     head: ``single`` ends in one logit; ``patches`` in the mean of those of patches, for the widths of transformers.
     """
 
@@ -115,6 +161,8 @@ class Gan(Section):
     shares_noise: bool = False
     tap: Block | Annotated[list[Block], Field(min_length=1)] | None = None
     head: Literal["single", "patches"] = "single"
+    loss: Literal["logistic", "hinge"] = "logistic"
+    level_weight: bool = False
 
     @property
     def taps(self) -> list[int]:

@@ -31,6 +31,7 @@ from dmd2.networks.denoisers import Inputs, guidance, with_unconditional
 from dmd2.networks.schedules import add_noise, index_of, logit_normal
 
 Logs = dict[str, Tensor]
+Given = tuple[Tensor, Tensor]  # noisy images (B, C, H, W) and their times (B,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,26 +59,35 @@ Objective: TypeAlias = Generator[Sequence[Pass], list[Tensor], tuple[Tensor, Log
 class Turn:
     """The student's or the critic's turn on one micro-batch.
 
+    given: what the student made its images of, ``(B, C, H, W)`` and times ``(B,)``.
     x: images of the student, ``(B, C, H, W)``; in the critic's turn without gradient.
     """
 
     m: Models
+    given: Given
     x: Tensor
     batch: Batch
     cfg: TrainConfig
 
-    def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Images at a level that is drawn per sample from an inclusive index range, and the times of these levels.
+    def level(self, name: str, index_range: tuple[int, int]) -> Tensor:
+        """Grid indices ``(B,)``, drawn per sample from an inclusive range.
 
-        Level and noise are addressed by `name`: equal names give equal draws. Those of sections ``dm`` and ``critic``
+        Levels and noise are addressed by `name`: equal names give equal draws. Those of sections ``dm`` and ``critic``
         may be logit-normal, what is beyond the range at its end; all others are uniform.
         """
-        schedule, draws = self.m.teacher.schedule, self.batch.draws
-        moments = {"dm": self.cfg.dm.logit_normal, "critic": self.cfg.critic.logit_normal}.get(name)
+        draws, of_dm = self.batch.draws, self.cfg.dm.logit_normal
+        moments = {"dm": of_dm, "ca": of_dm, "critic": self.cfg.critic.logit_normal}.get(name)
         if moments is None:
-            index = draws.integers(f"{name}/level", *index_range)
-        else:
-            index = index_of(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
+            return draws.integers(f"{name}/level", *index_range)
+        return index_of(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
+
+    def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> Given:
+        """Images at levels that are drawn for `name`, and the times of these levels."""
+        return self.noised_at(images, name, self.level(name, index_range))
+
+    def noised_at(self, images: Tensor, name: str, index: Tensor) -> Given:
+        """Images at levels with the noise of `name`, and the times of these levels."""
+        schedule, draws = self.m.teacher.schedule, self.batch.draws
         t = schedule.time(index)
         return add_noise(schedule, images, draws.normal(f"{name}/noise", tuple(images.shape[1:])), t), t
 

@@ -10,7 +10,7 @@ from dmd2.experiment.config import TrainConfig
 from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.method.objectives.terms import CRITIC, STUDENT, Term
-from dmd2.method.passes import Logs, Turn, evaluate
+from dmd2.method.passes import Given, Logs, Turn, evaluate
 from dmd2.method.student_input import student_input
 from dmd2.networks.denoisers import reached
 
@@ -20,34 +20,39 @@ def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainCon
     logs: Logs = {}
     update_student, update_critic = cfg.critic.turns(it)
     update_critic = update_critic and cfg.trains_critic
-    generated: list[tuple[Batch, Tensor]] = []
+    generated: list[tuple[Batch, Given, Tensor]] = []
     for batch in micro_batches:
-        x_t, t = student_input(m.student, batch, cfg.generator, cfg.data.shape)
+        given = student_input(m.student, batch, cfg.generator, cfg.data.shape)
         with torch.set_grad_enabled(update_student):
-            x = m.student(x_t, t, batch.cond).float()
+            x = m.student(*given, batch.cond).float()
         if update_student:
-            (batch.share * student_loss(m, x, batch, cfg, logs)).backward()
-        generated.append((batch, x.detach()))
+            (batch.share * student_loss(m, given, x, batch, cfg, logs)).backward()
+        generated.append((batch, given, x.detach()))
     if update_student:
         logs["student/grad_norm"] = m.student_optimiser.step(it)
+        if cfg.critic.ida < 1:
+            m.critic.approach(m.student, 1 - cfg.critic.ida)
     if update_critic:
-        for batch, x in generated:
-            (batch.share * critic_loss(m, x, batch, cfg, logs)).backward()
+        for batch, given, x in generated:
+            (batch.share * critic_loss(m, given, x, batch, cfg, logs)).backward()
         logs["critic/grad_norm"] = m.critic_optimiser.step(it)
     return logs
 
 
-def student_loss(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
-    """``w_DM L_DM + lambda_G L_G + lambda_reg L_reg`` of student images ``x``; no gradient reaches critic and head."""
+def student_loss(m: Models, given: Given, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
+    """``w_DM L_DM + lambda_G L_G + lambda_reg L_reg`` of images ``x`` that the student made of what it was `given`.
+
+    No gradient reaches critic and head.
+    """
     level = {"student/mean": x.detach().mean()} if cfg.data.latents else {"student/brightness": brightness(x)}
     _add(logs, batch.share, {**level, "student/std": x.detach().std()})
     with frozen(m.critic, m.head):
-        return weighted_sum(STUDENT, Turn(m, x, batch, cfg), "student", logs)
+        return weighted_sum(STUDENT, Turn(m, given, x, batch, cfg), "student", logs)
 
 
-def critic_loss(m: Models, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
+def critic_loss(m: Models, given: Given, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
     """``L_K + lambda_D L_D`` on detached student images ``x``: one loss, one optimiser for critic and head."""
-    return weighted_sum(CRITIC, Turn(m, x, batch, cfg), "critic", logs)
+    return weighted_sum(CRITIC, Turn(m, given, x, batch, cfg), "critic", logs)
 
 
 def weighted_sum(terms: Sequence[Term], turn: Turn, who: str, logs: Logs) -> Tensor:

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from dmd2.experiment.method_config import Generator
 from dmd2.method.batches import Batch
+from dmd2.method.passes import Given
 from dmd2.method.samplers import few_step, times_like
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.schedules import add_noise, spread, step_index
 
 
-def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[int, ...]) -> Given:
     """Network input ``x_t`` ``(B, *shape)`` and times ``t`` ``(B,)`` of this iteration's student pass."""
     times = student.schedule.step_times(cfg.steps, cfg.time)
     z = batch.draws.normal("student/noise", shape)
@@ -21,12 +22,12 @@ def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[
     return _backward_simulation(student, batch, times, z)
 
 
-def _start(student: Denoiser, z: Tensor, time: float) -> tuple[Tensor, Tensor]:
+def _start(student: Denoiser, z: Tensor, time: float) -> Given:
     t = times_like(time, z)
     return student.schedule.pure_noise(z, t), t
 
 
-def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> tuple[Tensor, Tensor]:
+def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> Given:
     """Each sample draws its own step; at the first one the input is pure noise (ablation "w/o backward simulation")."""
     assert batch.source is not None
     step = batch.draws.integers("student/step", 0, len(times) - 1)
@@ -36,7 +37,7 @@ def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor)
 
 
 @torch.no_grad()
-def _backward_simulation(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_simulation(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> Given:
     """Run the student's own sampler up to a step drawn once for the whole global batch, then re-noise with ``z``.
 
     Its starting and intermediate noise is independent of ``z`` and of each other (intended by the authors).

@@ -117,6 +117,17 @@ class Denoiser(nn.Module):
         for copy in self._copy:
             torch._foreach_copy_(list(copy.parameters()), list(self.network.parameters()))
 
+    @torch.no_grad()
+    def approach(self, other: Denoiser, share: float) -> None:
+        """Move the weights by a share of the way to those of another denoiser of the same architecture.
+
+        Implicit distribution alignment, ``phi <- lambda phi + (1 - lambda) theta`` (SenseFlow, arXiv 2506.00523). Of
+        sharded weights each process moves its own.
+        """
+        mine, theirs = ([_own(p) for p in denoiser.network.parameters()] for denoiser in (self, other))
+        torch._foreach_lerp_(mine, theirs, share)
+        self.refresh()
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that a pass runs in. (The answer of diffusers is a walk through all modules.)"""
@@ -183,6 +194,11 @@ class EpsDenoiser(Denoiser):
 def reached(module: nn.Module) -> nn.Module:
     """The module whose parameters a backward pass reaches: of a denoiser the network that its passes run."""
     return module.running if isinstance(module, Denoiser) else module
+
+
+def _own(p: Any) -> Tensor:
+    """The rows of a parameter that this process holds: all, unless it is sharded."""
+    return p.to_local() if hasattr(p, "to_local") else p
 
 
 def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:

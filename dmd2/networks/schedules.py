@@ -45,6 +45,11 @@ class Schedule:
         """The student's starting input made of unit noise alone (algorithm: generator input, one step)."""
         raise NotImplementedError
 
+    def index_at(self, t: Tensor) -> Tensor:
+        """Index of the noisiest level that is not noisier than times ``t`` ``(B,)``, int64; 0 if all are."""
+        grid = self.time(torch.arange(LEVELS, device=t.device))
+        return (torch.searchsorted(grid, t.to(grid.dtype), right=True) - 1).clamp(min=0)
+
     def step_times(self, steps: int, first: float) -> list[float]:
         """Times of an n-step student, noisiest first.
 
@@ -59,6 +64,17 @@ def add_noise(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor
     """Forward process ``alpha_t x + sigma_t n`` in the dtype of ``x``; ``t`` is ``(B,)``."""
     alpha, sigma = schedule.alpha_sigma(t, x.dtype)
     return spread(alpha, x) * x + spread(sigma, x) * noise
+
+
+def move(schedule: Schedule, x_t: Tensor, x: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """Samples at times ``to`` ``(B,)`` by one deterministic step from ``x_t`` at ``t``, where ``x`` is predicted.
+
+    DDIM without noise (Song et al. 2021, Eq. 12), which on a flow is Euler's step along the velocity.
+    """
+    (alpha, sigma), (alpha_to, sigma_to) = (schedule.alpha_sigma(time, torch.float64) for time in (t, to))
+    ratio = sigma_to / sigma
+    moved = spread(ratio, x) * x_t.double() + spread(alpha_to - ratio * alpha, x) * x.double()
+    return moved.to(x_t.dtype)
 
 
 def loss_weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:

@@ -42,6 +42,9 @@ def refuse(run: object, cfg: TrainConfig, hardware: Hardware) -> None:
             f"{run}: training.shard needs equally many passes in every process, which training.micro_batch "
             f"{hardware.micro_batch} does not give {processes} processes of a batch of {cfg.optim.batch}: change it"
         )
+    if cfg.dm.divergence != "rkl" and len(distributed.rows(cfg.optim.batch)) > size:
+        told = f"dm.divergence {cfg.dm.divergence} takes means over the batch, which training.micro_batch {size} parts"
+        raise UserError(f"{run}: {told}: leave it out of the cluster file, or take more processes")
     if hardware.compiled == "network" and cfg.teacher.parameterisation == "flow":
         raise UserError(f"{run}: training.compiled: a transformer's passes are compiled block by block, write blocks")
     if hardware.graphs:

@@ -125,12 +125,20 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
             {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
     },
     "emoji-flow": {
+        "weights without a head": (
+            {"dm.divergence": "kl", "gan.lambda_g": 0.0, "gan.lambda_d": 0.0}, "dm.divergence", "weights images by the GAN's head"),
+        "nothing to decouple": (
+            {"dm.objective": "decoupled", "teacher.guidance": 1.0}, "dm.objective", "teacher.guidance is 1, none"),
+        "alignment of adapters": ({"critic.ida": 0.9, "generator.lora": {"rank": 4, "alpha": 4.0}}, "critic.ida", "low-rank"),
+        "no level within a step": ({"generator.isg": 1.0, "generator.isg_margin": 200}, "generator", "leaves no level within a step"),
+        "moments of nothing": ({"dm.moments_kl": 1.0}, "dm", "moments_kl needs moments"),
         "width of the text": ({f"{NET}.joint_attention_dim": 768}, f"{NET}.joint_attention_dim", "text states of 384"),
         "pooled text": ({f"{NET}.pooled_projection_dim": 768}, f"{NET}.pooled_projection_dim", "text states of 384"),
         "guidance told to no embedder": ({"teacher.guidance_embed": 1.0}, "teacher.guidance_embed", "no guidance embedder"),
         "positions": ({f"{NET}.pos_embed_max_size": 3}, f"{NET}.pos_embed_max_size", "there are 4 tokens along a side"),
     },
     "cifar10": {
+        "levels of one alpha": ({"gan.level_weight": True}, "gan.level_weight", "alpha is 1 at all levels"),
         "groups of SongUNet": ({f"{NET}.block_out_channels": [250] * 3}, f"{NET}.block_out_channels", "width 250"),
         "FID by another name": ({"eval.metrics": ["fd"]}, "eval.metrics", "fd with detector inception-2015-12-05 is called fid"),
         "network of another set": ({"data.resolution": 64}, "data.resolution", "64, but the images of cifar10 have 32"),

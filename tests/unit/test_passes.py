@@ -16,7 +16,7 @@ from tests import tiny
 def turn_of(kind, **changes):
     cfg = tiny.config(kind, **changes)
     images = torch.randn(4, tiny.channels(kind), 8, 8, generator=torch.Generator().manual_seed(0))
-    return Turn(tiny.models(kind, cfg), images, tiny.one_batch(kind, cfg), cfg)
+    return Turn(tiny.models(kind, cfg), tiny.GIVEN, images, tiny.one_batch(kind, cfg), cfg)
 
 
 def passes_of(turn, network="critic"):
@@ -107,6 +107,6 @@ def test_objective_of_ones_own_is_a_function_and_a_line(monkeypatch):
     )
 
     m, x = tiny.models("edm", cfg), torch.randn(4, 1, 8, 8, requires_grad=True)
-    total, logs = student_loss(m, x, tiny.one_batch("edm", cfg), cfg, found := {}), found
+    total, logs = student_loss(m, tiny.GIVEN, x, tiny.one_batch("edm", cfg), cfg, found := {}), found
     parts = [cfg.dm.weight * logs["student/dm"], cfg.gan.lambda_g * logs["student/gan"], 0.5 * logs["student/tv"]]
     assert total.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-5)

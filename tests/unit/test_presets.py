@@ -117,6 +117,33 @@ def test_a_preset_is_a_name(folder):
     assert folder.says(str(folder.tables / "one.yaml"), "preset")
 
 
+AFTER = {name: read_yaml(ROOT / f"workflow/presets/{name}.yaml")[0]["change"] for name in (
+    "senseflow", "decoupled-dmd", "f-distill", "sid")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["edm", "eps-text", "flow-sd3"])
+@pytest.mark.parametrize("name", AFTER)
+def test_methods_after_dmd2_train_every_kind_of_network(kind, name):
+    own = {"teacher.guidance": 2.0 if name == "decoupled-dmd" else 1.0}
+    values = RunConfig.model_validate(tiny.values(kind)).model_dump(mode="json")
+    cfg = RunConfig.model_validate(apply_change(values, AFTER[name], own))
+    m, b = tiny.models(kind, cfg), tiny.batches(kind, cfg)
+    before = {who: tiny.weights(getattr(m, who)) for who in ("student", "critic")}
+    logs = [train_step(m, b.at(it), it, cfg) for it in range(max(2, cfg.critic.ratio))]
+    assert all(torch.isfinite(value) for found in logs for value in found.values())
+    assert not any(tiny.same(state, getattr(m, who)) for who, state in before.items())
+
+
+@pytest.mark.parametrize("base", ["digits-flow", "emoji", "emoji-flow"])
+def test_methods_after_dmd2_fit_bases(folder, base):
+    values = load_base(base, ROOT / "workflow/base").model_dump(mode="json")
+    for name, change in AFTER.items():
+        own = {"teacher.guidance": max(2.0, values["teacher"]["guidance"])}
+        folder.base("own", apply_change(values, own, change))
+        folder.table(base="own", rows=[{"run": name}], metrics=["fd"])
+        assert folder.load().runs["own", name].dm
+
+
 # FastGen.
 @pytest.mark.parametrize("base", BASES)
 def test_fastgen_fits_every_base(base):

@@ -93,7 +93,7 @@ def loss_of(**changes):
     cfg = tiny.config("edm", **{"regression__weight": 1.0, **changes})
     m, logs = tiny.models("edm", cfg), {}
     x = image("edm").requires_grad_()
-    total = student_loss(m, x, tiny.one_batch("edm", cfg), cfg, logs)
+    total = student_loss(m, tiny.GIVEN, x, tiny.one_batch("edm", cfg), cfg, logs)
     return total.item(), {name: value.item() for name, value in logs.items()}
 
 
@@ -106,7 +106,7 @@ def test_student_loss_is_the_weighted_sum_of_its_terms():
 def test_critic_loss_is_the_weighted_sum_of_its_terms():
     cfg = tiny.config("edm", critic__denoise_weight=3.0, gan__lambda_d=0.5)
     m, logs = tiny.models("edm", cfg), {}
-    total = critic_loss(m, image("edm"), tiny.one_batch("edm", cfg), cfg, logs)
+    total = critic_loss(m, tiny.GIVEN, image("edm"), tiny.one_batch("edm", cfg), cfg, logs)
     assert total.item() == pytest.approx(3 * logs["critic/denoise"].item() + 0.5 * logs["critic/gan"].item(), rel=1e-5)
 
 
@@ -168,7 +168,7 @@ def features_called(kind, **changes):
     cfg = tiny.config(kind, dm__weight=0.0, **changes)
     x = image(kind)
     with kept_passes() as kept:
-        student_loss(tiny.models(kind, cfg), x, tiny.one_batch(kind, cfg), cfg, {})
+        student_loss(tiny.models(kind, cfg), tiny.GIVEN, x, tiny.one_batch(kind, cfg), cfg, {})
     ((one, _),) = kept
     assert one.features
     return x, one.x_t, one.t
@@ -203,10 +203,10 @@ def test_features_from_teacher_leaves_the_critic_out_of_the_gan():
 def test_features_from_teacher_trains_the_head_and_moves_the_image():
     cfg = tiny.config("edm", gan__features_from="teacher", critic__denoise_weight=0.0, dm__weight=0.0)
     m, batch, x = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm").requires_grad_()
-    critic_loss(m, x.detach(), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN, x.detach(), batch, cfg, {}).backward()
     assert list(tiny.gradients(m.head))
     assert not list(tiny.gradients(m.critic, m.teacher))
-    student_loss(m, x, batch, cfg, {}).backward()
+    student_loss(m, tiny.GIVEN, x, batch, cfg, {}).backward()
     assert x.grad.abs().max() > 0
 
 
@@ -216,7 +216,7 @@ def clean_discriminator(**changes):
     cfg = tiny.config("edm", gan__noise_range=None, critic__denoise_weight=0.0, **changes)
     m, batch, fake, logits, logs = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm"), {}, {}
     with kept_passes() as kept:
-        critic_loss(m, fake, batch, cfg, logs)
+        critic_loss(m, tiny.GIVEN, fake, batch, cfg, logs)
     for one, features in kept:
         side = next(name for name, x in (("fake", fake), ("real", batch.real[0])) if torch.equal(x, one.x_t))
         labels = {"fake": batch.cond.labels, "real": batch.real[1].labels}[side]

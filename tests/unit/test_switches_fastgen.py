@@ -38,7 +38,7 @@ def noised_inputs(kind, turn, **changes):
     """Noised images and times by who was given them in a turn: teacher and critic whole, and each pass for features."""
     cfg = tiny.config(kind, **changes)
     with kept_passes() as kept:
-        turn(tiny.models(kind, cfg), image(kind), tiny.one_batch(kind, cfg), cfg, {})
+        turn(tiny.models(kind, cfg), tiny.GIVEN, image(kind), tiny.one_batch(kind, cfg), cfg, {})
     given = {one.network: (one.x_t, one.t) for one, _ in kept if not one.features}
     return {**given, "features": [(one.x_t, one.t) for one, _ in kept if one.features]}
 
@@ -83,7 +83,7 @@ def test_shared_noise_draws_nothing_for_the_gan_but_the_real_images_noise():
 def image_gradient(**changes):
     cfg = tiny.config("edm", **{"gan__lambda_g": 0.5, **SHARED, **changes})
     m, x = tiny.models("edm", cfg), image("edm").requires_grad_()
-    student_loss(m, x, tiny.one_batch("edm", cfg), cfg, {}).backward()
+    student_loss(m, tiny.GIVEN, x, tiny.one_batch("edm", cfg), cfg, {}).backward()
     return x.grad
 
 

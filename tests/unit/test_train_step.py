@@ -39,7 +39,7 @@ def dm_pass(kind, **changes):
     for name in ("teacher", "critic"):
         getattr(m, name).register_forward_hook(lambda module, args, out, name=name: setattr(seen, name, (args, out)))
     seen.x = torch.randn(4, tiny.channels(kind), 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    seen.loss = student_loss(m, seen.x, batch, cfg, {})
+    seen.loss = student_loss(m, tiny.GIVEN, seen.x, batch, cfg, {})
     seen.loss.backward()
     return seen
 
@@ -99,7 +99,7 @@ def test_generator_turn_stores_no_gradient_on_critic_head_or_teacher(kind):
     cfg = tiny.config(kind, regression__weight=0.5)
     m, batch = tiny.models(kind, cfg), tiny.one_batch(kind, cfg)
     x = m.student(torch.randn(4, tiny.channels(kind), 8, 8), torch.full((4,), cfg.generator.time), batch.cond).float()
-    student_loss(m, x, batch, cfg, {}).backward()
+    student_loss(m, tiny.GIVEN, x, batch, cfg, {}).backward()
     assert not list(tiny.gradients(m.critic, m.head, m.teacher))
     assert list(tiny.gradients(m.student))
 
@@ -117,7 +117,7 @@ def test_critic_turn_stores_no_gradient_on_the_student_or_teacher(kind):
     cfg = tiny.config(kind)
     m, batch = tiny.models(kind, cfg), tiny.one_batch(kind, cfg)
     x = m.student(torch.randn(4, tiny.channels(kind), 8, 8), torch.full((4,), cfg.generator.time), batch.cond).float()
-    critic_loss(m, x.detach(), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN, x.detach(), batch, cfg, {}).backward()
     assert not list(tiny.gradients(m.student, m.teacher))
     assert list(tiny.gradients(m.head))
 
@@ -126,14 +126,14 @@ def test_gan_gradient_reaches_the_image_through_head_and_critic_encoder():
     cfg = tiny.config("edm", dm__weight=0.0)
     m, batch = tiny.models("edm", cfg), tiny.one_batch("edm", cfg)
     x = torch.zeros(4, 1, 8, 8, requires_grad=True)
-    student_loss(m, x, batch, cfg, {}).backward()
+    student_loss(m, tiny.GIVEN, x, batch, cfg, {}).backward()
     assert (x.grad != 0).flatten(1).any(dim=1).all()
 
 
 def test_discriminator_trains_the_critics_encoder_but_not_its_decoder():
     cfg = tiny.config("edm", critic__denoise_weight=0.0)
     m, batch = tiny.models("edm", cfg), tiny.one_batch("edm", cfg)
-    critic_loss(m, torch.zeros(4, 1, 8, 8), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN, torch.zeros(4, 1, 8, 8), batch, cfg, {}).backward()
     assert list(tiny.gradients(m.critic.network.down_blocks))
     assert not list(tiny.gradients(m.critic.network.up_blocks))
 
@@ -203,9 +203,9 @@ def images_seen(kind, cfg, it, monkeypatch):
     m.student.register_forward_hook(lambda module, args, out: made.append(out.detach().float()))
     original = dmd2.method.step.critic_loss
 
-    def spy(m, x, batch, cfg, logs):
+    def spy(m, start, x, batch, cfg, logs):
         given.append(x)
-        return original(m, x, batch, cfg, logs)
+        return original(m, start, x, batch, cfg, logs)
 
     monkeypatch.setattr(dmd2.method.step, "critic_loss", spy)
     train_step(m, tiny.batches(kind, cfg, 2).at(it), it, cfg)

@@ -165,11 +165,31 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
     if gan.on and gan.shares_noise and len(set(ranges)) > 1:
         told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(json.dumps, ranges))
         yield "gan.shares_noise", f"gan.shares_noise needs one range of noise levels, not {told}"
+    yield from _successors(cfg)
     if cfg.needs_pairs and regression.distance == "lpips" and not data.latents and data.channels not in (1, 3):
         told = f"lpips compares images of 1 or 3 channels, data.channels is {data.channels}"
         yield "regression.distance", "data.channels", told
     if regression.decoder == "vae_tiny" and not data.latents:
         yield "regression.decoder", "vae_tiny decodes latents (data.text.latents), and this run diffuses images"
+
+
+def _successors(cfg: RunConfig) -> Iterator[Problem]:
+    """What the methods after DMD2 need."""
+    gan, dm, teacher = cfg.gan, cfg.dm, cfg.teacher
+    if dm.divergence != "rkl" and gan.lambda_g == 0:
+        told = f"{dm.divergence} weights images by the GAN's head, and gan.lambda_g is 0: write rkl, or turn the GAN on"
+        yield "dm.divergence", "gan.lambda_g", told
+    if dm.objective == "decoupled" and teacher.guidance == 1:
+        told = "decoupled parts guidance from the rest, and teacher.guidance is 1, none"
+        yield "dm.objective", "teacher.guidance", told
+    if dm.objective == "decoupled" and teacher.rescale is not None:
+        yield "dm.objective", "teacher.rescale", "decoupled has no norm of the whole to rescale: leave out one"
+    if cfg.critic.ida < 1 and cfg.generator.lora is not None:
+        told = f"{cfg.critic.ida}, but the student trains low-rank factors (generator.lora), the critic does not"
+        yield "critic.ida", "generator.lora", told
+    if gan.level_weight and teacher.parameterisation == "edm":
+        told = "alpha is 1 at all levels of an edm teacher: leave it out"
+        yield "gan.level_weight", "teacher.parameterisation", told
 
 
 def _student_input(cfg: RunConfig) -> Iterator[Problem]:

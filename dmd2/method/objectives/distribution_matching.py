@@ -8,25 +8,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.method.passes import Objective, Pass, Turn
+from dmd2.method.objectives.divergence import divergence_weights
+from dmd2.method.passes import Logs, Objective, Pass, Turn
 from dmd2.networks.schedules import spread
 
 
 def distribution_matching(turn: Turn) -> Objective:
-    """L_DM of the student's images; settings: section ``dm``. It needs teacher (guided) and critic without gradient."""
-    x, cfg = turn.x.detach(), turn.cfg.dm
-    x_t, t = turn.noised(x, "dm", cfg.index_range)
+    """L_DM of the student's images; settings: section ``dm``. It needs teacher (guided) and critic without gradient.
+
+    With a ``dm.divergence`` it needs the features, too, by which the head weights the images.
+    """
+    x, cfg, head = turn.x.detach(), turn.cfg.dm, turn.m.head
+    index = turn.level("dm", cfg.index_range)
+    x_t, t = turn.noised_at(x, "dm", index)
     cond = turn.batch.cond
-    real, fake = yield [
+    needs = [
         Pass("teacher", x_t, t, cond, gradient=False, guided=True),
         Pass("critic", x_t, t, cond, gradient=False),
     ]
+    if cfg.divergence != "rkl":
+        needs.append(Pass(turn.cfg.gan.features_from, x_t, t, cond, gradient=False, features=True))
+    real, fake, *features = yield needs
     factor = spread(turn.m.teacher.schedule.alpha_sigma(t, real.dtype)[0], x) if cfg.alpha_factor else None
     g = distribution_matching_gradient(x, real, fake, cfg.normaliser_eps, factor)
+    signals = signals_of(g, real, fake)
+    if cfg.divergence != "rkl":
+        assert head is not None
+        with torch.no_grad():
+            weights = divergence_weights(head(*features), index, cfg.index_range, cfg.divergence)
+        g = spread(weights, g) * g
+        signals["dm/weight_std"] = weights.std()
+    return distribution_matching_loss(turn.x, g), signals
+
+
+def signals_of(g: Tensor, real: Tensor, fake: Tensor) -> Logs:
+    """What is logged of a gradient and of the two predictions behind it."""
     signals = {"dm/g_abs": g.abs().mean()}
     for name, value in (("g", g), ("real", real), ("fake", fake)):
         signals |= {f"dm/{name}_mean": value.mean(), f"dm/{name}_std": value.std()}
-    return distribution_matching_loss(turn.x, g), {name: value.float() for name, value in signals.items()}
+    return {name: value.float() for name, value in signals.items()}
 
 
 def distribution_matching_gradient(

@@ -19,7 +19,7 @@ def generator_gan(turn: Turn) -> Objective:
     """L_G of the student's images; settings: section ``gan``. It needs the features of its images with gradient."""
     assert turn.m.head is not None
     (features,) = yield [_features_of(turn, turn.x, turn.batch.cond, "gan/generator")]
-    return generator_gan_loss(turn.m.head(features)), {}
+    return generator_gan_loss(turn.m.head(features), turn.cfg.gan.loss, _weight(turn)), {}
 
 
 def discriminator(turn: Turn) -> Objective:
@@ -36,7 +36,7 @@ def discriminator(turn: Turn) -> Objective:
         perturbed = real + cfg.r1_alpha * batch.draws.normal("gan/r1", tuple(real.shape[1:]))
         needs.append(_features_of(turn, perturbed, cond, "gan/real"))
     fake_logits, real_logits, *perturbed_logits = [head(features) for features in (yield needs)]
-    loss = discriminator_loss(fake_logits, real_logits)
+    loss = discriminator_loss(fake_logits, real_logits, cfg.loss, _weight(turn))
     for logits in perturbed_logits:
         loss = loss + cfg.r1_weight * (logits - real_logits).square().mean()
     chance = {"gan/p_real": real_logits.detach().sigmoid().mean(), "gan/p_fake": fake_logits.detach().sigmoid().mean()}
@@ -55,11 +55,30 @@ def _features_of(turn: Turn, images: Tensor, cond: Condition, name: str) -> Pass
     return Pass(cfg.features_from, images_tau, tau, cond, features=True)
 
 
-def discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """``mean(softplus(l_fake) + softplus(-l_real))``; 2 ln 2 when the head knows nothing."""
-    return (F.softplus(fake_logits) + F.softplus(-real_logits)).mean()
+def _weight(turn: Turn) -> Tensor | None:
+    """Weight of each sample ``(B, 1)`` by the level at which the student made it, if the run asks for that."""
+    if not turn.cfg.gan.level_weight:
+        return None
+    return turn.m.teacher.schedule.alpha_sigma(turn.given[1], torch.float32)[0].square()[:, None]
 
 
-def generator_gan_loss(fake_logits: Tensor) -> Tensor:
-    """``mean(softplus(-l_fake))``; ln 2 when the head knows nothing."""
-    return F.softplus(-fake_logits).mean()
+def discriminator_loss(
+    fake_logits: Tensor, real_logits: Tensor, kind: str = "logistic", weight: Tensor | None = None
+) -> Tensor:
+    """``mean(softplus(l_fake) + softplus(-l_real))``, 2 ln 2 when the head knows nothing; or the hinge loss.
+
+    Args:
+        fake_logits, real_logits: ``(B, logits)``. kind: ``logistic`` or ``hinge``, ``mean(max(0, 1 + l_fake) + max(0,
+            1 - l_real))``. weight: of each sample, ``(B, 1)``.
+    """
+    if kind == "hinge":
+        loss = F.relu(1 + fake_logits) + F.relu(1 - real_logits)
+    else:
+        loss = F.softplus(fake_logits) + F.softplus(-real_logits)
+    return (loss if weight is None else weight * loss).mean()
+
+
+def generator_gan_loss(fake_logits: Tensor, kind: str = "logistic", weight: Tensor | None = None) -> Tensor:
+    """``mean(softplus(-l_fake))``, ln 2 when the head knows nothing; of the hinge loss ``-mean(l_fake)``."""
+    loss = -fake_logits if kind == "hinge" else F.softplus(-fake_logits)
+    return (loss if weight is None else weight * loss).mean()

@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dmd2.experiment.config import TrainConfig
+from dmd2.method.objectives.decoupled import decoupled
 from dmd2.method.objectives.denoising import critic_denoising
 from dmd2.method.objectives.distribution_matching import distribution_matching
 from dmd2.method.objectives.gan import discriminator, generator_gan
+from dmd2.method.objectives.intra_segment import intra_segment
+from dmd2.method.objectives.moments import moments
 from dmd2.method.objectives.regression import regression
+from dmd2.method.objectives.score_identity import score_identity
 from dmd2.method.passes import Objective, Turn
 
 
@@ -20,7 +24,11 @@ class Term(NamedTuple):
 
 
 STUDENT = [
-    Term("dm", distribution_matching, lambda cfg: cfg.dm.weight),
+    Term("dm", distribution_matching, lambda cfg: cfg.dm.weight_of("dmd")),
+    Term("decoupled", decoupled, lambda cfg: cfg.dm.weight_of("decoupled")),
+    Term("sid", score_identity, lambda cfg: cfg.dm.weight_of("sid")),
+    Term("moments", moments, lambda cfg: cfg.dm.moments_kl),
+    Term("isg", intra_segment, lambda cfg: cfg.generator.isg),
     Term("gan", generator_gan, lambda cfg: cfg.gan.lambda_g),
     Term("regression", regression, lambda cfg: cfg.regression.weight),
 ]
