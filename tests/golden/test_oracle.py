@@ -120,7 +120,7 @@ class Run:
         cond, null = Condition(text=text, pooled=pooled), Condition(text=torch.zeros(1, 6, 12), pooled=pooled[:1])
         self.m = Models(student, teacher, critic, heads, None, None, null=null)
         self.batch = keeping(Batch(Draws(0, 0, 4, 0, 4), 1.0, cond, real=(self.real, cond)))
-        self.z, t = student_input(student, self.batch, self.cfg.generator, (4, 8, 8))
+        self.start = self.z, t = student_input(student, self.batch, self.cfg.generator, (4, 8, 8))
         self.x = student(self.z, t, cond)
 
         judge = theirs.heads(set(TAPS), 3, 128)
@@ -160,14 +160,14 @@ def gradient(loss, module):
 
 def test_a_whole_turn_of_each_network(theirs, monkeypatch):
     run, logs = Run(theirs), {}
-    mine = student_loss(run.m, run.x, run.batch, run.cfg, logs)
+    mine = student_loss(run.m, run.start, run.x, run.batch, run.cfg, logs)
     null = torch.zeros(4, 6, 12)
     other = run.theirs("student", ["dm"], monkeypatch, negative_encoder_hidden_states=null)
     assert logs["student/dm"].item() == pytest.approx(other["vsd"].item(), rel=1e-4)
     assert logs["student/gan"].item() == pytest.approx(other["gan_gen"].item(), rel=1e-5)
     near(gradient(mine, run.m.student.network), gradient(other["total"], run.pipeline.student))
 
-    mine = critic_loss(run.m, run.x.detach(), run.batch, run.cfg, logs)
+    mine = critic_loss(run.m, run.start, run.x.detach(), run.batch, run.cfg, logs)
     other = run.theirs("fake_score", ["critic"], monkeypatch)["total"]
     assert logs["critic/denoise"].item() == pytest.approx(other.item(), rel=1e-5)
     near(gradient(mine, run.m.critic.network), gradient(other, run.pipeline.fake_score))
