@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +75,7 @@ def write(files: dict[str, str], force: bool) -> None:
         UserError: a file is there, or the bases of the workspace do not fit together.
     """
     from dmd2.bases.propose import MADE
-    from dmd2.experiment.tables import load_experiment
+    from dmd2.experiment.tables import load_experiment, readable_tables
 
     there = [WORKFLOW / file for file in files if (WORKFLOW / file).exists()]
     told = f"there {'are' if there[1:] else 'is'} {', '.join(map(str, there))}: take another name"
@@ -86,12 +87,15 @@ def write(files: dict[str, str], force: bool) -> None:
         )
     left = of_other_kind(files)
     before = {path: path.read_text(encoding="utf-8") for path in (*there, *left)}
+    wrong = dict[str, str]()  # tables that are so already
+    with suppress(UserError):
+        wrong = readable_tables()[1]
     for path in left:
         path.unlink()
     for file, text in files.items():
         write_text(WORKFLOW / file, text)
     try:
-        load_experiment()
+        load_experiment(without=wrong.keys() - {Path(file).stem for file in files})
     except UserError:  # the workspace is then as it was
         for file in files:
             (WORKFLOW / file).unlink()

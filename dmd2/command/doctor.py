@@ -16,7 +16,7 @@ from dmd2.core.errors import UserError
 from dmd2.core.options import workspace
 from dmd2.core.run import commit
 from dmd2.core.slurm_queue import slurm
-from dmd2.experiment.tables import load_experiment
+from dmd2.experiment.tables import readable_tables
 from dmd2.experiment.yaml_file import CODE
 
 GPUS = """import torch
@@ -129,7 +129,7 @@ def _tables(gpu: bool) -> Iterator[str]:
     from dmd2.command.needs import lacks
 
     try:
-        experiment = load_experiment()
+        experiment, wrong = readable_tables()
     except UserError as error:
         yield f"tables cannot be read: {error}"
         return
@@ -137,5 +137,7 @@ def _tables(gpu: bool) -> Iterator[str]:
     for table in experiment.tables:
         found.setdefault(", ".join(lacks(experiment, table, gpu)), []).append(table)
     yield f"can be made here: {', '.join(found.pop('', ['no table']))}"
+    for told in wrong.values():
+        yield f"not readable: {told}"
     for needs, tables in found.items():
         yield f"{', '.join(tables)}: lacks {needs}"

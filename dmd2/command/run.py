@@ -13,11 +13,12 @@ import typer
 
 from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import import_environment
-from dmd2.experiment.tables import BASES, TABLES, load_experiment
+from dmd2.experiment.tables import BASES, TABLES, readable_tables
 from dmd2.experiment.yaml_file import ORIGIN, read_yaml, workflow_files
 from dmd2.launch.names import complete, run_named, runs_named
 
 PROFILES = Path("workflow/profiles")
+DEFAULT = "demo"
 RULES = ("digits",)  # of the Snakefile, with the name of a base
 FOLDERS = ("data", "logs", "results", "workflow")
 SNAKEFILES = ("workflow/Snakefile", "Snakefile")
@@ -43,7 +44,9 @@ def run(
         words, place = targets or [], _profile(profile)
         named = (word for word in words if word not in ("-n", "--dry-run"))
         _check_names(takewhile(lambda word: not word.startswith("-"), named))  # afterwards it may be an option's value
-        load_experiment()  # Snakemake would tell what is wrong with a table in four lines
+        wrong = readable_tables()[1]  # of a table that is not asked for, Snakemake warns
+        if told := next((wrong[word] for word in words or [DEFAULT] if word in wrong), None):
+            raise UserError(told)
         os.environ.update(import_environment())
         if again:
             _train_again(words, place)

@@ -11,6 +11,14 @@ class UserError(Exception):
     """Bad input, or a state that the user must resolve; its text is one clear sentence."""
 
 
+class TableError(UserError):
+    """What is wrong with one table: others can be read without it."""
+
+    def __init__(self, text: str, table: str) -> None:
+        super().__init__(text)
+        self.table = table
+
+
 class CannotWriteError(UserError):
     """The system refused a write: the disk is full or read-only, or the write is not allowed."""
 

@@ -59,7 +59,7 @@ def real(config: Config, out: Path) -> None:
 @app.command()
 def pipeline(config: Config, out: Path, threads: int = 1, device: Device = "auto") -> None:
     """List the parts of a pipeline, after making those that are made here."""
-    from dmd2.data.make_pipeline import make_pipeline  # diffusers, which reads the environment when it is imported
+    from dmd2.data.make_pipeline import make_pipeline
 
     with readable_errors():
         data = Data.model_validate_json(config)

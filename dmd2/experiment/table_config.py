@@ -1,6 +1,6 @@
 """Tables as they are written. A table has rows of its own, those of another table, or both."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
@@ -145,10 +145,12 @@ class Table(Section):
     notes: Annotated[str, Field(description="text below the table")] = ""
 
 
-def rows_of(name: str, tables: Mapping[str, Table], places: Mapping[str, Place]) -> list[tuple[Row, Place]]:
+def rows_of(
+    name: str, tables: Mapping[str, Table], places: Mapping[str, Place], without: Collection[str] = ()
+) -> list[tuple[Row, Place]]:
     """All rows of the table `name` with where they are written; those that it takes from another table come first.
 
-    A table that takes its rows from one that adds some has these, too.
+    A table that takes its rows from one that adds some has these, too. Tables `without` cannot be read.
 
     Raises:
         UserError: a table that is not there or leads back here, or a row twice.
@@ -165,6 +167,8 @@ def rows_of(name: str, tables: Mapping[str, Table], places: Mapping[str, Place])
             origin, key, where = rows.origin, "rows.from", place.where("from")
         else:
             origin, key, where = rows, "rows", place.where()
+        if origin in without:
+            raise UserError(f"{where}: {key} names {origin}, which cannot be read")
         if origin not in tables or origin in seen:
             hint = did_you_mean(origin, (t for t in tables if t not in seen))
             raise UserError(f"{where}: {key} names {origin}, which is no other table{hint}")

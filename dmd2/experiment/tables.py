@@ -1,15 +1,17 @@
 """Reads bases, tables and their rows, and makes validated configs of runs before there is a DAG."""
 
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmd2.core.errors import UserError, did_you_mean
+from dmd2.core.errors import TableError, UserError, did_you_mean
 from dmd2.core.files import sha256
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.checks.sections import check_all
-from dmd2.experiment.checks.tables import check_origins, check_shared, check_table
+from dmd2.experiment.checks.tables import Known, check_origins, check_shared, check_table
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.dotted_keys import LocatedConfig, apply_change, differences, holds, validate
 from dmd2.experiment.inheritance import read_base
@@ -78,7 +80,7 @@ class Experiment:
 def load_base(name: str, folder: Path = BASES) -> RunConfig:
     """The run that a base describes; see `load_experiment` for errors."""
     located = _base(name, folder)
-    check_all([located])
+    check_all([located], {located.cfg.data.name: located.cfg.data})
     return located.cfg
 
 
@@ -94,43 +96,91 @@ def _base(name: str, folder: Path) -> LocatedConfig:
     return LocatedConfig(validate(RunConfig, values, place), place)
 
 
-def load_experiment(tables: Path = TABLES, bases: Path = BASES) -> Experiment:
+def load_experiment(tables: Path = TABLES, bases: Path = BASES, without: Collection[str] = ()) -> Experiment:
     """Read all bases and tables, merge each row over its base and validate it; presets lie beside the folder of bases.
 
+    Tables `without` are not read.
+
     Raises:
-        UserError: one sentence with file, line and key for the first problem found.
+        TableError: one sentence with file, line and key for the first problem found in a table.
+        UserError: the same of a base.
     """
     experiment, places = Experiment(), dict[str, Place]()
-    for path in [*workflow_files(tables).values(), *workflow_files(bases).values()]:
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", path.stem):  # it is part of commands and of names of files
-            raise UserError(f"{path}: {path.stem!r} is no name: rename the file, with letters, digits, - and _ only")
-    for name, path in workflow_files(tables).items():
-        if name == "index":
-            raise UserError(f"{path}: index is the page with the list of all tables: rename the file")
-        values, places[name] = read_yaml(path)
-        experiment.tables[name] = validate(Table, values, places[name])
-    of_tables = (table.base for table in experiment.tables.values())
-    read = {name: _base(name, bases) for name in dict.fromkeys([*of_tables, *workflow_files(bases)])}
+    files = {name: path for name, path in workflow_files(tables).items() if name not in without}
+    # Those of the workspace after those that come with dmd2: the user's is at fault where two contradict each other.
+    files = dict(sorted(files.items(), key=lambda item: not item[1].is_absolute()))
+    for name, path in files.items():
+        with _at_fault(name):
+            _check_name(path)
+            if name == "index":
+                raise UserError(f"{path}: index is the page with the list of all tables: rename the file")
+            values, places[name] = read_yaml(path)
+            experiment.tables[name] = validate(Table, values, places[name])
+    read = dict[str, LocatedConfig]()
+    for name, path in workflow_files(bases).items():
+        _check_name(path)
+        read[name] = _base(name, bases)
     experiment.bases.update({name: base.cfg for name, base in read.items()})
-    configs = list(read.values())  # bases before the rows over them
+    located = {name: list[LocatedConfig]() for name in files}
     for name, table in experiment.tables.items():
-        rows, of_table = rows_of(name, experiment.tables, places), places[name]
-        experiment.rows[name] = [row for row, _ in rows]
-        for row, place in rows:
-            changes = [(table.change, of_table.below("change"))]
-            if row.preset is not None:
-                experiment.presets[row.preset], of_preset = _preset(row, place, bases.with_name("presets"))
-                changes.append((experiment.presets[row.preset].change, of_preset.below("change")))
-            changes.append((row.change, place.below("change")))
-            changes.append((table.row_change.get(row.run, {}), of_table.below("row_change", row.run)))
-            configs.append(_row(row, place, read[table.base], changes))
-            _add(experiment, name, row.run, configs[-1].cfg, place)
-        check_table(table, {row.run for row, _ in rows}, read[table.base].cfg, of_table)
-        _check_beside(name, experiment.tables, of_table)
-    check_shared(configs)
-    check_all(configs)
-    check_origins(experiment.runs)
+        with _at_fault(name):
+            base = read.get(table.base) or _base(table.base, bases)  # which tells that there is none
+            rows, of_table = rows_of(name, experiment.tables, places, without), places[name]
+            experiment.rows[name] = [row for row, _ in rows]
+            for row, place in rows:
+                changes = [(table.change, of_table.below("change"))]
+                if row.preset is not None:
+                    experiment.presets[row.preset], of_preset = _preset(row, place, bases.with_name("presets"))
+                    changes.append((experiment.presets[row.preset].change, of_preset.below("change")))
+                changes.append((row.change, place.below("change")))
+                changes.append((table.row_change.get(row.run, {}), of_table.below("row_change", row.run)))
+                located[name].append(_row(row, place, base, changes))
+                _add(experiment, name, row.run, located[name][-1].cfg, place)
+            check_table(table, {row.run for row, _ in rows}, base.cfg, of_table)
+            _check_beside(name, experiment.tables, of_table)
+    _check_together(experiment, list(read.values()), located)
     return experiment
+
+
+def readable_tables() -> tuple[Experiment, dict[str, str]]:
+    """The tables of the workspace that can be read, and what is wrong with each of the others, by name.
+
+    Raises:
+        UserError: a base cannot be read.
+    """
+    wrong = dict[str, str]()
+    while True:
+        try:
+            return load_experiment(without=wrong), wrong
+        except TableError as error:
+            wrong[error.table] = str(error)
+
+
+def experiment_with(table: str) -> Experiment:
+    """All tables that can be read, and this one.
+
+    Raises:
+        UserError: this one, or a base, cannot be read.
+    """
+    experiment, wrong = readable_tables()
+    if table in wrong:
+        raise UserError(wrong[table])
+    return experiment
+
+
+@contextmanager
+def _at_fault(table: str) -> Iterator[None]:
+    """Name the table in an error that is told meanwhile."""
+    try:
+        yield
+    except UserError as error:
+        raise TableError(str(error), table) from None
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a file whose name cannot be part of commands and of names of files."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", path.stem):
+        raise UserError(f"{path}: {path.stem!r} is no name: rename the file, with letters, digits, - and _ only")
 
 
 def _check_beside(name: str, tables: dict[str, Table], place: Place) -> None:
@@ -144,6 +194,21 @@ def _check_beside(name: str, tables: dict[str, Table], place: Place) -> None:
     if metric not in known[beside].metrics:
         told = f"beside: table {beside} shows no {metric}, the first of metrics here"
         raise UserError(f"{place.where('beside')}: {told}")
+
+
+def _check_together(experiment: Experiment, bases: list[LocatedConfig], rows: dict[str, list[LocatedConfig]]) -> None:
+    """Check the configs of bases, and those of the rows by table, as far as one depends on others."""
+    everything = [*bases, *(one for of_table in rows.values() for one in of_table)]
+    sets = {one.cfg.data.name: one.cfg.data for one in everything}
+    known = Known()
+    check_shared(bases, known)
+    check_all(bases, sets)
+    for name, of_table in rows.items():
+        with _at_fault(name):
+            check_shared(of_table, known)
+            check_all(of_table, sets)
+            base = experiment.tables[name].base
+            check_origins(base, [row.run for row in experiment.rows[name]], experiment.runs)
 
 
 def _preset(row: Row, place: Place, folder: Path) -> tuple[Preset, Place]:
@@ -182,5 +247,5 @@ def _add(experiment: Experiment, name: str, run: str, cfg: RunConfig, place: Pla
         others = [t for t in experiment.rows if t != name and experiment.tables[t].base == base]
         other = next(t for t in others if run in [row.run for row in experiment.rows[t]])
         keys = "; ".join(f"{key}: {there} there, {here} here" for key, there, here in differences(known, cfg))
-        told = f"contradicts the row of that name in table {other} ({keys})"
+        told = f"contradicts the row of that name in table {other} ({keys}): give one another name"
         raise UserError(f"{place.where()}: row {run} {told}")

@@ -19,7 +19,7 @@ from dmd2.core.slurm_queue import job_name, slurm, squeue, submissions
 from dmd2.experiment.cluster import Cluster, load_cluster
 from dmd2.experiment.config import RunConfig, TrainConfig
 from dmd2.experiment.run_inputs import goal_of
-from dmd2.experiment.tables import Table, load_experiment
+from dmd2.experiment.tables import Table, readable_tables
 from dmd2.launch.job import TrainingJob
 from dmd2.launch.names import Names, Run, run_named, runs_named
 from dmd2.launch.slurm import SlurmTraining
@@ -37,7 +37,7 @@ def run_config(run: RunId, config: str | None) -> TrainConfig:
     """The config given as JSON, or the one the tables name."""
     if config is not None:
         return TrainConfig.model_validate(json.loads(config))
-    return load_experiment().config_of(run.base, run.name).training()
+    return readable_tables()[0].config_of(run.base, run.name).training()
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.options import workspace
 from dmd2.core.run import RunId, run_folders
-from dmd2.experiment.tables import load_experiment
+from dmd2.experiment.tables import readable_tables
 
 
 def runs_named(names: Sequence[str]) -> list[RunId]:
@@ -25,7 +25,7 @@ def runs_named(names: Sequence[str]) -> list[RunId]:
         return found
     if all(name in set(map(str, found)) for name in names):
         return list(dict.fromkeys(map(RunId.parse, names)))  # also beside a table that is in error
-    tables, below = _known(found)
+    tables, below, wrong = _known(found)
     chosen: list[RunId] = []
     for name in names:
         parent, _, seed = name.rpartition("/")
@@ -36,7 +36,7 @@ def runs_named(names: Sequence[str]) -> list[RunId]:
         else:
             known = [*tables, *below, *(str(run) for runs in below.values() for run in runs)]
             hint = did_you_mean(name, known, f"; tables: {', '.join(tables) or 'none'}")
-            raise UserError(f"no run or table is called {name}{hint}")
+            raise UserError(wrong.get(name, f"no run or table is called {name}{hint}"))
     return list(dict.fromkeys(chosen))
 
 
@@ -52,9 +52,9 @@ def run_named(name: str) -> RunId:
     return first
 
 
-def _known(found: list[RunId]) -> tuple[dict[str, list[RunId]], dict[str, list[RunId]]]:
-    """Runs of each table, and of each base and row; `found` are those that have a folder."""
-    experiment = load_experiment()
+def _known(found: list[RunId]) -> tuple[dict[str, list[RunId]], dict[str, list[RunId]], dict[str, str]]:
+    """Runs of each table, and of each base and row, and what is wrong with tables; `found` are those with a folder."""
+    experiment, wrong = readable_tables()
     tables = {
         name: [RunId(table.base, row.run, seed) for row in experiment.rows[name] for seed in table.seeds]
         for name, table in experiment.tables.items()
@@ -63,14 +63,14 @@ def _known(found: list[RunId]) -> tuple[dict[str, list[RunId]], dict[str, list[R
     for run in sorted({*found, *(run for of_table in tables.values() for run in of_table)}):
         for name in (run.base, f"{run.base}/{run.name}"):
             below.setdefault(name, []).append(run)
-    return tables, below
+    return tables, below, wrong
 
 
 def complete(incomplete: str) -> list[str]:
     """Names of tables, bases, rows and runs that begin so, for a shell; what lies below one once it is whole."""
     with suppress(UserError, OSError):
         os.chdir(workspace() or ".")
-        tables, below = _known(list(run_folders()[0]))
+        tables, below, _ = _known(list(run_folders()[0]))
         names = {*tables, *below, *(str(run) for runs in below.values() for run in runs)}
         return sorted(
             n for n in names if n.startswith(incomplete) and "/" not in n[len(incomplete) :].removeprefix("/")

@@ -1,4 +1,4 @@
-"""Imports diffusers without what it would load besides: 1 s instead of 5, in every process of a pixel run."""
+"""Imports diffusers without what it would load besides: 1 s instead of 5, in every process of a run in pixels."""
 
 import sys
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ TRANSFORMERS = "diffusers.models.transformers"  # imports seventy networks for t
 
 
 def light_diffusers(data: Data, adapters: bool = False) -> None:
-    """Import diffusers' UNets; to diffusers, and to it alone, packages that pixel runs do not need are not installed.
+    """Import diffusers' UNets; to it alone, packages that runs in pixels do not need count as not installed.
 
-    Nothing is done for a run with text or with `adapters` (low-rank factors), which needs them, nor where diffusers is
-    imported already.
+    Captions are encoded before, by other processes. Nothing is done for a run in latents or with `adapters` (low-rank
+    factors), which needs them, nor where diffusers is imported already.
     """
-    if data.text is not None or adapters or "diffusers" in sys.modules:
+    if data.latents or adapters or "diffusers" in sys.modules:
         return
     with hidden(*NEEDLESS):
         spec = find_spec(TRANSFORMERS)

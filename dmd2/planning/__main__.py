@@ -7,7 +7,7 @@ import typer
 from dmd2.core.errors import UserError, did_you_mean, readable_errors
 from dmd2.experiment.cluster import CLUSTERS, load_cluster
 from dmd2.experiment.config import RunConfig
-from dmd2.experiment.tables import BASES, TABLES, load_base, load_experiment
+from dmd2.experiment.tables import BASES, TABLES, experiment_with, load_base, readable_tables
 from dmd2.experiment.yaml_file import workflow_files
 from dmd2.launch.names import complete
 from dmd2.networks.light_diffusers import light_diffusers
@@ -25,7 +25,7 @@ def asked(name: str) -> tuple[str, str | None, str | None]:
     if name not in (tables := workflow_files(TABLES)):
         hint = did_you_mean(name, [*bases, *tables], f"; bases: {', '.join(bases)}; tables: {', '.join(tables)}")
         raise UserError(f"there is no base or table {name}{hint}")
-    return load_experiment().tables[name].base, name, None
+    return experiment_with(name).tables[name].base, name, None
 
 
 def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
@@ -34,7 +34,7 @@ def rows_of(base: str, table: str) -> tuple[int, dict[str, RunConfig]]:
     Raises:
         UserError: there is no such table, or it is of another base.
     """
-    experiment = load_experiment()
+    experiment = experiment_with(table)
     if table not in experiment.tables:
         known = sorted(name for name, spec in experiment.tables.items() if spec.base == base)
         hint = did_you_mean(table, known, f"; tables of {base}: {', '.join(known) or 'none'}")
@@ -66,7 +66,7 @@ def main(
         base, of_name, row = asked(name)
         table, run = table or of_name, run or row
         of_base = load_base(base)
-        cfg = of_base if run is None else load_experiment().config_of(base, run)
+        cfg = of_base if run is None else readable_tables()[0].config_of(base, run)
         gpus = gpus or min(8, cfg.optim.batch)
         if gpus > cfg.optim.batch:
             raise UserError(f"--gpus {gpus}: {gpus} processes cannot share a batch of {cfg.optim.batch}")

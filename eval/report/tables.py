@@ -21,7 +21,7 @@ from dmd2.experiment.dotted_keys import differences
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
-from dmd2.experiment.tables import BESIDE, Table, load_experiment
+from dmd2.experiment.tables import BESIDE, Table, experiment_with
 from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
 from eval.metrics.estimate import Estimate
 from eval.report.claims import claims_of, distance, is_timed, judge
@@ -38,7 +38,7 @@ def build(name: str) -> TableRecord:
     Raises:
         UserError: a record of a run is missing or damaged.
     """
-    experiment = load_experiment()
+    experiment = experiment_with(name)
     table = experiment.tables[name]
     folders = {row.run: {s: RunId(table.base, row.run, s).folder for s in table.seeds} for row in experiment.rows[name]}
     folders |= {f"teacher-{sampler}": {0: SAMPLERS / table.base / sampler} for sampler in table.teachers}
@@ -272,7 +272,7 @@ def curves(table: TableRecord) -> pd.DataFrame:
 def main(name: str, out: Annotated[Path, typer.Option(help="folder")] = Path("results/tables")) -> None:
     """Write the table NAME as Markdown, CSV and JSON from the metrics of its runs, and what DVC compares."""
     with readable_errors():
-        experiment = load_experiment()
+        experiment = experiment_with(name)
         beside = [out / f"{name}.{suffix}" for suffix in BESIDE]
         with recorded(out / f"{name}.json", experiment.shown(name), experiment.measured(name), beside):
             table = build(name)

@@ -103,14 +103,18 @@ def test_names_mean_runs_rows_bases_and_tables(place: Path, monkeypatch) -> None
         run_named("digits/dmd2/sed0")
 
 
-def test_a_run_that_has_a_folder_is_named_also_beside_a_broken_table(place: Path, monkeypatch) -> None:
+def test_a_broken_table_stops_what_asks_for_it_and_nothing_else(place: Path, started, monkeypatch, capsys) -> None:
     monkeypatch.chdir(place)
     (place / "workflow/tables/demo.yaml").write_text("title: [")
-    write_json(Path("results/runs/digits/dmd2/seed0/job.json"), {})
-    assert run_named("digits/dmd2/seed0") == RunId("digits", "dmd2", 0)
-    with pytest.raises(UserError, match=r"demo\.yaml"):
-        run_named("digits/dmd2/seed1")
-    assert complete("digits") == []
+    (place / "workflow/tables/more.yaml").write_text("title: t\nbase: digits\nrows: demo\n")
+    assert run_named("digits/dmd2/seed1") == RunId("digits", "dmd2", 1)
+    assert complete("d") and "demo" not in complete("d")
+    for words in (["status", "demo"], ["run", "demo"], ["run"], ["plan", "demo"], ["print", "demo"]):
+        assert dmd2_(*words) == 1
+        assert capsys.readouterr().err.startswith("error: workflow/tables/demo.yaml:")
+    assert dmd2_("run", "more") == 1
+    assert capsys.readouterr().err == "error: workflow/tables/more.yaml:3: rows names demo, which cannot be read\n"
+    assert dmd2_("run", "digits-ttur") == 0 and started[-1][-1] == "digits-ttur"
 
 
 def test_a_shell_completes_names_part_by_part(place: Path) -> None:

@@ -54,19 +54,23 @@ LIGHT = """
 import sys
 from dmd2.experiment.tables import load_experiment
 from dmd2.networks.light_diffusers import light_diffusers
-light_diffusers(load_experiment().bases["{base}"].data)
+data = load_experiment().bases["{base}"].data
+if data.text is not None:
+    data = data.model_copy(update={{"text": data.text.model_copy(update={{"latents": {latents}}})}})
+light_diffusers(data)
 import dmd2.training.trainer, eval.runs.evaluate
 needless = {{"peft", "transformers", "torchao", "scipy.stats", "pandas", "diffusers.models.transformers.transformer_flux"}}
 print(*needless & {{*sys.modules}}, file=sys.stderr)
 """
 
 
-def test_pixel_runs_import_no_package_of_text_runs() -> None:
-    assert imported(LIGHT.format(base="digits")) == []
+@pytest.mark.parametrize("base", ["digits", "emoji"])
+def test_runs_in_pixels_import_no_package_of_encoders(base: str) -> None:
+    assert imported(LIGHT.format(base=base, latents=False)) == []
 
 
-def test_text_runs_import_diffusers_with_all_that_it_finds() -> None:
-    assert "transformers" in imported(LIGHT.format(base="emoji"))
+def test_runs_in_latents_import_diffusers_with_all_that_it_finds() -> None:
+    assert "transformers" in imported(LIGHT.format(base="emoji", latents=True))
 
 
 def test_hidden_packages_are_there_again_afterwards() -> None:

@@ -5,7 +5,7 @@ package checks once, when the tables are read, what needs two sections or keys, 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from math import log2
 from typing import Any
 
@@ -25,13 +25,12 @@ SOLVERS = {"edm": ("heun",), "eps": ("ddim", "ddpm", "pndm", "euler"), "flow": (
 LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.schedules, which imports torch
 
 
-def check_all(located: Sequence[LocatedConfig]) -> None:
-    """Check configs of bases and rows, together with the other sets that they name.
+def check_all(located: Iterable[LocatedConfig], sets: Mapping[str, Data]) -> None:
+    """Check configs of bases and rows, together with the other sets that they name, of all `sets` by name.
 
     Raises:
         UserError: one sentence with file, line and key for the first problem.
     """
-    sets = {one.cfg.data.name: one.cfg.data for one in located}
     for one in located:
         for *keys, told in problems(one.cfg, sets):
             named = told if told.startswith(keys[0]) else f"{keys[0]}: {told}"

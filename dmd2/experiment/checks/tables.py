@@ -13,6 +13,7 @@ from dmd2.experiment.teacher_config import OF_RUN
 from dmd2.experiment.yaml_file import Place
 
 Definition = tuple[str, str, str, dict[str, Any]]  # what, its name, the key of its name, and what it is by dotted keys
+Known = dict[tuple[str, str], tuple[dict[str, Any], LocatedConfig]]  # definitions and their places, by what and name
 
 
 def check_table(table: Table, rows: set[str], base: RunConfig, place: Place) -> None:
@@ -89,14 +90,14 @@ def _test_problems(table: Table, test: ClaimTest, rows: set[str]) -> Iterator[tu
         yield "b", f"a and b are both {test.a}: a claim compares two rows"
 
 
-def check_origins(runs: Mapping[tuple[str, str], RunConfig]) -> None:
+def check_origins(base: str, rows: Iterable[str], runs: Mapping[tuple[str, str], RunConfig]) -> None:
     """Refuse a `train.init_from` that names no row, or leads back to where it started, given all runs by (base, row).
 
     Raises:
         UserError: with the chain of rows.
     """
-    for (base, run), cfg in runs.items():
-        seen = [run]
+    for run in rows:
+        cfg, seen = runs[base, run], [run]
         while (origin := cfg.train.init_from) is not None:
             if (base, origin) not in runs:
                 raise UserError(f"{base}/{seen[-1]}: train.init_from names {origin}, which no table has as a row")
@@ -129,13 +130,14 @@ def definitions(cfg: RunConfig) -> Iterator[Definition]:
             yield "reference", name, f"{key}.reference", {"eval": measured_by}
 
 
-def check_shared(located: Iterable[LocatedConfig]) -> None:
+def check_shared(located: Iterable[LocatedConfig], known: Known) -> None:
     """Refuse two definitions of one name: made after the second, an artefact would replace that of the first.
+
+    The definitions are added to those that are `known`.
 
     Raises:
         UserError: with both places, the first difference, and what to rename.
     """
-    known: dict[tuple[str, str], tuple[dict[str, Any], LocatedConfig]] = {}
     for one in located:
         for what, name, key, definition in definitions(one.cfg):
             first, other = known.setdefault((what, name), (definition, one))
