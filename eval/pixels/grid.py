@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from safetensors import safe_open
 
 from dmd2.core.errors import UserError
+from dmd2.core.files import read_json
 
 ROWS, COLUMNS = 6, 10  # samples of each class or prompt, and of how many of those
 SIDE = 256  # pixels: larger samples are scaled down to it
@@ -48,20 +51,50 @@ def sample_grid(path: Path, side: int | None) -> Grid:
     Raises:
         UserError: the file is missing or is not an image.
     """
-    buffer = io.BytesIO()
     try:
         with Image.open(path) as image:
-            if small := image.width <= SMALL:
-                shown = _spaced(image.convert("LA" if image.mode == "L" else "RGBA"), side or image.height // ROWS)
-                shown.save(buffer, "PNG", optimize=True)
-            else:
-                width = min(image.width, WIDTH)
-                shown = image.convert("RGB").resize((width, round(image.height * width / image.width)))
-                shown.save(buffer, "JPEG", quality=85)
+            return _shown(image, side or image.height // ROWS)
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
         fix = f"delete {path.with_name('metrics.json')} if it is there and make the table again with Snakemake"
         raise UserError(f"sample grid {path} {reason}: {fix}, or run from the repository root") from error
+
+
+def real_grid(folder: Path, classes: int) -> Grid | None:
+    """Images of the real set that lies in `folder`, in the layout of samples; None where no images lie there.
+
+    They are spread evenly over its first shard, in each column over one class if there are `classes`.
+    """
+    manifest = folder / "manifest.json"
+    files = [folder / entry["path"] for entry in read_json(manifest)["files"]] if manifest.exists() else []
+    shard = next((file for file in files if file.suffix == ".safetensors" and file.exists()), None)
+    if shard is None:
+        return None
+    with safe_open(shard, "numpy") as tensors:
+        images = tensors.get_slice("images") if "images" in tensors.keys() else None  # noqa: SIM118, it is no dict
+        if images is None or images.get_dtype() != "U8":  # latents
+            return None
+        count, channels, height, width = images.get_shape()
+        of = tensors.get_tensor("labels") if classes else np.arange(count) * COLUMNS // count
+        grid = np.zeros((min(classes or COLUMNS, COLUMNS), ROWS, channels, height, width), np.uint8)
+        for column, cells in enumerate(grid):
+            found = np.flatnonzero(of == column)
+            for row in range(min(ROWS, len(found))):
+                at = found[row * len(found) // min(ROWS, len(found))]
+                cells[row] = images[int(at) : int(at) + 1][0]
+    tiled = grid.transpose(1, 3, 0, 4, 2).reshape(ROWS * height, -1, channels)
+    return _shown(Image.fromarray(tiled[..., 0] if channels == 1 else tiled), width)
+
+
+def _shown(image: Image.Image, side: int) -> Grid:
+    buffer = io.BytesIO()
+    if small := image.width <= SMALL:
+        shown = _spaced(image.convert("LA" if image.mode == "L" else "RGBA"), side)
+        shown.save(buffer, "PNG", optimize=True)
+    else:
+        width = min(image.width, WIDTH)
+        shown = image.convert("RGB").resize((width, round(image.height * width / image.width)))
+        shown.save(buffer, "JPEG", quality=85)
     kind, content = "png" if small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
     return Grid(f"data:image/{kind};base64,{content}", *shown.size, small)
 

@@ -16,6 +16,7 @@ from dmd2.core.files import read_json, sha256, write_text
 from dmd2.core.provenance import made_from
 from dmd2.core.run import commit
 from dmd2.experiment.metrics import BETTER, UNSETTLED
+from dmd2.experiment.run_inputs import REAL
 from dmd2.experiment.table_config import MIN_SEEDS
 from dmd2.experiment.tables import PAGE
 from dmd2.publish.table_text import (
@@ -34,7 +35,7 @@ from dmd2.publish.table_text import (
     too_few_seeds,
 )
 from dmd2.publish.template import template
-from eval.pixels.grid import sample_grid, sample_side
+from eval.pixels.grid import real_grid, sample_grid, sample_side
 from eval.report import figures, files, training_log
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -91,7 +92,8 @@ def view(table: TableRecord) -> dict[str, Any]:
     students, styles, metric = figures.rows_of(table, "student"), figures.styles(table), table["metrics"][0]
     anchors = {run: f"key-{table['name']}-{run}" for run in styles}
     curves = {row["run"]: figures.curve(row, "step", metric) for row in students}
-    side = sample_side(students[0]["config"]["data"])
+    data = students[0]["config"]["data"]
+    side = sample_side(data)
     return {
         **table,
         "anchors": anchors,
@@ -113,6 +115,7 @@ def view(table: TableRecord) -> dict[str, Any]:
         "training": training_log.panels(table),
         "durations": durations(table),
         "chain": chain(table),
+        "real": real_grid(REAL / data["name"], data["classes"]),
         "grids": [(row, sample_grid(Path(next(iter(row["grid"].values()))), side)) for row in table["rows"]],
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import typer
 import yaml
+from safetensors.numpy import load_file
 
 from dmd2.core.errors import readable_errors
 from dmd2.core.files import read_json, read_json_lines, write_json, write_text
@@ -21,8 +22,9 @@ from dmd2.experiment.dotted_keys import differences
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
+from dmd2.experiment.run_inputs import REFS
 from dmd2.experiment.tables import BESIDE, Table, experiment_with
-from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
+from dmd2.publish.table_text import RowRecord, TableRecord, label, markdown, number, paper_value
 from eval.metrics.estimate import Estimate
 from eval.report.claims import claims_of, distance, is_timed, judge
 from eval.report.differences import difference, with_influences
@@ -57,6 +59,7 @@ def build(name: str) -> TableRecord:
     warnings = _warnings(table, rows) + _code_warnings(records) + _add_beside(experiment.beside(name), table, rows)
     claims = judge(claims_of(table), measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
+    warnings += _far(table, rows, experiment.bases[table.base].eval.statistics)
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
 
 
@@ -211,6 +214,23 @@ def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:
     if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:
         warnings.append("rows were measured with different protocols and must not be compared")
     return warnings
+
+
+def _far(table: Table, rows: list[RowRecord], statistics: str) -> list[str]:
+    """A warning where the teacher's samples are farther from the images than images that are all alike can be.
+
+    Those have no covariance: their Frechet distance is the trace of that of the real features, or more.
+    """
+    metric, manifest = distance(table.metrics), REFS / statistics / "manifest.json"
+    own = [row["values"][metric][0] for row in rows if row["kind"] == "teacher"] if metric else []
+    if not own or not manifest.exists():
+        return []
+    moments = load_file(manifest.with_name("moments.safetensors"))
+    alike = float(np.trace(moments["scatter"])) / (read_json(manifest)["count"] - 1)
+    if min(own) <= alike:
+        return []
+    told = f"the teacher's samples are far from the images: {label(metric)} {number(min(own))}"
+    return [f"{told}, and images that are all alike can have {number(alike)}; train it longer (teacher.train.steps)"]
 
 
 def _code_warnings(records: dict[str, Records]) -> list[str]:
