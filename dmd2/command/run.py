@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmd2.core.errors import UserError, did_you_mean, readable_errors
+from dmd2.core.errors import UserError, did_you_mean, readable_errors, show
 from dmd2.experiment.cluster import import_environment
 from dmd2.experiment.tables import BASES, TABLES, readable_tables
 from dmd2.experiment.yaml_file import ORIGIN, read_yaml, workflow_files
@@ -44,9 +44,7 @@ def run(
         words, place = targets or [], _profile(profile)
         named = (word for word in words if word not in ("-n", "--dry-run"))
         _check_names(takewhile(lambda word: not word.startswith("-"), named))  # afterwards it may be an option's value
-        wrong = readable_tables()[1]  # of a table that is not asked for, Snakemake warns
-        if told := next((wrong[word] for word in words or [DEFAULT] if word in wrong), None):
-            raise UserError(told)
+        _check_tables(words or [DEFAULT])
         os.environ.update(import_environment())
         if again:
             _train_again(words, place)
@@ -54,6 +52,23 @@ def run(
         start = [sys.executable, "-m", "snakemake", *([] if own else ["--snakefile", str(ORIGIN / SNAKEFILES[0])])]
         files = [file for word in words for file in _files(word)]
         os.execv(sys.executable, [*start, "--profile", str(place), *files])
+
+
+def _check_tables(words: list[str]) -> None:
+    """Warn of what tables need and is not here; it may be there where jobs run.
+
+    Raises:
+        UserError: one of them cannot be read. Of others Snakemake warns.
+    """
+    from dmd2.command.needs import lacks
+
+    experiment, wrong = readable_tables()
+    for word in words:
+        if word in wrong:
+            raise UserError(wrong[word])
+        needed = lacks(experiment, word, gpu=True) if word in experiment.tables else []
+        if missing := [need for need in needed if not need.startswith("weights ")]:  # those are fetched
+            show(f"warning: {word} needs what is not here: {', '.join(missing)}")
 
 
 def _profile(name: str) -> Path:

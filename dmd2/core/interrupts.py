@@ -101,13 +101,13 @@ def leave_to_another_job(folder: Path) -> None:
         raise UserError(f"{folder}: Slurm job {other} trains this run already; job {own} leaves it alone and ends")
 
 
-def is_being_trained(folder: Path) -> bool:
-    """Whether a process trains the run, which means that it holds the run's lock.
+def is_being_trained(folder: Path, lock: str = LOCK) -> bool:
+    """Whether a process trains the run, which means that it holds the run's lock, or another one in the folder.
 
     This function tries a shared lock: with exclusive ones, two overviews at once would take each other for a training.
     """
     try:
-        with open(folder / LOCK, encoding="utf-8") as file:
+        with open(folder / lock, encoding="utf-8") as file:
             flock(file, LOCK_SH | LOCK_NB)
     except FileNotFoundError:
         return False

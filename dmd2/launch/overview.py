@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
+from dmd2.core.interrupts import is_being_trained
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import NO_SLURM, Entry, job_name, squeue
 from dmd2.launch.state import is_published, run_state
@@ -22,6 +24,7 @@ FOLDED = ("state", "node", "last losses")  # columns that may take several lines
 OTHER_COLUMNS = 114  # characters beside the name of the run, the folded columns on several lines
 PIPED_WIDTH = 1000  # characters; more than any line needs, so that grep finds whole lines
 NONE = "–"
+MADE = ".manifest.json.lock"  # of what trainings wait for: sets, teachers, pairs (dmd2/core/provenance.py)
 
 
 class RunLine(NamedTuple):
@@ -60,6 +63,9 @@ def print_overview(runs: list[RunId]) -> None:
     console.print(f"{len(lines)} run{'' if len(lines) == 1 else 's'}{': ' if told else ''}{told}")
     if counts["ended"]:
         console.print("ended: complete, and the next `dmd2 run` publishes it")
+    for folder in sorted(lock.parent for lock in Path("data").glob(f"*/*/{MADE}")):
+        if is_being_trained(folder, MADE):
+            console.print(f"{folder} is being made: its progress is in the terminal of `dmd2 run`")
     if note:
         console.print(f"states are unknown: {note}")
 

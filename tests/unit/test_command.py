@@ -117,6 +117,14 @@ def test_a_broken_table_stops_what_asks_for_it_and_nothing_else(place: Path, sta
     assert dmd2_("run", "digits-ttur") == 0 and started[-1][-1] == "digits-ttur"
 
 
+def test_run_warns_of_images_that_are_not_there(place: Path, started, capsys) -> None:
+    source = "data: {source: {kind: image-folder, path: gone}, resolution: 8, channels: 1, classes: 10}"
+    (place / "workflow/base/mine.yaml").write_text(f"like: digits\n{source}\n")
+    (place / "workflow/tables/own.yaml").write_text("title: t\nbase: mine\nrows: digits-ttur\n")
+    assert dmd2_("run", "own", "-n") == 0 and started
+    assert capsys.readouterr().err == "warning: own needs what is not here: gone\n"
+
+
 def test_a_shell_completes_names_part_by_part(place: Path) -> None:
     assert complete("digits-t") == ["digits-table3", "digits-ttur"]
     assert {"digits", "digits-ttur", "digits/dmd2"} <= {*complete("digits")}

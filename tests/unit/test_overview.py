@@ -10,6 +10,7 @@ import pytest
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import write_json
+from dmd2.core.provenance import sole_maker
 from dmd2.core.run import RunId
 from dmd2.core.slurm_queue import Entry, job_name
 from dmd2.launch import command as launch
@@ -228,6 +229,14 @@ def test_status_prints_the_overview_or_a_sentence(place: Path, capsys) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == "3 runs: 3 not started"
     with pytest.raises(SystemExit, match=r"^error: no run or table is called digits/dmd3, did you mean digits/dmd\?$"):
         launch.status(["digits/dmd3"])
+
+
+def test_what_trainings_wait_for_is_named_while_it_is_made(place: Path, capsys) -> None:
+    with sole_maker(Path("data/teachers/digits/manifest.json")):
+        print_overview([])
+    assert "\ndata/teachers/digits is being made: " in capsys.readouterr().out
+    print_overview([])
+    assert capsys.readouterr().out == "0 runs\n"
 
 
 def test_no_run_at_all_is_one_line(place: Path, capsys) -> None:
