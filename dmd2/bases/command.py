@@ -121,6 +121,8 @@ def show(found: "Found") -> None:
     from dmd2.bases.propose import described
 
     print(f"found ({found.source.kind}): {described(found)}")
+    if found.note:
+        print(f"  {found.note}")
     for name, count in list(found.classes.items())[:20]:
         print(f"  class {name}: {count:,}")
     if len(found.classes) > 20:

@@ -27,6 +27,7 @@ class Found:
         classes: names of the classes with their numbers of images; empty without labels.
         captions: some captions; empty without captions.
         fixed: whether images are read as they are, and not resized.
+        note: a sentence on what was not taken, or empty.
     """
 
     source: Source
@@ -37,6 +38,7 @@ class Found:
     classes: dict[str, int] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
     fixed: bool = False
+    note: str = ""
 
     @property
     def side(self) -> int:

@@ -51,8 +51,11 @@ def look_at_images(place: Path) -> Found:
     captions = _captions(source, files, names)
     for name in names[:: max(1, len(names) // LOOKED_AT)]:
         shapes.add(f"{place}/{name}", files.read(name), captioned=bool(captions))
-    classes = {} if captions else _classes(files, names, firsts)
-    return shapes.found(source, len(names), classes=classes, captions=captions)
+    classes, note = {} if captions else _classes(files, names, firsts), ""
+    if in_folders and firsts[""] and not (classes or captions):
+        loose = next(name for name in names if "/" not in name)
+        note = f"taken without labels, as {firsts['']} images lie beside the folders ({loose}): move them for classes"
+    return shapes.found(source, len(names), classes=classes, captions=captions, note=note)
 
 
 def _captions(source: Source, files: Files, names: list[str]) -> list[str]:

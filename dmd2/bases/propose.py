@@ -21,6 +21,7 @@ GPU_WIDTHS = {8: (128, 256), 16: (128, 256), 32: (128, 256, 256), 64: (128, 128,
 IMAGES: dict[str, Any] = {"teacher_steps": 650, "steps": 64, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
 CAPTIONS: dict[str, Any] = {"teacher_steps": 600, "steps": 64, "batch": 16, "lr": "1.0e-3", "minutes": 4}
 MEASURED = 256  # images of an evaluation of a small base, at most: more than twice the detector's 112 dimensions
+SMALL_DETECTOR, DETECTOR, PAPER_DETECTOR = "lite0-112@64", "lite0-320@64", "lite0-1280@64"
 SHOWN = 6  # classes named in a comment
 MADE = "By dmd2 new-base"  # what the comments of its files begin with
 
@@ -73,12 +74,17 @@ def minutes(found: Found) -> int:
 
 def too_few(name: str, found: Found) -> str:
     """Which bases get no interval of the Frechet distance for want of images, as a sentence; empty if all do."""
-    features = {"": 112, "-gpu": 320, "-paper": 320 if found.captions else 1280}  # of the detectors
+    features = {base: int(detector.split("-")[1].split("@")[0]) for base, detector in _detectors(found).items()}
     few = [f"{name}{base} {2 * width:,}" for base, width in features.items() if found.count < 2 * width]
     told = (
         f"{found.count:,} images are few: a Frechet distance has an interval from twice as many images as features on"
     )
     return f"{told} ({', '.join(few)})" if few else ""
+
+
+def _detectors(found: Found) -> dict[str, str]:
+    """Detectors of the bases by the ending of their name."""
+    return {"": SMALL_DETECTOR, "-gpu": DETECTOR, "-paper": DETECTOR if found.captions else PAPER_DETECTOR}
 
 
 def _side(found: Found, wanted: int) -> int:
@@ -128,6 +134,7 @@ def _values(name: str, found: Found, kind: str) -> dict[str, Any]:
         "of_paper": "x".join(map(str, of_paper)),
         "shape": "x".join(map(str, shape)),
         "factor": sqrt(prod(of_paper) / prod(shape)),
+        "detector": _detectors(found).get({"gpu": "-gpu", "paper": "-paper"}.get(kind.split("-")[0], "")),
         "images": images,
         "shards": max(1, images // 1000),
         "tokens": next(tokens for tokens in (16, 32, 64, 77) if tokens >= 1.3 * words or tokens == 77),

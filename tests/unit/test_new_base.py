@@ -133,6 +133,12 @@ def called(*words: str) -> tuple[int, str]:
     return result.exit_code, result.output + str(told)
 
 
+def test_an_image_beside_class_folders_is_told():
+    write_files(Path("set"), {**CLASSED, "loose.png": FILES["0.png"]})
+    code, text = called("pets", "set", "--dry-run")
+    assert code == 0 and "taken without labels, as 1 images lie beside the folders (loose.png)" in text
+
+
 def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing():
     write_files(Path("set"), CLASSED)
     Path("workflow").mkdir()
@@ -159,7 +165,10 @@ def test_the_command_says_what_it_found_and_what_comes_next_and_replaces_nothing
     code, text = called("pets", "captioned", "--force")
     assert code == 0 and [table.stem for table in Path("workflow/tables").iterdir()] == ["pets-table4"], text
     made = {path: path.read_text() for path in Path("workflow").rglob("*.yaml")}
-    broken = Path("workflow/tables/broken.yaml")
+    write_files(Path("workflow/tables"), {"other.yaml": b"title: x"})  # is another's affair
+    assert called("pets", "captioned", "--force")[0] == 0
+    Path("workflow/tables/other.yaml").unlink()
+    broken = Path("workflow/base/broken.yaml")
     write_files(broken.parent, {broken.name: b"title: x"})
     code, text = called("pets", "set", "--force")
     assert code == 1 and "broken.yaml" in text
