@@ -1,6 +1,5 @@
 """One table of results: values beside the paper's, as JSON for the pages, Markdown (`table_text`), and tidy CSV."""
 
-import json
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,28 +9,23 @@ import numpy as np
 import pandas as pd
 import typer
 import yaml
-from safetensors.numpy import load_file
 
 from dmd2.core.errors import readable_errors
 from dmd2.core.files import read_json, read_json_lines, write_json, write_text
 from dmd2.core.provenance import recorded
-from dmd2.core.retraining import differences as code_differences
-from dmd2.core.retraining import named, other_code
 from dmd2.core.run import SAMPLERS, RunId
 from dmd2.experiment.dotted_keys import differences
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import BETTER, FRECHET, best_first
 from dmd2.experiment.protocols import of_record
-from dmd2.experiment.run_inputs import REFS
 from dmd2.experiment.tables import BESIDE, Table, experiment_with
-from dmd2.publish.table_text import RowRecord, TableRecord, label, markdown, number, paper_value
+from dmd2.publish.table_text import RowRecord, TableRecord, markdown, paper_value
 from eval.metrics.estimate import Estimate
-from eval.report.claims import claims_of, distance, is_timed, judge
+from eval.report.claims import claims_of, distance, judge
 from eval.report.differences import difference, with_influences
 from eval.report.logs import summary
 from eval.report.rules import TEACHER, Measurements
-
-Records = dict[int, dict[str, Any]]  # the metrics.json of every training seed; of a teacher's sampler under 0
+from eval.report.warnings import Records, of_code, of_rows, of_teacher
 
 
 def build(name: str) -> TableRecord:
@@ -56,10 +50,10 @@ def build(name: str) -> TableRecord:
             row |= _sampled(found[0])
         rows.append(row)
     _add_differences(table, rows, records)
-    warnings = _warnings(table, rows) + _code_warnings(records) + _add_beside(experiment.beside(name), table, rows)
+    warnings = [*of_rows(table, rows), *of_code(records), *_add_beside(experiment.beside(name), table, rows)]
     claims = judge(claims_of(table), measurements(table, rows), distance(table.metrics))
     about = table.model_dump(mode="json", exclude={"rows", "claims", "teachers", "change", "row_change"})
-    warnings += _far(table, rows, experiment.bases[table.base].eval.statistics)
+    warnings += of_teacher(table, rows, experiment.bases[table.base].eval.statistics)
     return {"name": name, **about, "rows": rows, "claims": claims, "warnings": warnings}
 
 
@@ -198,54 +192,6 @@ def _by_seed(metric: str, row: RowRecord, records: Records, classes: int | None)
         s: with_influences(records[s], Path(grid).parent, row["step"][s], metric, row["values"][metric][s], classes)
         for s, grid in row["grid"].items()
     }
-
-
-def _warnings(table: Table, rows: list[RowRecord]) -> list[str]:
-    warnings = []
-    commits = {c for row in rows if row["kind"] == "student" for c in row["commits"].values()}
-    if len(commits) > 1:
-        warnings.append(f"rows were trained at different commits: {', '.join(sorted(commits))}")
-    if any(c.endswith("+") or c == "unknown" for c in commits):
-        warnings.append("some rows were trained from files that differ from their commit (marked +)")
-    devices = sorted({device for row in rows if row["kind"] == "student" for device in row["device"].split(", ")})
-    if (timed := [claim.id for claim in claims_of(table) if is_timed(claim)]) and len(devices) > 1:
-        machines = f"trained on different devices ({', '.join(devices)})"
-        warnings.append(f"{', '.join(timed)}: rows are compared at equal training time but {machines}")
-    if len({json.dumps(protocol, sort_keys=True) for row in rows for protocol in row["protocols"]}) > 1:
-        warnings.append("rows were measured with different protocols and must not be compared")
-    return warnings
-
-
-def _far(table: Table, rows: list[RowRecord], statistics: str) -> list[str]:
-    """A warning where the teacher's samples are farther from the images than images that are all alike can be.
-
-    Those have no covariance: their Frechet distance is the trace of that of the real features, or more.
-    """
-    metric, manifest = distance(table.metrics), REFS / statistics / "manifest.json"
-    own = [row["values"][metric][0] for row in rows if row["kind"] == "teacher"] if metric else []
-    if not own or not manifest.exists():
-        return []
-    moments = load_file(manifest.with_name("moments.safetensors"))
-    alike = float(np.trace(moments["scatter"])) / (read_json(manifest)["count"] - 1)
-    if min(own) <= alike:
-        return []
-    told = f"the teacher's samples are far from the images: {label(metric)} {number(min(own))}"
-    return [f"{told}, and images that are all alike can have {number(alike)}; train it longer (teacher.train.steps)"]
-
-
-def _code_warnings(records: dict[str, Records]) -> list[str]:
-    """Warnings about rows that were trained by different code, as far as the records say which."""
-    trained = {run: [record.get("train_code", []) for record in of_run.values()] for run, of_run in records.items()}
-    parts = {run: [part for seed in seeds for part in seed] for run, seeds in trained.items()}
-    files = code_differences([part for found in parts.values() for part in found])
-    mixed = [run for run, seeds in trained.items() if any(len(seed) > 1 for seed in seeds)]
-    other = [run for run, found in parts.items() if other_code(found)]
-    told = {
-        f"not all of this was trained by the same code: {named(files)} differ": files,
-        f"other code went on with half-trained runs: {', '.join(mixed)}": mixed,
-        f"trained by other code than the table was made with: {', '.join(other)}": other,
-    }
-    return [text for text, found in told.items() if found]
 
 
 def tidy(table: TableRecord) -> pd.DataFrame:

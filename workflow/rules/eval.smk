@@ -1,5 +1,6 @@
 # Metrics of every snapshot of a run, and of the teacher's samplers. Where eval.shards is above 1, that many jobs share the
-# images and leave features beside the metrics; the last job then only joins them.
+# images and leave features beside the metrics; the last job then only joins them. They come before the next trainings, so
+# that the first samples can be looked at while those go on.
 def eval_inputs(cfg):
     return {name: str(path) for name, path in measured_with(cfg).items()}
 
@@ -18,6 +19,7 @@ rule evaluate_part:
         temp("results/runs/{base}/{run}/seed{seed}/features-{part}.json"),
     log:
         "logs/evaluate_part/{base}/{run}/seed{seed}-part{part}.log",
+    priority: BEFORE_TRAINING
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -56,6 +58,7 @@ rule evaluate:
         ),
     log:
         "logs/evaluate/{base}/{run}/seed{seed}.log",
+    priority: BEFORE_TRAINING
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -77,6 +80,7 @@ rule evaluate_teacher_part:
         temp("results/teachers/{base}/{sampler}/features-{part}.json"),
     log:
         "logs/evaluate_teacher_part/{base}/{sampler}-part{part}.log",
+    priority: BEFORE_TRAINING
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
@@ -116,6 +120,7 @@ rule evaluate_teacher:
         ),
     log:
         "logs/evaluate_teacher/{base}/{sampler}.log",
+    priority: BEFORE_TRAINING
     threads: threads_of("evaluate")
     resources:
         **hardware("evaluate"),
