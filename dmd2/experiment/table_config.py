@@ -47,7 +47,8 @@ Rows: TypeAlias = Annotated[
 
 # eval/report/claims.yaml says what they are, with their tests.
 ClaimName = Literal[
-    "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16", "F1"
+    "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16",
+    "F1", "F2", "F3", "F4", "F5", "F6", "F8"
 ]
 
 
