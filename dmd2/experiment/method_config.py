@@ -65,7 +65,8 @@ class DistributionMatching(Section):
         guidance adds.
     renoise: levels of the two: ``shared`` by both, ``full`` and independent, not noisier than the student's own level
         in both (``constrained``) or in the augmentation alone (``hybrid``).
-    sid_alpha: of ``sid``. sid_weight: of its levels: ``alpha``, or ``normaliser``, that of ``dmd``.
+    sid_alpha: factor of the squared difference of teacher and critic in ``sid``.
+    sid_weight: of ``sid``, of an image: alpha_t, or the inverse of the normaliser of ``dmd``.
     divergence: weights images by the head's estimate of how real they are (f-distill, arXiv 2502.15681); ``rkl`` is
         off: all weights are 1.
     moments_kl: weight of a divergence of each image's mean and variance from `moments`, mean and variance of the data.

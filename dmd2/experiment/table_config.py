@@ -49,7 +49,7 @@ Rows: TypeAlias = Annotated[
 ClaimName = Literal[
     "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16",
     "F1", "F2", "F3", "F4", "F5", "F6", "F8"
-]
+]  # fmt: skip
 
 
 RuleName = Literal["below", "above", "faster", "equivalent", "no_gain"]  # functions of eval/report/rules.py
