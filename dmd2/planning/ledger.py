@@ -1,7 +1,7 @@
 """PyTorch's meta device as a model of a GPU: a ledger of memory and arithmetic, autocast, fused attention."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -58,7 +58,9 @@ class Ledger(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._enter(value)
         self.peak = max(self.peak, self.live)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if func._overloadpacket is torch.ops.aten.convolution_backward:
+            self.flops += _backward_of_convolution(*args, out=out)
+        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -72,6 +74,18 @@ class Ledger(TorchDispatchMode):
 
     def _leave(self, key: int) -> None:
         self.live -= self._known.pop(key)
+
+
+def _backward_of_convolution(
+    grad: Tensor, x: Tensor, weight: Tensor, *options: Any, out: Sequence[Tensor | None]
+) -> int:
+    """Operations of the gradients of input and weight, each as many as forward.
+
+    PyTorch's own formula takes the gradient of a grouped convolution's weight for that of a dense one.
+    """
+    transposed = options[4]
+    forward = 2 * (x if transposed else grad).numel() * weight[0].numel()
+    return forward * sum(one is not None for one in out[:2])
 
 
 class _Form(NamedTuple):

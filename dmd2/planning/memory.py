@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.data.sets import TensorSet
+from dmd2.experiment.checks.transformers import SHAPES
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.method.step import Models, train_step
@@ -249,6 +250,14 @@ class Counted:
         if self.cfg.data.text is None:
             labels = torch.empty(count, dtype=torch.long, device=META) if self.cfg.data.labelled else None
             return Condition(labels=labels)
+        if (shape := SHAPES.get(type(denoiser.network).__name__)) is not None:
+            pipeline, pooled = self.cfg.data.text.pipeline, None
+            length = shape.clip + (pipeline.max_sequence_length or shape.tokens)
+            if pipeline.encoder is not None:
+                length = pipeline.tokens
+            elif shape.classes != shape.text:
+                pooled = torch.empty(count, config[shape.classes], device=META)
+            return Condition(text=torch.empty(count, length, config[shape.text], device=META), pooled=pooled)
         text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
         if config.get("addition_embed_type") != "text_time":
             return Condition(text=text)

@@ -178,6 +178,19 @@ def test_fused_attention_keeps_no_matrix_of_weights():
     assert counted.flops == 7 * 2 * 4096 * 4096 * 8  # two products forward, five backward
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 8}])
+def test_backward_of_a_convolution_is_twice_its_forward(options):
+    x, conv = (
+        torch.empty(2, 16, 8, 8, device=META, requires_grad=True),
+        torch.nn.Conv2d(16, 32, 3, **options, device=META),
+    )
+    with Ledger([x]) as counted:
+        y = conv(x)
+        forward = counted.flops
+        y.sum().backward()
+    assert forward == 2 * y.numel() * conv.weight[0].numel() and counted.flops == 3 * forward
+
+
 def test_the_ledger_counts_a_storage_once_and_forgets_it_when_it_goes():
     x = torch.empty(256, 4, device=META)
     with Ledger([x]) as counted:

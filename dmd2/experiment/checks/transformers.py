@@ -12,12 +12,15 @@ Problem = tuple[str, ...]  # dotted keys of a run, the first of which names it i
 class Shape(NamedTuple):
     """Where a class of transformers says what it takes.
 
-    text: width of text states. classes: width of the vector that a class becomes. packed: latents in one channel of the
-    network. sized: positions are for one size. patch: key of the patch's side. blocks: of the numbers of its blocks.
+    text: width of text states. classes: width of the vector that a class becomes, of SD3 and FLUX the pooled one.
+    tokens: of a caption by the family's pipeline, after `clip` ones. packed: latents in one channel of the network.
+    sized: positions are for one size. patch: key of the patch's side. blocks: of the numbers of its blocks.
     """
 
     text: str
     classes: str
+    tokens: int
+    clip: int = 0
     packed: int = 1
     sized: bool = False
     patch: str | None = "patch_size"
@@ -25,13 +28,20 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "SD3Transformer2DModel": Shape("joint_attention_dim", "pooled_projection_dim", sized=True),
+    "SD3Transformer2DModel": Shape("joint_attention_dim", "pooled_projection_dim", 256, clip=77, sized=True),
     "FluxTransformer2DModel": Shape(
-        "joint_attention_dim", "pooled_projection_dim", packed=4, patch=None, blocks=("num_layers", "num_single_layers")
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        512,
+        packed=4,
+        patch=None,
+        blocks=("num_layers", "num_single_layers"),
     ),
-    "SanaTransformer2DModel": Shape("caption_channels", "caption_channels", sized=True),
-    "Lumina2Transformer2DModel": Shape("cap_feat_dim", "cap_feat_dim"),
-    "ZImageTransformer2DModel": Shape("cap_feat_dim", "cap_feat_dim", patch="all_patch_size", blocks=("n_layers",)),
+    "SanaTransformer2DModel": Shape("caption_channels", "caption_channels", 300, sized=True),
+    "Lumina2Transformer2DModel": Shape("cap_feat_dim", "cap_feat_dim", 256),
+    "ZImageTransformer2DModel": Shape(
+        "cap_feat_dim", "cap_feat_dim", 512, patch="all_patch_size", blocks=("n_layers",)
+    ),
 }
 
 
