@@ -1,6 +1,6 @@
 """Batches of a training iteration and AdamW's states as shapes on PyTorch's meta device, without numbers or memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.core.rng import Draws
+from dmd2.experiment.checks.transformers import SHAPES
 from dmd2.experiment.config import Optim
+from dmd2.experiment.data_config import Data
 from dmd2.method.batches import Batch, Batches
+from dmd2.networks.condition import Condition
 from dmd2.training.optimiser import Optimiser
 from dmd2.training.quantised import CODES_PER_SCALE, quantises
 
 META = torch.device("meta")
+TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,27 @@ class ShapeDraws(Draws):
     def shuffled(self, name: str, size: int) -> Tensor:
         """See `Draws.shuffled`."""
         return torch.empty((self.stop - self.start,), dtype=torch.long, device=META)
+
+
+def condition_of(data: Data, network: Any, count: int) -> Condition:
+    """A condition of `count` samples, of the sizes that the network's config and the data section name."""
+    if data.text is None:
+        return Condition(labels=torch.empty(count, dtype=torch.long, device=META) if data.labelled else None)
+    config: Mapping[str, Any] = network.config
+    if (shape := SHAPES.get(type(network).__name__)) is not None:
+        pipeline, pooled = data.text.pipeline, None
+        length = shape.clip + (pipeline.max_sequence_length or shape.tokens)
+        if pipeline.encoder is not None:
+            length = pipeline.tokens
+        elif shape.classes != shape.text:
+            pooled = torch.empty(count, config[shape.classes], device=META)
+        return Condition(text=torch.empty(count, length, config[shape.text], device=META), pooled=pooled)
+    text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
+    if config.get("addition_embed_type") != "text_time":
+        return Condition(text=text)
+    width = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+    sizes = (torch.empty(count, size, device=META) for size in (width, SIZES))
+    return Condition(None, text, *sizes)
 
 
 class ShapeBatches(Batches):

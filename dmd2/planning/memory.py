@@ -3,7 +3,7 @@
 `Counted` runs the real `train_step` on networks without data; `dmd2.planning.ledger` adds up memory and arithmetic.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json
 from dmd2.data.sets import TensorSet
-from dmd2.experiment.checks.transformers import SHAPES
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import TEACHERS
 from dmd2.method.step import Models, train_step
@@ -24,14 +23,13 @@ from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, reached
 from dmd2.networks.lora import add_lora
 from dmd2.networks.lpips import Lpips
-from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser
+from dmd2.planning.iteration_shapes import META, ShapeBatches, ShapeOptimiser, condition_of
 from dmd2.planning.ledger import GpuFunctions, Ledger, rounded
 from dmd2.training.build import build_head, hold_lowered, in_bfloat16, tap_blocks
 from dmd2.training.sharding import recompute_activations, units
 from dmd2.training.teachers import build_network, wrap
 
 FLOAT = 4  # bytes
-TOKENS, SIZES = 77, 6  # of a caption, and numbers in SDXL's time_ids
 SAMPLED_AT = (1, 8, 64)  # micro-batches whose memory is counted; between and beyond them it is linear
 
 
@@ -246,24 +244,7 @@ class Counted:
 
     def condition(self, denoiser: Denoiser, count: int) -> Condition:
         """A condition of `count` samples, of the sizes that the network's config names."""
-        config: Mapping[str, Any] = denoiser.network.config
-        if self.cfg.data.text is None:
-            labels = torch.empty(count, dtype=torch.long, device=META) if self.cfg.data.labelled else None
-            return Condition(labels=labels)
-        if (shape := SHAPES.get(type(denoiser.network).__name__)) is not None:
-            pipeline, pooled = self.cfg.data.text.pipeline, None
-            length = shape.clip + (pipeline.max_sequence_length or shape.tokens)
-            if pipeline.encoder is not None:
-                length = pipeline.tokens
-            elif shape.classes != shape.text:
-                pooled = torch.empty(count, config[shape.classes], device=META)
-            return Condition(text=torch.empty(count, length, config[shape.text], device=META), pooled=pooled)
-        text = torch.empty(count, TOKENS, config["cross_attention_dim"], device=META)
-        if config.get("addition_embed_type") != "text_time":
-            return Condition(text=text)
-        pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
-        sizes = (torch.empty(count, width, device=META) for width in (pooled, SIZES))
-        return Condition(None, text, *sizes)
+        return condition_of(self.cfg.data, denoiser.network, count)
 
     def rows(self, count: int) -> TensorSet:
         """A real set and a pair set, which stay in host memory."""

@@ -8,7 +8,7 @@ from benchmarks.full_size import allocated_peak
 from dmd2.core.errors import UserError
 from dmd2.experiment.tables import load_base
 from dmd2.method.step import train_step
-from dmd2.planning import ledger, memory
+from dmd2.planning import iteration_shapes, ledger
 from dmd2.planning.ledger import GpuFunctions, Ledger
 from dmd2.planning.memory import META, Counted, Memory, Setup, architecture
 from dmd2.planning.plan import varied
@@ -42,7 +42,7 @@ def test_imagenet64_is_counted_without_its_weights():
 @pytest.mark.parametrize(("count", "recomputed"), [(4, False), (16, False), (16, True)])
 def test_the_peak_is_that_of_the_allocator(kind, count, recomputed, monkeypatch):
     monkeypatch.setattr(ledger, "ALLOCATION", 1)  # the CPU's allocator does not round up
-    monkeypatch.setattr(memory, "TOKENS", tiny.TOKENS)
+    monkeypatch.setattr(iteration_shapes, "TOKENS", tiny.TOKENS)
     cfg = config(kind, optim__batch=count)
     models, batches = tiny.models(kind, cfg), tiny.batches(kind, cfg)
     for trained in (models.student, models.critic):
