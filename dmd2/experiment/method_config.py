@@ -69,7 +69,8 @@ class DistributionMatching(Section):
     sid_weight: of ``sid``, of an image: alpha_t, or the inverse of the normaliser of ``dmd``.
     divergence: weights images by the head's estimate of how real they are (f-distill, arXiv 2502.15681); ``rkl`` is
         off: all weights are 1.
-    moments_kl: weight of a divergence of each image's mean and variance from `moments`, mean and variance of the data.
+    moments_kl: weight of a divergence of each image's mean and variance from `moments`.
+    moments: mean and variance of the data.
     """
 
     weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
