@@ -107,7 +107,8 @@ class Table(Section):
     rows: a list of rows, the name of another table whose rows are taken with the paper's numbers, or both: `{from:
         other table, add: [rows]}`.
     change: applies to all rows, before their preset and their own change.
-    row_change: applies to single rows, after their own change. Neither is taken with the rows of another table.
+    row_change: applies to single rows, after their own change. Both are taken with the rows of another table of the
+        same base, so that these are the same runs.
     claims: names of the paper's claims, and claims of one's own.
     """
 
@@ -148,23 +149,27 @@ class Table(Section):
 
 def rows_of(
     name: str, tables: Mapping[str, Table], places: Mapping[str, Place], without: Collection[str] = ()
-) -> list[tuple[Row, Place]]:
-    """All rows of the table `name` with where they are written; those that it takes from another table come first.
+) -> list[tuple[Row, Place, list[str]]]:
+    """All rows of the table `name`; those that it takes from another table come first.
+
+    With each are where it is written, and the tables whose `change` and `row_change` it has, in order: those of the
+    same base that it was taken through, and `name`.
 
     A table that takes its rows from one that adds some has these, too. Tables `without` cannot be read.
 
     Raises:
         UserError: a table that is not there or leads back here, or a row twice.
     """
-    found: list[tuple[Row, Place]] = []
+    found: list[tuple[Row, Place, list[str]]] = []
     seen = [name]
     while True:
         rows, place = tables[seen[-1]].rows, places[seen[-1]].below("rows")
+        changed = [table for table in reversed(seen) if tables[table].base == tables[name].base]
         if isinstance(rows, list):
-            found = [(row, place.below(i)) for i, row in enumerate(rows)] + found
+            found = [(row, place.below(i), changed) for i, row in enumerate(rows)] + found
             break
         if isinstance(rows, Extension):
-            found = [(row, place.below("add", i)) for i, row in enumerate(rows.add)] + found
+            found = [(row, place.below("add", i), changed) for i, row in enumerate(rows.add)] + found
             origin, key, where = rows.origin, "rows.from", place.where("from")
         else:
             origin, key, where = rows, "rows", place.where()
@@ -177,7 +182,7 @@ def rows_of(
     if not found:
         raise UserError(f"{places[name].where('rows')}: rows is empty: a table needs a row")
     first: dict[str, str] = {}
-    for row, place in found:
+    for row, place, _ in found:
         where = place.where()
         if row.run.startswith("teacher"):
             raise UserError(

@@ -126,17 +126,18 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES, without: Collect
         with _at_fault(name):
             base = read.get(table.base) or _base(table.base, bases)  # which tells that there is none
             rows, of_table = rows_of(name, experiment.tables, places, without), places[name]
-            experiment.rows[name] = [row for row, _ in rows]
-            for row, place in rows:
-                changes = [(table.change, of_table.below("change"))]
+            experiment.rows[name] = [row for row, *_ in rows]
+            for row, place, changed in rows:
+                changes = [(experiment.tables[t].change, places[t].below("change")) for t in changed]
                 if row.preset is not None:
                     experiment.presets[row.preset], of_preset = _preset(row, place, bases.with_name("presets"))
                     changes.append((experiment.presets[row.preset].change, of_preset.below("change")))
                 changes.append((row.change, place.below("change")))
-                changes.append((table.row_change.get(row.run, {}), of_table.below("row_change", row.run)))
+                own = ((experiment.tables[t].row_change, places[t].below("row_change", row.run)) for t in changed)
+                changes += [(of_rows.get(row.run, {}), written) for of_rows, written in own]
                 located[name].append(_row(row, place, base, changes))
                 _add(experiment, name, row.run, located[name][-1].cfg, place)
-            check_table(table, {row.run for row, _ in rows}, base.cfg, of_table)
+            check_table(table, {row.run for row, *_ in rows}, base.cfg, of_table)
             _check_beside(name, experiment.tables, of_table)
     _check_together(experiment, list(read.values()), located)
     return experiment

@@ -25,6 +25,15 @@ def test_a_table_can_take_the_rows_of_another_and_change_base_and_rows(folder):
     assert (runs["large", "b"].optim.lr, runs["large", "b"].optim.batch) == (0.5, 4)
 
 
+def test_rows_of_a_table_of_the_same_base_are_the_same_runs(folder):
+    folder.table("one", change={"optim.lr": 0.5}, row_change={"b": {"optim.batch": 9}})
+    folder.table("two", rows={"from": "one", "add": [{"run": "c", "change": {"critic.ratio": 2}}]})
+    folder.table("three", rows="two")
+    runs = folder.load().runs
+    assert (runs["tiny", "b"].optim.lr, runs["tiny", "b"].optim.batch) == (0.5, 9)
+    assert (runs["tiny", "c"].optim.lr, runs["tiny", "c"].critic.ratio) == (1e-3, 2)
+
+
 def test_a_table_can_extend_another_which_does_not_get_its_rows(folder):
     folder.table("one")
     folder.table("two", rows={"from": "one", "add": [{"run": "c", "change": {"critic.ratio": 9}}]}, change={"optim.lr": 0.5},
