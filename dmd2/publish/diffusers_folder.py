@@ -9,39 +9,45 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import EDMEulerScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 
 from dmd2.convert.kohya import write_kohya
 from dmd2.core.errors import UserError
 from dmd2.core.files import atomic_folder
 from dmd2.data.sets import save_shard
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser
+from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.quantise import quantise
-from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
+from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, FlowSchedule
 from dmd2.networks.song_unet import SongUNet
 from dmd2.publish.model_card import model_card
 from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import Snapshot
 
+PARTS = ("unet", "transformer")  # folder of the network
 SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
 TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
 
 
 def export_folder(target: Path, force: bool = False) -> AbstractContextManager[Path]:
     """An `atomic_folder` that replaces an earlier export, and only by `force`."""
-    is_export = (target / "unet/config.json").exists() and (target / "sample.py").exists()
+    network = any((target / part / "config.json").exists() for part in PARTS)
+    is_export = network and (target / "sample.py").exists()
     refusal = "is no export: name a new folder" if force else "exists: name a new folder, or replace it with --force"
     return atomic_folder(target, force and is_export, refusal)
 
 
-def scheduler_of(student: Denoiser) -> EDMEulerScheduler | LCMScheduler:
-    """The diffusers scheduler with this student's noise levels and clean prediction.
+def scheduler_of(student: Denoiser, steps: int) -> EDMEulerScheduler | LCMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The diffusers scheduler with this student's noise levels and clean prediction, for its number of steps.
 
     EDM: the preconditioning of `EDMEulerScheduler` is Karras et al. (2022), Eq. 7. eps: the ``denoised`` of
     `LCMScheduler` is x0 once its boundary term c_skip is negligible, which a large timestep_scaling makes it down to
-    t = 1; with 1000 original steps its own grid of n steps is ours wherever n divides 1000.
+    t = 1; with 1000 original steps its own grid of n steps is ours wherever n divides 1000. flow: stochastic sampling
+    is `few_step`.
     """
+    if isinstance(student, FlowDenoiser):
+        return FlowMatchEulerDiscreteScheduler(shift=student.schedule.shift, stochastic_sampling=steps > 1)
     if isinstance(student, EdmDenoiser):
         return EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA, rho=RHO)
     return LCMScheduler(
@@ -60,29 +66,57 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     """Everything the sampling script depends on."""
     cfg, network = snapshot.cfg, student.network
     text, labelled, edm = cfg.data.text, cfg.data.labelled, isinstance(student, EdmDenoiser)
-    times = student.schedule.step_times(cfg.generator.steps, cfg.generator.time)
+    flow, steps = isinstance(student, FlowDenoiser), cfg.generator.steps
+    times = student.schedule.step_times(steps, cfg.generator.time)
     how = snapshot.metrics["protocol"] if snapshot.metrics else {"labels": "cyclic", "rounding": "round"}
     sized = isinstance(network, UNet2DConditionModel) and network.config["addition_embed_type"] == "text_time"
     stock = text is not None and cfg.data.latents and text.pipeline.encoder is None
     # The factors of a student of another run's student are not those of the teacher.
-    own_lora = text is not None and cfg.generator.lora is not None and cfg.train.init_from is None
+    own_lora = text is not None and not flow and cfg.generator.lora is not None and cfg.train.init_from is None
+    unets = "StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline"
     return {
         "cfg": cfg,
         "edm": edm,
+        "flow": flow,
+        "part": PARTS[flow],
+        "levels": "TIMESTEPS" if not edm and not flow else "SIGMAS",
+        "called_at": times,
         "labelled": labelled,
         "seeded": text is None,  # noise and classes follow from seeds alone
         "text": text is not None,
         "sized": sized,
-        "takes_labels": labelled and network.class_embedding is not None,
+        "takes_labels": labelled and getattr(network, "class_embedding", None) is not None,
         "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents,
         "network": type(network).__name__,
-        "scheduler": type(scheduler_of(student)).__name__,
-        "times": times if edm else [int(t) for t in times],
+        "scheduler": type(scheduler_of(student, steps)).__name__,
+        "times": unshifted(steps) if flow else times if edm else [int(t) for t in times],
         "labels": "random" if how["labels"] == "random" else "cyclic",
         "rounding": how["rounding"],
-        "pipeline": ("StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline") if stock else None,
+        "pipeline": (student.family.pipeline if isinstance(student, FlowDenoiser) else unets) if stock else None,
         "single": SINGLE,
         "lora": LORA if own_lora else None,
+        **(_of_flow(student, steps) if isinstance(student, FlowDenoiser) else {}),
+    }
+
+
+def unshifted(steps: int) -> list[float]:
+    """Levels of a student of a flow before their shift, which diffusers' scheduler applies itself."""
+    return [round(level, 6) for level in FlowSchedule().step_times(steps, 1.0)]
+
+
+def _of_flow(student: FlowDenoiser, steps: int) -> dict[str, Any]:
+    """What card and script tell of a flow alone.
+
+    unguided: what its pipeline calls no guidance. wrong: levels that a number of steps alone would make, if not ours.
+    """
+    scheduler = scheduler_of(student, steps)
+    scheduler.set_timesteps(steps)
+    alone, ours = scheduler.sigmas[:-1].tolist(), student.schedule.step_times(steps, 1.0)
+    differ = any(abs(one - other) > 1e-3 for one, other in zip(alone, ours, strict=True))
+    return {
+        "unguided": student.family.unguided,
+        "embedder": student.network.config.get("guidance_embeds", False),
+        "wrong": ", ".join(f"{level:.3g}" for level in alone) if differ else None,
     }
 
 
@@ -108,9 +142,9 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
 
 
 def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
-    """Write the folder: unet/, scheduler/, sample.py, samples.png (of pixels that need no prompts), card.
+    """Write the folder: unet/ or transformer/, scheduler/, sample.py, samples.png (of pixels without prompts), card.
 
-    A student of text has its UNet in one float16 file, too, and one of low rank its factors in kohya's format.
+    A UNet of text is there in one float16 file, too, and one of low rank with its factors in kohya's format.
 
     Raises:
         UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
@@ -118,12 +152,12 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
     with export_folder(out, force) as folder:
         student = snapshot.denoiser()
         sampling = sampling_of(snapshot, student)
-        student.network.save_pretrained(folder / "unet", safe_serialization=True)
-        if sampling["text"]:
+        student.network.save_pretrained(folder / sampling["part"], safe_serialization=True)
+        if sampling["text"] and not sampling["flow"]:
             save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
         if sampling["lora"]:
             write_kohya(folder / LORA, snapshot.factors())
-        scheduler_of(student).save_pretrained(folder / "scheduler")
+        scheduler_of(student, snapshot.cfg.generator.steps).save_pretrained(folder / "scheduler")
         if isinstance(student.network, SongUNet):  # which diffusers lacks
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
         script = template(TEMPLATES / "sample.py.j2").render(sampling)

@@ -20,7 +20,7 @@ def main(
     teacher_licence: Annotated[str | None, typer.Option(help="identifier or name, for the card")] = None,
     force: Annotated[bool, typer.Option(help="replace an earlier export")] = False,
 ) -> None:
-    """Export the student of RUN to OUT: a diffusers UNet and scheduler, a model card, and a script to sample it."""
+    """Export the student of RUN to OUT: a diffusers network and scheduler, a model card, and a script to sample it."""
     with readable_errors():
         named = run_named(run)
         from dmd2.publish.diffusers_folder import export

@@ -30,13 +30,20 @@ class Family(ABC):
     """One class of transformers.
 
     lists: names of its lists of blocks in the order of a pass. targets: ends of the names, within blocks, of the
-    projections that low-rank factors go to. guidance_embed: what a network with a guidance embedder is told.
+    projections that low-rank factors go to. pipeline: diffusers' class that samples it. guidance_embed: what a network
+    with a guidance embedder is told.
     """
 
     guidance_embed: float
+    pipeline: ClassVar[str]
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     targets: ClassVar[tuple[str, ...]] = ATTENTION
+
+    @property
+    def unguided(self) -> float:
+        """The ``guidance_scale`` that is no classifier-free guidance to its pipeline."""
+        return 1.0
 
     @abstractmethod
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:

@@ -15,6 +15,7 @@ class Flux(Family):
     A network with a guidance embedder (dev) is told `guidance_embed`, which is no classifier-free guidance.
     """
 
+    pipeline = "FluxPipeline"
     lists = ("transformer_blocks", "single_transformer_blocks")
     targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -32,6 +33,11 @@ class Flux(Family):
             guidance=torch.full_like(sigma, self.guidance_embed) if config.guidance_embeds else None,
         ).sample
         return unpack(v, x.shape)
+
+    @property
+    def unguided(self) -> float:
+        """What its embedder is told, which its pipeline calls so."""
+        return self.guidance_embed
 
     def patch(self, network: Any) -> int:
         """Two: the packing's side."""

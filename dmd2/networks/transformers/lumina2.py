@@ -12,6 +12,7 @@ from dmd2.networks.transformers.family import Family, text_of
 class Lumina2(Family):
     """``Lumina2Transformer2DModel``: time runs from noise to data, ``1 - sigma``, and the output is -v."""
 
+    pipeline = "Lumina2Pipeline"
     lists = ("layers",)
 
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:

@@ -11,6 +11,8 @@ from dmd2.networks.transformers.family import Family, text_of
 class Sana(Family):
     """``SanaTransformer2DModel``: the time is 1000 sigma in units of the network's ``timestep_scale``, the output v."""
 
+    pipeline = "SanaPipeline"
+
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """See `Family.velocity`."""
         text, mask = text_of(cond, network.config.caption_channels, x)

@@ -11,6 +11,7 @@ from dmd2.networks.transformers.family import ATTENTION, Family, pooled_of
 class SD3(Family):
     """``SD3Transformer2DModel``: the time is 1000 sigma, the output v."""
 
+    pipeline = "StableDiffusion3Pipeline"
     # `to_q` also is the end of the second attention, attn2, that 3.5-medium has in half of its blocks.
     targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 

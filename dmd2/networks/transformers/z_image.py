@@ -12,9 +12,11 @@ from dmd2.networks.transformers.family import Family, text_of
 class ZImage(Family):
     """``ZImageTransformer2DModel``: time runs from noise to data, ``1 - sigma``, and the output is -v.
 
-    It takes lists of samples, with a caption of its own length each.
+    It takes lists of samples, with a caption of its own length each. Its pipeline guides by ``c + s (c - u)``: s is
+    one less than the scale that means the same here.
     """
 
+    pipeline = "ZImagePipeline"
     lists = ("layers",)
 
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -29,6 +31,11 @@ class ZImage(Family):
     def image_tokens(self, hidden: Tensor, count: int, cond: Condition) -> Tensor:
         """The first ones."""
         return hidden[:, :count]
+
+    @property
+    def unguided(self) -> float:
+        """Zero, see above."""
+        return 0.0
 
     def patch(self, network: Any) -> int:
         """Of the first of its patchings, which a pass takes."""
