@@ -25,7 +25,7 @@ from dmd2.experiment.run_inputs import Inputs
 from dmd2.training.checkpoints import checkpoint
 from dmd2.training.sharding import gathered
 from dmd2.training.trainer import Training
-from tests import tiny
+from tests import tiny, transformer_runs
 
 KIND, STEPS, EVERY = "eps-sdxl", 4, 2
 WIDE = {"block_out_channels": (16, 32)}  # so that rows of a process are enough for 8-bit states
@@ -104,12 +104,22 @@ def refused() -> str:
         return str(error)
 
 
+def transformers() -> None:
+    """Two iterations of each family of transformers, its blocks gathered one by one and computed again in backward."""
+    for kind, mode in transformer_runs.SPLIT:
+        hardware = replace(CUT, micro_batch=0)
+        found = transformer_runs.trained(transformer_runs.training(Path(), kind, mode, hardware), 2)
+        if distributed.rank() == 0:
+            save_file(found, f"{kind} {mode}.safetensors")
+
+
 def first() -> None:
     """Whole trainings, the beginnings of others, and one that is killed."""
     finish("whole", CUT)
     finish("whole8", **EIGHT)
     finish("begun8", **{**EIGHT, "train__steps": EVERY})
     finish("body", **BODY)
+    transformers()
     signalled_at(3)
     if distributed.rank() == 0:
         Path("refused.txt").write_text(refused())

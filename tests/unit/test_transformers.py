@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from dmd2.experiment.checks.sections import problems
 from dmd2.networks.condition import Condition
@@ -15,6 +16,7 @@ from dmd2.networks.transformers import flux
 from dmd2.networks.transformers.family import FAMILIES, family_of
 from dmd2.networks.transformers.flux import image_ids, pack, unpack
 from dmd2.training.build import build_head, tap_blocks
+from dmd2.training.execution import blocks_of
 from tests import tiny as tiny_run
 from tests.tiny_transformers import TINY, texts, tiny
 
@@ -83,6 +85,22 @@ def test_features_are_the_image_tokens_of_a_whole_pass(kind):
             assert torch.allclose(grid[i].flatten(1).T, tokens, atol=1e-5)
     assert torch.equal(FlowDenoiser(network, taps=[0, 1, 2]).features(x, T, cond), torch.cat(grids, dim=1))
     assert family.blocks(network) == blocks, "the network is whole again"
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FAMILIES if kind != "SD3Transformer2DModel"]
+)  # test_execution.py has it
+def test_compiled_blocks_say_the_same(kind):
+    denoiser, x, cond = FlowDenoiser(tiny(kind), taps=[0, 1]), square_of(kind), texts(3, kept=[6, 3, 5])
+    expected = denoiser(x, T, cond), denoiser.features(x, T, cond)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in blocks_of(denoiser):
+        block.compile(backend="eager", dynamic=False)
+    with torch.no_grad():
+        found = denoiser(x, T, cond), denoiser.features(x, T, cond)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] > 0 and counters["graph_break"] == {}
 
 
 def test_samples_do_not_see_each_other_and_joined_is_apart(kind):
