@@ -150,7 +150,7 @@ def test_an_interrupted_export_keeps_the_earlier_one(tmp_path):
 def test_a_script_that_samples_otherwise_is_not_exported(tmp_path, monkeypatch):
     run = trained("edm")
     other = dmd2.publish.diffusers_folder.EDMEulerScheduler(sigma_data=0.6)
-    monkeypatch.setattr(dmd2.publish.diffusers_folder, "scheduler_of", lambda student: other)
+    monkeypatch.setattr(dmd2.publish.diffusers_folder, "scheduler_of", lambda student, steps: other)
     with pytest.raises(UserError, match="differ from ours by"):
         export(find_snapshot(run), tmp_path / "out")
     assert not (tmp_path / "out").exists()
