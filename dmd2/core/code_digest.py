@@ -22,7 +22,7 @@ AROUND = f"{PACKAGE}.core.precision"  # what a job sets up around the trainer, w
 NO_PART = {
     "checkpoint", "cluster", "code_digest", "dotted_keys", "errors", "eval_config", "files", "inheritance",
     "interfaces", "interrupts", "network", "parts", "prepare", "progress", "provenance", "record", "retraining", "run",
-    "run_inputs", "section", "slurm_queue", "sources", "thread", "upload", "yaml_file",
+    "run_inputs", "section", "slurm_queue", "sources", "thread", "transformers", "upload", "yaml_file",
 }  # fmt: skip
 RENAMED = {"network_checks": "network", "encode": "prepare", "checkpoint_parts": "parts"}
 SKIPPED = {"annotation", "returns", "type_comment", "type_params", "type_ignores", "kind", "ctx", "simple", "level"}

@@ -23,12 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from dmd2.core.distributed import rank, rows_of_part, world_size
 from dmd2.core.errors import UserError
 from dmd2.networks import song_unet
+from dmd2.networks.transformers.family import FAMILIES, REFINERS, family_of
 from dmd2.training.checkpoints.parts import Rows, fill
 
 UNITS = (BasicTransformerBlock, ResnetBlock2D, song_unet.Block)  # gathered one at a time; SDXL's largest has 46 M
-
-# Lists of blocks of the transformers of `dmd2.networks.transformers`.
-BLOCKS = ("transformer_blocks", "single_transformer_blocks", "layers", "noise_refiner", "context_refiner")
 
 
 def sharing(module: nn.Module) -> Any:
@@ -80,7 +78,9 @@ def units(module: nn.Module) -> list[nn.Module]:
     network = getattr(module, "network", module)
     blocks = [*getattr(network, "down_blocks", ()), *getattr(network, "up_blocks", ())]
     blocks += [block for block in [getattr(network, "mid_block", None)] if block is not None]
-    blocks += [block for name in BLOCKS for block in getattr(network, name, ())]
+    kind = type(network).__name__
+    lists = (*family_of(kind).lists, *REFINERS) if kind in FAMILIES else ()
+    blocks += [block for name in lists for block in getattr(network, name, ())]
     inner = [unit for unit in network.modules() if isinstance(unit, UNITS)]
     return [*inner, *blocks]
 

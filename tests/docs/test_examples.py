@@ -7,12 +7,16 @@ from types import ModuleType
 import pytest
 import torch
 
-import dmd2.networks.transformers.family as family
 from dmd2.experiment import metrics
+from dmd2.experiment.checks import transformers
+from dmd2.experiment.checks.sections import problems
+from dmd2.experiment.checks.transformers import SHAPES
 from dmd2.networks.condition import Condition
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.schedules import add_noise
+from dmd2.networks.schedules import FlowSchedule, add_noise
+from dmd2.training.sharding import units
 from eval.metrics import appearance
+from tests import tiny as tiny_run
 from tests.docs.pages import Block, blocks
 from tests.tiny_transformers import TINY, texts, tiny
 
@@ -35,7 +39,7 @@ def test_every_python_block_has_its_test() -> None:
         return block.text.startswith("--8<--")  # test_site.py builds the site, which needs the file
 
     pages = {block.page.name for block in blocks("python") if not is_included(block)}
-    assert pages == {"add-a-loss.md", "add-a-metric.md", "add-a-network.md"}
+    assert pages == {"add-a-loss.md", "add-a-metric.md", "add-a-network.md", "flow.md"}
 
 
 def test_a_metric_is_two_entries_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +58,11 @@ def test_a_metric_is_two_entries_and_a_function(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def aura(monkeypatch: pytest.MonkeyPatch) -> None:
     """The family of the page in place."""
-    code, line = of_page("add-a-network.md")
+    code, shape = of_page("add-a-network.md")
     module = ModuleType("dmd2.networks.transformers.aura")
     exec(code, vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    name, place = re.fullmatch(r'"(\w+)": "([\w:]+)",\n', line).groups()
-    monkeypatch.setitem(family.FAMILIES, name, place)
+    monkeypatch.setitem(SHAPES, *eval(f"{{{shape}}}", vars(transformers)).popitem())
     monkeypatch.setitem(TINY, KIND, SIZE)
 
 
@@ -79,6 +82,30 @@ def test_a_family_is_a_file_and_a_line(aura: None) -> None:
         torch.nn.init.normal_(p, std=0.3)
     shown = [denoiser(IMAGES, T, Condition(labels=torch.full((3,), label))) for label in (0, 11)]
     assert not torch.allclose(*shown, atol=1e-4), "classes are a condition"
+
+
+def test_that_family_is_checked_and_split_by_blocks(aura: None) -> None:
+    def told(**changes: int) -> list[str]:
+        network = {"_class_name": KIND, **SIZE, **changes}
+        cfg = tiny_run.config("flow-sd3", data__channels=4, teacher__network=network, gan__tap=2)
+        return [problem[0] for problem in problems(cfg, {})]
+
+    assert told() == []
+    assert told(in_channels=3) == ["teacher.network.in_channels"]
+    assert told(joint_attention_dim=4) == ["teacher.network.joint_attention_dim"]
+    assert told(num_single_dit_layers=1) == ["gan.tap"]
+    denoiser = FlowDenoiser(tiny(KIND))
+    assert units(denoiser) == denoiser.family.blocks(denoiser.network)
+
+
+def test_only_unshifted_sigmas_give_a_students_levels() -> None:
+    (code,) = of_page("flow.md")
+    exec(code, names := {})
+    students = [*FlowSchedule(3.0).step_times(4, 1.0), 0]
+    for name, line in re.findall(r"^(\w+) = scheduler.sigmas  # (.*)$", code, re.M):
+        sigmas = names[name].tolist()
+        assert sigmas == pytest.approx([float(one) for one in line.split(",")], abs=6e-4)
+        assert (sigmas == pytest.approx(students)) == (name == "right")
 
 
 def test_sign_and_time_of_that_family_give_the_clean_images_back(aura: None, monkeypatch) -> None:

@@ -16,15 +16,10 @@ from dmd2.core.errors import did_you_mean
 from dmd2.experiment.checks.transformers import NETWORK, SHAPES, Problem, transformer_problems
 from dmd2.experiment.data_config import Data
 
-SOURCES = {  # classes of networks: package, path in it
+SOURCES = {  # classes of UNets: package, path in it
     "UNet2DModel": ("diffusers", "models/unets/unet_2d.py"),
     "UNet2DConditionModel": ("diffusers", "models/unets/unet_2d_condition.py"),
     "SongUNet": ("dmd2", "networks", "song_unet.py"),
-    "SD3Transformer2DModel": ("diffusers", "models/transformers/transformer_sd3.py"),
-    "FluxTransformer2DModel": ("diffusers", "models/transformers/transformer_flux.py"),
-    "SanaTransformer2DModel": ("diffusers", "models/transformers/sana_transformer.py"),
-    "Lumina2Transformer2DModel": ("diffusers", "models/transformers/transformer_lumina2.py"),
-    "ZImageTransformer2DModel": ("diffusers", "models/transformers/transformer_z_image.py"),
 }
 TEXT_WIDTHS = {"all-minilm-l6-v2": 384}  # of the encoders that packages ship
 
@@ -38,7 +33,8 @@ def _file(package: str, *path: str) -> str:
 @cache
 def defaults(kind: str) -> Mapping[str, Any]:
     """Arguments of a class of networks with their defaults, as its source says."""
-    bodies = (node for node in ast.parse(_file(*SOURCES[kind])).body if isinstance(node, ast.ClassDef))
+    place = SOURCES.get(kind) or ("diffusers", "models", "transformers", f"{SHAPES[kind].source}.py")
+    bodies = (node for node in ast.parse(_file(*place)).body if isinstance(node, ast.ClassDef))
     methods = [node for body in bodies if body.name == kind for node in body.body]
     arguments = next(m.args for m in methods if isinstance(m, ast.FunctionDef) and m.name == "__init__")
     values = map(ast.literal_eval, arguments.defaults)
@@ -60,8 +56,8 @@ def network_problems(network: Mapping[str, Any], data: Data, guided: str | None)
         guided: the key that asks for guidance, which needs the condition of no class, or None.
     """
     kind = network.get("_class_name", "UNet2DModel")
-    if kind not in SOURCES:
-        yield f"{NETWORK}._class_name", f"there is no network {kind}, choose from {', '.join(SOURCES)}"
+    if kind not in (kinds := [*SOURCES, *SHAPES]):
+        yield f"{NETWORK}._class_name", f"there is no network {kind}, choose from {', '.join(kinds)}"
         return
     known = defaults(kind)
     values = {**known, **network}

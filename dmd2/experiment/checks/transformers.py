@@ -10,13 +10,16 @@ Problem = tuple[str, ...]  # dotted keys of a run, the first of which names it i
 
 
 class Shape(NamedTuple):
-    """Where a class of transformers says what it takes.
+    """A class of transformers: its family, and where its config says what it takes.
 
+    family: module and class in `dmd2.networks.transformers`. source: module in diffusers' ``models.transformers``.
     text: width of text states. classes: width of the vector that a class becomes, of SD3 and FLUX the pooled one.
     tokens: of a caption by the family's pipeline, after `clip` ones. packed: latents in one channel of the network.
     sized: positions are for one size. patch: key of the patch's side. blocks: of the numbers of its blocks.
     """
 
+    family: str
+    source: str
     text: str
     classes: str
     tokens: int
@@ -28,21 +31,19 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "SD3Transformer2DModel": Shape("joint_attention_dim", "pooled_projection_dim", 256, clip=77, sized=True),
+    "SD3Transformer2DModel": Shape(
+        "sd3:SD3", "transformer_sd3", "joint_attention_dim", "pooled_projection_dim", 256, clip=77, sized=True),
     "FluxTransformer2DModel": Shape(
-        "joint_attention_dim",
-        "pooled_projection_dim",
-        512,
-        packed=4,
-        patch=None,
-        blocks=("num_layers", "num_single_layers"),
-    ),
-    "SanaTransformer2DModel": Shape("caption_channels", "caption_channels", 300, sized=True),
-    "Lumina2Transformer2DModel": Shape("cap_feat_dim", "cap_feat_dim", 256),
+        "flux:Flux", "transformer_flux", "joint_attention_dim", "pooled_projection_dim", 512, packed=4, patch=None,
+        blocks=("num_layers", "num_single_layers")),
+    "SanaTransformer2DModel": Shape(
+        "sana:Sana", "sana_transformer", "caption_channels", "caption_channels", 300, sized=True),
+    "Lumina2Transformer2DModel": Shape(
+        "lumina2:Lumina2", "transformer_lumina2", "cap_feat_dim", "cap_feat_dim", 256),
     "ZImageTransformer2DModel": Shape(
-        "cap_feat_dim", "cap_feat_dim", 512, patch="all_patch_size", blocks=("n_layers",)
-    ),
-}
+        "z_image:ZImage", "transformer_z_image", "cap_feat_dim", "cap_feat_dim", 512, patch="all_patch_size",
+        blocks=("n_layers",)),
+}  # fmt: skip
 
 
 def side_of(kind: str, values: Mapping[str, Any], resolution: int) -> int:

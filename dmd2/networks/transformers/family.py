@@ -1,6 +1,6 @@
 """What the workbench needs of a class of diffusers' transformers: its velocity, its image tokens, its adapters.
 
-A family is one file here with a subclass of `Family`, and one line in `FAMILIES`.
+A family is one file here with a subclass of `Family`, and one entry in `dmd2.experiment.checks.transformers.SHAPES`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,15 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.experiment.checks.transformers import SHAPES as FAMILIES
 from dmd2.networks.condition import Condition
-
-FAMILIES = {  # class of diffusers -> module and class here, imported when such a network is built or loaded
-    "SD3Transformer2DModel": "sd3:SD3",
-    "FluxTransformer2DModel": "flux:Flux",
-    "SanaTransformer2DModel": "sana:Sana",
-    "Lumina2Transformer2DModel": "lumina2:Lumina2",
-    "ZImageTransformer2DModel": "z_image:ZImage",
-}
 
 REFINERS = ("noise_refiner", "context_refiner")  # blocks before those of the joint sequence
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -133,7 +126,7 @@ class _Stop(nn.Module):
 
 def family_of(kind: str) -> Family:
     """The family of a class of diffusers' transformers, by the name of the class."""
-    module, name = FAMILIES[kind].split(":")
+    module, name = FAMILIES[kind].family.split(":")
     return getattr(import_module(f"dmd2.networks.transformers.{module}"), name)()
 
 
