@@ -121,6 +121,8 @@ def _train_again(words: list[str], profile: Path) -> None:
     Raises:
         UserError: the words are not the name of one run.
     """
+    if {"-n", "--dry-run"} & {*words}:
+        raise UserError("--again trains the run from the start and measures it: leave out -n to have it do so")
     if len(words) != 1:
         raise UserError("--again takes one run, for example dmd2 run digits/dmd2/seed0 --again")
     config: Any = read_yaml(profile / "config.yaml")[0].get("config") or []

@@ -61,5 +61,6 @@ def readable_errors() -> Iterator[None]:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        show("interrupted: everything saved so far is kept; the same command continues")
+        which = "the same command without --again" if "--again" in sys.argv else "the same command"
+        show(f"interrupted: everything saved so far is kept; {which} continues")
         sys.exit(130)

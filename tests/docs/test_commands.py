@@ -52,7 +52,9 @@ def test_every_yaml_block_is_a_file_or_stands_beside_a_command_of_its_own() -> N
 
 def test_what_is_to_be_made_can_be_planned(tmp_path: Path) -> None:
     workspace = copy_repository(tmp_path / "workspace")
-    for place, text in written().items():
+    files = written()
+    del files["workflow/tables/tv.yaml"]  # of a loss of the reader's own, which test_examples.py puts in place
+    for place, text in files.items():
         (workspace.path / place).write_text(text)
     (workspace.path / "photos").mkdir()
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)):
@@ -63,6 +65,8 @@ def test_what_is_to_be_made_can_be_planned(tmp_path: Path) -> None:
     asked: dict[str, dict[str, None]] = {}
     for line in lines_of("dmd2 run"):
         options = parsed(line)
+        if "tv" in (options["targets"] or []):
+            continue
         words = dict.fromkeys(word for word in options["targets"] or [] if not word.startswith("-"))
         asked.setdefault(options["profile"], {}).update(words)
     assert asked.keys() == {"local", "slurm"}

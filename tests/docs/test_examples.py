@@ -1,7 +1,11 @@
-"""Python of the pages, put where its text says: a metric and a network. The loss is in tests/unit/test_passes.py."""
+"""Python of the pages, put where its text says: losses, a metric and a network."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,7 +21,7 @@ from dmd2.networks.schedules import FlowSchedule, add_noise
 from dmd2.training.sharding import units
 from eval.metrics import appearance
 from tests import tiny as tiny_run
-from tests.docs.pages import Block, blocks
+from tests.docs.pages import Block, blocks, written
 from tests.tiny_transformers import TINY, texts, tiny
 
 KIND = "AuraFlowTransformer2DModel"
@@ -40,6 +44,80 @@ def test_every_python_block_has_its_test() -> None:
 
     pages = {block.page.name for block in blocks("python") if not is_included(block)}
     assert pages == {"add-a-loss.md", "add-a-metric.md", "add-a-network.md", "flow.md"}
+
+
+TRAINS = """
+from pathlib import Path
+
+import torch
+from dmd2.method.step import train_step
+from tests import tiny
+
+def logged(**changes):
+    cfg = tiny.config("edm", **changes)
+    return train_step(tiny.models("edm", cfg), tiny.batches("edm", cfg).at(0), 0, cfg)
+
+plain = logged()
+tv = logged(generator__total_variation=0.5)
+assert {"student/tv", "tv/down"} == tv.keys() - plain.keys() and torch.equal(tv["student/dm"], plain["student/dm"])
+sim = logged(dm__weight=0.0, dm__score_implicit=1.0)
+assert "student/sim" in sim and "student/dm" not in sim and torch.isfinite(sim["student/grad_norm"])
+print(tiny.config("edm").generator.settings())
+
+from dmd2.experiment.tables import load_experiment
+rows = load_experiment(bases=Path("workflow/base")).runs
+assert rows["digits", "dmd2-tv"].generator.total_variation == 0.5 and rows["digits", "dmd2"].generator.settings() == {
+    "input": "noise", "steps": 1, "time": 80.0}
+"""
+
+
+def test_a_loss_and_a_method_are_a_file_a_line_and_a_field(tmp_path: Path, root: Path) -> None:
+    """The page, followed in a copy of the package."""
+    for name in ("dmd2", "eval", "tests"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    loss, imported, line, field, method = of_page("add-a-loss.md")
+    text = next(block.page.read_text() for block in blocks("python") if block.page.name == "add-a-loss.md")
+    objectives, settings = tmp_path / "dmd2/method/objectives", tmp_path / "dmd2/experiment"
+    (objectives / "total_variation.py").write_text(loss)
+    (objectives / "score_implicit.py").write_text(method)
+    own = re.search(r"`(Term\(.*\),)`", text)[1]
+    put(
+        objectives / "terms.py",
+        "class Term(",
+        f"{imported}{imported.replace('total_variation', 'score_implicit')}\n\nclass Term(",
+    )
+    put(objectives / "terms.py", "STUDENT = [\n", f"STUDENT = [\n{line}    {own}\n")
+    put(settings / "method_config.py", "    lora: Lora | None = None\n", f"    lora: Lora | None = None\n{field}")
+    of_method = field.replace("total_variation", "score_implicit")
+    put(
+        settings / "method_config.py",
+        "    alpha_factor: bool = False\n",
+        f"    alpha_factor: bool = False\n{of_method}",
+    )
+    put(settings / "defaults.yaml", "Generator: {", "Generator: {total_variation: 0.0, ")
+    put(
+        settings / "defaults.yaml",
+        "{logit_normal: null, normaliser",
+        "{score_implicit: 0.0, logit_normal: null, normaliser",
+    )
+    shutil.copytree(root / "workflow/base", tmp_path / "workflow/base")
+    (tmp_path / "workflow/tables").mkdir()
+    (tmp_path / "workflow/tables/tv.yaml").write_text(written()["workflow/tables/tv.yaml"])
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAINS],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "."},
+        text=True,
+        capture_output=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "total_variation" not in ran.stdout  # which is no part of the identity of earlier runs
+
+
+def put(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
 
 
 def test_a_metric_is_two_entries_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,8 @@ def test_run_warns_of_images_that_are_not_there(place: Path, started, capsys) ->
 def test_a_shell_completes_names_part_by_part(place: Path) -> None:
     assert complete("digits-t") == ["digits-table3", "digits-ttur"]
     assert {"digits", "digits-ttur", "digits/dmd2"} <= {*complete("digits")}
-    assert complete("digits/ttur") == ["digits/ttur", "digits/ttur-10", *(f"digits/ttur/seed{i}" for i in range(3))]
+    rows = ["digits/ttur", "digits/ttur-10", "digits/ttur-ida-90"]
+    assert complete("digits/ttur") == [*rows, *(f"digits/ttur/seed{i}" for i in range(3))]
 
 
 def test_completion_of_a_command_line_needs_no_pytorch(place: Path) -> None:
@@ -173,6 +174,7 @@ def test_run_again_trains_from_the_start_where_the_profile_says(place: Path, sta
     assert dmd2_("run", "digits/ttur", "--again") == 1
     assert "digits/ttur is 3 runs: name one of them" in capsys.readouterr().err
     assert dmd2_("run", "--again") == 1 and len(started) == 2
+    assert dmd2_("run", "digits/ttur/seed1", "--again", "-n") == 1 and len(started) == 2
 
 
 @pytest.mark.parametrize(
