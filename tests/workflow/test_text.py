@@ -1,4 +1,4 @@
-"""Text to image through the real DAG: tiny random Stable Diffusion pipelines, every row of Table 4, all metrics."""
+"""Text to image through the real DAG: tiny random pipelines of SD 1.5, SDXL and SD3, rows of Table 4, all metrics."""
 
 import json
 import tarfile
@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 from dmd2.data.captions import captions_of
 from dmd2.data.emoji import FONT
-from tests import tiny_pipelines
+from tests import tiny_flow_pipelines, tiny_pipelines
 from tests.eval.test_clip import write_model
 from tests.workspace import Workspace, copy_repository
 
 SIDE = tiny_pipelines.FACTOR * tiny_pipelines.LATENTS
 CAPTIONS = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("cat", "dog", "house", "beach")]
 TABLE_4 = ["4step-no-gan", "4step-no-dm", "4step-no-backsim", "4step"]
+TABLES = ["sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more", "sd35-medium-tiny-table4"]
 METRICS = ["fd", "patch_fd", "clip_score", "saturation", "sharpness"]
 ONE_STEP = {"generator.input": "noise", "generator.steps": 1, "generator.time": 399.0}
 WARMUP = {
@@ -60,18 +61,21 @@ def captioned(folder: Path) -> dict[str, Any]:
     return {"kind": "image-folder", "path": f"data/raw/{folder.name}"}
 
 
-def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
-    """``BASE-tiny``: the shipped base with a tiny pipeline, eight images and four iterations."""
+def shrunk(workspace: Workspace, base: str, source: dict[str, Any], rows: Any = "dmd2-table4", **changed: Any) -> None:
+    """``BASE-tiny`` and its table: the shipped base with a tiny pipeline, eight images and four iterations."""
     name = f"{base}-tiny"
     values = yaml.safe_load((workspace.path / f"workflow/base/{base}.yaml").read_text())
     text = {**values["data"]["text"], "pipeline": {"name": name}, "prompts": "data/raw/prompts.txt", "jobs": 2}
-    values["data"] |= {"name": name, "source": source, "resolution": 8, "text": {**text, "keep_images": True}}
-    values["teacher"] |= {"name": name, "source": f"data/pipelines/{name}/unet", "network": None}
-    values["generator"] = {"input": "backward_simulation", "steps": 4, "time": 999}
+    part = Path(values["teacher"]["source"]).name
+    values["data"] |= {"name": name, "source": source, "resolution": 8, "channels": 4}
+    values["data"]["text"] = {**text, "keep_images": True}
+    values["teacher"] |= {"name": name, "source": f"data/pipelines/{name}/{part}", "network": None}
+    values["generator"] = {"input": "backward_simulation", "steps": 4, "time": 999 if part == "unet" else 1.0}
+    values["gan"]["head"] = "single"
     values["critic"]["ratio"] = 2
     pairs = {"count": 6, "shards": 2, "sampler": {**values["regression"]["pairs"]["sampler"], "steps": 3}}
     values["regression"] |= {"distance": "l2", "pairs": pairs}
-    values["optim"] |= {"batch": 2, "warmup": 0, "lr": 1e-4}
+    values["optim"] |= {"batch": 2, "warmup": 0, "lr": 1e-4, "states": "fp32"}
     values["train"] |= {"steps": 4, "init_from": None, "snapshot_every": 4, "checkpoint_every": 2, "log_every": 2}
     samplers = {key: {**sampler, "steps": 3} for key, sampler in values["eval"]["teacher_samplers"].items()}
     values["eval"] = {
@@ -83,11 +87,11 @@ def shrunk(workspace: Workspace, base: str, source: dict[str, Any]) -> None:
     table = {
         "title": name,
         "base": name,
-        "rows": "dmd2-table4",
+        "rows": rows,
         "metrics": METRICS,
         "teachers": {key: {} for key in samplers},
+        **changed,
     }
-    table |= {"reference_row": "4step", "claims": ["C13", "C14", "C15"]}
     (workspace.path / f"workflow/tables/{name}-table4.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
 
 
@@ -123,39 +127,52 @@ def finished_text(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     data = workspace.path / "data"
     tiny_pipelines.sd15(data / "pipelines/sd15-tiny")
     tiny_pipelines.sdxl(data / "pipelines/sdxl-tiny")
+    tiny_flow_pipelines.pipeline("sd3", data / "pipelines/sd35-medium-tiny")
     write_model(data / "weights/clip-small")
-    shrunk(workspace, "sd15", captioned(data / "raw/folder"))
-    shrunk(workspace, "sdxl", tars(data / "raw/tars"))
+    shrunk(workspace, "sd15", captioned(data / "raw/folder"), [{"run": "4step"}])
+    shrunk(workspace, "sdxl", tars(data / "raw/tars"), reference_row="4step", claims=["C13", "C14", "C15"])
+    low_rank = {"run": "4step-lora", "change": {"generator.lora": {"rank": 2, "alpha": 1.0}}}
+    warmup = {"run": "1step-warmup", "change": {**WARMUP, "generator.time": 1.0}}
+    shrunk(
+        workspace,
+        "sd35-medium",
+        {"kind": "webdataset", "path": "data/raw/tars/*.tar"},
+        [{"run": "4step"}, low_rank, warmup],
+    )
     (data / "raw/prompts.txt").write_text("two dogs\n\na painting of the beach\n")
     (data / "raw/captions.txt").write_text("\n".join(CAPTIONS[:5]))
     rows = [
         {"run": "1step-warmup", "change": WARMUP},
         {"run": "1step", "change": {**ONE_STEP, "train.init_from": "1step-warmup"}},
-        {"run": "4step-lora", "change": {"generator.lora": {"rank": 2, "alpha": 1.0}}},
+        low_rank,
     ]
     table = {"title": "one step", "base": "sdxl-tiny", "metrics": METRICS, "rows": rows}
     (workspace.path / "workflow/tables/sdxl-tiny-more.yaml").write_text(yaml.safe_dump(table))
-    targets = ["sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more", *shrunk_emoji(workspace)]
-    result = workspace.snakemake(*targets)
+    result = workspace.snakemake(*TABLES, *shrunk_emoji(workspace))
     assert result.returncode == 0, result.stderr[-6000:]
     return workspace
 
 
-@pytest.mark.parametrize("base", ["sd15-tiny", "sdxl-tiny"])
-def test_every_row_of_table_4_is_trained_sampled_and_measured(finished_text: Workspace, base: str) -> None:
-    table = pd.read_csv(finished_text.path / f"results/tables/{base}-table4.csv")
+@pytest.mark.parametrize(
+    ("base", "rows"),
+    [("sd15", ["4step"]), ("sdxl", TABLE_4), ("sd35-medium", ["4step", "4step-lora", "1step-warmup"])],
+)
+def test_every_row_is_trained_sampled_and_measured(finished_text: Workspace, base: str, rows: list[str]) -> None:
+    table = pd.read_csv(finished_text.path / f"results/tables/{base}-tiny-table4.csv")
     teachers = {run for run in table.run if run.startswith("teacher-")}
-    assert set(table.run) == {*TABLE_4, *teachers} and len(teachers) == 2
+    assert set(table.run) == {*rows, *teachers} and len(teachers) == 2
     for run in table.run.unique():
         measured = table[table.run == run].set_index("metric").value
         assert set(METRICS) <= set(measured.index) and np.isfinite(measured[METRICS]).all()
-    students = table[(table.metric == "fd") & table.run.isin(TABLE_4)]
-    assert students.value.nunique() == len(TABLE_4)  # each switch made another student
-    assert "C14" in (finished_text.path / f"results/tables/{base}-table4.md").read_text()
+    students = table[(table.metric == "fd") & table.run.isin(rows)]
+    assert students.value.nunique() == len(rows)  # each switch made another student
+    told = (finished_text.path / f"results/tables/{base}-tiny-table4.md").read_text()
+    assert ("C14" in told) == (base == "sdxl")
 
 
 def test_latents_text_states_and_captions_are_encoded_in_parts(finished_text: Workspace) -> None:
-    for base, fields in {"sd15-tiny": set(), "sdxl-tiny": {"pooled", "time_ids"}}.items():
+    fields_of = {"sd15-tiny": set(), "sdxl-tiny": {"pooled", "time_ids"}, "sd35-medium-tiny": {"pooled"}}
+    for base, fields in fields_of.items():
         manifest = finished_text.path / f"data/real/{base}/manifest.json"
         shards = [load_file(manifest.with_name(f"part-{part:05d}-00000.safetensors")) for part in range(2)]
         assert [len(shard["images"]) for shard in shards] == [6, 6] and captions_of(manifest) == CAPTIONS
@@ -164,9 +181,10 @@ def test_latents_text_states_and_captions_are_encoded_in_parts(finished_text: Wo
         assert (shards[0]["pixels"][0].permute(1, 2, 0).numpy() == np.asarray(Image.open(BytesIO(_png(0))))).all()
 
 
-def test_pairs_are_the_teachers_latents_for_the_prompts_of_the_student(finished_text: Workspace) -> None:
-    shards = sorted((finished_text.path / "data/pairs/sdxl-tiny").glob("*/shard-*.safetensors"))
-    prompts = next((finished_text.path / "data/prompts").glob("sdxl-tiny-prompts-*/prompts-00000.safetensors"))
+@pytest.mark.parametrize("base", ["sdxl-tiny", "sd35-medium-tiny"])
+def test_pairs_are_the_teachers_latents_for_the_prompts_of_the_student(finished_text: Workspace, base: str) -> None:
+    shards = sorted((finished_text.path / "data/pairs" / base).glob("*/shard-*.safetensors"))
+    prompts = next((finished_text.path / "data/prompts").glob(f"{base}-prompts-*/prompts-00000.safetensors"))
     rows, known = [load_file(path) for path in shards], load_file(prompts)["text"]
     assert [len(shard["noise"]) for shard in rows] == [3, 3] and len(known) == 2
     for text in (text for shard in rows for text in shard["text"]):
@@ -200,7 +218,7 @@ def test_emoji_run_with_an_autoencoder_and_a_guided_teacher_made_here(finished_t
 
 
 def test_nothing_is_left_to_do(finished_text: Workspace) -> None:
-    assert finished_text.planned("sd15-tiny-table4", "sdxl-tiny-table4", "sdxl-tiny-more") == {}
+    assert finished_text.planned(*TABLES) == {}
 
 
 def test_other_prompts_outdate_what_was_trained_or_drawn_on_them(finished_text: Workspace) -> None:
