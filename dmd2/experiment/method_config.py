@@ -22,6 +22,8 @@ class Generator(Section):
     conditions: ``drawn`` independently of the GAN's real batch (labels uniformly, captions from the real set), or those
         of that ``real`` batch, whose images are then also noised for ``noised_real`` (FastGen).
     lora: train low-rank factors on the teacher's weights instead of the weights; the critic is trained whole.
+    sampler: of several steps, in ``backward_simulation``, too: ``renoise`` adds fresh noise to each predicted image;
+        ``euler`` adds none and goes on along the velocity of a flow.
     isg: weight of intra-segment guidance: one step of the student should end where a step of the teacher and then one
         of the student end (SenseFlow, arXiv 2506.00523); 0 is off and costs nothing.
     isg_margin: distance in grid indices between the level where the two meet and both ends of the student's step.
@@ -35,6 +37,7 @@ class Generator(Section):
     time: Annotated[float, Field(gt=0, description="noise level of the first step, see above")]
     conditions: Literal["drawn", "real"] = "drawn"
     lora: Lora | None = None
+    sampler: Literal["renoise", "euler"] = "renoise"
     isg: Weight = 0.0
     isg_margin: Annotated[int, Field(ge=0, le=499)] = 50
 

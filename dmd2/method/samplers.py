@@ -12,7 +12,7 @@ from dmd2.experiment.eval_config import Sampler
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser, guide
 from dmd2.networks.flow import FlowDenoiser
-from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, add_noise, spread
+from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, add_noise, move, spread
 
 Noise = Callable[[int], Tensor]  # fresh unit noise for step i, shaped like the images
 
@@ -22,20 +22,30 @@ def times_like(t: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, device=x.device)
 
 
-def few_step(student: Denoiser, z: Tensor, times: list[float], cond: Condition, noise: Noise) -> Tensor:
-    """The student's sampler: predict x0, re-noise to the next time, repeat (paper Sec. 4.4).
+def few_step(student: Denoiser, z: Tensor, times: list[float], cond: Condition, noise: Noise | None) -> Tensor:
+    """The student's sampler: predict x0, go to the next time as `walk` does, repeat (paper Sec. 4.4).
 
     Args:
         z: network input at ``times[0]`` (see `Schedule.pure_noise`), ``(B, C, H, W)``. times: noisiest first.
     Returns:
         The last x0 prediction, in the dtype of ``z``.
     """
-    x = z
-    for i, t in enumerate(times):
+    z = walk(student, z, times, cond, noise)
+    return student(z, times_like(times[-1], z), cond).to(z.dtype)
+
+
+def walk(student: Denoiser, z: Tensor, times: list[float], cond: Condition, noise: Noise | None) -> Tensor:
+    """The student's input at the last of `times`, after its steps at the others.
+
+    A step adds fresh noise to the predicted x0. Without `noise` it is deterministic: Euler's on a flow.
+    """
+    for i, (t, following) in enumerate(pairwise(times)):
         x = student(z, times_like(t, z), cond).to(z.dtype)
-        if i + 1 < len(times):
-            z = add_noise(student.schedule, x, noise(i), times_like(times[i + 1], z))
-    return x
+        if noise is None:
+            z = move(student.schedule, z, x, times_like(t, z), times_like(following, z))
+        else:
+            z = add_noise(student.schedule, x, noise(i), times_like(following, z))
+    return z
 
 
 def heun(

@@ -6,7 +6,7 @@ from torch import Tensor
 from dmd2.experiment.method_config import Generator
 from dmd2.method.batches import Batch
 from dmd2.method.passes import Given
-from dmd2.method.samplers import few_step, times_like
+from dmd2.method.samplers import Noise, times_like, walk
 from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.schedules import add_noise, spread, step_index
 
@@ -19,7 +19,7 @@ def student_input(student: Denoiser, batch: Batch, cfg: Generator, shape: tuple[
         return _start(student, z, times[0])
     if cfg.input == "noised_real":
         return _noised_real(student, batch, times, z)
-    return _backward_simulation(student, batch, times, z)
+    return _backward_simulation(student, batch, times, z, cfg.sampler)
 
 
 def _start(student: Denoiser, z: Tensor, time: float) -> Given:
@@ -37,16 +37,19 @@ def _noised_real(student: Denoiser, batch: Batch, times: list[float], z: Tensor)
 
 
 @torch.no_grad()
-def _backward_simulation(student: Denoiser, batch: Batch, times: list[float], z: Tensor) -> Given:
-    """Run the student's own sampler up to a step drawn once for the whole global batch, then re-noise with ``z``.
+def _backward_simulation(student: Denoiser, batch: Batch, times: list[float], z: Tensor, sampler: str) -> Given:
+    """Run the student's own sampler up to a step drawn once for the whole global batch, the last time with noise ``z``.
 
-    Its starting and intermediate noise is independent of ``z`` and of each other (intended by the authors).
+    Its starting and intermediate noise is independent of ``z`` and of each other (intended by the authors). Euler's
+    sampler starts from ``z``.
     """
     draws, shape = batch.draws, tuple(z.shape[1:])
     k = draws.shared_integer("student/step", 0, len(times) - 1)
     if k == 0:
         return _start(student, z, times[0])
+    t, walked = times_like(times[k], z), times[: k + 1]
+    if sampler == "euler":
+        return walk(student, z, walked, batch.cond, None), t
     start, _ = _start(student, draws.normal("simulation/start", shape), times[0])
-    x = few_step(student, start, times[:k], batch.cond, lambda i: draws.normal(f"simulation/{i}", shape))
-    t = times_like(times[k], z)
-    return add_noise(student.schedule, x, z, t), t
+    noise: Noise = lambda i: z if i + 1 == k else draws.normal(f"simulation/{i}", shape)  # noqa: E731
+    return walk(student, start, walked, batch.cond, noise), t

@@ -15,6 +15,7 @@ from dmd2.convert.kohya import write_kohya
 from dmd2.core.errors import UserError
 from dmd2.core.files import atomic_folder
 from dmd2.data.sets import save_shard
+from dmd2.experiment.method_config import Generator
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser
 from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.quantise import quantise
@@ -38,8 +39,10 @@ def export_folder(target: Path, force: bool = False) -> AbstractContextManager[P
     return atomic_folder(target, force and is_export, refusal)
 
 
-def scheduler_of(student: Denoiser, steps: int) -> EDMEulerScheduler | LCMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The diffusers scheduler with this student's noise levels and clean prediction, for its number of steps.
+def scheduler_of(
+    student: Denoiser, generator: Generator
+) -> EDMEulerScheduler | LCMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The diffusers scheduler with this student's noise levels and clean prediction.
 
     EDM: the preconditioning of `EDMEulerScheduler` is Karras et al. (2022), Eq. 7. eps: the ``denoised`` of
     `LCMScheduler` is x0 once its boundary term c_skip is negligible, which a large timestep_scaling makes it down to
@@ -47,7 +50,9 @@ def scheduler_of(student: Denoiser, steps: int) -> EDMEulerScheduler | LCMSchedu
     is `few_step`.
     """
     if isinstance(student, FlowDenoiser):
-        return FlowMatchEulerDiscreteScheduler(shift=student.schedule.shift, stochastic_sampling=steps > 1)
+        return FlowMatchEulerDiscreteScheduler(
+            shift=student.schedule.shift, stochastic_sampling=generator.sampler == "renoise" and generator.steps > 1
+        )
     if isinstance(student, EdmDenoiser):
         return EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA, rho=RHO)
     return LCMScheduler(
@@ -81,6 +86,7 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "part": PARTS[flow],
         "levels": "TIMESTEPS" if not edm and not flow else "SIGMAS",
         "called_at": times,
+        "fresh": steps - 1 if cfg.generator.sampler == "renoise" else 0,  # draws of noise between steps
         "labelled": labelled,
         "seeded": text is None,  # noise and classes follow from seeds alone
         "text": text is not None,
@@ -88,14 +94,14 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "takes_labels": labelled and getattr(network, "class_embedding", None) is not None,
         "pixels": cfg.data.channels in (1, 3) and not cfg.data.latents,
         "network": type(network).__name__,
-        "scheduler": type(scheduler_of(student, steps)).__name__,
+        "scheduler": type(scheduler_of(student, cfg.generator)).__name__,
         "times": unshifted(steps) if flow else times if edm else [int(t) for t in times],
         "labels": "random" if how["labels"] == "random" else "cyclic",
         "rounding": how["rounding"],
         "pipeline": (student.family.pipeline if isinstance(student, FlowDenoiser) else unets) if stock else None,
         "single": SINGLE,
         "lora": LORA if own_lora else None,
-        **(_of_flow(student, steps) if isinstance(student, FlowDenoiser) else {}),
+        **(_of_flow(student, cfg.generator) if isinstance(student, FlowDenoiser) else {}),
     }
 
 
@@ -104,14 +110,14 @@ def unshifted(steps: int) -> list[float]:
     return [round(level, 6) for level in FlowSchedule().step_times(steps, 1.0)]
 
 
-def _of_flow(student: FlowDenoiser, steps: int) -> dict[str, Any]:
+def _of_flow(student: FlowDenoiser, generator: Generator) -> dict[str, Any]:
     """What card and script tell of a flow alone.
 
     unguided: what its pipeline calls no guidance. wrong: levels that a number of steps alone would make, if not ours.
     """
-    scheduler = scheduler_of(student, steps)
-    scheduler.set_timesteps(steps)
-    alone, ours = scheduler.sigmas[:-1].tolist(), student.schedule.step_times(steps, 1.0)
+    scheduler = scheduler_of(student, generator)
+    scheduler.set_timesteps(generator.steps)
+    alone, ours = scheduler.sigmas[:-1].tolist(), student.schedule.step_times(generator.steps, 1.0)
     differ = any(abs(one - other) > 1e-3 for one, other in zip(alone, ours, strict=True))
     return {
         "unguided": student.family.unguided,
@@ -157,7 +163,7 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
             save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
         if sampling["lora"]:
             write_kohya(folder / LORA, snapshot.factors())
-        scheduler_of(student, snapshot.cfg.generator.steps).save_pretrained(folder / "scheduler")
+        scheduler_of(student, snapshot.cfg.generator).save_pretrained(folder / "scheduler")
         if isinstance(student.network, SongUNet):  # which diffusers lacks
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")
         script = template(TEMPLATES / "sample.py.j2").render(sampling)

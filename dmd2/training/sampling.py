@@ -11,7 +11,7 @@ from dmd2.experiment.config import RunConfig, TrainConfig
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.run_inputs import pipeline_manifest
 from dmd2.method.batches import Batches
-from dmd2.method.samplers import few_step, teacher_sample
+from dmd2.method.samplers import Noise, few_step, teacher_sample
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Denoiser
 from dmd2.training.teachers import null_condition
@@ -51,7 +51,8 @@ def student_sample(
     z = sample_noise(seeds, shape, "noise", device)
     z = schedule.pure_noise(z, torch.full((len(seeds),), times[0], device=device))
     cond = cond or seed_condition(cfg, seeds, labels, device)
-    return few_step(student, z, times, cond, lambda i: sample_noise(seeds, shape, f"step{i}", device))
+    noise: Noise = lambda i: sample_noise(seeds, shape, f"step{i}", device)  # noqa: E731
+    return few_step(student, z, times, cond, noise if cfg.generator.sampler == "renoise" else None)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "misspelled argument": ({f"{NET}.layers_per_blok": 2}, f"{NET}.layers_per_blok", "did you mean layers_per_block?"),
         "classes of the network": ({f"{NET}.num_class_embeds": 1000}, f"{NET}.num_class_embeds", "data.classes is 10"),
         "fewer classes in the network": ({f"{NET}.num_class_embeds": 9}, f"{NET}.num_class_embeds", "data.classes is 10"),
+        "Euler's steps of no flow": ({"generator.sampler": "euler"}, "generator.sampler", "of flow teachers, and this one is edm"),
         "guidance without no class": ({"teacher.guidance": 3.0}, f"{NET}.num_class_embeds", "teacher.guidance needs 11"),
         "guided sampler without no class": ({"eval.teacher_samplers.ode.guidance": 2.0}, f"{NET}.num_class_embeds",
                                             "eval.teacher_samplers.ode.guidance needs 11"),

@@ -60,7 +60,7 @@ def ours(network, cfg, z, cond, noise):
     """Latents of our sampler at these draws."""
     denoiser = wrap(network, "flow", **cfg.teacher.flow)
     times = denoiser.schedule.step_times(cfg.generator.steps, 1.0)
-    return few_step(denoiser, z, times, cond, lambda i: noise[i])
+    return few_step(denoiser, z, times, cond, noise and noise.__getitem__)
 
 
 def loaded(kind):
@@ -69,11 +69,13 @@ def loaded(kind):
     return network, diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(OUT, subfolder="scheduler")
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_the_familys_own_pipeline_makes_our_latents_as_the_card_says(kind, steps):
+@pytest.mark.parametrize(
+    ("kind", "steps", "sampler"),
+    [*((kind, steps, "renoise") for kind in FAMILIES for steps in (1, 4)), ("SanaTransformer2DModel", 3, "euler")],
+)
+def test_the_familys_own_pipeline_makes_our_latents_as_the_card_says(kind, steps, sampler):
     network = tiny(kind)
-    cfg = exported(network, steps)
+    cfg = exported(network, steps, generator__sampler=sampler)
     cond, g = condition(1, (kept_of(kind) or (None,))[0]), torch.Generator().manual_seed(7)
     z = torch.randn(SHAPE, generator=g)
     card = (OUT / "README.md").read_text()
@@ -87,12 +89,18 @@ def test_the_familys_own_pipeline_makes_our_latents_as_the_card_says(kind, steps
     torch.manual_seed(SEED)
     drawn = [torch.randn((2, 16, 16) if kind == "FluxTransformer2DModel" else SHAPE) for _ in range(3)]
     noise = [pipe._unpack_latents(one, 64, 64, 8) for one in drawn] if kind == "FluxTransformer2DModel" else drawn
-    close(theirs, ours(network, cfg, z, cond, noise))
+    close(theirs, ours(network, cfg, z, cond, noise if sampler == "renoise" else None))
+    assert ("stochastic_sampling`: between" in card) == (sampler == "renoise" and steps > 1)
 
     # The script, from a file.
     fields = {name: value for name, value in vars(cond).items() if value is not None}
     save_file(
-        {"noise": z, **{f"step{i}": one for i, one in enumerate(noise[: steps - 1])}, **fields}, "inputs.safetensors"
+        {
+            "noise": z,
+            **{f"step{i}": one for i, one in enumerate(noise[: steps - 1 if sampler == "renoise" else 0])},
+            **fields,
+        },
+        "inputs.safetensors",
     )
     plain = runpy.run_path(str(OUT / "sample.py"))
     close(plain["sample"](*plain["load"](), load_file("inputs.safetensors")), theirs)

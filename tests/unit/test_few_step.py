@@ -5,12 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from dmd2.core.errors import UserError
 from dmd2.core.rng import sample_noise
 from dmd2.method.samplers import few_step
 from dmd2.networks.condition import Condition
+from dmd2.networks.schedules import FlowSchedule
 from dmd2.training.sampling import student_sample
 from tests import reference, tiny
 from tests.stubs import NO_CONDITION, MixtureEdm, MixtureEps, arrays, tensor
@@ -59,6 +60,20 @@ def test_few_step_calls_the_student_once_at_each_time():
     student = MixtureEps()
     ours(TIMES, student)
     assert student.times == TIMES
+
+
+def test_without_noise_few_step_is_eulers_sampler_of_diffusers_on_a_flow():
+    student, cond = tiny.denoiser("flow-sd3"), tiny.condition("flow-sd3", 3)
+    student.schedule = FlowSchedule(3.0)
+    x = z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            v = (x - student(x, torch.full((3,), float(t) / 1000), cond)) / (t / 1000)
+            x = scheduler.step(v, t, x).prev_sample
+        ours = few_step(student, z, student.schedule.step_times(4, 1.0), cond, None)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
 def test_few_step_draws_no_noise_after_the_last_step():

@@ -1,5 +1,7 @@
 """What the student is fed (2.5): pure noise, noised real images, or its own earlier steps."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,27 @@ def test_noised_real_images_of_a_shifted_flow_have_the_students_levels():
     assert sorted(set(t.tolist())) == pytest.approx([0.5, 0.75, 0.9, 1.0])
     level, noise = t.reshape(-1, 1, 1, 1), b.draws.normals["student/noise"]
     torch.testing.assert_close(x_t, (1 - level) * source + level * noise)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_flow_is_simulated_by_the_sampler_that_draws_its_images(k):
+    student = tiny.denoiser("flow-sd3")
+    student.schedule = FlowSchedule(3.0)
+    cfg = tiny.config("flow-sd3")
+    settings, levels = {"input": "backward_simulation", "steps": 4, "time": 1.0}, [1.0, 0.9, 0.75, 0.5][: k + 1]
+    b = with_step(tiny.one_batch("flow-sd3", cfg), k)
+    for sampler in ("renoise", "euler"):
+        generator = tiny.config("flow-sd3", generator={**settings, "sampler": sampler}).generator
+        x_t, t = student_input(student, b, generator, (1, 8, 8))
+        names = [*["simulation/start", *(f"simulation/{i}" for i in range(k - 1))][:k], "student/noise"]
+        start, *fresh = (b.draws.normal(name, (1, 8, 8)) for name in names)
+        x = start if sampler == "renoise" else b.draws.normal("student/noise", (1, 8, 8))
+        for i, (level, to) in enumerate(pairwise(levels)):
+            with torch.no_grad():
+                x0 = student(x, torch.full((len(x),), level), b.cond)
+            x = (1 - to) * x0 + to * fresh[i] if sampler == "renoise" else x + (to - level) * (x - x0) / level
+        assert t.unique().tolist() == pytest.approx(levels[-1:])
+        torch.testing.assert_close(x_t, x, rtol=1e-4, atol=1e-5)
 
 
 # Backward simulation.

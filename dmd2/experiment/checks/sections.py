@@ -197,6 +197,9 @@ def _student_input(cfg: RunConfig) -> Iterator[Problem]:
         yield "generator.time", f"{first} is above {SIGMA_MAX}, the largest sigma of an edm teacher"
     if form == "eps" and (first > LEVELS - 1 or first % 1):
         yield "generator.time", f"{first} is no step of an eps teacher: 0 to 999, whole"
+    if form != "flow" and cfg.generator.sampler == "euler":
+        told = f"euler, but such steps between the student's levels are of flow teachers, and this one is {form}"
+        yield "generator.sampler", "teacher.parameterisation", told
     if form == "flow" and first != 1:
         yield "generator.time", f"{first}, but a student of a flow teacher begins at sigma 1, pure noise: write 1.0"
     if steps > 1 and first <= (second := second_time(steps, form, cfg.teacher.shift)):
