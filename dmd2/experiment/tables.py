@@ -136,7 +136,8 @@ def load_experiment(tables: Path = TABLES, bases: Path = BASES, without: Collect
                 own = ((experiment.tables[t].row_change, places[t].below("row_change", row.run)) for t in changed)
                 changes += [(of_rows.get(row.run, {}), written) for of_rows, written in own]
                 located[name].append(_row(row, place, base, changes))
-                _add(experiment, name, row.run, located[name][-1].cfg, place)
+                here = place if place.file == of_table.file else of_table.below("rows")  # the file that is at fault
+                _add(experiment, name, row.run, located[name][-1].cfg, here)
             check_table(table, {row.run for row, *_ in rows}, base.cfg, of_table)
             _check_beside(name, experiment.tables, of_table)
     _check_together(experiment, list(read.values()), located)
@@ -248,5 +249,5 @@ def _add(experiment: Experiment, name: str, run: str, cfg: RunConfig, place: Pla
         others = [t for t in experiment.rows if t != name and experiment.tables[t].base == base]
         other = next(t for t in others if run in [row.run for row in experiment.rows[t]])
         keys = "; ".join(f"{key}: {there} there, {here} here" for key, there, here in differences(known, cfg))
-        told = f"contradicts the row of that name in table {other} ({keys}): give one another name"
+        told = f"contradicts the row of that name in table {other} ({keys}): rename one, or give both the same change"
         raise UserError(f"{place.where()}: row {run} {told}")

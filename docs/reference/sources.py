@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()\.\./[^)#\s]+")
+NOTEBOOK = ".ipynb"
 IMAGES = (".png", ".svg", ".pdf")
 HIDDEN = "---\nsearch: {exclude: true}\n---\n\n"
 
@@ -15,6 +16,7 @@ HIDDEN = "---\nsearch: {exclude: true}\n---\n\n"
 def linked(texts: Iterable[tuple[str, str]]) -> dict[str, str | bytes]:
     """Files of the site for all that pages, given as place and Markdown, link to outside of docs/."""
     paths = {path for place, text in texts for link in LINK.findall(text) if (path := _outside(place, link))}
+    paths = {path for path in paths if not path.endswith(NOTEBOOK)}  # which has a page already
     return {_place(path): _content(path) for path in sorted(paths)}
 
 
@@ -35,6 +37,8 @@ def _outside(place: str, link: str) -> str | None:
 
 
 def _place(path: str) -> str:
+    if path.endswith(NOTEBOOK):
+        return path.removesuffix(NOTEBOOK) + ".md"
     suffix = "/index.md" if (ROOT / path).is_dir() else "" if path.endswith((".md", *IMAGES)) else ".md"
     return f"source/{path}{suffix}"
 
