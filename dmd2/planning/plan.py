@@ -27,6 +27,7 @@ FEATURES = {"inception": 2048, "dinov2-vitl14": 1024, "-classifier": 64}
 PUBLISHED_IMAGES = {"imagenet64": 1_281_167, "cifar10": 50_000, "fashion": 60_000, "digits": 1_797}
 KEPT = Checkpoints(Path()).keep
 SAVED = ("student", "critic", "head", "EMA")  # networks of a checkpoint
+SHORT = 1e-3  # seconds; an iteration starts some thousand kernels, each in some microseconds
 GPU_PROCESS, CPU_PROCESS = 3 * 2**30, 2**30  # bytes; interpreter and libraries, with those of CUDA or without
 
 
@@ -170,8 +171,13 @@ class Plan:
         """Operations of an iteration of all processes."""
         return self.counted.image_flops * self.cfg.optim.batch
 
+    @property
+    def launches(self) -> bool:
+        """Whether networks are so small that starting kernels, of which no rate is assumed, takes the time."""
+        return self.rate.kind == "assumed" and self.iteration_flops / self.rate.flops < SHORT
+
     def hours(self) -> dict[str, float]:
-        """Hours of one process by kind of work; pairs and teacher's images are shared, detectors are not counted."""
+        """Hours of one process by kind of work; pairs and what is the teacher's are shared, detectors not counted."""
         cfg = self.cfg
         calls = {
             "snapshots' images": cfg.eval.images * snapshots(cfg) * cfg.generator.steps,
@@ -179,6 +185,8 @@ class Plan:
             "teacher's images": cfg.eval.images * sum(s.network_calls for s in cfg.eval.teacher_samplers.values()),
         }
         work = {"training": self.iteration_flops * cfg.train.steps}
+        if (teacher := cfg.teacher.train) is not None:  # a backward pass computes twice as much as a forward pass
+            calls["teacher's training"] = 3 * teacher.batch * teacher.steps
         work |= {name: count * self.counted.forward_flops for name, count in calls.items()}
         return {name: self.rate.hours(operations) for name, operations in work.items()}
 
@@ -201,7 +209,7 @@ class TablePlan:
         found = [row.hours() for row in self.rows]
         of_runs = {name: self.seeds * sum(hours[name] for hours in found) for name in ("training", "snapshots' images")}
         pairs = sum(row.hours()["pairs"] for row in self._pair_sets)
-        return {**of_runs, "pairs": pairs, "teacher's images": found[0]["teacher's images"]}
+        return {**of_runs, "pairs": pairs, **{name: hours for name, hours in found[0].items() if "teacher" in name}}
 
     def bytes(self) -> int:
         """On disk once all runs are finished, checkpoints not pruned."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, did_you_mean
 from dmd2.core.files import listing, read_json, verified, write_json
 from dmd2.core.precision import strict_float32
 from dmd2.core.rng import Draws, stream
@@ -101,6 +101,8 @@ def load_detector(name: str, weights: Path = WEIGHTS, device: torch.device | str
         return ClipImages(weights / name).on(device)
     manifest = weights / name / "manifest.json"
     if not manifest.exists():
+        if hint := did_you_mean(name, NETWORKS):
+            raise UserError(f"there is no detector {name}{hint}")
         raise UserError(
             f"detector {name}: {manifest} is missing; a per-dataset classifier is made by its rule, the others are "
             f"{', '.join(NETWORKS)} and clip-<model folder>"

@@ -15,6 +15,7 @@ from dmd2.core.files import read_json
 
 ROWS, COLUMNS = 6, 10  # samples of each class or prompt, and of how many of those
 SIDE = 256  # pixels: larger samples are scaled down to it
+HEIGHT = 360  # CSS pixels: a grid of two columns is not enlarged beyond it
 SMALL, WIDTH = 340, 640  # pixels: a page enlarges grids up to the first, and scales them down beyond the second
 
 
@@ -30,12 +31,12 @@ class Grid:
     @property
     def wide(self) -> int:
         """Width on a screen, in CSS pixels."""
-        return self.width * max(1, 270 // self.width)
+        return self.width * max(1, min(270 // self.width, HEIGHT // self.height))
 
     @property
     def narrow(self) -> int:
         """Width on a phone, in CSS pixels."""
-        return self.width * max(1, 358 // self.width)
+        return self.width * max(1, min(358 // self.width, HEIGHT // self.height))
 
 
 def sample_side(data: dict[str, Any]) -> int | None:

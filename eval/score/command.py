@@ -6,7 +6,7 @@ Numbers go to stdout as a table, progress and warnings to stderr, everything a n
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -93,10 +93,9 @@ def score(
 ) -> None:
     """Measure GENERATED, against REFERENCE where a metric compares: values, standard errors, 95 % intervals, bias."""
     with readable_errors():
+        call = _call(SCORED, metrics, reference=reference, **options)
         from eval.score.record import publish
 
-        call = _call(SCORED, metrics, reference=reference, **options)
-        call.options.check()
         if shard := call.options.shard:
             done, total = call.fill(generated, shard)
             print(f"shard {shard}: features of {done} of {total} images are in {call.options.cache}")
@@ -115,10 +114,9 @@ def paired(
 ) -> None:
     """Measure B minus A, two sets whose images at one index share seed and label or prompt."""
     with readable_errors():
+        call = _call(PAIRED, metrics, reference=reference, **options)
         from eval.score.record import publish
 
-        call = _call(PAIRED, metrics, reference=reference, **options)
-        call.options.check()
         publish({"kind": "paired", "margin": margin, **_measured(call, {"a": a, "b": b}, margin)}, call.options)
 
 
@@ -130,10 +128,10 @@ def stats(
 ) -> None:
     """Write the moments of IMAGES to OUT, to serve as a REFERENCE that is computed once."""
     with readable_errors():
+        call = _call(SCORED, None, moments=True, **options)
         from eval.pixels.images import open_images
         from eval.score.call import share_of
 
-        call = _call(SCORED, None, **options)
         source = open_images(images, call.engine.geometry)
         if shard := call.options.shard:
             done = call.engine.fill(source, *share_of(shard))
@@ -158,18 +156,22 @@ def protocols() -> None:
     print(pd.DataFrame(rows).to_string(index=False))
 
 
-def _call(known: Sequence[str], metrics: str | None, protocol: str | None, **options: Any) -> "Call":
-    import torch
+def _call(
+    known: Sequence[str], metrics: str | None, protocol: str | None, moments: bool = False, **options: Any
+) -> "Call":
+    asked = Options.of(known, protocol, metrics, **options)
+    if not moments:  # which need no reference
+        asked.check()
+    import torch  # for seconds, in which a mistake is not told
 
     from eval.score.call import Call
 
     if threads := options["threads"]:
         torch.set_num_threads(threads)
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if options["device"].startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"there is no device {options['device']} here: use --device cpu")
-    return Call(Options.of(known, protocol, metrics, **options))
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if asked.device == "auto" else asked.device
+    if place.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"there is no device {place} here: use --device cpu")
+    return Call(replace(asked, device=place))
 
 
 def _measured(call: "Call", sets: dict[str, Path], margin: float | None = None) -> dict[str, Any]:
