@@ -10,12 +10,17 @@ from torch import Tensor
 
 import dmd2.training.make_teacher
 from dmd2.core.files import listing, write_json
+from dmd2.core.rng import Draws
 from dmd2.data.pipelines import NULL
-from dmd2.data.sets import load_shard, save_shard
+from dmd2.data.sets import TensorSet, load_shard, save_shard
 from dmd2.experiment.config import Data
 from dmd2.experiment.run_inputs import pipeline_manifest
+from dmd2.experiment.teacher_config import TeacherTraining
+from dmd2.networks.condition import Condition
+from dmd2.networks.flow import FlowDenoiser
 from dmd2.training.__main__ import teacher as main
 from tests import tiny
+from tests.tiny_transformers import tiny as transformer
 
 SPEC = {"steps": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "ema": 0.5, "label_dropout": 0.5}
 
@@ -100,3 +105,32 @@ def test_a_training_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
         trained("edm", "b", rows)
     assert equal(trained("edm", "b", rows), whole)
     assert steps == [0, 1, 1]
+
+
+@pytest.mark.parametrize("condition", ["labels", "text"])
+def test_a_flow_teacher_learns_the_velocity_at_logit_normal_levels_and_in_their_share_without_condition(
+    condition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TeacherTraining(**{**SPEC, "batch": 64, "p_mean": 0.5, "p_std": 1.5})
+    denoiser, draws = FlowDenoiser(transformer("SD3Transformer2DModel"), shift=3.0), Draws(0, 0, 64, 0, 64)
+    rows = {"images": torch.randn(64, 4, 8, 8), "labels": torch.randint(4, (64,))}
+    null = Condition(labels=torch.tensor([4]))
+    if condition == "text":
+        rows = {"images": rows["images"], "text": torch.randn(64, 6, 12), "pooled": torch.randn(64, 12)}
+        null = Condition(text=torch.zeros(1, 6, 12), pooled=torch.zeros(1, 12))
+    seen: list[tuple[Tensor, Tensor, Condition]] = []
+    monkeypatch.setattr(denoiser, "forward", lambda *given: seen.append(given) or given[0])
+    loss = dmd2.training.make_teacher._denoising_step(denoiser, TensorSet(rows), draws, null, spec)
+    ((_, t, cond),) = seen
+    u = (0.5 + 1.5 * draws.normal("teacher/level", ())).sigmoid()
+    torch.testing.assert_close(t, 3 * u / (1 + 2 * u))
+    dropped = draws.integers("teacher/dropout", 0, 9999) < 5000
+    order = draws.shuffled("teacher/real", 64)
+    for name in {"labels": ["labels"], "text": ["text", "pooled"]}[condition]:
+        kept = rows[name][order].masked_fill(
+            dropped.reshape(-1, *[1] * (rows[name].ndim - 1)), float(name == "labels") * 4
+        )
+        assert torch.equal(getattr(cond, name), kept) and 0 < dropped.sum() < 64
+    # A prediction of x_t itself says the velocity 0.
+    noise = draws.normal("teacher/noise", (4, 8, 8))
+    assert loss.item() == pytest.approx((noise - rows["images"][order]).square().mean().item(), rel=1e-4)
