@@ -21,11 +21,11 @@ def base_with(**changes):
 ], ids=["set", "teacher", "set of a teacher trained here"])  # fmt: skip
 def test_two_bases_may_not_define_one_name_otherwise(folder, change, key, there, here):
     folder.base("tiny", base_with())
-    folder.base("other", base_with(**change))
+    folder.base("wide", base_with(**change))
     folder.table("one")
-    folder.table("two", base="other")
+    folder.table("two", base="wide")
     error = folder.error()
-    first, second = (folder.bases / f"{name}.yaml" for name in ("tiny", "other"))
+    first, second = (folder.bases / f"{name}.yaml" for name in ("tiny", "wide"))
     needle = key.split(".")[-1] + ":"
     assert f"({key}: {there} there, {here} here): give one of them another" in error
     assert error.startswith(f"{second}:{line_of(second, needle)}: ") and f"{first}:{line_of(first, needle)} " in error
