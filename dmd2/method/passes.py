@@ -59,15 +59,16 @@ Objective: TypeAlias = Generator[Sequence[Pass], list[Tensor], tuple[Tensor, Log
 class Turn:
     """The student's or the critic's turn on one micro-batch.
 
-    given: what the student made its images of, ``(B, C, H, W)`` and times ``(B,)``.
     x: images of the student, ``(B, C, H, W)``; in the critic's turn without gradient.
+    t: times ``(B,)`` at which it made them. x_t: what it made them of, like `x`; in the student's turn alone.
     """
 
     m: Models
-    given: Given
     x: Tensor
     batch: Batch
     cfg: TrainConfig
+    t: Tensor
+    x_t: Tensor | None = None
 
     def level(self, name: str, index_range: tuple[int, int]) -> Tensor:
         """Grid indices ``(B,)``, drawn per sample from an inclusive range.

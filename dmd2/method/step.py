@@ -20,21 +20,21 @@ def train_step(m: Models, micro_batches: Iterable[Batch], it: int, cfg: TrainCon
     logs: Logs = {}
     update_student, update_critic = cfg.critic.turns(it)
     update_critic = update_critic and cfg.trains_critic
-    generated: list[tuple[Batch, Given, Tensor]] = []
+    generated: list[tuple[Batch, Tensor, Tensor]] = []
     for batch in micro_batches:
-        given = student_input(m.student, batch, cfg.generator, cfg.data.shape)
+        x_t, t = student_input(m.student, batch, cfg.generator, cfg.data.shape)
         with torch.set_grad_enabled(update_student):
-            x = m.student(*given, batch.cond).float()
+            x = m.student(x_t, t, batch.cond).float()
         if update_student:
-            (batch.share * student_loss(m, given, x, batch, cfg, logs)).backward()
-        generated.append((batch, given, x.detach()))
+            (batch.share * student_loss(m, (x_t, t), x, batch, cfg, logs)).backward()
+        generated.append((batch, t, x.detach()))
     if update_student:
         logs["student/grad_norm"] = m.student_optimiser.step(it)
         if cfg.critic.ida < 1:
             m.critic.approach(m.student, 1 - cfg.critic.ida)
     if update_critic:
-        for batch, given, x in generated:
-            (batch.share * critic_loss(m, given, x, batch, cfg, logs)).backward()
+        for batch, t, x in generated:
+            (batch.share * critic_loss(m, t, x, batch, cfg, logs)).backward()
         logs["critic/grad_norm"] = m.critic_optimiser.step(it)
     return logs
 
@@ -47,12 +47,12 @@ def student_loss(m: Models, given: Given, x: Tensor, batch: Batch, cfg: TrainCon
     level = {"student/mean": x.detach().mean()} if cfg.data.latents else {"student/brightness": brightness(x)}
     _add(logs, batch.share, {**level, "student/std": x.detach().std()})
     with frozen(m.critic, m.head):
-        return weighted_sum(STUDENT, Turn(m, given, x, batch, cfg), "student", logs)
+        return weighted_sum(STUDENT, Turn(m, x, batch, cfg, given[1], given[0]), "student", logs)
 
 
-def critic_loss(m: Models, given: Given, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
-    """``L_K + lambda_D L_D`` on detached student images ``x``: one loss, one optimiser for critic and head."""
-    return weighted_sum(CRITIC, Turn(m, given, x, batch, cfg), "critic", logs)
+def critic_loss(m: Models, t: Tensor, x: Tensor, batch: Batch, cfg: TrainConfig, logs: Logs) -> Tensor:
+    """``L_K + lambda_D L_D`` on detached images ``x`` that the student made at times ``t``: one loss, one optimiser."""
+    return weighted_sum(CRITIC, Turn(m, x, batch, cfg, t), "critic", logs)
 
 
 def weighted_sum(terms: Sequence[Term], turn: Turn, who: str, logs: Logs) -> Tensor:

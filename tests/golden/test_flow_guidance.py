@@ -91,7 +91,7 @@ def test_teacher_samples_are_those_of_the_familys_own_pipeline(kind, scale):
 def test_the_step_guides_as_samplers_do():
     cfg = tiny_run.config("flow-sd3", teacher__guidance=3.0, teacher__rescale="row")
     m, batch = tiny_run.models("flow-sd3", cfg), tiny_run.one_batch("flow-sd3", cfg)
-    turn = Turn(m, tiny_run.GIVEN, batch.real[0], batch, cfg)
+    turn = Turn(m, batch.real[0], batch, cfg, tiny_run.GIVEN[1])
     x_t, t = turn.noised(turn.x, "dm", (20, 980))
     found = []
     for rescale in (None, "row"):

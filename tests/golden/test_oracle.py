@@ -167,7 +167,7 @@ def test_a_whole_turn_of_each_network(theirs, monkeypatch):
     assert logs["student/gan"].item() == pytest.approx(other["gan_gen"].item(), rel=1e-5)
     near(gradient(mine, run.m.student.network), gradient(other["total"], run.pipeline.student))
 
-    mine = critic_loss(run.m, run.start, run.x.detach(), run.batch, run.cfg, logs)
+    mine = critic_loss(run.m, run.start[1], run.x.detach(), run.batch, run.cfg, logs)
     other = run.theirs("fake_score", ["critic"], monkeypatch)["total"]
     assert logs["critic/denoise"].item() == pytest.approx(other.item(), rel=1e-5)
     near(gradient(mine, run.m.critic.network), gradient(other, run.pipeline.fake_score))

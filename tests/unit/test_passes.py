@@ -13,7 +13,7 @@ from tests import tiny
 def turn_of(kind, **changes):
     cfg = tiny.config(kind, **changes)
     images = torch.randn(4, tiny.channels(kind), 8, 8, generator=torch.Generator().manual_seed(0))
-    return Turn(tiny.models(kind, cfg), tiny.GIVEN, images, tiny.one_batch(kind, cfg), cfg)
+    return Turn(tiny.models(kind, cfg), images, tiny.one_batch(kind, cfg), cfg, tiny.GIVEN[1])
 
 
 def passes_of(turn, network="critic"):

@@ -106,7 +106,7 @@ def test_student_loss_is_the_weighted_sum_of_its_terms():
 def test_critic_loss_is_the_weighted_sum_of_its_terms():
     cfg = tiny.config("edm", critic__denoise_weight=3.0, gan__lambda_d=0.5)
     m, logs = tiny.models("edm", cfg), {}
-    total = critic_loss(m, tiny.GIVEN, image("edm"), tiny.one_batch("edm", cfg), cfg, logs)
+    total = critic_loss(m, tiny.GIVEN[1], image("edm"), tiny.one_batch("edm", cfg), cfg, logs)
     assert total.item() == pytest.approx(3 * logs["critic/denoise"].item() + 0.5 * logs["critic/gan"].item(), rel=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_features_from_teacher_leaves_the_critic_out_of_the_gan():
 def test_features_from_teacher_trains_the_head_and_moves_the_image():
     cfg = tiny.config("edm", gan__features_from="teacher", critic__denoise_weight=0.0, dm__weight=0.0)
     m, batch, x = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm").requires_grad_()
-    critic_loss(m, tiny.GIVEN, x.detach(), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN[1], x.detach(), batch, cfg, {}).backward()
     assert list(tiny.gradients(m.head))
     assert not list(tiny.gradients(m.critic, m.teacher))
     student_loss(m, tiny.GIVEN, x, batch, cfg, {}).backward()
@@ -216,7 +216,7 @@ def clean_discriminator(**changes):
     cfg = tiny.config("edm", gan__noise_range=None, critic__denoise_weight=0.0, **changes)
     m, batch, fake, logits, logs = tiny.models("edm", cfg), tiny.one_batch("edm", cfg), image("edm"), {}, {}
     with kept_passes() as kept:
-        critic_loss(m, tiny.GIVEN, fake, batch, cfg, logs)
+        critic_loss(m, tiny.GIVEN[1], fake, batch, cfg, logs)
     for one, features in kept:
         side = next(name for name, x in (("fake", fake), ("real", batch.real[0])) if torch.equal(x, one.x_t))
         labels = {"fake": batch.cond.labels, "real": batch.real[1].labels}[side]

@@ -38,7 +38,8 @@ def noised_inputs(kind, turn, **changes):
     """Noised images and times by who was given them in a turn: teacher and critic whole, and each pass for features."""
     cfg = tiny.config(kind, **changes)
     with kept_passes() as kept:
-        turn(tiny.models(kind, cfg), tiny.GIVEN, image(kind), tiny.one_batch(kind, cfg), cfg, {})
+        given = tiny.GIVEN if turn is student_loss else tiny.GIVEN[1]
+        turn(tiny.models(kind, cfg), given, image(kind), tiny.one_batch(kind, cfg), cfg, {})
     given = {one.network: (one.x_t, one.t) for one, _ in kept if not one.features}
     return {**given, "features": [(one.x_t, one.t) for one, _ in kept if one.features]}
 

@@ -100,7 +100,7 @@ def discriminator_term(r1_weight, r1_alpha=0.1):
     cfg = tiny.config("edm", gan__r1_weight=r1_weight, gan__r1_alpha=r1_alpha, critic__denoise_weight=0.0)
     m, logs, batch, logits = tiny.models("edm", cfg), {}, tiny.one_batch("edm", cfg), []
     m.head.register_forward_hook(lambda module, args, out: logits.append(out.detach()))
-    critic_loss(m, tiny.GIVEN, image("edm"), batch, cfg, logs)
+    critic_loss(m, tiny.GIVEN[1], image("edm"), batch, cfg, logs)
     return logs["critic/gan"].item(), logits
 
 
@@ -127,7 +127,7 @@ def test_critic_weighting(kind, weighting):
     cfg = tiny.config(kind, critic__weighting=weighting, gan__lambda_g=0.0, gan__lambda_d=0.0)
     m, logs, batch, seen, x = tiny.models(kind, cfg), {}, keeping(tiny.one_batch(kind, cfg)), [], image(kind)
     m.critic.register_forward_hook(lambda module, args, out: seen.append((args, out.detach().double().numpy())))
-    critic_loss(m, tiny.GIVEN, x, batch, cfg, logs)
+    critic_loss(m, tiny.GIVEN[1], x, batch, cfg, logs)
     (((x_t, t, _), predicted),) = seen
     clean, noise = x.double().numpy(), batch.draws.normals["critic/noise"].double().numpy()
     if weighting == "edm":

@@ -117,7 +117,7 @@ def test_critic_turn_stores_no_gradient_on_the_student_or_teacher(kind):
     cfg = tiny.config(kind)
     m, batch = tiny.models(kind, cfg), tiny.one_batch(kind, cfg)
     x = m.student(torch.randn(4, tiny.channels(kind), 8, 8), torch.full((4,), cfg.generator.time), batch.cond).float()
-    critic_loss(m, tiny.GIVEN, x.detach(), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN[1], x.detach(), batch, cfg, {}).backward()
     assert not list(tiny.gradients(m.student, m.teacher))
     assert list(tiny.gradients(m.head))
 
@@ -133,7 +133,7 @@ def test_gan_gradient_reaches_the_image_through_head_and_critic_encoder():
 def test_discriminator_trains_the_critics_encoder_but_not_its_decoder():
     cfg = tiny.config("edm", critic__denoise_weight=0.0)
     m, batch = tiny.models("edm", cfg), tiny.one_batch("edm", cfg)
-    critic_loss(m, tiny.GIVEN, torch.zeros(4, 1, 8, 8), batch, cfg, {}).backward()
+    critic_loss(m, tiny.GIVEN[1], torch.zeros(4, 1, 8, 8), batch, cfg, {}).backward()
     assert list(tiny.gradients(m.critic.network.down_blocks))
     assert not list(tiny.gradients(m.critic.network.up_blocks))
 

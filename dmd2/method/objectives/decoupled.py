@@ -37,7 +37,7 @@ def decoupled(turn: Turn) -> Objective:
 def levels(turn: Turn) -> tuple[Tensor, Tensor]:
     """Grid indices ``(B,)`` of both parts. A constrained one is at most the level at which the student began."""
     cfg = turn.cfg.dm
-    (low, high), own = cfg.index_range, turn.m.teacher.schedule.index_at(turn.given[1])
+    (low, high), own = cfg.index_range, turn.m.teacher.schedule.index_at(turn.t)
     bound = own.clamp(low, high)
 
     def constrained(name: str) -> Tensor:

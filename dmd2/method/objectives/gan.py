@@ -59,7 +59,7 @@ def _weight(turn: Turn) -> Tensor | None:
     """Weight of each sample ``(B, 1)`` by the level at which the student made it, if the run asks for that."""
     if not turn.cfg.gan.level_weight:
         return None
-    return turn.m.teacher.schedule.alpha_sigma(turn.given[1], torch.float32)[0].square()[:, None]
+    return turn.m.teacher.schedule.alpha_sigma(turn.t, torch.float32)[0].square()[:, None]
 
 
 def discriminator_loss(
