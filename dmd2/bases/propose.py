@@ -18,8 +18,8 @@ SMALL, LARGE = 16, 64  # sides of images that are resized, for two CPU cores and
 SMALL_WIDTHS = {8: (16, 32), 16: (16, 32), 32: (16, 32, 32), 64: (8, 16, 32, 32)}
 GPU_WIDTHS = {8: (128, 256), 16: (128, 256), 32: (128, 256, 256), 64: (128, 128, 256, 256)}
 # Schedules of the small bases, of images and of images with captions, and the minutes they take on two cores.
-IMAGES: dict[str, Any] = {"teacher_steps": 650, "steps": 64, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 4}
-CAPTIONS: dict[str, Any] = {"teacher_steps": 600, "steps": 64, "batch": 16, "lr": "1.0e-3", "minutes": 4}
+IMAGES: dict[str, Any] = {"teacher_steps": 650, "steps": 64, "batch": 16, "lr": "1.0e-3", "pairs": 200, "minutes": 3}
+CAPTIONS: dict[str, Any] = {"teacher_steps": 600, "steps": 64, "batch": 16, "lr": "1.0e-3", "minutes": 3}
 MEASURED = 256  # images of an evaluation of a small base, at most: more than twice the detector's 112 dimensions
 SMALL_DETECTOR, DETECTOR, PAPER_DETECTOR = "lite0-112@64", "lite0-320@64", "lite0-1280@64"
 SHOWN = 6  # classes named in a comment
