@@ -20,13 +20,14 @@ def decoupled(turn: Turn) -> Objective:
     x, cfg, m, cond = turn.x.detach(), turn.cfg.dm, turn.m, turn.batch.cond
     assert m.null is not None
     matched, augmented = levels(turn)
-    at_dm, at_ca = turn.noised_at(x, "dm", matched), turn.noised_at(x, _address(turn), augmented)
+    shared, at_dm = cfg.renoise == "shared", turn.noised_at(x, "dm", matched)
+    at_ca = at_dm if shared else turn.noised_at(x, "ca", augmented)
     needs = [
         Pass("teacher", *at_dm, cond, gradient=False),
         Pass("critic", *at_dm, cond, gradient=False),
         Pass("teacher", *at_ca, m.null.expand(len(x)), gradient=False),
     ]
-    if cfg.renoise != "shared":
+    if not shared:
         needs.append(Pass("teacher", *at_ca, cond, gradient=False))
     conditional, fake, without, *apart = yield needs
     excess = (turn.cfg.teacher.guidance - 1) * ((apart or [conditional])[0] - without)
@@ -50,11 +51,6 @@ def levels(turn: Turn) -> tuple[Tensor, Tensor]:
     return matched, turn.level("ca", cfg.index_range) if free else constrained("ca")
 
 
-def _address(turn: Turn) -> str:
-    """Whose noise the augmentation takes."""
-    return "dm" if turn.cfg.dm.renoise == "shared" else "ca"
-
-
 def decoupled_gradient(
     x: Tensor,
     conditional: Tensor,
@@ -71,8 +67,6 @@ def decoupled_gradient(
         excess: ``e = (s - 1)(r_c - r_u)`` of the teacher at the level of the augmentation.
     """
     mixed = conditional + excess
-    whole = distribution_matching_gradient(x, mixed, fake, normaliser_eps)
-    if matching == augmentation == 1:
-        return whole
-    direction = mixed - (matching * (conditional - fake) + augmentation * excess)  # the critic that would give it
-    return distribution_matching_gradient(x, mixed, direction, normaliser_eps)
+    if not matching == augmentation == 1:  # what a critic would have to say for plain matching to give the weighted sum
+        fake = mixed - (matching * (conditional - fake) + augmentation * excess)
+    return distribution_matching_gradient(x, mixed, fake, normaliser_eps)
