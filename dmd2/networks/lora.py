@@ -93,6 +93,19 @@ def split(snapshot: State) -> tuple[State, State]:
     return {name: v for name, v in snapshot.items() if not name.startswith(IN_SNAPSHOT)}, factors
 
 
+def adapter_state(factors: State) -> State:
+    """Factors as diffusers' loaders read them for a transformer: ``transformer.PATH.lora_A.weight`` and ``lora_B``.
+
+    ``alpha / rank`` is in ``lora_B``, since some of the loaders take an alpha for a sign of another format.
+    """
+    state = State()
+    for path in (name.removesuffix(DOWN) for name in factors if name.endswith(DOWN)):
+        down, up, alpha = (factors[path + part] for part in (DOWN, UP, ALPHA))
+        state[f"transformer.{path}.lora_A.weight"] = down
+        state[f"transformer.{path}.lora_B.weight"] = up * (float(alpha) / len(down))
+    return state
+
+
 def _modules(network: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, m) for name, m in network.named_modules() if ADAPTER in getattr(m, "lora_A", ()))
 

@@ -18,6 +18,7 @@ from dmd2.data.sets import save_shard
 from dmd2.experiment.method_config import Generator
 from dmd2.networks.denoisers import Denoiser, EdmDenoiser
 from dmd2.networks.flow import FlowDenoiser
+from dmd2.networks.lora import adapter_state
 from dmd2.networks.quantise import quantise
 from dmd2.networks.schedules import BETA_END, BETA_START, LEVELS, RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, FlowSchedule
 from dmd2.networks.song_unet import SongUNet
@@ -28,6 +29,7 @@ from dmd2.training.snapshot import Snapshot
 
 PARTS = ("unet", "transformer")  # folder of the network
 SINGLE, LORA = "unet_fp16.safetensors", "lora_fp16.safetensors"  # as the paper's authors published their students
+ADAPTER = "lora.safetensors"  # factors of a transformer, in float32
 TOLERANCE = 1e-4  # of the largest value; float32 through another order of operations stays below 1e-5
 
 
@@ -77,7 +79,7 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
     sized = isinstance(network, UNet2DConditionModel) and network.config["addition_embed_type"] == "text_time"
     stock = text is not None and cfg.data.latents and text.pipeline.encoder is None
     # The factors of a student of another run's student are not those of the teacher.
-    own_lora = text is not None and not flow and cfg.generator.lora is not None and cfg.train.init_from is None
+    own_lora = text is not None and cfg.generator.lora is not None and cfg.train.init_from is None
     unets = "StableDiffusionXLPipeline" if sized else "StableDiffusionPipeline"
     return {
         "cfg": cfg,
@@ -100,8 +102,9 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "rounding": how["rounding"],
         "pipeline": (student.family.pipeline if isinstance(student, FlowDenoiser) else unets) if stock else None,
         "single": SINGLE,
-        "lora": LORA if own_lora else None,
-        **(_of_flow(student, cfg.generator) if isinstance(student, FlowDenoiser) else {}),
+        "lora": LORA if own_lora and not flow else None,
+        "no_loader": None,
+        **(_of_flow(student, cfg.generator, own_lora) if isinstance(student, FlowDenoiser) else {}),
     }
 
 
@@ -110,11 +113,14 @@ def unshifted(steps: int) -> list[float]:
     return [round(level, 6) for level in FlowSchedule().step_times(steps, 1.0)]
 
 
-def _of_flow(student: FlowDenoiser, generator: Generator) -> dict[str, Any]:
+def _of_flow(student: FlowDenoiser, generator: Generator, own_lora: bool) -> dict[str, Any]:
     """What card and script tell of a flow alone.
 
     unguided: what its pipeline calls no guidance. wrong: levels that a number of steps alone would make, if not ours.
+    no_loader: the family's pipeline, if there are factors that it cannot load.
     """
+    kind = student.family.pipeline
+    loads = hasattr(getattr(diffusers, kind), "load_lora_weights")
     scheduler = scheduler_of(student, generator)
     scheduler.set_timesteps(generator.steps)
     alone, ours = scheduler.sigmas[:-1].tolist(), student.schedule.step_times(generator.steps, 1.0)
@@ -122,6 +128,8 @@ def _of_flow(student: FlowDenoiser, generator: Generator) -> dict[str, Any]:
     return {
         "unguided": student.family.unguided,
         "embedder": student.network.config.get("guidance_embeds", False),
+        "lora": ADAPTER if own_lora and loads else None,
+        "no_loader": kind if own_lora and not loads else None,
         "wrong": ", ".join(f"{level:.3g}" for level in alone) if differ else None,
     }
 
@@ -150,7 +158,8 @@ def check(script: Path, snapshot: Snapshot, student: Denoiser, sampling: dict[st
 def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: bool = False) -> None:
     """Write the folder: unet/ or transformer/, scheduler/, sample.py, samples.png (of pixels without prompts), card.
 
-    A UNet of text is there in one float16 file, too, and one of low rank with its factors in kohya's format.
+    A UNet of text is there in one float16 file, too. Factors of a text student of low rank are written beside it: a
+    UNet's in kohya's format, a transformer's as its pipeline loads them.
 
     Raises:
         UserError: see `find_snapshot`, `Snapshot.denoiser`, `check` and `atomic_folder`.
@@ -162,7 +171,10 @@ def export(snapshot: Snapshot, out: Path, licence: str | None = None, force: boo
         if sampling["text"] and not sampling["flow"]:
             save_shard(folder / SINGLE, {name: value.half() for name, value in student.network.state_dict().items()})
         if sampling["lora"]:
-            write_kohya(folder / LORA, snapshot.factors())
+            if sampling["flow"]:
+                save_shard(folder / ADAPTER, adapter_state(snapshot.factors()))
+            else:
+                write_kohya(folder / LORA, snapshot.factors())
         scheduler_of(student, snapshot.cfg.generator).save_pretrained(folder / "scheduler")
         if isinstance(student.network, SongUNet):  # which diffusers lacks
             shutil.copyfile(inspect.getfile(SongUNet), folder / "song_unet.py")

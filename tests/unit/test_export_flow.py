@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
@@ -28,6 +29,7 @@ from tests.exported import run_alone, student, trained, written
 from tests.flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
 from tests.tiny_pipelines import LATENTS, WIDTH, WIDTH_2
 from tests.tiny_transformers import tiny
+from tests.unit.test_lora import ALPHA, RANK, with_factors
 
 SHIFT, SEED, PROMPT = 3.0, 3, "a red cat on the beach"
 OUT = Path("out")
@@ -36,12 +38,13 @@ DATA = Data(name="set", source={"kind": "latents"}, resolution=LATENTS, channels
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def exported(network, steps, **changes):
+def exported(network, steps, base=None, **changes):
     """The folder of a student with these weights, and its config."""
-    network.save_pretrained("data/teachers/tiny/unet", safe_serialization=True)
+    (base or network).save_pretrained("data/teachers/tiny/unet", safe_serialization=True)
     adopt_teacher(Teacher(name="tiny", parameterisation="flow", guidance=1.0), Path("data/teachers/tiny"))
+    generator = {"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": 1.0}
     cfg = tiny_run.config(
-        "eps-text", generator={"input": "noise" if steps == 1 else "backward_simulation", "steps": steps, "time": 1.0},
+        "eps-text", generator=generator | ({"lora": {"rank": RANK, "alpha": ALPHA}} if base else {}),
         **{"teacher__name": "tiny", "teacher__parameterisation": "flow", "teacher__shift": SHIFT,
            "teacher__guidance_embed": 2.5, "critic__weighting": "v",
            "data__text": TEXT, **changes},
@@ -104,6 +107,30 @@ def test_the_familys_own_pipeline_makes_our_latents_as_the_card_says(kind, steps
     )
     plain = runpy.run_path(str(OUT / "sample.py"))
     close(plain["sample"](*plain["load"](), load_file("inputs.safetensors")), theirs)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_familys_own_pipeline_with_the_exported_lora_makes_our_latents(kind):
+    base = tiny(kind)
+    student = with_factors(base)
+    cfg = exported(student, 1, base)
+    cond = condition(1, (kept_of(kind) or (None,))[0])
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
+    pipe = pipeline_of(kind, deepcopy(base), loaded(kind)[1])
+    expected, options = ours(student, cfg, z, cond, None), prompts(kind, cond)
+    options |= {"sigmas": [1.0], "guidance_scale": wrap(deepcopy(base), "flow", **cfg.teacher.flow).family.unguided}
+    assert (latents_of(kind, pipe, z, **options) - expected).abs().max() > 0.01
+    pipe.load_lora_weights(OUT, weight_name="lora.safetensors")
+    close(latents_of(kind, pipe, z, **options), expected)
+    assert 'load_lora_weights(STUDENT, weight_name="lora.safetensors")' in (OUT / "README.md").read_text()
+
+
+def test_factors_that_a_pipeline_cannot_load_are_merged_and_the_card_says_so(monkeypatch):
+    monkeypatch.setattr(diffusers, "SanaPipeline", object)
+    base = tiny("SanaTransformer2DModel")
+    exported(with_factors(base), 1, base)
+    assert "diffusers' `SanaPipeline` loads no LoRA" in (OUT / "README.md").read_text()
+    assert not (OUT / "lora.safetensors").exists()
 
 
 def test_the_card_tells_levels_shift_guidance_and_the_double_shift():
