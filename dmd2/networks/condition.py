@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,13 +29,20 @@ class Condition:
         """The same condition with its tensors changed, by name."""
         return Condition(**{name: None if value is None else change(name, value) for name, value in vars(self).items()})
 
+    def _masked(self, other: Condition) -> Condition:
+        """The same condition, with a mask of its text if `other` has one."""
+        if self.text is None or self.text_mask is not None or other.text_mask is None:
+            return self
+        return replace(self, text_mask=self.text.new_ones(self.text.shape[:2], dtype=torch.bool))
+
     def join(self, other: Condition) -> Condition:
         """Concatenate two conditions along the batch.
 
         A field that only one of them has is left out: an unconditional network reads no labels, and its real images
-        have none. Any other network then fails for want of it.
+        have none. Any other network then fails for want of it. A missing `text_mask` hides nothing.
         """
-        both = Condition(**{name: value for name, value in vars(self).items() if getattr(other, name) is not None})
+        one, other = self._masked(other), other._masked(self)
+        both = Condition(**{name: value for name, value in vars(one).items() if getattr(other, name) is not None})
         return both._each(lambda name, value: torch.cat([value, getattr(other, name)]))
 
     def parts(self, count: int) -> tuple[Condition, Condition]:

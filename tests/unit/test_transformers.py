@@ -242,3 +242,12 @@ def test_factors_merge_into_plain_weights(kind):
     plain.load_state_dict(merged_state(adapted))
     assert torch.allclose(FlowDenoiser(plain)(x, T, cond), expected, atol=1e-5)
     assert not torch.allclose(FlowDenoiser(tiny(kind))(x, T, cond), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("masked_first", [True, False])
+def test_joined_captions_keep_a_mask_that_only_one_of_them_has(masked_first):
+    masked, whole = texts(2, kept=[2, 5]), texts(1)
+    joined = masked.join(whole) if masked_first else whole.join(masked)
+    counts = [2, 5, 6] if masked_first else [6, 2, 5]
+    assert joined.text_mask.sum(1).tolist() == counts and len(joined.text) == 3
+    assert Condition(labels=torch.zeros(1)).join(masked).text_mask is None and whole.join(whole).text_mask is None
