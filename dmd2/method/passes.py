@@ -28,7 +28,7 @@ from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Inputs, guidance, with_unconditional
-from dmd2.networks.schedules import add_noise, index_of, logit_normal
+from dmd2.networks.schedules import add_noise, index_of_fraction, logit_normal
 
 Logs = dict[str, Tensor]
 Given = tuple[Tensor, Tensor]  # noisy images (B, C, H, W) and their times (B,)
@@ -80,7 +80,7 @@ class Turn:
         moments = {"dm": of_dm, "ca": of_dm, "critic": self.cfg.critic.logit_normal}.get(name)
         if moments is None:
             return draws.integers(f"{name}/level", *index_range)
-        return index_of(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
+        return index_of_fraction(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
 
     def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> Given:
         """Images at levels that are drawn for `name`, and the times of these levels."""

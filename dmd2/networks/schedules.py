@@ -45,7 +45,7 @@ class Schedule:
         """The student's starting input made of unit noise alone (algorithm: generator input, one step)."""
         raise NotImplementedError
 
-    def index_at(self, t: Tensor) -> Tensor:
+    def index_of_time(self, t: Tensor) -> Tensor:
         """Index of the noisiest level that is not noisier than times ``t`` ``(B,)``, int64; 0 if all are."""
         grid = self.time(torch.arange(LEVELS, device=t.device))
         return (torch.searchsorted(grid, t.to(grid.dtype), right=True) - 1).clamp(min=0)
@@ -99,7 +99,7 @@ def logit_normal(normal: Tensor, moments: tuple[float, float]) -> Tensor:
     return (normal * std + mean).sigmoid()
 
 
-def index_of(u: Tensor) -> Tensor:
+def index_of_fraction(u: Tensor) -> Tensor:
     """Grid index of levels `u` in [0, 1], the least noise first."""
     return (LEVELS * u).long().clamp(max=LEVELS - 1)
 

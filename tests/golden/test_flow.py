@@ -16,7 +16,7 @@ from dmd2.networks.schedules import (
     FlowSchedule,
     VPSchedule,
     add_noise,
-    index_of,
+    index_of_fraction,
     logit_normal,
     loss_weight,
     shift_of_tokens,
@@ -108,7 +108,7 @@ QUANTILES = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99], dtype=torch.fl
 def test_logit_normal_levels(moments, levels):
     found = logit_normal(torch.special.ndtri(QUANTILES), moments)
     assert found.tolist() == pytest.approx(levels)
-    assert index_of(torch.tensor([0.0, 0.0019, 0.5, 0.9999, 1.0])).tolist() == [0, 1, 500, 999, 999]
+    assert index_of_fraction(torch.tensor([0.0, 0.0019, 0.5, 0.9999, 1.0])).tolist() == [0, 1, 500, 999, 999]
 
 
 def test_pure_noise_is_the_noise():

@@ -93,7 +93,7 @@ def test_intra_segment_loss(kind, at):
     (teacher, real), (student, mine) = [one for one in passes if one[0].network == "teacher" or not one[0].gradient]
     assert teacher.guided and student.network == "student" and torch.equal(teacher.x_t, x_i)
     schedule, end = m.teacher.schedule, max(int(999 * at) - 250, 0)
-    index = schedule.index_at(student.t)
+    index = schedule.index_of_time(student.t)
     assert ((index >= end + 50) & (index <= int(999 * at) - 50)).all()
     a_i, s_i = level(teacher, schedule)
     a_mid, s_mid = level(student, schedule)
@@ -123,7 +123,7 @@ def test_a_straight_field_needs_no_guidance_within_a_step():
 @pytest.mark.parametrize("schedule", [KarrasSchedule(), VPSchedule(), FlowSchedule(3.0)])
 def test_an_index_is_found_by_its_time(schedule):
     index = torch.tensor([0, 20, 249, 998, 999])
-    assert torch.equal(schedule.index_at(schedule.time(index)), index)
+    assert torch.equal(schedule.index_of_time(schedule.time(index)), index)
 
 
 # Weights of a divergence.
@@ -137,7 +137,7 @@ def test_divergence_weights_the_gradient_of_each_image(kind):
     assert torch.equal(judged[0].x_t, matched.x_t)  # the very sample of L_DM
     logits = m.head(torch.tensor(judged[1]).float()).detach().double().numpy().reshape(4, -1).mean(axis=1)
     r = np.clip(np.exp(np.clip(logits, -10, 10)), 0.1, 20)
-    bins = (m.teacher.schedule.index_at(matched.t).numpy() - 20) * 10 // 961
+    bins = (m.teacher.schedule.index_of_time(matched.t).numpy() - 20) * 10 // 961
     r = r / np.array([r[bins == b].mean() for b in bins])
     weights = reference.column(r / r.mean())
     np.testing.assert_allclose(x.grad.numpy(), weights * plain.numpy(), rtol=1e-3, atol=1e-6)

@@ -38,7 +38,7 @@ def decoupled(turn: Turn) -> Objective:
 def levels(turn: Turn) -> tuple[Tensor, Tensor]:
     """Grid indices ``(B,)`` of both parts. A constrained one is at most the level at which the student began."""
     cfg = turn.cfg.dm
-    (low, high), own = cfg.index_range, turn.m.teacher.schedule.index_at(turn.t)
+    (low, high), own = cfg.index_range, turn.m.teacher.schedule.index_of_time(turn.t)
     bound = own.clamp(low, high)
 
     def constrained(name: str) -> Tensor:

@@ -17,7 +17,7 @@ def intra_segment(turn: Turn) -> Objective:
     """L_ISG; settings: ``generator.isg``. It needs the teacher (guided), then the student, both without gradient."""
     x_i, t_i, cond, cfg, schedule = turn.x_t, turn.t, turn.batch.cond, turn.cfg.generator, turn.m.teacher.schedule
     assert x_i is not None
-    start = schedule.index_at(t_i)
+    start = schedule.index_of_time(t_i)
     end = (start - LEVELS // cfg.steps).clamp(min=0)
     middle = turn.batch.draws.between("isg/level", end + cfg.isg_margin, start - cfg.isg_margin)
     t_mid, t_p = schedule.time(middle), schedule.time(end)
