@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from dmd2.core.run import RunId
 from dmd2.data.captions import captions_of
 from dmd2.data.emoji import FONT
+from dmd2.method.samplers import few_step
+from dmd2.networks.condition import Condition
+from dmd2.publish.diffusers_folder import export
+from dmd2.training.snapshot import find_snapshot
 from tests import tiny_flow_pipelines, tiny_pipelines
 from tests.eval.test_clip import write_model
 from tests.workspace import Workspace, copy_repository
@@ -189,6 +196,32 @@ def test_pairs_are_the_teachers_latents_for_the_prompts_of_the_student(finished_
     assert [len(shard["noise"]) for shard in rows] == [3, 3] and len(known) == 2
     for text in (text for shard in rows for text in shard["text"]):
         assert (known == text).all(dim=(1, 2)).any()
+
+
+@pytest.mark.parametrize("run", ["4step", "4step-lora"])
+def test_the_trained_transformer_makes_our_latents_in_diffusers_own_pipeline(
+    finished_text: Workspace, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished_text.path)
+    snapshot = find_snapshot(RunId("sd35-medium-tiny", run, 0))
+    export(snapshot, tmp_path / "out")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    pipe = StableDiffusion3Pipeline.from_pretrained("data/pipelines/sd35-medium-tiny", scheduler=scheduler)
+    if run == "4step-lora":
+        pipe.load_lora_weights(tmp_path / "out", weight_name="lora.safetensors")
+    else:
+        pipe.transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    student = snapshot.denoiser()
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    options = {"sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "latent"}
+    torch.manual_seed(3)
+    theirs = pipe(CAPTIONS[0], latents=first, height=SIDE, width=SIDE, **options).images
+    text, _, pooled, _ = pipe.encode_prompt(CAPTIONS[0], None, None, do_classifier_free_guidance=False)
+    torch.manual_seed(3)  # the pipeline's noise between steps
+    fresh, times = [torch.randn(1, 4, 8, 8) for _ in range(3)], student.schedule.step_times(4, 1.0)
+    with torch.no_grad():
+        ours = few_step(student, first, times, Condition(text=text, pooled=pooled), fresh.__getitem__)
+    assert (theirs - ours).abs().max() < 1e-4 * max(1.0, float(ours.abs().max()))
 
 
 def test_warm_up_trains_the_student_alone(finished_text: Workspace) -> None:
