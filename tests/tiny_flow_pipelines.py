@@ -1,4 +1,6 @@
-"""Complete diffusers pipeline folders of flow-matching transformers with random tiny parts, as `tests.tiny_pipelines`."""
+"""diffusers' own pipelines of flow-matching transformers: complete folders of random tiny parts (see `tests.tiny_pipelines`),
+and pipelines around a transformer alone, from embedded prompts to latents.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from dmd2.networks.condition import Condition
 from tests.tiny_pipelines import (
     END,
     VAE,
@@ -39,6 +42,8 @@ FAMILIES = {
     "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "sana": "SanaPipeline", "lumina2": "Lumina2Pipeline",
     "z-image": "ZImagePipeline",
 }  # fmt: skip
+TOWERS = {"sd3": 3, "flux": 2}  # text encoders; one of others
+SHAPE = (2, 4, 8, 8)
 SHIFTS = {"sd3": 3.0, "flux": 1.0, "sana": 3.0, "lumina2": 6.0, "z-image": 6.0}
 ATTENTION = {
     "hidden_size": STATES, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -65,6 +70,52 @@ def transformer_class(family: str) -> str:
     return {"sd3": "SD3", "flux": "Flux", "sana": "Sana", "lumina2": "Lumina2", "z-image": "ZImage"}[
         family
     ] + "Transformer2DModel"
+
+
+def pipeline_of(kind, network, scheduler):
+    """The pipeline of a family, which can be given embedded prompts only."""
+    family = next(family for family in FAMILIES if transformer_class(family) == kind)
+    suffixes = ("", "_2", "_3")[: TOWERS.get(family, 1)]
+    parts = [f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes]
+    made = getattr(diffusers, FAMILIES[family])(
+        transformer=network, scheduler=scheduler, vae=None, **dict.fromkeys(parts)
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def condition(seed, kept=None, length=6):
+    """Random embedded prompts of two samples; `kept` of their states are no padding."""
+    g = torch.Generator().manual_seed(seed)
+    mask = None if kept is None else torch.arange(length)[None] < torch.tensor(kept)[:, None]
+    text, pooled = torch.randn(2, length, 12, generator=g), torch.randn(2, 12, generator=g)
+    return Condition(text=text, pooled=pooled, text_mask=mask)
+
+
+def prompts(kind, cond, prefix=""):
+    """Arguments of a pipeline's call for embedded prompts."""
+    if kind == "ZImageTransformer2DModel":
+        return {f"{prefix}prompt_embeds": [one[kept] for one, kept in zip(cond.text, cond.text_mask, strict=True)]}
+    found = {f"{prefix}prompt_embeds": cond.text}
+    if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        return {**found, f"{prefix}pooled_prompt_embeds": cond.pooled}
+    return {**found, f"{prefix}prompt_attention_mask": cond.text_mask.long()}
+
+
+def latents_of(kind, pipe, z, **options):
+    """Latents that a pipeline makes from noise `z`, packed for FLUX's as it is handed them, and unpacked again."""
+    side = z.shape[-1] * pipe.vae_scale_factor
+    if kind == "SanaTransformer2DModel":
+        options |= {"use_resolution_binning": False, "negative_prompt": None}
+    if kind == "FluxTransformer2DModel":
+        z = pipe._pack_latents(z, *z.shape)
+    found = pipe(latents=z.clone(), height=side, width=side, output_type="latent", **options).images
+    return pipe._unpack_latents(found, side, side, pipe.vae_scale_factor) if found.ndim == 3 else found
+
+
+def kept_of(kind):
+    """Kept states of two prompts, None for families that read padding, too."""
+    return None if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel") else ([6, 3], [5, 2])
 
 
 def _transformer(family: str) -> Any:

@@ -12,7 +12,7 @@ from dmd2.networks.flow import FlowDenoiser
 from dmd2.networks.schedules import shift_of_tokens
 from dmd2.networks.transformers.family import FAMILIES
 from tests import tiny as tiny_run
-from tests.flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
+from tests.tiny_flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
 from tests.tiny_transformers import tiny
 
 N = torch.arange(24, dtype=torch.float64)

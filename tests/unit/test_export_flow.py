@@ -26,7 +26,7 @@ from dmd2.training.teachers import wrap
 from tests import tiny as tiny_run
 from tests import tiny_flow_pipelines
 from tests.exported import run_alone, student, trained, written
-from tests.flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
+from tests.tiny_flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
 from tests.tiny_pipelines import LATENTS, WIDTH, WIDTH_2
 from tests.tiny_transformers import tiny
 from tests.unit.test_lora import ALPHA, RANK, with_factors

@@ -12,7 +12,7 @@ from dmd2.networks.transformers.family import FAMILIES
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.pairs import join_shards, make_shard
 from tests import tiny as tiny_run
-from tests.flow_pipelines import condition, kept_of, latents_of, pipeline_of, prompts
+from tests.tiny_flow_pipelines import condition, kept_of, latents_of, pipeline_of, prompts
 from tests.tiny_transformers import tiny
 
 pytestmark = pytest.mark.usefixtures("own_folder")
