@@ -1,4 +1,4 @@
-"""Trainings of a tiny transformer of each family: guided by classes, with a GAN on two blocks and an EMA."""
+"""Trainings of a tiny transformer of each family: guided by classes, with a GAN on two blocks and an EMA; SD3's aligned."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ def training(folder: Path, kind: str, mode: str, hardware: Hardware) -> Training
     """A training in a folder that `prepare` made; the student starts as the teacher."""
     gan = {"gan__tap": [0, 1], "gan__head": "patches", "teacher__guidance": 2.0, "teacher__shift": 3.0}
     size = {"data__channels": 4, "critic__ratio": 1, "optim__ema": 0.9, "optim__batch": 6}
-    cfg = tiny.config("flow-sd3", **{**gan, **size, **MODES[mode]})
+    aligned = {"critic__ida": 0.5} if kind == "SD3Transformer2DModel" and mode == "fp32" else {}
+    cfg = tiny.config("flow-sd3", **{**gan, **size, **aligned, **MODES[mode]})
     inputs = Inputs(folder / kind / "manifest.json", folder / "latents.json", None, None)
     return Training(RunId("tiny", kind, 0), cfg, hardware, inputs)
 
