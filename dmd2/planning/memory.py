@@ -242,6 +242,14 @@ class Counted:
             self.models.teacher(z, torch.empty(1, device=META), self.condition(self.models.teacher, 1))
         return ledger.flops
 
+    @property
+    def passes(self) -> float:
+        """Forward passes of the network with the arithmetic of one iteration, the head's and the distance's included.
+
+        A backward pass to weights and input has the arithmetic of two.
+        """
+        return self.image_flops / self.forward_flops
+
     def condition(self, denoiser: Denoiser, count: int) -> Condition:
         """A condition of `count` samples, of the sizes that the network's config names."""
         return condition_of(self.cfg.data, denoiser.network, count)

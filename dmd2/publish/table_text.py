@@ -53,6 +53,7 @@ def columns(table: TableRecord) -> list[Column]:
         *_beside_column(table),
         *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
         Column("student updates", "text", [_updates(row) for row in rows]),
+        *_passes_column(rows),
         Column("training time", "text", [_training_time(row) for row in rows]),
         Column(
             "GPU-hours" if gpu else "CPU-hours",
@@ -141,6 +142,12 @@ def _updates(row: RowRecord) -> str:
     return str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
 
 
+def _passes_column(rows: list[RowRecord]) -> list[Column]:
+    """Forward passes of its network that an update of the student costs, where a row has been counted."""
+    found = [row.get("passes") for row in rows]
+    return [Column("passes per update", "text", [*map(number, found)])] if any(found) else []
+
+
 def _training_time(row: RowRecord) -> str:
     seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
     return f"{number(fmean(seconds))} s" if seconds else NONE
@@ -166,16 +173,22 @@ def certainty(table: TableRecord) -> Cells | None:
 
 
 def published(table: TableRecord) -> str:
-    """Numbers of other methods on the same data, best of the first metric first; empty if there are none."""
+    """Numbers of other methods, best of the first metric first, or of the paper's metric that it stands in for.
+
+    Empty if there are none.
+    """
     first, *rest = table["metrics"]
-    known = [(numbers, name) for name, numbers in table.get("published", {}).items() if first in numbers]
+    others, where = table.get("published", {}), ""
+    if not any(first in numbers for numbers in others.values()):
+        first, where = PAPER_NAME.get(first, first), " on their own data"
+    known = [(numbers, name) for name, numbers in others.items() if first in numbers]
     if not known:
         return ""
     known.sort(key=lambda pair: (pair[0][first], pair[1]), reverse=BETTER.get(first) == "higher")
     metrics = [first, *(metric for metric in rest if any(metric in numbers for numbers, _ in known))]
     values = [" / ".join(_as_printed(numbers.get(m)) for m in metrics) for numbers, _ in known]
     methods = ", ".join(f"{name} {text}" for (_, name), text in zip(known, values, strict=True))
-    return f"Published {' / '.join(map(label, metrics))} of other methods: {methods}."
+    return f"Published {' / '.join(map(label, metrics))} of other methods{where}: {methods}."
 
 
 def stand_in(table: TableRecord) -> str:

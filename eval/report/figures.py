@@ -81,7 +81,7 @@ def key(name: str, style: LineStyle) -> Markup:
 
 
 def curve(row: RowRecord, axis: str, metric: str) -> dict[float, list[float]]:
-    """Finite values of a metric over seeds at every snapshot; `axis` is "step" or "student_updates"."""
+    """Finite values of a metric over seeds at every snapshot; `axis` is one of `AXES`."""
     points: dict[float, list[float]] = {}
     for snapshots in row["curves"].values():
         for snapshot in snapshots:
@@ -90,12 +90,18 @@ def curve(row: RowRecord, axis: str, metric: str) -> dict[float, list[float]]:
     return dict(sorted(points.items()))
 
 
-AXES = {"step": "critic updates", "student_updates": "student updates"}
+AXES = {"step": "critic updates", "student_updates": "student updates", "passes": "network passes"}
+
+
+def axes_of(table: TableRecord) -> dict[str, str]:
+    """What curves of a table are drawn over, with names: over network passes if those of every row are known."""
+    counted = all(row.get("passes") for row in rows_of(table, "student"))
+    return {axis: name for axis, name in AXES.items() if axis != "passes" or counted}
 
 
 def training_curves(table: TableRecord) -> list[Markup]:
-    """The table's first metric over critic updates and over student updates."""
-    return [_curves(table, axis, x_label) for axis, x_label in AXES.items()]
+    """The table's first metric over critic updates, student updates and network passes."""
+    return [_curves(table, axis, x_label) for axis, x_label in axes_of(table).items()]
 
 
 def _curves(table: TableRecord, axis: str, x_label: str) -> Markup:

@@ -10,7 +10,7 @@ from dmd2.experiment.metrics import BETTER
 from dmd2.publish.table_text import Column, TableRecord, columns
 from dmd2.publish.template import template
 from eval.report import training_log
-from eval.report.figures import AXES, best_runs, draw_curves, drawing, styles
+from eval.report.figures import axes_of, best_runs, draw_curves, drawing, styles
 
 TEMPLATE = Path(__file__).with_name("templates") / "table.tex.j2"
 SPECIAL = str.maketrans({
@@ -61,8 +61,9 @@ def save(table: TableRecord, folder: Path) -> None:
 
 
 def _curves(table: TableRecord) -> Figure:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (axis, x_label) in zip(figure.subplots(1, 2), AXES.items(), strict=True):
+    shown = axes_of(table)
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
+    for axes, (axis, x_label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         draw_curves(axes, table, axis, x_label)
     return figure
 

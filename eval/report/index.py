@@ -11,6 +11,7 @@ from dmd2.core.files import write_text
 from dmd2.core.provenance import Artefact
 from dmd2.publish.table_text import too_few_seeds
 from dmd2.publish.template import template
+from eval.report import methods
 from eval.report.figures import ARMS, rows_of
 from eval.report.page import MARKS, REPORT, TEMPLATES, date_of, made_from_comment, outputs, read_table, write
 
@@ -56,9 +57,10 @@ def _listed(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(out: Annotated[Path, typer.Option(help="folder of the pages")] = REPORT) -> None:
-    """Write the list of the tables in results/tables, and the pages that it lacks."""
+    """Write the list of the tables in results/tables, the pages that it lacks, and the page of all methods."""
     with readable_errors():
         tables = sorted(Path("results/tables").glob("*.json"))
+        write_text(out / "methods.html", methods.render(tables))
         write_text(out / "index.html", render(tables, out))
 
 

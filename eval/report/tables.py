@@ -24,6 +24,7 @@ from eval.metrics.estimate import Estimate
 from eval.report.claims import claims_of, distance, judge
 from eval.report.differences import difference, with_influences
 from eval.report.logs import summary
+from eval.report.passes import Passes, passes_by_config
 from eval.report.rules import TEACHER, Measurements
 from eval.report.warnings import Records, of_code, of_rows, of_teacher
 
@@ -39,13 +40,13 @@ def build(name: str) -> TableRecord:
     folders = {row.run: {s: RunId(table.base, row.run, s).folder for s in table.seeds} for row in experiment.rows[name]}
     folders |= {f"teacher-{sampler}": {0: SAMPLERS / table.base / sampler} for sampler in table.teachers}
     papers = [row.paper for row in experiment.rows[name]] + [*table.teachers.values()]
-    records, rows = dict[str, Records](), list[RowRecord]()
+    records, rows, passes = dict[str, Records](), list[RowRecord](), passes_by_config()
     for (run, of_run), paper in zip(folders.items(), papers, strict=True):
         records[run] = found = {seed: read_json(folder / "metrics.json") for seed, folder in of_run.items()}
         row = {"run": run, "paper": paper, **_measured(table, of_run, found)}
         if cfg := experiment.runs.get((table.base, run)):
             changed = {key: value for key, _, value in differences(experiment.bases[table.base], cfg)}
-            row |= {"ticks": experiment.ticks(name, run), "changed": changed, **_trained(of_run, found)}
+            row |= {"ticks": experiment.ticks(name, run), "changed": changed, **_trained(of_run, found, passes)}
         else:
             row |= _sampled(found[0])
         rows.append(row)
@@ -92,10 +93,11 @@ def _measured(table: Table, folders: dict[int, Path], records: Records) -> RowRe
     }
 
 
-def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
+def _trained(folders: dict[int, Path], records: Records, passes: Passes) -> RowRecord:
     """The part of a row that only students have, those of released weights included."""
     first = next(iter(records.values()))
     released = first["config"]["train"]["released"] is not None
+    of_iteration = None if released else passes(first["config"])
     logs = {} if released else {s: read_json_lines(folder / "log.jsonl") for s, folder in folders.items()}
     return {
         "kind": "student",
@@ -103,13 +105,19 @@ def _trained(folders: dict[int, Path], records: Records) -> RowRecord:
         "device": ", ".join(dict.fromkeys(record["device"] for record in records.values())),
         "deterministic": all(r.get("deterministic", r["device"] == "cpu") for r in records.values()),
         "cost": {s: record["cost"] for s, record in records.items() if record["cost"]},
-        "curves": {s: record["snapshots"] for s, record in records.items()},
+        "passes": of_iteration and of_iteration * first["config"]["critic"]["ratio"],  # of an update of the student
+        "curves": {s: _with_passes(record["snapshots"], of_iteration) for s, record in records.items()},
         "times": {s: _times(records[s], log) for s, log in logs.items()},
         "log": summary(logs.values(), first["config"]["train"]["steps"]),
         "probe": {s: [[line["step"], line["probe/brightness"]] for line in log] for s, log in logs.items()},
         "config": first["config"],
         "commits": {s: record["train_commit"] for s, record in records.items()},
     }
+
+
+def _with_passes(snapshots: list[dict[str, Any]], of_iteration: float | None) -> list[dict[str, Any]]:
+    """Snapshots with the network passes of the training up to them, where these are known."""
+    return [s if of_iteration is None else {**s, "passes": of_iteration * s["step"]} for s in snapshots]
 
 
 def _sampled(metrics: dict[str, Any]) -> RowRecord:

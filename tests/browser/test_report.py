@@ -57,7 +57,7 @@ def test_pages_are_small(place: Path):
 
 def test_the_list_has_every_table_and_keeps_the_pages_that_are_right(place: Path):
     listed = text(place, "index")
-    assert re.findall(r'<a href="(.*?)">', listed) == ["demo.html", "digits-table3.html"]
+    assert re.findall(r'<a href="(.*?)">', listed) == ["methods.html", "demo.html", "digits-table3.html"]
     assert "foreign.json is no table, it has no base" in listed
     three = listed[listed.index("digits-table3.html") :]
     assert "supported" in three and "<code>dmd2</code>" in three and "<code>4be1c02d9</code>" in three
@@ -183,7 +183,7 @@ def browser(place: Path, tmp_path_factory: pytest.TempPathFactory):
         window.quit()
 
 
-@pytest.fixture(params=["index", *ROWS])
+@pytest.fixture(params=["index", "methods", *ROWS])
 def opened(request: pytest.FixtureRequest, browser, place: Path):
     """A page with its folded parts unfolded."""
     browser.get((place / f"results/report/{request.param}.html").as_uri())
@@ -210,7 +210,7 @@ def test_every_row_and_picture_is_shown(opened):
     widths = opened.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
     assert len(widths) == 8 and all(widths)
     figures = opened.find_elements("css selector", "svg[role=img]")
-    assert len(figures) == 2 + 2 + 6  # curves, quantities of the log, brightness of six runs
+    assert len(figures) == 3 + 2 + 6  # curves, quantities of the log, brightness of six runs
     assert all(figure.size["width"] > 150 and figure.size["height"] > 80 for figure in figures)
 
 

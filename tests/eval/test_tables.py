@@ -187,6 +187,8 @@ def test_further_metrics_stand_beside_the_papers() -> None:
          "Published FID / CLIP of other methods: Turbo 24.57 / –, LCM (1 step) 81.62 / 0.275."),
         (["accuracy"], {"one": {"fd": 2.0, "accuracy": 0.9}, "two": {"accuracy": 0.95}},
          "Published Class accuracy of other methods: two 0.950, one 0.900."),
+        (["fd", "accuracy"], {"js": {"fid": 2.0}, "kl": {"fid": 1.92}, "SiD": {"is": 10.0}},
+         "Published FID of other methods on their own data: kl 1.92, js 2.00."),
     ],
 )  # fmt: skip
 def test_published_numbers_begin_with_the_best_of_the_first_metric(metrics, others, text) -> None:

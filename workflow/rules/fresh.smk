@@ -62,7 +62,8 @@ if workflow.is_main_process:  # jobs of Slurm read this file again and are told 
     # Runs and samplers that no table has any more, and what evaluations left behind, are as old as the rest, too.
     made = [*Path("results/runs").glob("*/*/*/*"), *Path("results/teachers").glob("*/*/*")]
     known = {file for a in found for file in (*a.outputs, *a.inputs)} | set(map(str, made))
-    FILES = [file for file in known | {*WEIGHTS_OF.values(), "results/report/index.html"} if os.path.isfile(file)]
+    known |= {*WEIGHTS_OF.values(), "results/report/index.html", "results/report/methods.html"}
+    FILES = [file for file in known if os.path.isfile(file)]
     trained = [a.outputs[0] for a in found if Path(a.outputs[0]).name == "train.json" and a.outputs[0] not in OUTDATED]
     other_code = {path: reason for path in trained if (reason := trained_by_other_code(Path(path)))}
     if CHANGED_CODE == "retrain":

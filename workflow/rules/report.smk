@@ -1,5 +1,5 @@
 # Tables, a page of each, and the list of all tables that were made.
-INDEX = "results/report/index.html"
+INDEX, METHODS = "results/report/index.html", "results/report/methods.html"
 
 
 def requested_tables():
@@ -75,6 +75,7 @@ rule index:
         unpack(index_inputs),
     output:
         INDEX,
+        METHODS,
     log:
         "logs/index.log",
     localrule: True
