@@ -40,7 +40,7 @@ def training(folder: Path, kind: str, mode: str, hardware: Hardware) -> Training
     """A training in a folder that `prepare` made; the student starts as the teacher."""
     gan = {"gan__tap": [0, 1], "gan__head": "patches", "teacher__guidance": 2.0, "teacher__shift": 3.0}
     size = {"data__channels": 4, "critic__ratio": 1, "optim__ema": 0.9, "optim__batch": 6}
-    aligned = {"critic__ida": 0.5} if kind == "SD3Transformer2DModel" and mode == "fp32" else {}
+    aligned = {"critic__ida": 0.5} if kind == "SD3Transformer2DModel" else {}
     cfg = tiny.config("flow-sd3", **{**gan, **size, **aligned, **MODES[mode]})
     inputs = Inputs(folder / kind / "manifest.json", folder / "latents.json", None, None)
     return Training(RunId("tiny", kind, 0), cfg, hardware, inputs)

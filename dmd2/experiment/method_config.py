@@ -111,7 +111,8 @@ class Critic(Section):
     index_range: noise levels of the denoising loss, both ends included.
     logit_normal: see `DistributionMatching`; flow teachers are trained with [0, 1].
     ida: share that the critic keeps of its weights after each update of the student, whose weights are the rest
-        (implicit distribution alignment, arXiv 2506.00523); 1 is off and costs nothing.
+        (implicit distribution alignment, arXiv 2506.00523); of a low-rank student they are its merged weights. 1 is off
+        and costs nothing.
     """
 
     ratio: Annotated[Positive, Field(description="critic updates for each student update (TTUR)")]

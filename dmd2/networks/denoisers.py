@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmd2.networks.condition import Condition
 from dmd2.networks.halves import Network, decode, encode, labels_of
+from dmd2.networks.lora import own, plain_parameters
 from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSchedule, spread
 
 Precision = Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
@@ -121,11 +122,13 @@ class Denoiser(nn.Module):
     def approach(self, other: Denoiser, share: float) -> None:
         """Move the weights by a share of the way to those of another denoiser of the same architecture.
 
-        Implicit distribution alignment, ``phi <- lambda phi + (1 - lambda) theta`` (SenseFlow, arXiv 2506.00523). Of
-        sharded weights each process moves its own.
+        Implicit distribution alignment, ``phi <- lambda phi + (1 - lambda) theta`` (SenseFlow, arXiv 2506.00523). A
+        low-rank student counts as what it computes, ``W + scale up down``. Of sharded weights each process moves its
+        own.
         """
-        mine, theirs = ([_own(p) for p in denoiser.network.parameters()] for denoiser in (self, other))
-        torch._foreach_lerp_(mine, theirs, share)
+        mine = dict(self.network.named_parameters())
+        for name, theirs in plain_parameters(other.network):
+            own(mine[name]).lerp_(theirs, share)
         self.refresh()
 
     @property
@@ -194,11 +197,6 @@ class EpsDenoiser(Denoiser):
 def reached(module: nn.Module) -> nn.Module:
     """The module whose parameters a backward pass reaches: of a denoiser the network that its passes run."""
     return module.running if isinstance(module, Denoiser) else module
-
-
-def _own(p: Any) -> Tensor:
-    """The rows of a parameter that this process holds: all, unless it is sharded."""
-    return p.to_local() if hasattr(p, "to_local") else p
 
 
 def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:

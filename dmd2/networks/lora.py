@@ -61,8 +61,30 @@ def lora_state(network: nn.Module, weights: State | None = None) -> State:
 
 def merged_state(network: nn.Module, weights: State | None = None) -> State:
     """Weights of the plain network that computes the same, on the CPU; `network` and `weights` stay as they are."""
+    plain = _plain(network, weights or network.state_dict())
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in plain}
+
+
+def plain_parameters(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of the plain network that computes the same, one by one; of sharded ones the rows of this process.
+
+    A merged row of weights takes its own row of ``up`` and all of ``down``.
+    """
+    rows = {n: _whole(p) if n.endswith(FACTOR_DOWN) else own(p) for n, p in network.named_parameters()}
+    return _plain(network, rows)
+
+
+def own(p: Any) -> Tensor:
+    """The rows of a parameter that this process holds: all, unless it is sharded."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def _whole(p: Any) -> Tensor:
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def _plain(network: nn.Module, weights: State) -> Iterator[tuple[str, Tensor]]:
     modules = dict(_modules(network))
-    weights, state = weights or network.state_dict(), State()
     for name, tensor in weights.items():
         path, _, kind = name.rpartition(".")
         path = path.removesuffix(".base_layer")
@@ -71,8 +93,7 @@ def merged_state(network: nn.Module, weights: State | None = None) -> State:
         if path in modules and kind == "weight":
             down, up = weights[path + FACTOR_DOWN].detach(), weights[path + FACTOR_UP].detach()
             tensor = merged(tensor, down, up, modules[path].scaling[ADAPTER])
-        state[f"{path}.{kind}" if path else kind] = tensor.cpu().contiguous()
-    return state
+        yield f"{path}.{kind}" if path else kind, tensor
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -130,7 +130,6 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
             {"dm.divergence": "kl", "gan.lambda_g": 0.0, "gan.lambda_d": 0.0}, "dm.divergence", "weights images by the GAN's head"),
         "nothing to decouple": (
             {"dm.objective": "decoupled", "teacher.guidance": 1.0}, "dm.objective", "teacher.guidance is 1, none"),
-        "alignment of adapters": ({"critic.ida": 0.9, "generator.lora": {"rank": 4, "alpha": 4.0}}, "critic.ida", "low-rank"),
         "no level within a step": ({"generator.isg": 1.0, "generator.isg_margin": 200}, "generator", "leaves no level within a step"),
         "moments of nothing": ({"dm.moments_kl": 1.0}, "dm", "moments_kl needs moments"),
         "width of the text": ({f"{NET}.joint_attention_dim": 768}, f"{NET}.joint_attention_dim", "text states of 384"),

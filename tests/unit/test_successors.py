@@ -9,6 +9,7 @@ from dmd2.core.rng import Draws
 from dmd2.experiment.cluster import Hardware
 from dmd2.method.objectives.divergence import divergence_weights
 from dmd2.method.step import student_loss, train_step
+from dmd2.networks.lora import add_lora, merged_state
 from dmd2.networks.schedules import FlowSchedule, KarrasSchedule, VPSchedule, move
 from dmd2.training.execution import refuse
 from tests import reference, tiny
@@ -207,6 +208,22 @@ def test_the_critic_takes_over_a_share_of_the_updated_student(kind, kept):
         torch.testing.assert_close(new, kept * old + (1 - kept) * student, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(head, m.head.parameters(), strict=True))
     train_step(m, tiny.batches(kind, cfg).at(0), 0, cfg)  # the critic's turn aligns nothing
+
+
+@pytest.mark.parametrize("kind", ["eps-sdxl", *KINDS])
+def test_the_critic_of_a_low_rank_student_takes_over_what_its_factors_make_of_the_weights(kind):
+    cfg = tiny.config(kind, critic__ida=0.75)
+    m = tiny.models(kind, cfg)
+    before = {name: p.detach().clone() for name, p in m.critic.network.named_parameters()}
+    add_lora(m.student.network, rank=2, alpha=4.0)
+    factors = [p for p in m.student.network.parameters() if p.requires_grad]
+    for p in factors:
+        torch.nn.init.normal_(p, std=0.2)
+    m.critic.approach(m.student, 1 - cfg.critic.ida)
+    target = merged_state(m.student.network)
+    assert before.keys() <= target.keys() and any(not torch.equal(before[name], target[name]) for name in before)
+    for name, new in m.critic.network.named_parameters():
+        torch.testing.assert_close(new, 0.75 * before[name] + 0.25 * target[name], rtol=1e-5, atol=1e-6)
 
 
 def test_alignment_reaches_the_weights_that_passes_run_in():

@@ -183,9 +183,6 @@ def _successors(cfg: RunConfig) -> Iterator[Problem]:
         yield "dm.objective", "teacher.guidance", told
     if dm.objective == "decoupled" and teacher.rescale is not None:
         yield "dm.objective", "teacher.rescale", "decoupled has no norm of the whole to rescale: leave out one"
-    if cfg.critic.ida < 1 and cfg.generator.lora is not None:
-        told = f"{cfg.critic.ida}, but the student trains low-rank factors (generator.lora), the critic does not"
-        yield "critic.ida", "generator.lora", told
     if gan.level_weight and teacher.parameterisation == "edm":
         told = "alpha is 1 at all levels of an edm teacher: leave it out"
         yield "gan.level_weight", "teacher.parameterisation", told
