@@ -52,9 +52,9 @@ def columns(table: TableRecord) -> list[Column]:
         *_gaps(table),
         *_beside_column(table),
         *(Column(label(name), name, [other(row, name) for row in rows]) for name in [*rest, "brightness_std"]),
-        Column("student updates", "text", [_updates(row) for row in rows]),
+        Column("student updates", "text", [updates(row) for row in rows]),
         *_passes_column(rows),
-        Column("training time", "text", [_training_time(row) for row in rows]),
+        Column("training time", "text", [training_time(row) for row in rows]),
         Column(
             "GPU-hours" if gpu else "CPU-hours",
             "text",
@@ -138,7 +138,8 @@ def other(row: RowRecord, metric: str) -> str:
     return mean_sd(row["values"][metric].values()) + ("" if paper is None else f" (paper {_as_printed(paper)})")
 
 
-def _updates(row: RowRecord) -> str:
+def updates(row: RowRecord) -> str:
+    """Student updates of a trained row, network calls of a sampler of the teacher."""
     return str(row["student_updates"]) if row["kind"] == "student" else f"{row['network_calls']} calls"
 
 
@@ -148,7 +149,8 @@ def _passes_column(rows: list[RowRecord]) -> list[Column]:
     return [Column("passes per update", "text", [*map(number, found)])] if any(found) else []
 
 
-def _training_time(row: RowRecord) -> str:
+def training_time(row: RowRecord) -> str:
+    """Mean seconds of a training over seeds, if they are known."""
     seconds = [value for value in row["seconds"].values() if value is not None and row["kind"] == "student"]
     return f"{number(fmean(seconds))} s" if seconds else NONE
 

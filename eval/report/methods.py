@@ -12,7 +12,16 @@ from pydantic import ValidationError
 from dmd2.core.errors import UserError
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.metrics import BETTER, best_first
-from dmd2.publish.table_text import RowRecord, TableRecord, difference_text, label, mean_sd, number
+from dmd2.publish.table_text import (
+    RowRecord,
+    TableRecord,
+    difference_text,
+    label,
+    mean_sd,
+    number,
+    training_time,
+    updates,
+)
 from dmd2.publish.template import template
 from eval.metrics.estimate import Estimate
 from eval.report import figures
@@ -39,14 +48,15 @@ def render(paths: Sequence[Path]) -> str:
 
 
 def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
-    """A table of all rows of each base and first metric, best first; of a row in several tables that of most seeds.
+    """A table of all rows of each base, first metric and way to select a snapshot, best first.
 
+    Of a row in several tables it is that of most seeds.
     A base of which one row was trained has nothing to compare, and is left out.
     """
     groups: dict[tuple[str, str, str], list[TableRecord]] = {}
     for table in tables:
         groups.setdefault((table["base"], table["metrics"][0], table["select"]), []).append(table)
-    for (base, metric, _), group in sorted(groups.items()):
+    for (base, metric, select), group in sorted(groups.items()):
         rows: dict[str, RowRecord] = {}
         for row in (row for table in group for row in table["rows"]):
             if len(row["values"][metric]) > len(rows.get(row["run"], {"values": {metric: {}}})["values"][metric]):
@@ -55,7 +65,7 @@ def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
         if len(students) > 1:
             whole = next((row["run"] for row in students if not row["changed"]), None)
             yield {
-                "name": f"methods-{base}-{metric}",
+                "name": f"methods-{base}-{metric}-{select}",
                 "base": base,
                 "metrics": [metric],
                 "tables": [table["name"] for table in group],
@@ -82,7 +92,7 @@ def view(table: TableRecord) -> dict[str, Any]:
         "metric": metric,
         "heads": [label(metric), f"minus `{reference['run']}`, paired, 95 %" if reference else "", *HEADS],
         "cells": [
-            [mean_sd(row["values"][metric].values()), gap(row, reference, metric), *costs(row)] for row in table["rows"]
+            [mean_sd(row["values"][metric].values()), gap(row, reference, metric), *facts(row)] for row in table["rows"]
         ],
         "curves": figures.training_curves(table)[1:],  # over student updates and network passes
     }
@@ -99,17 +109,17 @@ def gap(row: RowRecord, reference: RowRecord | None, metric: str) -> str:
     return difference_text(difference(gaps) if len(gaps) > 1 else None)
 
 
-def costs(row: RowRecord) -> list[str]:
+def facts(row: RowRecord) -> list[str]:
     """The texts under `HEADS`: cost, stability and needs of a row."""
     steadiness = mean_sd(row["values"].get("brightness_std", {}).values())
     if row["kind"] == "teacher":
-        return ["", f"{row['network_calls']} calls", "", "", steadiness, "", ""]
-    passes, seconds = row.get("passes"), [value for value in row["seconds"].values() if value is not None]
+        return ["", updates(row), "", "", steadiness, "", ""]
+    passes = row.get("passes")
     return [
         number(passes),
-        str(row["student_updates"]),
+        updates(row),
         "–" if passes is None else f"{passes * row['student_updates']:,.0f}",
-        f"{number(fmean(seconds))} s" if seconds else "–",
+        training_time(row),
         steadiness,
         str(len(row["seconds"])),
         needs(row["config"]),

@@ -85,3 +85,8 @@ def test_a_base_of_one_row_is_left_out_and_no_base_is_a_sentence(tables, tmp_pat
     write_json(tmp_path / "digits-table3.json", tables[1] | {"rows": students})
     write_json(tmp_path / "foreign.json", {})
     assert "There are none yet" in render([tmp_path / "digits-table3.json", tmp_path / "foreign.json"])
+
+
+def test_rows_whose_snapshot_was_selected_otherwise_stand_apart(tables) -> None:
+    last, best = merged([tables[1], tables[1] | {"select": "best"}])
+    assert last["rows"] == best["rows"] and last["name"] != best["name"]  # the names are ids of one page
