@@ -66,10 +66,14 @@ class Draws:
         draw = torch.randint(low, high + 1, (self.total,), generator=self._stream(name), device=self.device)
         return draw[self.start : self.stop]
 
+    def uniform(self, name: str) -> Tensor:
+        """Uniform in [0, 1), float64, shape ``(stop - start,)``."""
+        draw = torch.rand(self.total, generator=self._stream(name), device=self.device, dtype=torch.float64)
+        return draw[self.start : self.stop]
+
     def between(self, name: str, low: Tensor, high: Tensor) -> Tensor:
         """Uniform integers in the sample's own range ``low..high`` ``(stop - start,)``, both inclusive, int64."""
-        draw = torch.rand(self.total, generator=self._stream(name), device=self.device, dtype=torch.float64)
-        return low + (draw[self.start : self.stop] * (high - low + 1)).long()
+        return low + (self.uniform(name) * (high - low + 1)).long()
 
     def shared_integer(self, name: str, low: int, high: int) -> int:
         """One integer in ``low..high`` (inclusive) for the whole global batch.

@@ -110,20 +110,25 @@ class HeldDraws(Draws):
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See `Draws.normal`."""
-        if ("normal", name, shape) not in self.made:
-            self.made["normal", name, shape] = super().normal(name, shape)
-        return self.made["normal", name, shape]
+        return self._held(super().normal, "normal", name, shape)
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
         """See `Draws.integers`."""
-        if ("integers", name, low, high) not in self.made:
-            self.made["integers", name, low, high] = super().integers(name, low, high)
-        return self.made["integers", name, low, high]
+        return self._held(super().integers, "integers", name, low, high)
+
+    def uniform(self, name: str) -> Tensor:
+        """See `Draws.uniform`."""
+        return self._held(super().uniform, "uniform", name)
 
     def shared_integer(self, name: str, low: int, high: int) -> int:
         """See `Draws.shared_integer`."""
         self.shared[name, low, high] = super().shared_integer(name, low, high)
         return self.shared[name, low, high]
+
+    def _held(self, draw: Callable[..., Tensor], *address: Any) -> Tensor:
+        if address not in self.made:
+            self.made[address] = draw(*address[1:])
+        return self.made[address]
 
     def refill(self, draws: Draws) -> None:
         """Overwrite each tensor with what `draws` gives for its address."""

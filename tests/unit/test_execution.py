@@ -24,6 +24,7 @@ from dmd2.training.trainer import Training
 from tests import tiny
 
 FOUR = {"generator": {"input": "backward_simulation", "steps": 4, "time": 80.0}}
+GUIDED_WITHIN = {"generator": {**FOUR["generator"], "isg": 0.5}}
 REAL = {"generator": {"input": "noised_real", "steps": 4, "time": 80.0}}
 
 
@@ -64,20 +65,19 @@ class Recorder:
     def __call__(self, launch):
         self.recorded += 1
 
-        def refused(*_):
-            raise AssertionError("a draw inside a recorded iteration")
+        def refused(_, name):
+            raise AssertionError(f"a draw of {name} inside a recorded iteration")
 
         def replay():
             self.replayed += 1
             with self.patch.context() as patch:
-                patch.setattr(Draws, "normal", refused)
-                patch.setattr(Draws, "integers", refused)
+                patch.setattr(Draws, "_stream", refused)
                 return launch()
 
         return replay
 
 
-@pytest.mark.parametrize("changes", [{}, {"optim__batch": 5}, FOUR, REAL, {"critic__shares_iteration": False}])
+@pytest.mark.parametrize("changes", [{}, {"optim__batch": 5}, FOUR, GUIDED_WITHIN, REAL, {"critic__shares_iteration": False}])
 def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
     cfg = tiny.config("edm", **{"critic__ratio": 3, "regression__weight": 0.5, "optim__warmup": 40, **changes})
     plain, replayed = (tiny.models("edm", cfg) for _ in range(2))
@@ -88,7 +88,7 @@ def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
         assert {name: value.item() for name, value in found.items()} == pytest.approx(
             {name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6
         )  # a rate in float32 is rounded
-    kinds = 8 if changes is FOUR else 2
+    kinds = 8 if changes in (FOUR, GUIDED_WITHIN) else 2
     assert recorder.recorded <= kinds and recorder.replayed >= 24 - 2 * kinds
 
 
