@@ -182,7 +182,7 @@ def models(kind: str, cfg: RunConfig, distance: Any = None) -> Models:
         student, teacher, critic, head,
         Optimiser([student], cfg.optim, cfg.optim.lr),
         Optimiser([critic, head], cfg.optim, cfg.optim.lr * cfg.critic.lr_multiplier, clips=cfg.optim.clip_critic),
-        null=null(kind) if cfg.teacher.guidance > 1 else None,
+        null=null(kind) if cfg.guided else None,
         distance=distance or torch.nn.functional.mse_loss,
     )  # fmt: skip
 

@@ -114,6 +114,18 @@ class TrainConfig(Section):
         return self.gan.on or self.generator.input != "noise" or conditions
 
     @property
+    def guidance(self) -> dict[str, float]:
+        """The largest guidance scale of the teacher in training, by the key that sets it."""
+        ranges = {"dm.guidance": self.dm.guidance, "generator.isg_guidance": self.generator.isg_guidance}
+        drawn = {key: scales[1] for key, scales in ranges.items() if scales is not None}
+        return {"teacher.guidance": self.teacher.guidance, **drawn}
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is ever guided in training."""
+        return max(self.guidance.values()) > 1
+
+    @property
     def needs_pairs(self) -> bool:
         """Whether training reads teacher pairs."""
         return self.regression.weight > 0 and self.train.released is None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dmd2.experiment.eval_config import Sampler
-from dmd2.experiment.section import IndexRange, Positive, Precision, Section, Weight
+from dmd2.experiment.section import IndexRange, Positive, Precision, Scales, Section, Weight
 
 
 class Lora(Section):
@@ -27,6 +27,8 @@ class Generator(Section):
     isg: weight of intra-segment guidance: one step of the student should end where a step of the teacher and then one
         of the student end (SenseFlow, arXiv 2506.00523); 0 is off and costs nothing.
     isg_margin: distance in grid indices between the level where the two meet and both ends of the student's step.
+    isg_guidance: smallest and largest guidance scale of the teacher there, drawn for each image; null:
+        ``teacher.guidance``.
     """
 
     input: Annotated[
@@ -40,6 +42,7 @@ class Generator(Section):
     sampler: Literal["renoise", "euler"] = "renoise"
     isg: Weight = 0.0
     isg_margin: Annotated[int, Field(ge=0, le=499)] = 50
+    isg_guidance: Scales | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -74,6 +77,7 @@ class DistributionMatching(Section):
         off: all weights are 1.
     moments_kl: weight of a divergence of each image's mean and variance from `moments`.
     moments: mean and variance of the data.
+    guidance: smallest and largest guidance scale of the teacher, drawn for each image; null: ``teacher.guidance``.
     """
 
     weight: Annotated[Weight, Field(description="0 is off and costs nothing")]
@@ -90,6 +94,7 @@ class DistributionMatching(Section):
     divergence: Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman"] = "rkl"
     moments_kl: Weight = 0.0
     moments: Moments = None
+    guidance: Scales | None = None
 
     def weight_of(self, objective: str) -> float:
         """`weight` for the objective of the run, 0 for the others."""

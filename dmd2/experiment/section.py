@@ -12,11 +12,12 @@ Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained by this: see dmd2.core.precision
 Index = Annotated[int, Field(ge=0, le=999)]
+Scale = Annotated[float, Field(ge=1)]  # of guidance: 1 is none
 
 
-def _ascending(value: tuple[int, int]) -> tuple[int, int]:
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"the range [{value[0]}, {value[1]}] is empty: write the smaller index first")
+        raise ValueError(f"the range [{value[0]}, {value[1]}] is empty: write the smaller one first")
     return value
 
 
@@ -34,6 +35,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 IndexRange = Annotated[tuple[Index, Index], Field(strict=False), AfterValidator(_ascending)]
+Scales = Annotated[tuple[Scale, Scale], Field(strict=False), AfterValidator(_ascending)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Distinct = AfterValidator(_distinct)
 

@@ -28,7 +28,7 @@ from dmd2.method.batches import Batch
 from dmd2.method.interfaces import Models
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import Inputs, guidance, with_unconditional
-from dmd2.networks.schedules import add_noise, index_of_fraction, logit_normal
+from dmd2.networks.schedules import add_noise, index_of_fraction, logit_normal, spread
 
 Logs = dict[str, Tensor]
 Given = tuple[Tensor, Tensor]  # noisy images (B, C, H, W) and their times (B,)
@@ -39,8 +39,8 @@ class Pass:
     """One network at noisy images ``(B, C, H, W)`` and times ``(B,)``.
 
     The result is the prediction ``(B, C, H, W)`` of the clean images, or with `features` the bottleneck ``(B, c, h,
-    w)``, float32. gradient: whether one flows through the pass; without, the result is detached. guided: apply the
-    run's classifier-free guidance, ``u + s (c - u)``, if its scale is above 1.
+    w)``, float32. gradient: whether one flows through the pass; without, the result is detached. guidance: scale s of
+    classifier-free guidance, ``u + s (c - u)``, 1 is none; or a tensor ``(B, 1, 1, 1)`` of them.
     """
 
     network: Literal["student", "teacher", "critic"]
@@ -49,7 +49,12 @@ class Pass:
     cond: Condition
     gradient: bool = True
     features: bool = False
-    guided: bool = False
+    guidance: float | Tensor = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the network runs without the condition, too."""
+        return isinstance(self.guidance, Tensor) or self.guidance > 1
 
 
 Objective: TypeAlias = Generator[Sequence[Pass], list[Tensor], tuple[Tensor, Logs]]
@@ -81,6 +86,15 @@ class Turn:
         if moments is None:
             return draws.integers(f"{name}/level", *index_range)
         return index_of_fraction(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)
+
+    def guidance(self, name: str = "") -> float | Tensor:
+        """The guidance scale of the term `name`: the run's, or drawn per sample, ``(B, 1, 1, 1)``, in its range."""
+        cfg = self.cfg
+        scales = {"dm": cfg.dm.guidance, "isg": cfg.generator.isg_guidance}.get(name)
+        if scales is None:
+            return cfg.teacher.guidance
+        low, high = scales
+        return spread(low + (high - low) * self.batch.draws.uniform(f"{name}/guidance").float(), self.x)
 
     def noised(self, images: Tensor, name: str, index_range: tuple[int, int]) -> Given:
         """Images at levels that are drawn for `name`, and the times of these levels."""
@@ -126,7 +140,7 @@ def run_passes(turn: Turn, passes: Sequence[Pass]) -> list[Tensor]:
 
 def _joined(turn: Turn, group: list[Pass]) -> dict[Pass, Tensor]:
     """Results of passes of one network; predictions come before features."""
-    network, scale = getattr(turn.m, group[0].network), turn.cfg.teacher.guidance
+    network = getattr(turn.m, group[0].network)
     rows = [_rows(turn, one) for one in group]
     x_t, t, cond = rows[0]
     if len(rows) > 1:
@@ -143,13 +157,13 @@ def _joined(turn: Turn, group: list[Pass]) -> dict[Pass, Tensor]:
         parts = (*predicted.split(sizes[:predictions]), *features.split(sizes[predictions:]))
     doubled = [len(part) > len(one.t) for one, part in zip(group, parts, strict=True)]
     return {
-        one: guidance(part, scale, one.x_t, network.rescale) if twice else part
+        one: guidance(part, one.guidance, one.x_t, network.rescale) if twice else part
         for one, part, twice in zip(group, parts, doubled, strict=True)
     }
 
 
 def _rows(turn: Turn, one: Pass) -> Inputs:
     """What the network is given for a pass: a guided one twice, without its condition and with it."""
-    if one.guided and turn.cfg.teacher.guidance > 1 and turn.m.null is not None:
+    if one.guided and turn.m.null is not None:
         return with_unconditional(one.x_t, one.t, one.cond, turn.m.null.expand(len(one.t)))
     return one.x_t, one.t, one.cond

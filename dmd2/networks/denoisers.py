@@ -214,7 +214,7 @@ def with_unconditional(x_t: Tensor, t: Tensor, cond: Condition, null: Condition)
     return torch.cat([x_t, x_t]), torch.cat([t, t]), null.join(cond)
 
 
-def guidance(both: Tensor, scale: float, x_t: Tensor | None = None, rescale: Rescale | None = None) -> Tensor:
+def guidance(both: Tensor, scale: float | Tensor, x_t: Tensor | None = None, rescale: Rescale | None = None) -> Tensor:
     """``u + s (c - u)`` of predictions for `with_unconditional` at ``x_t``.
 
     x0 is affine in the predicted noise or velocity, so guiding x0 equals guiding these (some codes use ``c + s(c-u)``).

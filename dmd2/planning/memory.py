@@ -122,7 +122,7 @@ class Counted:
             for module in (student, teacher, critic):
                 for unit in units(module):
                     unit.register_forward_hook(lambda *_: self.functions.clear())
-        null = self.condition(teacher, 1) if cfg.teacher.guidance > 1 else None
+        null = self.condition(teacher, 1) if cfg.guided else None
         return Models(student, teacher, critic, head, made[0], made[1], null, _distance(cfg))
 
     def _on_gpu(self, denoiser: Denoiser) -> Denoiser:

@@ -137,6 +137,6 @@ def needs(config: Mapping[str, Any]) -> str:
         "GAN's head": cfg.gan.on,
         "real images": cfg.needs_real,
         "teacher pairs": cfg.needs_pairs,
-        "guidance": cfg.teacher.guidance > 1,
+        "guidance": cfg.guided,
     }
     return ", ".join(name for name, needed in found.items() if needed) or "nothing"

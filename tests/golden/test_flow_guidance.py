@@ -96,7 +96,7 @@ def test_the_step_guides_as_samplers_do():
     found = []
     for rescale in (None, "row"):
         m.teacher.rescale = rescale
-        (real,) = run_passes(turn, [Pass("teacher", x_t, t, batch.cond, gradient=False, guided=True)])
+        (real,) = run_passes(turn, [Pass("teacher", x_t, t, batch.cond, gradient=False, guidance=turn.guidance())])
         torch.testing.assert_close(real, guide(m.teacher, x_t, t, batch.cond, m.null.expand(len(t)), 3.0))
         found.append(real)
     assert not torch.allclose(*found, atol=1e-3)

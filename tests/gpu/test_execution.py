@@ -38,7 +38,10 @@ def test_compiled_passes_are_near_plain_ones(what: str, real_device: torch.devic
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, FOUR, {"train__precision": "bf16-body"}])
+GUIDED_WITHIN = {"generator": {**FOUR["generator"], "isg": 0.5}}
+
+
+@pytest.mark.parametrize("changes", [{}, FOUR, GUIDED_WITHIN, {"train__precision": "bf16-body"}])
 def test_cuda_graphs_replay_the_step(changes: dict[str, Any], real_device: torch.device, tmp_path: Path) -> None:
     if real_device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU; tests/unit/test_execution.py replays without")

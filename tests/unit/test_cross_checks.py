@@ -54,6 +54,8 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "fewer classes in the network": ({f"{NET}.num_class_embeds": 9}, f"{NET}.num_class_embeds", "data.classes is 10"),
         "Euler's steps of no flow": ({"generator.sampler": "euler"}, "generator.sampler", "of flow teachers, and this one is edm"),
         "guidance without no class": ({"teacher.guidance": 3.0}, f"{NET}.num_class_embeds", "teacher.guidance needs 11"),
+        "drawn guidance without no class": ({"dm.guidance": [1.0, 3.0]}, f"{NET}.num_class_embeds", "dm.guidance needs 11"),
+        "guidance that falls": ({"generator.isg_guidance": [4.0, 2.0]}, "generator.isg_guidance", "[4.0, 2.0] is empty"),
         "guided sampler without no class": ({"eval.teacher_samplers.ode.guidance": 2.0}, f"{NET}.num_class_embeds",
                                             "eval.teacher_samplers.ode.guidance needs 11"),
         "guidance without dropout": ({"teacher.guidance": 3.0, f"{NET}.num_class_embeds": 11}, "teacher.train.label_dropout",

@@ -24,7 +24,7 @@ from dmd2.training.trainer import Training
 from tests import tiny
 
 FOUR = {"generator": {"input": "backward_simulation", "steps": 4, "time": 80.0}}
-GUIDED_WITHIN = {"generator": {**FOUR["generator"], "isg": 0.5}}
+GUIDED_WITHIN = {"generator": {**FOUR["generator"], "isg": 0.5}, "dm__guidance": [2.0, 8.0]}
 REAL = {"generator": {"input": "noised_real", "steps": 4, "time": 80.0}}
 
 
@@ -77,7 +77,9 @@ class Recorder:
         return replay
 
 
-@pytest.mark.parametrize("changes", [{}, {"optim__batch": 5}, FOUR, GUIDED_WITHIN, REAL, {"critic__shares_iteration": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optim__batch": 5}, FOUR, GUIDED_WITHIN, REAL, {"critic__shares_iteration": False}]
+)
 def test_replayed_iterations_are_those_of_the_step(changes, monkeypatch):
     cfg = tiny.config("edm", **{"critic__ratio": 3, "regression__weight": 0.5, "optim__warmup": 40, **changes})
     plain, replayed = (tiny.models("edm", cfg) for _ in range(2))

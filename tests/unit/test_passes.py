@@ -23,7 +23,7 @@ def passes_of(turn, network="critic"):
     return [
         Pass(network, *one, cond, features=True),
         Pass(network, *two, cond),
-        Pass("teacher", *one, cond, gradient=False, guided=True),
+        Pass("teacher", *one, cond, gradient=False, guidance=turn.guidance()),
         Pass("teacher", *two, cond, gradient=False),
     ]
 

@@ -92,7 +92,7 @@ def test_intra_segment_loss(kind, at):
     changes = {"dm__weight": 0.0, "teacher__guidance": GUIDED[kind]}
     m, (x_i, t_i), x, loss, logs, passes = kept_turn(kind, at, generator=steps, **changes)
     (teacher, real), (student, mine) = [one for one in passes if one[0].network == "teacher" or not one[0].gradient]
-    assert teacher.guided and student.network == "student" and torch.equal(teacher.x_t, x_i)
+    assert teacher.guidance == GUIDED[kind] and student.network == "student" and torch.equal(teacher.x_t, x_i)
     schedule, end = m.teacher.schedule, max(int(999 * at) - 250, 0)
     index = schedule.index_of_time(student.t)
     assert ((index >= end + 50) & (index <= int(999 * at) - 50)).all()
@@ -107,6 +107,14 @@ def test_intra_segment_loss(kind, at):
     expected = (np.sqrt((made - target) ** 2 + 1e-6) - 1e-3).mean()
     assert logs["student/isg"].item() == pytest.approx(expected, rel=1e-4)
     assert not any(p.grad is not None for p in m.student.parameters())  # its own later pass is a target
+
+
+def test_intra_segment_guidance_has_scales_of_its_own():
+    steps = {"input": "backward_simulation", "steps": 4, "time": 1.0, "isg": 1.0, "isg_guidance": [2.0, 4.0]}
+    *_, passes = kept_turn("flow-sd3", 0.75, generator=steps, teacher__guidance=5.0)
+    distribution, within = (one.guidance for one, _ in passes if one.guided)
+    assert distribution == 5.0 and within.shape == (4, 1, 1, 1)
+    assert ((within >= 2) & (within <= 4)).all() and within.unique().numel() == 4
 
 
 def test_a_straight_field_needs_no_guidance_within_a_step():

@@ -62,6 +62,26 @@ def test_before_the_critic_has_learnt_only_guidance_moves_an_image(kind, scale):
     torch.testing.assert_close(x.grad * x.numel(), expected, rtol=1e-3, atol=1e-6 if scale > 1 else 0)
 
 
+@pytest.mark.parametrize("kind", ["eps-text", "flow-sd3"])
+@pytest.mark.parametrize("objective", ["dmd", "decoupled", "sid"])
+def test_a_scale_drawn_for_each_image_acts_on_it_alone(kind, objective):
+    """Each image moves as in a run that guides all by its scale; a range of one scale is that of the teacher."""
+    changes = {"gan__lambda_g": 0.0, "gan__lambda_d": 0.0, "dm__objective": objective}
+
+    def gradient(**guidance):
+        cfg = tiny.config(kind, **changes, **guidance)
+        m, batch, x = tiny.models(kind, cfg), tiny.one_batch(kind, cfg), image(kind).requires_grad_()
+        student_loss(m, tiny.GIVEN, x, batch, cfg, {}).backward()
+        return x.grad, batch.draws.uniform("dm/guidance")
+
+    found, drawn = gradient(dm__guidance=[2.0, 8.0])
+    scales = (2 + 6 * drawn).tolist()
+    assert len({round(scale, 1) for scale in scales}) == len(scales) == 4
+    expected = torch.stack([gradient(teacher__guidance=scale)[0][i] for i, scale in enumerate(scales)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(gradient(dm__guidance=[3.0, 3.0], teacher__guidance=1.0)[0], gradient(teacher__guidance=3.0)[0])
+
+
 # Exclusive turns (FastGen).
 def turns(shares, ratio=5, iterations=10):
     cfg = tiny.config("edm", critic__shares_iteration=shares, critic__ratio=ratio)

@@ -95,7 +95,7 @@ def _samplers(cfg: RunConfig) -> dict[str, Sampler]:
 def _teacher(cfg: RunConfig) -> Iterator[Problem]:
     teacher, samplers, classes = cfg.teacher, _samplers(cfg), cfg.data.classes
     yield from _solvers(samplers, teacher.parameterisation)
-    guidance = {"teacher.guidance": teacher.guidance, **{f"{key}.guidance": s.guidance for key, s in samplers.items()}}
+    guidance = {**cfg.guidance, **{f"{key}.guidance": s.guidance for key, s in samplers.items()}}
     if not cfg.needs_pairs:
         guidance.pop("regression.pairs.sampler.guidance", None)
     guided = next((key for key, strength in guidance.items() if strength > 1), None)
@@ -178,7 +178,7 @@ def _successors(cfg: RunConfig) -> Iterator[Problem]:
     if dm.divergence != "rkl" and gan.lambda_g == 0:
         told = f"{dm.divergence} weights images by the GAN's head, and gan.lambda_g is 0: write rkl, or turn the GAN on"
         yield "dm.divergence", "gan.lambda_g", told
-    if dm.objective == "decoupled" and teacher.guidance == 1:
+    if dm.objective == "decoupled" and teacher.guidance == 1 and dm.guidance is None:
         told = "decoupled parts guidance from the rest, and teacher.guidance is 1, none"
         yield "dm.objective", "teacher.guidance", told
     if dm.objective == "decoupled" and teacher.rescale is not None:

@@ -30,7 +30,7 @@ def decoupled(turn: Turn) -> Objective:
     if not shared:
         needs.append(Pass("teacher", *at_ca, cond, gradient=False))
     conditional, fake, without, *apart = yield needs
-    excess = (turn.cfg.teacher.guidance - 1) * ((apart or [conditional])[0] - without)
+    excess = (turn.guidance("dm") - 1) * ((apart or [conditional])[0] - without)
     g = decoupled_gradient(x, conditional, fake, excess, cfg.matching, cfg.augmentation, cfg.normaliser_eps)
     return distribution_matching_loss(turn.x, g), signals_of(g, conditional, fake)
 

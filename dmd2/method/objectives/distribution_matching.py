@@ -23,7 +23,7 @@ def distribution_matching(turn: Turn) -> Objective:
     x_t, t = turn.noised_at(x, "dm", index)
     cond = turn.batch.cond
     needs = [
-        Pass("teacher", x_t, t, cond, gradient=False, guided=True),
+        Pass("teacher", x_t, t, cond, gradient=False, guidance=turn.guidance("dm")),
         Pass("critic", x_t, t, cond, gradient=False),
     ]
     if cfg.divergence != "rkl":

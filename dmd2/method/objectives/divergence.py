@@ -39,5 +39,5 @@ def divergence_weights(logits: Tensor, index: Tensor, index_range: tuple[int, in
 
 def normalised(weights: Tensor) -> Tensor:
     """Weights ``(B,)`` over their mean, over the samples of all processes."""
-    total, count = sum_over(torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))]))
+    total, count = sum_over(torch.stack([weights.sum(), weights.new_full((), len(weights))]))
     return weights * count / total

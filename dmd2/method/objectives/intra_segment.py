@@ -21,7 +21,7 @@ def intra_segment(turn: Turn) -> Objective:
     end = (start - LEVELS // cfg.steps).clamp(min=0)
     middle = turn.batch.draws.between("isg/level", end + cfg.isg_margin, start - cfg.isg_margin)
     t_mid, t_p = schedule.time(middle), schedule.time(end)
-    (real,) = yield [Pass("teacher", x_i, t_i, cond, gradient=False, guided=True)]
+    (real,) = yield [Pass("teacher", x_i, t_i, cond, gradient=False, guidance=turn.guidance("isg"))]
     x_mid = move(schedule, x_i, real, t_i, t_mid)
     (mine,) = yield [Pass("student", x_mid, t_mid, cond, gradient=False)]
     target = move(schedule, x_mid, mine, t_mid, t_p)

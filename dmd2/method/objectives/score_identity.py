@@ -16,7 +16,8 @@ def score_identity(turn: Turn) -> Objective:
     x, cfg = turn.x, turn.cfg.dm
     x_t, t = turn.noised(x, "dm", cfg.index_range)
     cond = turn.batch.cond
-    real, fake = yield [Pass("teacher", x_t, t, cond, guided=True), Pass("critic", x_t, t, cond)]
+    scale = turn.guidance("dm")
+    real, fake = yield [Pass("teacher", x_t, t, cond, guidance=scale), Pass("critic", x_t, t, cond)]
     if cfg.sid_weight == "alpha":
         weight = spread(turn.m.teacher.schedule.alpha_sigma(t, torch.float32)[0], x)
     else:
