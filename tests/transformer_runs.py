@@ -1,5 +1,6 @@
 """Trainings of a tiny transformer of each family: guided by classes, with a GAN on two blocks and an EMA; SD3's aligned."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ MODES: dict[str, dict[str, Any]] = {
 SPLIT = [*((kind, "fp32") for kind in FAMILIES), ("SD3Transformer2DModel", LOW), ("ZImageTransformer2DModel", LOW)]
 
 
-def prepare(folder: Path) -> None:
-    """Teachers of all families, and latents with classes."""
-    for kind in FAMILIES:
+def prepare(folder: Path, kinds: Iterable[str] = FAMILIES) -> None:
+    """Teachers of these families, and latents with classes."""
+    for kind in kinds:
         transformer(kind, seed=5).save_pretrained(folder / kind / "unet", safe_serialization=True)
         adopt_teacher(Teacher(name="t", parameterisation="flow", guidance=1.0), folder / kind)
     g = torch.Generator().manual_seed(9)

@@ -8,10 +8,12 @@ import torch
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.yaml_file import read_yaml
+from dmd2.networks.transformers.family import FAMILIES
 from dmd2.training.trainer import Training
 from tests import tiny
 from tests.conftest import ROOT
 from tests.gpu.test_training import EVERY, FOUR, prepared
+from tests.transformer_runs import LOW, prepare, training
 from tests.waits import nothing_waits
 
 LONG = {**EVERY, "train__steps": 50, "train__log_every": 50}
@@ -50,6 +52,22 @@ def test_no_iteration_waits(name: str, device: torch.device, place: Path, monkey
         for _ in range(4):
             training.iterate()
     assert any(not torch.equal(p.cpu(), before[name].cpu()) for name, p in training.models.student.named_parameters())
+
+
+PLAIN = sorted(set(FAMILIES) - {"Lumina2Transformer2DModel"})  # diffusers reads the lengths of its captions back
+
+
+@pytest.mark.parametrize(("kind", "mode"), [*((kind, "fp32") for kind in PLAIN), ("SD3Transformer2DModel", LOW)])
+def test_no_transformer_waits(
+    kind: str, mode: str, device: torch.device, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(place, [kind])
+    one = training(place, kind, mode, Hardware(str(device)))
+    for _ in range(2):
+        one.iterate()
+    with nothing_waits(device):
+        one.iterate()
+    assert all(bool(torch.isfinite(value.cpu()).all()) for value in one.models.student.state_dict().values())
 
 
 @pytest.mark.parametrize("wait", [
