@@ -68,7 +68,7 @@ def started(name: str, build: Callable[[], Callable[[], Any]], block: int) -> Pr
             found.iterate()
         found.standing = allocated() - before
         found.peak = peak() - before
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, RuntimeError) as error:  # what cannot be compiled or captured must not lose the others
         found.refused = str(error).splitlines()[0]
         found.iterate = lambda: None
     print(f"{name}: {found.refused or 'ready'} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -54,7 +54,7 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     if verify is not None:
         verify_first(store, me, verify)
     store.set_timeout(TIMEOUT)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore("training", store)
     dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=TIMEOUT)
     try:
@@ -212,11 +212,11 @@ def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def agreed(value: int, device: torch.device) -> int:
-    """Process 0's value, on every process."""
+def agreed(value: int) -> int:
+    """Process 0's value, on every process; by way of the CPU, so that no GPU is waited for."""
     if world_size() == 1:
         return value
-    tensor = torch.tensor([value], device=device)
+    tensor = torch.tensor([value])
     dist.broadcast(tensor, 0)
     return int(tensor)
 

@@ -115,8 +115,12 @@ class TrainConfig(Section):
 
     @property
     def guidance(self) -> dict[str, float]:
-        """The largest guidance scale of the teacher in training, by the key that sets it."""
-        ranges = {"dm.guidance": self.dm.guidance, "generator.isg_guidance": self.generator.isg_guidance}
+        """The largest guidance scale of the teacher in training, by the key that sets it, where its term is on."""
+        dm, generator = self.dm, self.generator
+        ranges = {
+            "dm.guidance": dm.guidance if dm.weight > 0 else None,
+            "generator.isg_guidance": generator.isg_guidance if generator.isg > 0 else None,
+        }
         drawn = {key: scales[1] for key, scales in ranges.items() if scales is not None}
         return {"teacher.guidance": self.teacher.guidance, **drawn}
 

@@ -55,6 +55,9 @@ class Generator(Section):
         return self
 
 
+# The one objective of distribution matching that reads the key.
+OF_OBJECTIVE = {"divergence": "dmd", "renoise": "decoupled", "matching": "decoupled", "augmentation": "decoupled"}
+OF_OBJECTIVE |= {"sid_alpha": "sid", "sid_weight": "sid"}
 Moments = Annotated[tuple[float, Annotated[float, Field(gt=0)]] | None, Field(strict=False)]
 
 
@@ -104,8 +107,12 @@ class DistributionMatching(Section):
     def _consistent(self) -> Self:
         if self.moments_kl > 0 and self.moments is None:
             raise ValueError("moments_kl needs moments: the mean and the variance of the images of the data set")
-        if self.divergence != "rkl" and self.objective != "dmd":
-            raise ValueError(f"divergence {self.divergence} weights objective dmd, and objective is {self.objective}")
+        for key, objective in OF_OBJECTIVE.items():
+            if self.objective != objective and (value := self.settings().get(key)) is not None:
+                told = f"{key} {value} is of objective {objective}, and objective is {self.objective}: leave it out"
+                raise ValueError(told)
+        if self.renoise == "constrained" and self.logit_normal is not None:
+            raise ValueError("renoise constrained draws its levels uniformly: leave out logit_normal")
         return self
 
 

@@ -36,7 +36,7 @@ class Teacher(Section):
     """The frozen denoiser R: trained here (`train`), converted from the file `source`, or a diffusers UNet of the user.
 
     network: its architecture as a diffusers config. `train` builds it; a network that is loaded must have it.
-    shift: of the levels of a flow teacher: 3 of SD3, Sana and Z-Image, 6 of Lumina2, 3.158 of FLUX at 1024 pixels.
+    shift: of the levels of a flow teacher: 3 of SD3 and Sana, 6 of Lumina2 and Z-Image, 3.158 of FLUX at 1024 pixels.
     rescale: scale a guided velocity to the norm of the conditional one, over a ``sample``, the ``channels`` of a place
         or a ``row`` of latents, as Lumina2's pipeline does.
     guidance_embed: the guidance that FLUX.1-dev, student and critic alike, is told through its embedder.

@@ -79,10 +79,12 @@ class Turn:
         """Grid indices ``(B,)``, drawn per sample from an inclusive range.
 
         Levels and noise are addressed by `name`: equal names give equal draws. Those of sections ``dm`` and ``critic``
-        may be logit-normal, what is beyond the range at its end; all others are uniform.
+        may be logit-normal, what is beyond the range at its end; all others are uniform. Real images have levels like
+        those of the images that the head tells them from.
         """
-        draws, of_dm = self.batch.draws, self.cfg.dm.logit_normal
-        moments = {"dm": of_dm, "ca": of_dm, "critic": self.cfg.critic.logit_normal}.get(name)
+        draws, of_dm, of_critic = self.batch.draws, self.cfg.dm.logit_normal, self.cfg.critic.logit_normal
+        like_critic = {"gan/real": of_critic} if self.cfg.gan.shares_noise else {}
+        moments = {"dm": of_dm, "ca": of_dm, "critic": of_critic, **like_critic}.get(name)
         if moments is None:
             return draws.integers(f"{name}/level", *index_range)
         return index_of_fraction(logit_normal(draws.normal(f"{name}/level", ()), moments)).clamp(*index_range)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.core.precision import float32_products
 from dmd2.networks.transformers.family import FAMILIES, family_of
 
 State = dict[str, Tensor]
@@ -98,7 +99,8 @@ def _plain(network: nn.Module, weights: State) -> Iterator[tuple[str, Tensor]]:
 
 def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """``W + scale up down`` of a linear ``(C_out, C_in)`` or convolution ``(C_out, C_in, k, k)``, in W's dtype."""
-    product = up.float().flatten(1) @ down.float().flatten(1)
+    with float32_products("fp32"):  # a training may allow products in TF32
+        product = up.float().flatten(1) @ down.float().flatten(1)
     return (weight.float() + scale * product.view_as(weight)).to(weight.dtype)
 
 

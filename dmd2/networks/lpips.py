@@ -1,7 +1,8 @@
 """LPIPS regression distance through piq, with every weight read from local files (algorithm: DMD Sec. 4.2)."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,12 @@ class Lpips(nn.Module):
         self.loss = ContentLoss(
             vgg.features, layers=LAYERS, weights=linear, replace_pooling=True, normalize_features=True
         ).requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move what piq keeps outside of buffers, too, and would upload in each call."""
+        loss = self.loss
+        loss.mean, loss.std, loss.weights = fn(loss.mean), fn(loss.std), [fn(weight) for weight in loss.weights]
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Mean distance of ``x`` and ``target`` ``(B, 1 or 3, H, W)`` in [-1, 1]; gradient flows into ``x``."""

@@ -178,11 +178,11 @@ class Plan:
 
     def hours(self) -> dict[str, float]:
         """Hours of one process by kind of work; pairs and what is the teacher's are shared, detectors not counted."""
-        cfg = self.cfg
+        cfg, images = self.cfg, self.cfg.eval.images * self.cfg.eval.draws
         calls = {
-            "snapshots' images": cfg.eval.images * snapshots(cfg) * cfg.generator.steps,
+            "snapshots' images": images * snapshots(cfg) * cfg.generator.steps,
             "pairs": cfg.pairs.count * cfg.pairs.sampler.network_calls if cfg.needs_pairs else 0,
-            "teacher's images": cfg.eval.images * sum(s.network_calls for s in cfg.eval.teacher_samplers.values()),
+            "teacher's images": images * sum(s.network_calls for s in cfg.eval.teacher_samplers.values()),
         }
         work = {"training": self.iteration_flops * cfg.train.steps}
         if (teacher := cfg.teacher.train) is not None:  # a backward pass computes twice as much as a forward pass

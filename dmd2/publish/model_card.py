@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dmd2.core.files import read_json
-from dmd2.experiment.config import digest
+from dmd2.experiment.config import TrainConfig, digest
 from dmd2.publish.table_text import cells, label, number, stand_in
 from dmd2.publish.template import TEMPLATES, template
 from dmd2.training.snapshot import Snapshot
@@ -43,6 +43,7 @@ def model_card(
         record=snapshot.record,
         digest=digest(snapshot.cfg),
         origin=ORIGINS.get(snapshot.cfg.data.source.kind),
+        guidance=told_guidance(snapshot.cfg),
         script=script,
         checked=checked,
         measured=found,
@@ -52,6 +53,14 @@ def model_card(
     )
     values = {metric: e["value"] for metric, e in found.items() if math.isfinite(e["value"]) and metric != "brightness"}
     return ModelCard(f"---\n{metadata(snapshot, sampling, values, licence).to_yaml()}\n---\n\n{body}")
+
+
+def told_guidance(cfg: TrainConfig) -> str:
+    """The teacher's guidance scale in training, or the range that it was drawn from."""
+    if cfg.dm.guidance is None:
+        return f"{cfg.teacher.guidance:g}"
+    low, high = cfg.dm.guidance
+    return f"{low:g} to {high:g}, drawn for each image,"
 
 
 def metadata(

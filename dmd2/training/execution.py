@@ -22,7 +22,9 @@ from dmd2.networks.denoisers import Denoiser
 from dmd2.networks.flow import FlowDenoiser
 from dmd2.training.sharding import UNITS, equal_passes
 
-VARIANTS = 64  # of one function that PyTorch compiles before it gives up: networks, turns, frozen or not, shapes
+# Of one function that PyTorch compiles before it runs it as it is: all residual blocks are one function, in as many
+# variants as widths, networks, turns, frozen or not; EDM's ImageNet network has about 112.
+VARIANTS = 512
 
 Step = Callable[[Models, Iterable[Batch], int, TrainConfig], Logs]
 Recording = Callable[[Callable[[], Logs]], Callable[[], Logs]]
@@ -57,7 +59,17 @@ def refuse(run: object, cfg: TrainConfig, hardware: Hardware) -> None:
 
 
 def executed(models: Models, hardware: Hardware) -> Step | None:
-    """Prepare the networks as `hardware` says; returns what runs in the place of `train_step`, if anything does."""
+    """Prepare the networks as `hardware` says; returns what runs in the place of `train_step`, if anything does.
+
+    Raises:
+        UserError: these networks cannot be executed so.
+    """
+    teacher = models.teacher
+    if hardware.graphs and isinstance(teacher, FlowDenoiser) and teacher.family.lengths_vary:
+        told = (
+            f"of {type(teacher.network).__name__} depend on the lengths of captions: leave it out of the cluster file"
+        )
+        raise UserError(f"training.graphs records passes of one shape, and those {told}")
     if hardware.compiled != "none":
         compile_passes(models, hardware.compiled, hardware.compile_cache)
     return ReplayedStep(models) if hardware.graphs else None
@@ -72,13 +84,15 @@ def compile_passes(models: Models, what: Literal["blocks", "network"], cache: st
         backend: of ``torch.compile``.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache).resolve()))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), VARIANTS))
     for denoiser in (models.student, models.teacher, models.critic):
         if what == "network":
             denoiser.compile_passes(backend=backend, dynamic=False, fullgraph=True)
         else:
+            lengths_vary = isinstance(denoiser, FlowDenoiser) and denoiser.family.lengths_vary
             for block in blocks_of(denoiser):
-                block.compile(backend=backend, dynamic=False)
+                block.compile(backend=backend, dynamic=None if lengths_vary else False)
 
 
 def blocks_of(denoiser: Denoiser) -> list[nn.Module]:

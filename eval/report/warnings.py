@@ -21,8 +21,6 @@ def of_rows(table: Table, rows: list[RowRecord]) -> list[str]:
     """Of rows that may not be comparable."""
     warnings = []
     commits = {c for row in rows if row["kind"] == "student" for c in row["commits"].values()}
-    if len(commits) > 1:
-        warnings.append(f"rows were trained at different commits: {', '.join(sorted(commits))}")
     if any(c.endswith("+") or c == "unknown" for c in commits):
         warnings.append("some rows were trained from files that differ from their commit (marked +)")
     devices = sorted({device for row in rows if row["kind"] == "student" for device in row["device"].split(", ")})
@@ -52,13 +50,17 @@ def of_teacher(table: Table, rows: list[RowRecord], statistics: str) -> list[str
 
 
 def of_code(records: dict[str, Records]) -> list[str]:
-    """Warnings about rows that were trained by different code, as far as the records say which."""
+    """Warnings about rows that were trained by different code, or at different commits where a record says no more."""
+    students = [one for of_run in records.values() for one in of_run.values() if "train_commit" in one]
+    commits = sorted({one["train_commit"] for one in students})
+    told_by_commit = len(commits) > 1 and not all(one.get("train_code") for one in students)
     trained = {run: [record.get("train_code", []) for record in of_run.values()] for run, of_run in records.items()}
     parts = {run: [part for seed in seeds for part in seed] for run, seeds in trained.items()}
     files = code_differences([part for found in parts.values() for part in found])
     mixed = [run for run, seeds in trained.items() if any(len(seed) > 1 for seed in seeds)]
     other = [run for run, found in parts.items() if other_code(found)]
     told = {
+        f"rows were trained at different commits: {', '.join(commits)}": told_by_commit,
         f"not all of this was trained by the same code: {named(files)} differ": files,
         f"other code went on with half-trained runs: {', '.join(mixed)}": mixed,
         f"trained by other code than the table was made with: {', '.join(other)}": other,

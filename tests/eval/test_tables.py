@@ -125,6 +125,13 @@ def test_table_and_report_tell_by_which_code_rows_were_trained(table3: Path) -> 
     present, old = modules_of(), {**modules_of(), "dmd2.method.batches": "old"}
     trained_by("dmd2", present)
     assert not any("code" in warning for warning in build("digits-table3")["warnings"])
+    path = RunId("digits", "dmd2", 0).folder / "metrics.json"
+    write_json(path, {**read_json(path), "train_commit": "another"})
+    commits = "rows were trained at different commits"
+    assert any(commits in warning for warning in build("digits-table3")["warnings"])
+    for run in [row["run"] for row in build("digits-table3")["rows"] if row["kind"] == "student"]:
+        trained_by(run, present)
+    assert not any(commits in warning for warning in build("digits-table3")["warnings"])  # they tell their code
     trained_by("dmd", old)
     trained_by("gan-only", old, present)
     table = build("digits-table3")

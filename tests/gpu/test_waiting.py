@@ -8,6 +8,7 @@ import torch
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.yaml_file import read_yaml
+from dmd2.networks.lpips import Lpips
 from dmd2.networks.transformers.family import FAMILIES
 from dmd2.training.trainer import Training
 from tests import tiny
@@ -52,6 +53,12 @@ def test_no_iteration_waits(name: str, device: torch.device, place: Path, monkey
         for _ in range(4):
             training.iterate()
     assert any(not torch.equal(p.cpu(), before[name].cpu()) for name, p in training.models.student.named_parameters())
+
+
+def test_the_distance_of_the_regression_does_not_wait(device: torch.device) -> None:
+    distance, images = Lpips(None).to(device), torch.zeros(2, 3, 32, 32, device=device)
+    with nothing_waits(device):
+        distance(images, images)
 
 
 PLAIN = sorted(set(FAMILIES) - {"Lumina2Transformer2DModel"})  # diffusers reads the lengths of its captions back

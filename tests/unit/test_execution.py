@@ -19,7 +19,7 @@ from dmd2.experiment.cluster import Execution, Hardware
 from dmd2.experiment.run_inputs import Inputs
 from dmd2.method.step import train_step
 from dmd2.training import execution
-from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes, refuse
+from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes, executed, refuse
 from dmd2.training.trainer import Training
 from tests import tiny
 
@@ -47,6 +47,19 @@ def test_compiled_passes_change_nothing_and_are_compiled_in_the_first_two_turns(
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 5  # a student's turn with the critic's, and the critic's alone
     assert counters["graph_break"] == {}
+
+
+def test_passes_of_as_many_lengths_as_captions_are_compiled_for_all_and_not_recorded(monkeypatch):
+    m, told = tiny.models("flow-sd3", tiny.config("flow-sd3")), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: told.append(options["dynamic"]))
+    compile_passes(m, "blocks", "nowhere")
+    monkeypatch.setattr(type(m.teacher.family), "lengths_vary", True)
+    compile_passes(m, "blocks", "nowhere")
+    assert told == [False] * (len(told) // 2) + [None] * (len(told) // 2)
+    with pytest.raises(
+        UserError, match=r"training.graphs records passes of one shape, and those of SD3Transformer2DModel"
+    ):
+        executed(m, Hardware("cuda", graphs=True))
 
 
 @pytest.mark.parametrize(("kind", "count"), [("edm-attention", 8), ("eps-text", 8), ("flow-sd3", 2)])

@@ -13,7 +13,9 @@ from dmd2.planning.ledger import GpuFunctions, Ledger
 from dmd2.planning.memory import META, Counted, Memory, Setup, architecture
 from dmd2.planning.plan import varied
 from dmd2.training.sharding import recompute_activations
+from eval.report.passes import passes_by_config
 from tests import tiny
+from tests.tiny_transformers import TINY
 
 
 def config(kind="edm", **changes):
@@ -136,6 +138,23 @@ def test_arithmetic_is_linear_in_images_and_averaged_over_the_ratio():
     assert counted.iteration(6).flops == 6 * student
     assert counted.image_flops == (student + 4 * critic) / 5
     assert Counted(config(critic__ratio=1)).image_flops == student
+
+
+def test_passes_of_backward_simulation_are_those_of_the_mean_iteration():
+    """Of 0 to 3 simulated steps, equally often; one forward pass each."""
+    one, four = (Counted(config("flow-sd3", generator__input=i, generator__steps=n))
+                 for i, n in (("noise", 1), ("backward_simulation", 4)))  # fmt: skip
+    assert four.passes == pytest.approx(one.passes + 1.5)
+    assert four.iteration(1).flops == one.iteration(1).flops + 3 * one.forward_flops
+
+
+def test_a_network_that_reads_numbers_has_no_counts():
+    """Lumina 2's class reads the lengths of captions: `plan` says so, and tables do without."""
+    cfg = tiny.config("flow-sd3", data__channels=4, teacher__network={"_class_name": "Lumina2Transformer2DModel",
+                                                                     **TINY["Lumina2Transformer2DModel"]})  # fmt: skip
+    with pytest.raises(UserError, match="what Lumina2Transformer2DModel takes cannot be counted"):
+        assert Counted(cfg).passes
+    assert passes_by_config()(cfg.model_dump(mode="json")) is None
 
 
 def test_bfloat16_bodies_take_less_and_an_eps_teacher_half():

@@ -47,6 +47,14 @@ def test_levels_of_dm_and_critic_may_be_logit_normal_on_the_grid():
     assert torch.equal(found[2], of_index(draws.integers("gan/real/level", 20, 980)))
 
 
+def test_real_images_have_levels_like_those_of_the_critic_where_it_shares_its_noise():
+    """By the distribution of levels alone the head could otherwise tell them apart."""
+    for shares in (True, False):
+        levels = {"gan__shares_noise": shares, "gan__noise_range": [20, 980], "critic__index_range": [20, 980]}
+        turn = turn_of("flow-sd3", critic__logit_normal=[100.0, 1.0], **levels)
+        assert bool((turn.level("gan/real", (20, 980)) == 980).all()) == shares
+
+
 def test_unlabelled_real_images_are_joined_with_labelled_generated_ones():
     cfg = tiny.config("edm-unlabelled")
     logs = train_step(tiny.models("edm-unlabelled", cfg), tiny.batches("edm-unlabelled", cfg).at(0), 0, cfg)

@@ -178,11 +178,16 @@ def _successors(cfg: RunConfig) -> Iterator[Problem]:
     if dm.divergence != "rkl" and gan.lambda_g == 0:
         told = f"{dm.divergence} weights images by the GAN's head, and gan.lambda_g is 0: write rkl, or turn the GAN on"
         yield "dm.divergence", "gan.lambda_g", told
-    if dm.objective == "decoupled" and teacher.guidance == 1 and dm.guidance is None:
-        told = "decoupled parts guidance from the rest, and teacher.guidance is 1, none"
-        yield "dm.objective", "teacher.guidance", told
+    if dm.divergence != "rkl" and gan.noise_range is None:
+        told = f"{dm.divergence} asks the head about noised images, and with gan.noise_range null it learns clean ones"
+        yield "dm.divergence", "gan.noise_range", told
+    key, scale = ("teacher.guidance", teacher.guidance) if dm.guidance is None else ("dm.guidance", dm.guidance[1])
+    if dm.objective == "decoupled" and scale == 1:
+        yield "dm.objective", key, f"decoupled parts guidance from the rest, and {key} is 1, none"
     if dm.objective == "decoupled" and teacher.rescale is not None:
         yield "dm.objective", "teacher.rescale", "decoupled has no norm of the whole to rescale: leave out one"
+    if gan.on and gan.level_weight and teacher.parameterisation == "flow" and cfg.generator.steps == 1:
+        yield "gan.level_weight", "generator.steps", "it weights a first step by 0, and there is no other: leave it out"
     if gan.level_weight and teacher.parameterisation == "edm":
         told = "alpha is 1 at all levels of an edm teacher: leave it out"
         yield "gan.level_weight", "teacher.parameterisation", told
@@ -203,7 +208,7 @@ def _student_input(cfg: RunConfig) -> Iterator[Problem]:
         told = f"{first} is not above {second:.4g}, the second of the {steps} times of generator.steps"
         yield "generator.time", "generator.steps", told
     if cfg.generator.lora is not None and cfg.data.text is None:
-        yield "generator.lora", "generator.lora is for text runs (data.text): other networks have no adapters"
+        yield "generator.lora", "generator.lora is for text runs (data.text): other runs train all weights"
 
 
 def second_time(steps: int, parameterisation: str, shift: float = 1.0) -> float:

@@ -37,7 +37,7 @@ def distribution_matching(turn: Turn) -> Objective:
         with torch.no_grad():
             weights = divergence_weights(head(*features), index, cfg.index_range, cfg.divergence)
         g = spread(weights, g) * g
-        signals["dm/weight_std"] = weights.std()
+        signals["dm/weight_std"] = weights.std(correction=0)
     return distribution_matching_loss(turn.x, g), signals
 
 

@@ -8,7 +8,7 @@ in its authors' runs, where the paper writes the squared error.
 from torch import Tensor
 
 from dmd2.method.passes import Objective, Pass, Turn
-from dmd2.networks.schedules import LEVELS, move
+from dmd2.networks.schedules import LEVELS, move, step_index
 
 SMOOTHING = 1e-3  # below such differences Charbonnier's distance is quadratic
 
@@ -18,8 +18,10 @@ def intra_segment(turn: Turn) -> Objective:
     x_i, t_i, cond, cfg, schedule = turn.x_t, turn.t, turn.batch.cond, turn.cfg.generator, turn.m.teacher.schedule
     assert x_i is not None
     start = schedule.index_of_time(t_i)
-    end = (start - LEVELS // cfg.steps).clamp(min=0)
-    middle = turn.batch.draws.between("isg/level", end + cfg.isg_margin, start - cfg.isg_margin)
+    following = (LEVELS - 1 - start) // (LEVELS // cfg.steps) + 1  # its first step may begin below the grid's top
+    end = step_index(following, cfg.steps).masked_fill(following >= cfg.steps, 0)
+    margin = ((start - end) // 2).clamp(max=cfg.isg_margin)
+    middle = turn.batch.draws.between("isg/level", end + margin, start - margin)
     t_mid, t_p = schedule.time(middle), schedule.time(end)
     (real,) = yield [Pass("teacher", x_i, t_i, cond, gradient=False, guidance=turn.guidance("isg"))]
     x_mid = move(schedule, x_i, real, t_i, t_mid)

@@ -24,7 +24,7 @@ class Family(ABC):
 
     lists: names of its lists of blocks in the order of a pass. targets: ends of the names, within blocks, of the
     projections that low-rank factors go to. pipeline: diffusers' class that samples it. guidance_embed: what a network
-    with a guidance embedder is told.
+    with a guidance embedder is told. lengths_vary: whether the shapes of a pass depend on the lengths of its captions.
     """
 
     guidance_embed: float
@@ -32,6 +32,7 @@ class Family(ABC):
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     targets: ClassVar[tuple[str, ...]] = ATTENTION
+    lengths_vary: ClassVar[bool] = False
 
     @property
     def unguided(self) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd2.core.errors import UserError
 from dmd2.networks.condition import Condition
 from dmd2.networks.transformers.family import Family, text_of
 
@@ -14,9 +15,17 @@ class Lumina2(Family):
 
     pipeline = "Lumina2Pipeline"
     lists = ("layers",)
+    lengths_vary = True
 
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """See `Family.velocity`."""
+        """See `Family.velocity`.
+
+        Raises:
+            UserError: the tensors have no numbers, as in planning.
+        """
+        if x.is_meta:
+            told = "diffusers' class reads the lengths of the captions, which are not known before a pass"
+            raise UserError(f"what {type(network).__name__} takes cannot be counted: {told}")
         text, mask = text_of(cond, network.config.cap_feat_dim, x)
         found = network(x, timestep=1 - sigma, encoder_hidden_states=text, encoder_attention_mask=mask)
         return -found.sample

@@ -18,6 +18,7 @@ class ZImage(Family):
 
     pipeline = "ZImagePipeline"
     lists = ("layers",)
+    lengths_vary = True
 
     def velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """See `Family.velocity`."""
