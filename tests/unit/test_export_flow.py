@@ -144,6 +144,12 @@ def test_the_card_tells_levels_shift_guidance_and_the_double_shift():
     assert "guidance_scale=0.0" in card and "unet" not in card
 
 
+def test_the_card_tells_the_range_that_guidance_was_drawn_from():
+    exported(tiny("SD3Transformer2DModel"), 4, dm__guidance=[2.0, 8.0])
+    card = " ".join((OUT / "README.md").read_text().split())
+    assert "that of its teacher, 2 to 8, drawn for each image, in `u + s (c - u)` is part of its weights" in card
+
+
 def test_a_one_step_card_has_no_levels_to_mistake_and_flux_is_told_its_guidance():
     exported(tiny("FluxTransformer2DModel"), 1)
     card = (OUT / "README.md").read_text()
