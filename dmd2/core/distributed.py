@@ -20,6 +20,7 @@ from dmd2.core.files import held, trust
 
 BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
+_told: list[Any] = []  # while there is a group: the store of what process 0 tells the others
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
 
 
@@ -54,12 +55,15 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     if verify is not None:
         verify_first(store, me, verify)
     store.set_timeout(TIMEOUT)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = dist.PrefixStore("training", store)
-    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("training", store), rank=me, world_size=size, timeout=TIMEOUT
+    )
+    _told.append(dist.PrefixStore("told", store))
     try:
         yield
     finally:
+        _told.clear()
         dist.destroy_process_group()
 
 
@@ -212,13 +216,28 @@ def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def agreed(value: int) -> int:
-    """Process 0's value, on every process; by way of the CPU, so that no GPU is waited for."""
+def agreed(value: int, device: torch.device) -> int:
+    """Process 0's value, on every process."""
     if world_size() == 1:
         return value
-    tensor = torch.tensor([value])
+    tensor = torch.tensor([value], device=device)
     dist.broadcast(tensor, 0)
     return int(tensor)
+
+
+def told(value: int, number: int) -> int:
+    """Process 0's value of that number, on every process, without a wait for what GPUs still compute.
+
+    Process 0 must not end before the others asked. A value is forgotten a thousand numbers later.
+    """
+    if world_size() == 1:
+        return value
+    (store,) = _told
+    if rank() != 0:
+        return int(store.get(str(number)))
+    store.set(str(number), str(value))
+    store.delete_key(str(number - 1000))
+    return value
 
 
 def local_device(kind: str, job: str) -> torch.device:
