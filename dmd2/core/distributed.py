@@ -20,8 +20,8 @@ from dmd2.core.files import held, trust
 
 BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
-_told: list[Any] = []  # while there is a group: the store of what process 0 tells the others
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
+_told: list[Any] = []  # while there is a group: the store of what process 0 tells the others
 
 
 def rank() -> int:
