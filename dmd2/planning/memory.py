@@ -230,15 +230,11 @@ class Counted:
 
     @cached_property
     def image_flops(self) -> float:
-        """Operations of one image in an iteration, averaged over those with and without a student update.
-
-        Backward simulation runs 0 to ``steps - 1`` steps before the student's own, and half as many on average as are
-        counted, in the iteration that needs the most memory.
-        """
+        """Operations of one image in an iteration, averaged over those with and without a student update."""
         ratio, generator = self.cfg.critic.ratio, self.cfg.generator
         flops = (self.iteration(1).flops + (ratio - 1) * self.iteration(1, update_student=False).flops) / ratio
         simulated = generator.steps - 1 if generator.input == "backward_simulation" else 0
-        return flops - simulated / 2 * self.forward_flops
+        return flops - simulated / 2 * self.forward_flops  # the longest simulation is counted, half of it is the mean
 
     @cached_property
     def forward_flops(self) -> int:
