@@ -87,7 +87,8 @@ def random_training(cfg: RunConfig, place: Hardware, teacher: Path | None = None
         save_shard(folder / "set.safetensors", random_rows(cfg, cfg.optim.batch).tensors)
         real = folder / "set.json"
         write_json(real, {"files": listing([folder / "set.safetensors"], folder)})
-        null = random_rows(cfg, 1).condition(torch.arange(1)) if cfg.guided else None
+        guided = getattr(cfg, "guided", cfg.teacher.guidance > 1)  # an older checkout draws no scales
+        null = random_rows(cfg, 1).condition(torch.arange(1)) if guided else None
         with (
             mock.patch("dmd2.training.build.null_condition", lambda *_: null),
             mock.patch("dmd2.training.trainer.to_images", lambda *_: lambda images: images),
