@@ -64,11 +64,9 @@ def executed(models: Models, hardware: Hardware) -> Step | None:
     Raises:
         UserError: these networks cannot be executed so.
     """
-    teacher = models.teacher
-    if hardware.graphs and isinstance(teacher, FlowDenoiser) and teacher.family.lengths_vary:
-        told = (
-            f"of {type(teacher.network).__name__} depend on the lengths of captions: leave it out of the cluster file"
-        )
+    if hardware.graphs and _lengths_vary(models.teacher):
+        kind = type(models.teacher.network).__name__
+        told = f"of {kind} depend on the lengths of captions: leave it out of the cluster file"
         raise UserError(f"training.graphs records passes of one shape, and those {told}")
     if hardware.compiled != "none":
         compile_passes(models, hardware.compiled, hardware.compile_cache)
@@ -90,9 +88,12 @@ def compile_passes(models: Models, what: Literal["blocks", "network"], cache: st
         if what == "network":
             denoiser.compile_passes(backend=backend, dynamic=False, fullgraph=True)
         else:
-            lengths_vary = isinstance(denoiser, FlowDenoiser) and denoiser.family.lengths_vary
             for block in blocks_of(denoiser):
-                block.compile(backend=backend, dynamic=None if lengths_vary else False)
+                block.compile(backend=backend, dynamic=None if _lengths_vary(denoiser) else False)
+
+
+def _lengths_vary(denoiser: Denoiser) -> bool:
+    return isinstance(denoiser, FlowDenoiser) and denoiser.family.lengths_vary
 
 
 def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
