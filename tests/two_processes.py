@@ -6,10 +6,12 @@ Run by torchrun in a workspace with the inputs' manifests; every process leaves 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,6 +89,17 @@ def finished(name: str, micro_batch: int = 0) -> list[tuple[int, int]]:
     return sent
 
 
+def heard() -> list[int]:
+    """What process 0 tells, slowly: the other asks before it, and must not take what was told earlier."""
+    values = []
+    for value in (0, 1, 0, 2):
+        if distributed.rank() == 0:
+            time.sleep(0.1)
+        values.append(distributed.told(value if distributed.rank() == 0 else -1))
+    dist.barrier()
+    return values
+
+
 def main() -> None:
     """Train undisturbed in three ways, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
@@ -106,7 +119,8 @@ def main() -> None:
             refused = str(training("small", optim__batch=1))
         except UserError as error:
             refused = str(error)
-        Path(f"facts-{me}.json").write_text(json.dumps({"resumed_at": resumed_at, "refused": refused, "sent": sent}))
+        facts = {"resumed_at": resumed_at, "refused": refused, "sent": sent, "heard": heard()}
+        Path(f"facts-{me}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

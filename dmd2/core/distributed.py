@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dmd2.core.files import held, trust
 BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
-_told: list[Any] = []  # while there is a group: the store of what process 0 tells the others
+_told: list[tuple[Any, Iterator[int]]] = []  # while there is a group: where process 0 tells the others, and the calls
 
 
 def rank() -> int:
@@ -59,7 +60,7 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     dist.init_process_group(
         backend, store=dist.PrefixStore("training", store), rank=me, world_size=size, timeout=TIMEOUT
     )
-    _told.append(dist.PrefixStore("told", store))
+    _told.append((dist.PrefixStore("told", store), count()))
     try:
         yield
     finally:
@@ -225,14 +226,16 @@ def agreed(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def told(value: int, number: int) -> int:
-    """Process 0's value of that number, on every process, without a wait for what GPUs still compute.
+def told(value: int) -> int:
+    """Process 0's value, on every process, without a wait for what GPUs still compute.
 
-    Process 0 must not end before the others asked. A value is forgotten a thousand numbers later.
+    Every process must ask equally often, and process 0 must not end before the others asked. A value is forgotten a
+    thousand calls later.
     """
     if world_size() == 1:
         return value
-    (store,) = _told
+    ((store, calls),) = _told
+    number = next(calls)
     if rank() != 0:
         return int(store.get(str(number)))
     store.set(str(number), str(value))

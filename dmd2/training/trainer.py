@@ -121,7 +121,7 @@ class Training:
                     progress.update(self.step, self.last_logged())
                 asked = len(received)  # a signal that comes while this state is saved is for the next one
                 if self.sharded:  # every process saves its part; process 0 decides whether a signal asks for it
-                    self.save(force=bool(distributed.told(asked, self.step)))
+                    self.save(force=bool(distributed.told(asked)))
                 elif self.leads:
                     self.save(force=bool(asked))
                 for _ in range(asked):

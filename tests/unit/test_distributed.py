@@ -74,6 +74,11 @@ def test_gradients_are_summed_while_the_backward_pass_runs(workspace):
         assert all(early == 0 for early, _ in sent["late"])
 
 
+def test_processes_hear_the_first_ones_newest_word(workspace):
+    for rank in (0, 1):
+        assert json.loads((workspace[0] / f"facts-{rank}.json").read_text())["heard"] == [0, 1, 0, 2]
+
+
 def test_sums_are_the_same_whenever_they_are_sent(workspace):
     early, late = (weights(workspace, f"{name}-0") for name in ("two", "late"))
     assert all(torch.equal(early[n], late[n]) for n in early)
@@ -122,7 +127,7 @@ def test_alone_nothing_is_summed_and_no_group_is_joined(monkeypatch):
     with distributed.process_group(torch.device("cpu")):
         GradientSums([p]).finish()
         assert p.grad.tolist() == [1, 1]
-        assert distributed.agreed(7, torch.device("cpu")) == distributed.told(7, 1) == 7
+        assert distributed.agreed(7, torch.device("cpu")) == distributed.told(7) == 7
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
