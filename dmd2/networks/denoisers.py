@@ -6,13 +6,16 @@ running the decoder, and `Denoiser.joined` predicts for some samples and gives t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from dmd2.networks.blocks import in_fewer_kernels
 from dmd2.networks.condition import Condition
 from dmd2.networks.halves import Network, decode, encode, labels_of
 from dmd2.networks.lora import own, plain_parameters
@@ -48,8 +51,10 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: Network, precision: Precision = "fp32") -> None:
         super().__init__()
+        in_fewer_kernels(network)
         self.network, self.precision, self.schedule = network, precision, self.kind()
         self._copy: list[Network] = []  # in a list, so that its weights are none of this module's
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # each weight with the copy's
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Clean-sample prediction ``(B, C, H, W)`` for noisy ``x_t`` at times ``t`` ``(B,)``."""
@@ -97,15 +102,30 @@ class Denoiser(nn.Module):
     def hold_lowered(self) -> None:
         """Keep a copy of the network with bfloat16 weights, in which passes run from now on.
 
-        Its gradients are added to those of `network` in float32, as soon as each is complete. `refresh` must follow
-        every change of the weights.
+        Its gradients must be handed over before `network` is updated, and `refresh` must follow every change of the
+        weights.
         """
         memo: dict[int, Any] = {id(buffer): buffer for buffer in self.network.buffers()}
         for p in self.network.parameters():
-            memo[id(p)] = lowered = nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)
-            if p.requires_grad:
-                lowered.register_post_accumulate_grad_hook(lambda lowered, p=p: _hand_over(lowered, p))
+            memo[id(p)] = nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)
         self._copy = [deepcopy(self.network, memo)]
+        self._pairs = [(p, memo[id(p)]) for p in self.network.parameters()]
+
+    def hand_over(self) -> None:
+        """Add the gradients of the bfloat16 copy, if there is one, to those of `network` in float32, all at once."""
+        _hand_over(self._pairs)
+
+    def hand_over_at_once(self) -> list[RemovableHandle]:
+        """Hand each gradient over as soon as a backward pass has completed it, until the handles are removed.
+
+        The passes of several micro-batches thus add up in float32, and gradients are sent while others are still
+        computed, for the price of a kernel and a call of Python for each parameter.
+        """
+        return [
+            lowered.register_post_accumulate_grad_hook(lambda lowered, p=p: _hand_over([(p, lowered)]))
+            for p, lowered in self._pairs
+            if p.requires_grad
+        ]
 
     def compile_passes(self, **options: Any) -> None:
         """Have ``torch.compile`` compile the network as passes run it; `options` are handed to it."""
@@ -115,8 +135,8 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the weights over into the bfloat16 copy, if there is one."""
-        for copy in self._copy:
-            torch._foreach_copy_(list(copy.parameters()), list(self.network.parameters()))
+        if self._pairs:
+            torch._foreach_copy_([lowered for _, lowered in self._pairs], [p for p, _ in self._pairs])
 
     @torch.no_grad()
     def approach(self, other: Denoiser, share: float) -> None:
@@ -199,11 +219,16 @@ def reached(module: nn.Module) -> nn.Module:
     return module.running if isinstance(module, Denoiser) else module
 
 
-def _hand_over(lowered: nn.Parameter, master: nn.Parameter) -> None:
-    """Add a bfloat16 gradient to the float32 one of the weights that it belongs to."""
-    assert lowered.grad is not None
-    master.grad = lowered.grad.float() if master.grad is None else master.grad.add_(lowered.grad)
-    lowered.grad = None
+@torch.no_grad()
+def _hand_over(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Add the gradients of bfloat16 copies (second) to the float32 ones of their weights (first), and clear them."""
+    there = [(p, lowered.grad, lowered) for p, lowered in pairs if lowered.grad is not None]
+    values = [torch.empty_like(p) for p, _, _ in there]
+    if there:
+        torch._foreach_copy_(values, [gradient for _, gradient, _ in there])
+    for (p, _, lowered), value in zip(there, values, strict=True):
+        p.grad = value if p.grad is None else p.grad.add_(value)
+        lowered.grad = None
 
 
 Inputs = tuple[Tensor, Tensor, Condition]

@@ -77,6 +77,8 @@ class ShapeOptimiser(Optimiser):
 
     def step(self, it: int) -> Tensor:
         """Clear the gradients, as after an update."""
+        for denoiser in self.denoisers:
+            denoiser.hand_over()
         self.adamw.zero_grad(set_to_none=True)
         return torch.empty((), device=META)
 

@@ -207,11 +207,13 @@ class Counted:
         holders = [*self.modules.values(), *self.copies.values()]
         standing = [t for m in holders for t in (*m.parameters(), *m.buffers())] + self.states
         with Ledger(standing, parts) as ledger, self.functions:
-            hooks = [
+            early = (self.models.student, self.models.critic) if parts > 1 or micro_batches > 1 else ()
+            hooks = [hook for denoiser in early for hook in denoiser.hand_over_at_once()]
+            hooks += [
                 p.register_post_accumulate_grad_hook(lambda _, own=own: ledger.shrink(own.grad))
                 for module in self.modules.values()
                 for p, own in zip(reached(module).parameters(), module.parameters(), strict=True)
-                if p.requires_grad
+                if parts > 1 and p.requires_grad
             ]
             train_step(self.models, batches.some(it, micro_batches), it, cfg)
             for hook in hooks:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.core.distributed import GradientSums, sum_over
+from dmd2.core.distributed import GradientSums, sum_over, world_size
 from dmd2.experiment.config import Optim
 from dmd2.networks.denoisers import Denoiser, reached
 from dmd2.training import quantised
@@ -28,6 +28,7 @@ class Optimiser:
 
     def __init__(self, modules: Iterable[nn.Module | None], cfg: Optim, lr: float, clips: bool = True) -> None:
         self.modules = [module for module in modules if module is not None]
+        self.denoisers = [module for module in self.modules if isinstance(module, Denoiser)]
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.cfg, self.lr, self.clips, self.rate_is_held = cfg, lr, clips, False
         self.sharded = any(span(p) is not None for p in self.parameters)
@@ -43,6 +44,8 @@ class Optimiser:
     def overlap(self, passes: int) -> None:
         """Sum gradients over processes while the last of `passes` backward passes of an update runs, as FSDP does."""
         if not self.sharded:
+            for denoiser in self.denoisers if passes > 1 or world_size() > 1 else []:
+                denoiser.hand_over_at_once()
             parameters = [p for module in self.modules for p in reached(module).parameters() if p.requires_grad]
             self.sums.overlap(passes, parameters)
 
@@ -67,6 +70,8 @@ class Optimiser:
 
     def step(self, it: int) -> Tensor:
         """Sum gradients over processes, clip their joint norm, update, clear; returns the norm before clipping."""
+        for denoiser in self.denoisers:
+            denoiser.hand_over()
         norm = self._joint_norm()
         if self.clips:
             nn.utils.clip_grads_with_norm_(self.owned, self.cfg.clip, norm)
@@ -79,9 +84,8 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         for p in self.parameters:
             p.grad = None
-        for module in self.modules:
-            if isinstance(module, Denoiser):
-                module.refresh()
+        for denoiser in self.denoisers:
+            denoiser.refresh()
         return norm
 
     def _joint_norm(self) -> Tensor:

@@ -71,6 +71,8 @@ def numbers(kind: str, precision: str, device: torch.device, dtype: torch.dtype)
     student_loss(models, tiny.GIVEN, x, batch, cfg, logs).backward()
     with frozen():
         critic_loss(models, tiny.GIVEN[1], x.detach(), batch, cfg, logs).backward()
+    for denoiser in (student, critic):
+        denoiser.hand_over()
     names = ("dm/g_abs", "student/gan", "student/regression", "critic/denoise", "critic/gan")
     found = {name: logs[name].double().cpu() for name in names}
     for name, modules in {"student": [student], "critic": [critic, head]}.items():

@@ -40,8 +40,11 @@ def test_losses_and_updates_are_near_those_of_float32(kind, tmp_path):
     assert 0.9 < signs.float().mean() < 1  # below 1: it was not float32 that ran
 
 
-def test_passes_run_in_bfloat16_and_the_optimiser_sees_float32(tmp_path):
+@pytest.mark.parametrize("early", [False, True])
+def test_passes_run_in_bfloat16_and_the_optimiser_sees_float32(tmp_path, early):
     _, m = models_of("edm", tmp_path)
+    if early:
+        m.student.hand_over_at_once()
     x, t, cond = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0]), Condition(labels=torch.tensor([0, 1]))
     seen = []
     norm = next(module for module in m.student.running.modules() if isinstance(module, torch.nn.GroupNorm))
@@ -49,6 +52,8 @@ def test_passes_run_in_bfloat16_and_the_optimiser_sees_float32(tmp_path):
     once = []
     for _ in range(2):
         m.student(x, t, cond).square().mean().backward()
+        assert once or early == (m.student_optimiser.parameters[0].grad is not None)
+        m.student.hand_over()
         grads = [p.grad for p in m.student_optimiser.parameters]
         once = once or [g.clone() for g in grads]
     assert seen == [(torch.bfloat16,) * 3] * 2
@@ -65,6 +70,22 @@ def test_copies_follow_the_optimiser_and_are_no_weights_of_their_own(tmp_path):
         for weight, copy in zip(denoiser.network.parameters(), denoiser.running.parameters(), strict=True):
             assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), copy)
     assert m.teacher.network.dtype == torch.bfloat16 and m.teacher.running is m.teacher.network
+
+
+def test_micro_batches_add_up_in_float32(tmp_path):
+    real = tiny.real_set(tmp_path / "set.json", "edm", tiny.tensors("edm", 32, seed=9))
+    inputs = Inputs(tiny.teacher(tmp_path, "edm", "tiny"), real, real, None)
+    handed = {0: [], 2: []}
+    for size, seen in handed.items():
+        training = Training(
+            RunId("tiny", "a", 0), tiny.config("edm", **BODY).training(), Hardware(micro_batch=size), inputs
+        )
+        lowered = list(training.models.critic.running.parameters())
+        for p in lowered:
+            p.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad is None))
+        training.iterate()
+        assert {p.grad for p in lowered} == {None}
+    assert not any(handed[0]) and handed[2] == [True] * (4 * len(handed[0]))
 
 
 def test_low_rank_student_stays_in_autocast(tmp_path):

@@ -1,0 +1,96 @@
+"""Blocks of diffusers in fewer kernels compute what diffusers' own do, and leave images in their layout."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmd2.networks.blocks import PixelAttention, ResidualBlock, in_fewer_kernels
+from tests import tiny
+
+EDM = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
+       "attention_head_dim": 8, "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+       "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"), "downsample_type": "resnet",
+       "upsample_type": "resnet"}  # fmt: skip
+SHIFT = {**EDM, "resnet_time_scale_shift": "scale_shift"}
+
+
+def networks(**spec):
+    torch.manual_seed(0)
+    plain = UNet2DModel(in_channels=3, out_channels=3, **spec)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    fewer = deepcopy(plain)
+    in_fewer_kernels(fewer)
+    return plain, fewer
+
+
+def results(network, dtype=torch.float64):
+    """The output and the gradients of weights and input."""
+    torch.manual_seed(1)
+    network, x = network.to(dtype), torch.randn(3, 3, 8, 8, dtype=dtype, requires_grad=True)
+    out = network(x, torch.tensor([1, 50, 900])).sample
+    out.square().sum().backward()
+    return [out, x.grad, *(p.grad for p in network.parameters())]
+
+
+@pytest.mark.parametrize("spec", [EDM, SHIFT])
+def test_output_and_gradients_are_those_of_diffusers(spec):
+    plain, fewer = networks(**spec)
+    kinds = [type(module) for module in fewer.modules()]
+    assert ResidualBlock in kinds and PixelAttention in kinds and ResnetBlock2D not in kinds and Attention not in kinds
+    for ours, theirs in zip(results(fewer), results(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_without_scale_and_attention_they_are_equal_bit_for_bit():
+    blocks = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+    spec = {"down_block_types": blocks[0], "up_block_types": blocks[1], "add_attention": False}
+    ours, theirs = (results(network, torch.float32) for network in networks(**EDM | spec)[::-1])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class Launched(TorchDispatchMode):
+    """Counts operations that are no views, and keeps those whose images lie in another layout than (B, C, h, w)."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.strided = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        images = [a for a in args if isinstance(a, torch.Tensor) and a.ndim == 4 and min(a.shape[1:3]) > 1]
+        if not func.is_view and not all(a.is_contiguous() for a in images):
+            self.strided.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_images_keep_their_layout_and_fewer_kernels_are_launched():
+    counts = []
+    for network in networks(**SHIFT):
+        with Launched() as launched:
+            network(torch.ones(2, 3, 8, 8), torch.tensor([1, 2]))
+        counts.append(launched)
+    plain, fewer = counts
+    assert fewer.count < 0.9 * plain.count
+    assert {"native_group_norm", "convolution"} <= plain.strided  # what images in the layout of tokens lead to
+    assert not {"native_group_norm", "convolution", "silu", "addcmul"} & fewer.strided
+
+
+def test_blocks_with_a_factor_of_their_own_and_attention_to_text_stay():
+    text = UNet2DConditionModel(**tiny.KINDS["eps-text"][2])
+    before = [type(module) for module in text.modules() if isinstance(module, Attention)]
+    in_fewer_kernels(text)
+    assert before == [type(module) for module in text.modules() if isinstance(module, Attention)] != []
+    _, halved = networks(**EDM, mid_block_scale_factor=2**0.5)
+    assert type(halved.mid_block.resnets[0]) is ResnetBlock2D and type(halved.mid_block.attentions[0]) is Attention
+    assert type(halved.down_blocks[0].resnets[0]) is ResidualBlock
+
+
+def test_denoisers_run_such_blocks():
+    assert {ResidualBlock} == {type(m) for m in tiny.denoiser("edm").modules() if isinstance(m, ResnetBlock2D)}
