@@ -6,7 +6,7 @@
 #
 # OFFICIAL is a checkout of tianweiy/DMD2 (8d8fa55), which the user brings; without it ours are measured alone. PRECISION
 # lists those that are compared; the last one is compiled and captured. A measurement that fails or takes too long leaves
-# its error in $OUT/NAME.log.
+# its error in $OUT/NAME.log; a training step then measures what was ready, which takes another minute.
 OUT=${OUT:?"set OUT to the folder of the tables"}
 PRECISION=${PRECISION:-bf16,bf16-body}
 cd "$(dirname "$0")/.." && mkdir -p "$OUT" || exit 1
@@ -21,12 +21,11 @@ measure() {
     name=$1 limit=$2 module=$3
     shift 3
     echo "$name: $module $*" >&2
-    if timeout "$limit" "$PYTHON" -m "benchmarks.$module" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log"; then
-        cat "$OUT/$name.md"
-    else
+    if ! timeout "$limit" "$PYTHON" -m "benchmarks.$module" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log"; then
         failed=1
         echo "$name failed or took more than $limit s:" && tail -n 3 "$OUT/$name.log"
     fi
+    cat "$OUT/$name.md"
 }
 
 beside=${OFFICIAL:+--official $OFFICIAL}
@@ -36,9 +35,9 @@ best=${PRECISION##*,}
 for part in ${*:-step blocks network graphs evaluation small sdxl-lora sdxl}; do
     case $part in
     step) measure step 540 train_step $beside --precision "$PRECISION" $step ;;
-    blocks | network) measure "compiled-$part" 590 train_step $beside --precision "$best" --compiled "$part" $step ;;
-    graphs) measure graphs 590 train_step $beside --precision "$best" --graphs off,on $step ;;
-    network-graphs) measure $part 590 train_step $beside --precision "$best" --compiled network --graphs on $step ;;
+    blocks | network) measure "compiled-$part" 480 train_step $beside --precision "$best" --compiled "$part" $step ;;
+    graphs) measure graphs 480 train_step $beside --precision "$best" --graphs off,on $step ;;
+    network-graphs) measure $part 480 train_step $beside --precision "$best" --compiled network --graphs on $step ;;
     evaluation) measure evaluation 590 evaluation ${evaluation:---images 2048 --sizes 64 --rounds 2} ;;
     small)
         for base in digits ${bases-fashion}; do

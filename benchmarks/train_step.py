@@ -6,13 +6,15 @@
 Nothing of the official code is in this project: see `benchmarks.official`. Weights are random, and so are real images;
 the official ones lie on the GPU, ours come through our own batches. Blocks of one update of the student are taken in
 turns, so that clocks and neighbours hit all procedures alike. Ours are one training for each combination of the
-options; the present default comes first. ``--tiny`` runs all of it with small networks, for a trial on a CPU.
+options; the present default comes first. Ctrl-C or SIGTERM, as of `timeout`, ends a compilation that takes too long:
+those that are ready by then are measured. ``--tiny`` runs all of it with small networks, for a trial on a CPU.
 """
 
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -108,17 +110,17 @@ def row(one: Procedure, batch: int, flops: float, rate: float, first: Procedure)
             f"{flops / middle / rate:.0%}", f"{ratio:.2f}"]  # fmt: skip
 
 
-def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, list[Any]]) -> list[Procedure]:
+def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, list[Any]]) -> Iterator[Procedure]:
     """The official one, if it is asked for, and ours in each combination of `ways`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratio, batch, found = cfg.critic.ratio, cfg.optim.batch, []
+    ratio, batch = cfg.critic.ratio, cfg.optim.batch
 
     def theirs() -> Callable[[], Any]:
         small = TINY_OFFICIAL if tiny else None
         return official.Official(batch, cfg.data.resolution, ratio, torch.device(device), small).iterate
 
     if with_official:
-        found.append(started("official", theirs, ratio))
+        yield started("official", theirs, ratio)
     for precision, compilation, graphs in product(*ways.values()):
         options = {"compiled": compilation, "graphs": graphs}
 
@@ -134,7 +136,23 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
             return iterate
 
         words = [precision, f"compiled {compilation}" if compilation else "", "graphs" if graphs else ""]
-        found.append(started("ours, " + ", ".join(filter(None, words)), ours, ratio))
+        yield started("ours, " + ", ".join(filter(None, words)), ours, ratio)
+
+
+def ready(building: Iterator[Procedure]) -> list[Procedure]:
+    """Those that are built before they are interrupted.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Procedure] = []
+    try:
+        for one in building:
+            found.append(one)
+    except KeyboardInterrupt:
+        print("interrupted: what is ready is measured", file=sys.stderr)
+    if not found:
+        raise UserError("interrupted before anything was ready")
     return found
 
 
@@ -152,6 +170,7 @@ def main(
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with readable_errors(), float32_products("tf32"):
         cfg = tiny_config(load_base(base)) if tiny else load_base(base)
         usual = 2 if tiny else 40 if base == "imagenet64" else cfg.optim.batch
@@ -162,7 +181,7 @@ def main(
             official.use(checkout, edm)
         ways = {"precision": listed(precision) or [cfg.train.precision], "compiled": listed(compiled) or [None],
                 "graphs": [{"on": True, "off": False}[value] for value in listed(graphs)] or [None]}  # fmt: skip
-        found, ratio = procedures(cfg, tiny, checkout is not None, ways), cfg.critic.ratio
+        found, ratio = ready(procedures(cfg, tiny, checkout is not None, ways)), cfg.critic.ratio
         for number in range(blocks):
             for one in found[:: 1 if number % 2 else -1]:
                 if not one.refused:

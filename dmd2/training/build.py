@@ -60,7 +60,7 @@ def build_models(
     if inputs.init is not None:
         _load_critic(inputs.init, critic)
     hold_lowered(cfg, student, critic)
-    null = null_condition(cfg.data, max(cfg.guidance.values()))
+    null = null_condition(cfg.data, max(cfg.guidance.values()), teacher.network)
     return Models(
         student,
         teacher,

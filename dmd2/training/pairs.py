@@ -60,7 +60,7 @@ def make_shard(
     teacher = load_teacher(teacher_manifest, form, precision, **cfg.teacher.flow).to(device)
     seeds = list(shard_seeds(pairs.count, pairs.shards, index))
     shape = data.shape
-    null = null_condition(cfg.data, spec.guidance)
+    null = null_condition(cfg.data, spec.guidance, teacher.network)
     conditions, rows = _conditions(cfg), list[dict[str, torch.Tensor]]()
     progress = Progress(f"pairs {out.parent.parent.name}/{out.parent.name} shard {index}", len(seeds))
     batch = BATCH if data.text is None else max(1, min(BATCH, ELEMENTS // math.prod(shape)))

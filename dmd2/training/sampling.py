@@ -84,7 +84,7 @@ def sample_teacher(
 ) -> Tensor:
     """Samples of the teacher; equal seeds give the same starting noise and conditions as in `student_sample`."""
     shape = cfg.data.shape
-    null = null_condition(cfg.data, spec.guidance)
+    null = null_condition(cfg.data, spec.guidance, teacher.network)
     return teacher_sample(
         teacher,
         sample_noise(seeds, shape, "noise", device),

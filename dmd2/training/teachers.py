@@ -92,15 +92,23 @@ def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32",
     return wrap(network, parameterisation, precision, **flow).eval().requires_grad_(False)
 
 
-def null_condition(data: Data, guidance: float) -> Condition | None:
-    """Unconditional condition of one sample; None if unguided.
+def null_condition(data: Data, guidance: float, network: Network) -> Condition | None:
+    """Unconditional condition of one sample for a teacher's network; None if unguided.
 
     For classes it is the index after the last one, for text what the pipeline says, with SDXL's sizes unchanged.
 
     Raises:
-        UserError: the pipeline's manifest is missing.
+        UserError: the pipeline's manifest is missing, or the network has no such class.
     """
-    return None if guidance <= 1 else unconditional(data)
+    if guidance <= 1:
+        return None
+    embeds, needed = network.config.get("num_class_embeds", data.classes + 1), data.classes + 1
+    if data.labelled and embeds != needed:  # of a teacher that was adopted, which no base describes
+        raise UserError(
+            f"a guidance scale of {guidance:g} needs a teacher with num_class_embeds {needed}, data.classes and one "
+            f"for no class, and this one has {embeds}: set the scale to 1, or put another teacher in place"
+        )
+    return unconditional(data)
 
 
 def unconditional(data: Data) -> Condition:

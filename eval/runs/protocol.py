@@ -178,7 +178,8 @@ class Protocol:
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
         logits = found.get("logits")
-        whole = Sample(found["features"], logits, self.detector.name, self.reference, labels, strata)
+        seen = {"detector": self.detector.name, "reference": self.reference, "device": self.detector.device}
+        whole = Sample(found["features"], logits, labels=labels, strata=strata, **seen)
         samples = {"detector": whole}
         if self.patch is not None:
             samples["patch"] = replace(whole, features=found["patch"], logits=None, reference=self.patch)

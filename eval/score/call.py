@@ -175,6 +175,7 @@ class Call:
                 labels,
                 labels,
                 options.reference_sampled,
+                options.device,
             )
             if options.ones and reference:
                 row = f"{label}, covariance from ones x {options.ones}"

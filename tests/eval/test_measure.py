@@ -11,6 +11,7 @@ from dmd2.core.errors import UserError
 from dmd2.experiment.metrics import METRICS, of_option
 from eval.detectors.features import FeatureSet
 from eval.detectors.reference import Engine, holds_moments
+from eval.metrics import measures
 from eval.metrics.estimate import Estimate
 from eval.metrics.frechet import FeatureStats, Reference, between_samples, save_stats
 from eval.metrics.measures import Sample
@@ -107,6 +108,21 @@ def test_degenerate_sets_give_a_number_or_a_sentence(make, metric) -> None:
             assert re.fullmatch(r"[^\n]{10,200}", str(error))
         else:
             assert found and all(np.isfinite(e.value) for e in found.values())
+
+
+@pytest.mark.parametrize(("option", "function"), [("kid", "kid"), ("prdc", "prdc"), ("pr", "prdc")])
+def test_kernels_and_neighbours_are_computed_on_the_device(option, function, monkeypatch) -> None:
+    seen = []
+
+    def on(*sides, **_):
+        seen.extend(side.device.type for side in sides[:2])
+        return dict.fromkeys(range(4))
+
+    monkeypatch.setattr(measures, function, on)
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    reference = Reference(FeatureStats.of(rows), rows)
+    numbers_of(of_option(option), {"detector": Sample(rows, None, "d", reference, device="meta")}, {})
+    assert seen == ["meta", "meta"]
 
 
 def test_accuracy_without_classes_or_classifier_is_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dmd2.data.captions import EvalPrompts
 from dmd2.data.sets import TensorSet
 from dmd2.experiment.eval_config import Sampler
+from dmd2.experiment.metrics import of_option
 from dmd2.training.sampling import sample_teacher, student_sample
 from eval.detectors import features
 from eval.detectors.beside import after_current, second
@@ -21,6 +22,8 @@ from eval.detectors.detectors import Classifier
 from eval.detectors.features import extract, join
 from eval.detectors.networks import DinoV2
 from eval.detectors.reading import Sampled
+from eval.metrics.frechet import FeatureStats, Reference
+from eval.metrics.measures import Sample, measure
 from eval.pixels.resize import NONE, Geometry
 from eval.runs.protocol import Observers
 from tests import tiny
@@ -126,3 +129,16 @@ def test_all_extractions_share_one_second_queue(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     assert second(torch.device("cuda", 63)) is second(torch.device("cuda", 63))
     second.cache_clear()
+
+
+@pytest.mark.parametrize("option", ["kid", "prdc", "pr"])
+def test_kernels_and_neighbours_are_those_of_the_cpu(option: str, device: torch.device) -> None:
+    real, fake = (np.random.default_rng(seed).normal(5, 1, (300, 24)).astype(np.float32) for seed in (1, 2))
+    reference = Reference(FeatureStats.of(real), real)
+    ours, theirs = (
+        measure(of_option(option), {"detector": Sample(fake, None, "d", reference, device=place)}, {})
+        for place in (device, CPU)
+    )
+    assert ours.keys() == theirs.keys() and ours
+    for name, estimate in ours.items():
+        assert (estimate.value, estimate.se) == pytest.approx((theirs[name].value, theirs[name].se), rel=1e-5), name

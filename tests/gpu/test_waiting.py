@@ -41,7 +41,7 @@ def test_no_iteration_waits(name: str, device: torch.device, place: Path, monkey
         pytest.skip("its step is drawn on the CPU")
     kind, changes = CASES[name]
     monkeypatch.setattr(
-        "dmd2.training.build.null_condition", lambda _, guidance: tiny.null(kind) if guidance > 1 else None
+        "dmd2.training.build.null_condition", lambda _, guidance, __: tiny.null(kind) if guidance > 1 else None
     )
     cfg = tiny.config(kind, **changes).training()
     size = None if "dm__divergence" in changes else 2  # its weights are means over the batch

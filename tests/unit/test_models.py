@@ -137,4 +137,16 @@ def test_a_freshly_built_network_belongs_to_its_seed():
 
 
 def test_no_null_condition_without_guidance():
-    assert null_condition(tiny.config("edm").data, 1.0) is None
+    assert null_condition(tiny.config("edm").data, 1.0, tiny.network("edm", 0)) is None
+
+
+@pytest.mark.parametrize("embeds", [4, None])
+def test_guidance_by_a_teacher_without_the_class_of_none_is_refused(embeds):
+    network, data = tiny.network("edm", 0), tiny.config("edm").data
+    network.register_to_config(num_class_embeds=embeds)
+    with pytest.raises(
+        UserError, match=f"a guidance scale of 2 needs a teacher with num_class_embeds 5.* has {embeds}"
+    ):
+        null_condition(data, 2.0, network)
+    network.register_to_config(num_class_embeds=5)
+    assert null_condition(data, 2.0, network).labels.tolist() == [4]
