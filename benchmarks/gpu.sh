@@ -21,7 +21,7 @@ measure() {
     name=$1 limit=$2 module=$3
     shift 3
     echo "$name: $module $*" >&2
-    if ! timeout "$limit" "$PYTHON" -m "benchmarks.$module" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log"; then
+    if ! timeout -k 100 "$limit" "$PYTHON" -m "benchmarks.$module" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log"; then
         failed=1
         echo "$name failed or took more than $limit s:" && tail -n 3 "$OUT/$name.log"
     fi
@@ -34,7 +34,7 @@ best=${PRECISION##*,}
 # What takes minutes to build or to compile is a call of its own; in a trial full-size networks are left out.
 for part in ${*:-step blocks network graphs evaluation small sdxl-lora sdxl}; do
     case $part in
-    step) measure step 540 train_step $beside --precision "$PRECISION" $step ;;
+    step) measure step 480 train_step $beside --precision "$PRECISION" $step ;;
     blocks | network) measure "compiled-$part" 480 train_step $beside --precision "$best" --compiled "$part" $step ;;
     graphs) measure graphs 480 train_step $beside --precision "$best" --graphs off,on $step ;;
     network-graphs) measure $part 480 train_step $beside --precision "$best" --compiled network --graphs on $step ;;

@@ -91,9 +91,12 @@ def main(
         for run in runs or RUNS:
             found = [[median(mine) for mine in times(run, checkouts, turns)] for _ in range(rounds)]
             ours, *theirs = map(median, zip(*found, strict=True))
-            ratios = [one[0] / one[-1] for one in found]
-            spread = f"{ours / theirs[0]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if theirs else ""
-            rows.append([run, f"{ours:.1f}", f"{theirs[0]:.1f}" if theirs else "", spread])
+            compared = ["", ""]
+            if theirs:
+                ratios = [one / other for one, other in found]
+                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+                compared = [f"{theirs[0]:.1f}", f"{ours / theirs[0]:.2f} ({spread})"]
+            rows.append([run, f"{ours:.1f}", *compared])
         print(markdown(["run", "ms", f"ms, {against or 'another checkout'}", "ratio of medians (of each round)"], rows))
 
 

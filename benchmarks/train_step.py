@@ -140,17 +140,27 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
 
 
 def ready(building: Iterator[Procedure]) -> list[Procedure]:
-    """Those that are built before they are interrupted.
+    """Those that are built before SIGINT or SIGTERM.
 
     Raises:
         UserError: there is none.
     """
-    found: list[Procedure] = []
+    found, asked = list[Procedure](), list[int]()
+
+    def interrupt(number: int, _: Any) -> None:
+        asked.append(number)  # a capture that is cut off may turn the exception into one of its own
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for one in building:
             found.append(one)
+            if asked:
+                break
     except KeyboardInterrupt:
         print("interrupted: what is ready is measured", file=sys.stderr)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if not found:
         raise UserError("interrupted before anything was ready")
     return found
@@ -170,7 +180,6 @@ def main(
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with readable_errors(), float32_products("tf32"):
         cfg = tiny_config(load_base(base)) if tiny else load_base(base)
         usual = 2 if tiny else 40 if base == "imagenet64" else cfg.optim.batch

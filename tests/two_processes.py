@@ -73,7 +73,7 @@ def interrupt_at(step: int) -> None:
     raise AssertionError("it was not interrupted")
 
 
-def finished(name: str, micro_batch: int = 0) -> list[tuple[int, int]]:
+def finished(name: str, micro_batch: int = 0, **changes: object) -> list[tuple[int, int]]:
     """Train undisturbed and leave the weights; buckets that were sent during a backward pass, and all, of each sum."""
     sent, finish = [], GradientSums.finish
 
@@ -83,7 +83,7 @@ def finished(name: str, micro_batch: int = 0) -> list[tuple[int, int]]:
         sent.append((early, len(self.buckets)))
 
     with mock.patch.object(GradientSums, "finish", counting):
-        t = training(name, micro_batch)
+        t = training(name, micro_batch, **changes)
         t.run()
     save_file(trained(t), f"{name}-{distributed.rank()}.safetensors")
     return sent
@@ -101,12 +101,13 @@ def heard() -> list[int]:
 
 
 def main() -> None:
-    """Train undisturbed in three ways, train and stop and continue, and try a batch that is too small."""
+    """Train undisturbed in four ways, train and stop and continue, and try a batch that is too small."""
     torch.set_num_threads(1)
     distributed.BUCKET = 500  # so that tiny networks fill several
     with distributed.process_group(DEVICE):
         me = distributed.rank()
         sent = {"two": finished("two"), "cut": finished("cut", micro_batch=2)}
+        sent["body"] = finished("body", train__precision="bf16-body")
         with mock.patch.object(GradientSums, "overlap", lambda *_: None):
             sent["late"] = finished("late")
         interrupt_at(STOP)

@@ -144,6 +144,7 @@ class GradientSums:
         self.sent, self.works = 0, list[dist.Work]()
 
     def _accumulated(self, number: int) -> None:
+        assert self.parameters[number].grad is not None  # of a copy in another dtype it must be handed over before
         self.counts[number] += 1
         if self.counts[number] > self.passes:
             raise RuntimeError(f"a gradient was summed after {self.passes} backward passes, and another pass came")

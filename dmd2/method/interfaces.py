@@ -26,7 +26,7 @@ class Optimiser(Protocol):
         """Update at iteration `it` and clear the gradients; returns their norm before clipping."""
 
     def overlap(self, passes: int) -> None:
-        """Sum gradients over processes while the last of `passes` backward passes of an update runs."""
+        """Prepare for `passes` backward passes before an update, and sum gradients over processes in the last one."""
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Rows that this process owns of each sharded parameter, by its number."""

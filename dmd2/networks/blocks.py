@@ -1,14 +1,13 @@
 """The residual and attention blocks of diffusers' UNets in fewer kernels: same weights, same numbers up to rounding.
 
-What diffusers computes besides: a division by a factor that is 1 in every published network, twice a block; the product
-and the sum of a scale and a shift, which are one operation; an attention's tokens laid out anew for each of query, key
-and value. And its attention leaves images in the layout of tokens (channels last), in which every group norm, sum and
-convolution after it reads one layout and writes another, up to the end of the network.
+What diffusers computes besides: a division by a factor that is 1 in the networks here, in each block and once more in
+its backward pass; an attention's tokens laid out anew for each of query, key and value. And its attention leaves images
+in the layout of tokens (channels last), in which every group norm, sum and convolution after it reads one layout and
+writes another, up to the end of the network.
 """
 
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -16,7 +15,10 @@ from torch.nn import functional as F
 
 
 def in_fewer_kernels(network: nn.Module) -> None:
-    """Have the blocks of a network that can be computed so computed by the classes below, its copies included."""
+    """Have the classes below compute the blocks that they can, in place; copies made later (`deepcopy`) keep them.
+
+    An attention processor that is set afterwards has no effect on a `PixelAttention`.
+    """
     for module in network.modules():
         if type(module) is ResnetBlock2D and module.output_scale_factor == 1 and module.time_emb_proj is not None:
             module.__class__ = ResidualBlock
@@ -25,8 +27,9 @@ def in_fewer_kernels(network: nn.Module) -> None:
 
 
 def _of_pixels(attention: Attention) -> bool:
-    """Whether it is a residual self-attention over images without further norms, as EDM's networks have."""
+    """Whether it is a residual self-attention without further norms, as UNets without captions have over images."""
     plain = attention.rescale_output_factor == 1 and type(attention.processor) is AttnProcessor2_0
+    plain = plain and not attention.is_cross_attention
     others = (attention.spatial_norm, attention.norm_q, attention.norm_k)
     return plain and attention.residual_connection and others == (None,) * 3
 
@@ -44,7 +47,7 @@ class ResidualBlock(ResnetBlock2D):
         embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
         if self.time_embedding_norm == "scale_shift":
             scale, shift = embedding.chunk(2, dim=1)
-            hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+            hidden = self.norm2(hidden) * (1 + scale) + shift  # addcmul takes more kernels in its backward pass
         else:
             hidden = self.norm2(hidden + embedding)
         hidden = self.conv2(self.dropout(self.nonlinearity(hidden)))
@@ -54,8 +57,10 @@ class ResidualBlock(ResnetBlock2D):
 class PixelAttention(Attention):
     """Residual self-attention over the pixels of images, which stay in the layout that they have."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """``(B, C, h, w)`` of images of that shape."""
+    def forward(self, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
+        """``(B, C, h, w)`` of images of that shape; tokens ``(B, L, C)`` are left to diffusers."""
+        if hidden_states.ndim != 4:
+            return super().forward(hidden_states, *others, **options)
         images = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
         tokens = images.flatten(2).transpose(1, 2).contiguous()
         q, k, v = (self._heads(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))

@@ -112,14 +112,15 @@ class Denoiser(nn.Module):
         self._pairs = [(p, memo[id(p)]) for p in self.network.parameters()]
 
     def hand_over(self) -> None:
-        """Add the gradients of the bfloat16 copy, if there is one, to those of `network` in float32, all at once."""
+        """Add the gradients of the bfloat16 copy, if there is one, to those of `network`, in float32."""
         _hand_over(self._pairs)
 
-    def hand_over_at_once(self) -> list[RemovableHandle]:
+    def hand_over_early(self) -> list[RemovableHandle]:
         """Hand each gradient over as soon as a backward pass has completed it, until the handles are removed.
 
         The passes of several micro-batches thus add up in float32, and gradients are sent while others are still
-        computed, for the price of a kernel and a call of Python for each parameter.
+        computed, for the price of a kernel and a call of Python for each parameter. Hooks that read the gradients of
+        `network` must be registered after this.
         """
         return [
             lowered.register_post_accumulate_grad_hook(lambda lowered, p=p: _hand_over([(p, lowered)]))
@@ -222,13 +223,16 @@ def reached(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _hand_over(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Add the gradients of bfloat16 copies (second) to the float32 ones of their weights (first), and clear them."""
-    there = [(p, lowered.grad, lowered) for p, lowered in pairs if lowered.grad is not None]
-    values = [torch.empty_like(p) for p, _, _ in there]
-    if there:
-        torch._foreach_copy_(values, [gradient for _, gradient, _ in there])
-    for (p, _, lowered), value in zip(there, values, strict=True):
-        p.grad = value if p.grad is None else p.grad.add_(value)
-        lowered.grad = None
+    first: list[tuple[Tensor, Tensor]] = []
+    for p, lowered in pairs:
+        gradient, lowered.grad = lowered.grad, None
+        if gradient is not None and p.grad is not None:
+            p.grad.add_(gradient)
+        elif gradient is not None:
+            p.grad = torch.empty_like(p)
+            first.append((p.grad, gradient))
+    if first:
+        torch._foreach_copy_([value for value, _ in first], [gradient for _, gradient in first])
 
 
 Inputs = tuple[Tensor, Tensor, Condition]

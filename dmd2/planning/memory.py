@@ -53,7 +53,7 @@ class Memory:
     points: tuple[tuple[int, int], ...]
 
     def at(self, micro_batch: int, accumulated: bool = False) -> int:
-        """Peak with so many images per forward pass; gradients of earlier passes stay where they are accumulated."""
+        """Peak with so many images per forward pass; accumulated gradients stay (up to 9 % too much in bf16-body)."""
         pairs = list(pairwise(self.points))
         (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
         peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)
@@ -208,7 +208,7 @@ class Counted:
         standing = [t for m in holders for t in (*m.parameters(), *m.buffers())] + self.states
         with Ledger(standing, parts) as ledger, self.functions:
             early = (self.models.student, self.models.critic) if parts > 1 or micro_batches > 1 else ()
-            hooks = [hook for denoiser in early for hook in denoiser.hand_over_at_once()]
+            hooks = [hook for denoiser in early for hook in denoiser.hand_over_early()]
             hooks += [
                 p.register_post_accumulate_grad_hook(lambda _, own=own: ledger.shrink(own.grad))
                 for module in self.modules.values()

@@ -37,6 +37,7 @@ def build_models(
     assert inputs.teacher is not None
     precision = cfg.train.precision
     teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, **cfg.teacher.flow)
+    null = null_condition(cfg.data, max(cfg.guidance.values()), teacher.network)
     tap_blocks(teacher, cfg)
     student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
     if inputs.init is not None:
@@ -60,7 +61,6 @@ def build_models(
     if inputs.init is not None:
         _load_critic(inputs.init, critic)
     hold_lowered(cfg, student, critic)
-    null = null_condition(cfg.data, max(cfg.guidance.values()), teacher.network)
     return Models(
         student,
         teacher,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.core.distributed import GradientSums, sum_over, world_size
+from dmd2.core import distributed
+from dmd2.core.distributed import GradientSums, sum_over
 from dmd2.experiment.config import Optim
 from dmd2.networks.denoisers import Denoiser, reached
 from dmd2.training import quantised
@@ -42,10 +43,14 @@ class Optimiser:
             self.adamw = torch.optim.AdamW(self.owned, **options, fused=True)
 
     def overlap(self, passes: int) -> None:
-        """Sum gradients over processes while the last of `passes` backward passes of an update runs, as FSDP does."""
+        """Prepare for `passes` backward passes before an update, and sum gradients over processes in the last one.
+
+        Gradients of bfloat16 weights are handed over one by one then, since sums are made of the float32 ones. FSDP
+        does both by itself.
+        """
         if not self.sharded:
-            for denoiser in self.denoisers if passes > 1 or world_size() > 1 else []:
-                denoiser.hand_over_at_once()
+            for denoiser in self.denoisers if passes > 1 or distributed.world_size() > 1 else []:
+                denoiser.hand_over_early()  # before the sums' own hooks
             parameters = [p for module in self.modules for p in reached(module).parameters() if p.requires_grad]
             self.sums.overlap(passes, parameters)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from eval.metrics.estimate import Estimate, Features, matrix, mean, standard_err
 from eval.metrics.frechet import Reference, between_samples
 from eval.metrics.kid import kid
 from eval.metrics.neighbours import prdc
+
+Result = TypeVar("Result")
 
 PAIRS_AT_ONCE = 6  # pairs of images: at 512 px the first layer of VGG16 alone holds 2 x 67 MB for each
 
@@ -108,22 +111,28 @@ def frechet(sample: Sample) -> Sequence[Estimate]:
     return [sample.compared.estimate(sample.features, sample.strata)]
 
 
+def on_device(sample: Sample, option: str, function: Callable[[Tensor, Tensor], Result]) -> Result:
+    """A function of generated and reference features on the sample's device, or on the CPU where they do not fit."""
+    with float32_products("fp32"):
+        try:
+            return function(*sample.sides(option))
+        except torch.OutOfMemoryError:  # 50,000 images take about 6 GB beside detector and sampler
+            return function(*replace(sample, device="cpu").sides(option))
+
+
 def kernel(sample: Sample) -> Sequence[Estimate]:
     """Kernel distance to the images of the reference."""
-    with float32_products("fp32"):
-        return [kid(*sample.sides("kid"), sample.strata)]
+    return [on_device(sample, "kid", lambda fake, real: kid(fake, real, sample.strata))]
 
 
 def neighbours(sample: Sample) -> Sequence[Estimate]:
     """Precision, recall, density and coverage of the fifth neighbours."""
-    fake, real = sample.sides("prdc")
-    return [*prdc(real, fake).values()]
+    return [*on_device(sample, "prdc", lambda fake, real: prdc(real, fake)).values()]
 
 
 def two_neighbours(sample: Sample) -> Sequence[Estimate]:
     """Precision and recall of the third neighbours, as is usual for these two."""
-    fake, real = sample.sides("pr")
-    return [*prdc(real, fake, k=3).values()][:2]
+    return [*on_device(sample, "pr", lambda fake, real: prdc(real, fake, k=3)).values()][:2]
 
 
 def inception(sample: Sample) -> Sequence[Estimate]:

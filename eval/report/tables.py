@@ -153,7 +153,7 @@ def measurements(table: Table, rows: list[RowRecord]) -> Measurements:
     """The values and curves that claims are judged by, of each row and of two more.
 
     ``published best`` has the best published value of each metric. ``teacher`` is the sampler with the guidance that is
-    distilled (or one in its range, where it is drawn), or the table's last sampler if none has that guidance.
+    distilled (where it is drawn, the last one in its range), or the table's last sampler if none has that guidance.
     """
     values, curves = {}, {}
     for row in rows:
@@ -165,8 +165,8 @@ def measurements(table: Table, rows: list[RowRecord]) -> Measurements:
         if known := [numbers[metric] for numbers in table.published.values() if metric in numbers]:
             values["published best", metric] = {0: min(known, key=partial(best_first, metric))}
     teachers, students = ([row for row in rows if row["kind"] == kind] for kind in ("teacher", "student"))
-    distilled = students[0]["config"]
-    low, high = distilled["dm"].get("guidance") or 2 * [distilled["teacher"]["guidance"]]
+    dm, distilled = students[0]["config"]["dm"], students[0]["config"]["teacher"]["guidance"]
+    low, high = (dm.get("guidance") if dm.get("weight", 1) > 0 else None) or (distilled, distilled)
     for row in sorted(teachers, key=lambda row: low <= row["config"]["guidance"] <= high):  # the last one overwrites
         values |= {(TEACHER, metric): found for metric, found in row["values"].items()}
     for row in (row for row in students if all(row["seconds"].values())):

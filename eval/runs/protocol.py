@@ -178,8 +178,8 @@ class Protocol:
         # Only labels that are fixed beforehand are strata: with random ones their numbers vary, too.
         strata = labels if spec.labels == "cyclic" else None
         logits = found.get("logits")
-        seen = {"detector": self.detector.name, "reference": self.reference, "device": self.detector.device}
-        whole = Sample(found["features"], logits, labels=labels, strata=strata, **seen)
+        name, place = self.detector.name, self.detector.device
+        whole = Sample(found["features"], logits, name, self.reference, labels, strata, device=place)
         samples = {"detector": whole}
         if self.patch is not None:
             samples["patch"] = replace(whole, features=found["patch"], logits=None, reference=self.patch)

@@ -1,5 +1,6 @@
 """Metrics of feature sets: known values, degenerate sets, and refusals across protocols."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -123,6 +124,21 @@ def test_kernels_and_neighbours_are_computed_on_the_device(option, function, mon
     reference = Reference(FeatureStats.of(rows), rows)
     numbers_of(of_option(option), {"detector": Sample(rows, None, "d", reference, device="meta")}, {})
     assert seen == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("option", ["kid", "prdc", "pr"])
+def test_features_that_do_not_fit_on_the_device_are_compared_on_the_cpu(option, monkeypatch) -> None:
+    def full(sample, option, sides=Sample.sides):
+        if torch.device(sample.device).type != "cpu":
+            raise torch.OutOfMemoryError("full")
+        return sides(sample, option)
+
+    rows = np.random.default_rng(0).normal(size=(30, 4))
+    sample = Sample(rows[:15], None, "d", Reference(FeatureStats.of(rows[15:]), rows[15:]))
+    expected = numbers_of(of_option(option), {"detector": sample}, {})
+    monkeypatch.setattr(Sample, "sides", full)
+    found = numbers_of(of_option(option), {"detector": dataclasses.replace(sample, device="cuda")}, {})
+    assert {name: e.value for name, e in found.items()} == {name: e.value for name, e in expected.items()}
 
 
 def test_accuracy_without_classes_or_classifier_is_refused() -> None:

@@ -207,7 +207,7 @@ def test_published_numbers_begin_with_the_best_of_the_first_metric(metrics, othe
 ])  # fmt: skip
 def test_the_teacher_of_a_claim_is_its_sampler_at_the_distilled_guidance(drawn, guidances, expected) -> None:
     student = {"run": "4step", "kind": "student", "values": {}, "seconds": {0: None}, "curves": {},
-               "config": {"teacher": {"guidance": 8.0}, "dm": {"guidance": drawn}, "train": {"released": None}}}  # fmt: skip
+               "config": {"teacher": {"guidance": 8.0}, "dm": {"guidance": drawn, "weight": 1.0}, "train": {"released": None}}}  # fmt: skip
     teachers = [{"run": f"teacher-{i}", "kind": "teacher", "values": {"saturation": {0: (i + 1) / 10}},
                  "config": {"guidance": g}} for i, g in enumerate(guidances)]  # fmt: skip
     table = load_experiment().tables["dmd2-table4"]

@@ -134,9 +134,9 @@ def test_all_extractions_share_one_second_queue(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("option", ["kid", "prdc", "pr"])
 def test_kernels_and_neighbours_are_those_of_the_cpu(option: str, device: torch.device) -> None:
     real, fake = (np.random.default_rng(seed).normal(5, 1, (300, 24)).astype(np.float32) for seed in (1, 2))
-    reference = Reference(FeatureStats.of(real), real)
+    reference, classes = Reference(FeatureStats.of(real), real), torch.arange(300) % 3
     ours, theirs = (
-        measure(of_option(option), {"detector": Sample(fake, None, "d", reference, device=place)}, {})
+        measure(of_option(option), {"detector": Sample(fake, None, "d", reference, strata=classes, device=place)}, {})
         for place in (device, CPU)
     )
     assert ours.keys() == theirs.keys() and ours

@@ -67,7 +67,7 @@ def test_their_log_is_that_of_one(workspace):
 def test_gradients_are_summed_while_the_backward_pass_runs(workspace):
     for rank in (0, 1):
         sent = json.loads((workspace[0] / f"facts-{rank}.json").read_text())["sent"]
-        for name in ("two", "cut"):
+        for name in ("two", "cut", "body"):
             student, critic, *later = sent[name]
             assert student[0] == critic[0] == 0  # the first update lays the buckets out
             assert len(later) == 7 and all(early == buckets > 3 for early, buckets in later)
@@ -84,7 +84,7 @@ def test_sums_are_the_same_whenever_they_are_sent(workspace):
     assert all(torch.equal(early[n], late[n]) for n in early)
 
 
-@pytest.mark.parametrize("name", ["two", "stopped", "cut"])
+@pytest.mark.parametrize("name", ["two", "stopped", "cut", "body"])
 def test_both_processes_hold_the_same_weights(workspace, name):
     first, second = (weights(workspace, f"{name}-{rank}") for rank in (0, 1))
     assert all(torch.equal(first[n], second[n]) for n in first)

@@ -146,7 +146,6 @@ def test_gradients_of_a_bfloat16_copy_are_sent_during_its_backward_pass(messages
     monkeypatch.setattr(distributed, "BUCKET", 500)
     denoiser = tiny.denoiser("edm")
     denoiser.hold_lowered()
-    denoiser.hand_over_at_once()
     optimiser = Optimiser([denoiser], tiny.config("edm").optim, 1e-3)
     optimiser.overlap(1)
     sums, early = optimiser.sums, []
