@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -34,6 +34,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.tables import load_base
 from dmd2.planning.memory import Counted
 
+Item = TypeVar("Item")
 CALLS = ["launches", "kernels", "waits", "to host", "busy, ms"]  # per iteration, by the profiler
 HEAD = ["procedure", "ms / iteration (range)", "images / s", "peak, GB", *CALLS,
         "share of the matrix rate"]  # fmt: skip
@@ -139,30 +140,28 @@ def procedures(cfg: RunConfig, tiny: bool, with_official: bool, ways: dict[str, 
         yield started("ours, " + ", ".join(filter(None, words)), ours, ratio)
 
 
-def ready(building: Iterator[Procedure]) -> list[Procedure]:
-    """Those that are built before SIGINT or SIGTERM.
-
-    Raises:
-        UserError: there is none.
-    """
-    found, asked = list[Procedure](), list[int]()
+def until_interrupted(work: Iterator[Item]) -> list[Item]:
+    """What `work` gives before the first SIGINT or SIGTERM, which `timeout` sends."""
+    found, asked = list[Item](), list[int]()
 
     def interrupt(number: int, _: Any) -> None:
-        asked.append(number)  # a capture that is cut off may turn the exception into one of its own
-        raise KeyboardInterrupt
+        asked.append(number)
+        if len(asked) == 1:  # `timeout` may send a second one
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for one in building:
+        for one in work:
             found.append(one)
-            if asked:
+            if asked:  # a capture that was cut off has turned the exception into one of its own
                 break
     except KeyboardInterrupt:
-        print("interrupted: what is ready is measured", file=sys.stderr)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if not found:
-        raise UserError("interrupted before anything was ready")
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        print("interrupted: what is ready is measured, what was measured is shown", file=sys.stderr)
     return found
 
 
@@ -190,11 +189,12 @@ def main(
             official.use(checkout, edm)
         ways = {"precision": listed(precision) or [cfg.train.precision], "compiled": listed(compiled) or [None],
                 "graphs": [{"on": True, "off": False}[value] for value in listed(graphs)] or [None]}  # fmt: skip
-        found, ratio = ready(procedures(cfg, tiny, checkout is not None, ways)), cfg.critic.ratio
-        for number in range(blocks):
-            for one in found[:: 1 if number % 2 else -1]:
-                if not one.refused:
-                    timed(one, ratio)
+        found, ratio = until_interrupted(procedures(cfg, tiny, checkout is not None, ways)), cfg.critic.ratio
+        running = [one for one in found if not one.refused]
+        turns = (one for number in range(blocks) for one in running[:: 1 if number % 2 else -1])
+        until_interrupted(timed(one, ratio) for one in turns)
+        for one in running:
+            one.refused = "" if one.times else "not measured"
         for one in found:
             if not one.refused and torch.cuda.is_available():
                 counts, busy = runtime_calls(lambda one=one: [one.iterate() for _ in range(ratio)])
@@ -204,7 +204,7 @@ def main(
         print(f"{base}{', tiny' if tiny else ''}, batch {cfg.optim.batch}, ratio {ratio}, {name_of_device()}, torch "
               f"{torch.__version__}, commit {commit()}; {flops / 1e12:.3g} TFLOP an iteration, matrix products at "
               f"{rate / 1e12:.3g} TFLOP/s; medians of {blocks} blocks of {ratio}, interleaved\n")  # fmt: skip
-        first = next((one for one in found if not one.refused), found[0])
+        first = next((one for one in found if not one.refused), Procedure("nothing"))
         rows = [row(one, cfg.optim.batch, flops, rate, first) for one in found]
         print(markdown([*HEAD, f"{first.name} / this"], rows))
         for one in found if torch.cuda.is_available() else []:

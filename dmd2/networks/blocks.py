@@ -57,10 +57,16 @@ class ResidualBlock(ResnetBlock2D):
 class PixelAttention(Attention):
     """Residual self-attention over the pixels of images, which stay in the layout that they have."""
 
-    def forward(self, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
-        """``(B, C, h, w)`` of images of that shape; tokens ``(B, L, C)`` are left to diffusers."""
-        if hidden_states.ndim != 4:
-            return super().forward(hidden_states, *others, **options)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """``(B, C, h, w)`` of images of that shape; tokens ``(B, L, C)`` and masks are left to diffusers."""
+        if hidden_states.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
         images = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
         tokens = images.flatten(2).transpose(1, 2).contiguous()
         q, k, v = (self._heads(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))

@@ -6,7 +6,7 @@ running the decoder, and `Denoiser.joined` predicts for some samples and gives t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSche
 Precision = Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
 Rescale = Literal["sample", "channels", "row"]
 AXES: dict[Rescale, tuple[int, ...]] = {"sample": (1, 2, 3), "channels": (1,), "row": (3,)}
+CAST_AT_ONCE = 64  # gradients
 SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
 
 
@@ -221,18 +222,24 @@ def reached(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _hand_over(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Add the gradients of bfloat16 copies (second) to the float32 ones of their weights (first), and clear them."""
-    first: list[tuple[Tensor, Tensor]] = []
+def _hand_over(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Add the gradients of bfloat16 copies (second) to the float32 ones of their weights (first), and clear them.
+
+    Kernels cast many at once, but not all: no more than those are there in both forms.
+    """
+    new: list[tuple[nn.Parameter, nn.Parameter]] = []
     for p, lowered in pairs:
-        gradient, lowered.grad = lowered.grad, None
-        if gradient is not None and p.grad is not None:
-            p.grad.add_(gradient)
-        elif gradient is not None:
-            p.grad = torch.empty_like(p)
-            first.append((p.grad, gradient))
-    if first:
-        torch._foreach_copy_([value for value, _ in first], [gradient for _, gradient in first])
+        if lowered.grad is not None and p.grad is not None:
+            p.grad.add_(lowered.grad)
+            lowered.grad = None
+        elif lowered.grad is not None:
+            new.append((p, lowered))
+    for start in range(0, len(new), CAST_AT_ONCE):
+        group = new[start : start + CAST_AT_ONCE]
+        values = [torch.empty_like(p) for p, _ in group]
+        torch._foreach_copy_(values, [lowered.grad for _, lowered in group])  # type: ignore[misc]
+        for (p, lowered), value in zip(group, values, strict=True):
+            p.grad, lowered.grad = value, None
 
 
 Inputs = tuple[Tensor, Tensor, Condition]

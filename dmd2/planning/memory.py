@@ -53,7 +53,7 @@ class Memory:
     points: tuple[tuple[int, int], ...]
 
     def at(self, micro_batch: int, accumulated: bool = False) -> int:
-        """Peak with so many images per forward pass; accumulated gradients stay (up to 9 % too much in bf16-body)."""
+        """Peak with so many images per forward pass; accumulated gradients stay."""
         pairs = list(pairwise(self.points))
         (x0, y0), (x1, y1) = next((pair for pair in pairs if micro_batch <= pair[1][0]), pairs[-1])
         peak = y0 + (y1 - y0) * (micro_batch - x0) / (x1 - x0)

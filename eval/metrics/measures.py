@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.core.errors import UserError
+from dmd2.core.errors import UserError, show
 from dmd2.core.precision import float32_products
 from dmd2.experiment.metrics import Metric
 from eval.metrics.estimate import Estimate, Features, matrix, mean, standard_error
@@ -117,7 +117,8 @@ def on_device(sample: Sample, option: str, function: Callable[[Tensor, Tensor], 
         try:
             return function(*sample.sides(option))
         except torch.OutOfMemoryError:  # 50,000 images take about 6 GB beside detector and sampler
-            return function(*replace(sample, device="cpu").sides(option))
+            show(f"{option} of {len(sample.features)} images does not fit on {sample.device}; the CPU takes minutes")
+        return function(*replace(sample, device="cpu").sides(option))
 
 
 def kernel(sample: Sample) -> Sequence[Estimate]:

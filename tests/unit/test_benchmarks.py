@@ -1,6 +1,9 @@
 """Benchmarks measure, tests do not; but benchmarks must run: all start, and what needs no GPU counts."""
 
 import importlib
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import typer
@@ -8,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.counting import Case, on_cpu
 from benchmarks.counts import rows
+from benchmarks.train_step import until_interrupted
 from tests.conftest import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "typer.run(main)" in path.read_text())
@@ -19,6 +23,20 @@ def test_a_benchmark_starts(name: str) -> None:
     app.command()(importlib.import_module(f"benchmarks.{name}").main)
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_an_interrupted_benchmark_keeps_what_is_ready(swallowed: bool) -> None:
+    def work() -> Iterator[int]:
+        yield 1
+        with suppress(*[KeyboardInterrupt] * swallowed):
+            signal.raise_signal(signal.SIGTERM)
+        yield 2
+        yield 3
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert until_interrupted(work()) == [1, 2][: 1 + swallowed]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_counts_of_digits() -> None:

@@ -96,6 +96,16 @@ def test_attention_to_others_and_over_tokens_is_that_of_diffusers():
     assert torch.equal(over_tokens(tokens), before)
 
 
+def test_a_mask_is_not_ignored():
+    torch.manual_seed(0)
+    attention = Attention(query_dim=16, heads=2, dim_head=8, residual_connection=True)
+    images, mask = torch.randn(2, 16, 2, 2), torch.tensor([0.0, 0.0, 0.0, -1e4]).expand(2, 1, 4)
+    plain = attention(images, attention_mask=mask)
+    in_fewer_kernels(attention)
+    assert torch.equal(attention(images, attention_mask=mask), plain)
+    torch.testing.assert_close(attention(images, attention_mask=mask * 0), attention(images))
+
+
 def test_blocks_with_a_factor_of_their_own_and_attention_to_text_stay():
     text = UNet2DConditionModel(**tiny.KINDS["eps-text"][2])
     before = [type(module) for module in text.modules() if isinstance(module, Attention)]
