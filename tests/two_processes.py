@@ -95,7 +95,7 @@ def heard() -> list[int]:
     for value in (0, 1, 0, 2):
         if distributed.rank() == 0:
             time.sleep(0.1)
-        values.append(distributed.told(value if distributed.rank() == 0 else -1))
+        values.append(distributed.agreed(value if distributed.rank() == 0 else -1))
     dist.barrier()
     return values
 

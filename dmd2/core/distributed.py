@@ -22,7 +22,7 @@ from dmd2.core.files import held, trust
 BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
-_told: list[tuple[Any, Iterator[int]]] = []  # while there is a group: where process 0 tells the others, and the calls
+_agreed: list[tuple[Any, Iterator[int]]] = []  # while there is a group: its store for `agreed`, and numbers of calls
 
 
 def rank() -> int:
@@ -60,11 +60,11 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     dist.init_process_group(
         backend, store=dist.PrefixStore("training", store), rank=me, world_size=size, timeout=TIMEOUT
     )
-    _told.append((dist.PrefixStore("told", store), count()))
+    _agreed.append((dist.PrefixStore("agreed", store), count()))
     try:
         yield
     finally:
-        _told.clear()
+        _agreed.clear()
         dist.destroy_process_group()
 
 
@@ -218,16 +218,7 @@ def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def agreed(value: int, device: torch.device) -> int:
-    """Process 0's value, on every process."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor([value], device=device)
-    dist.broadcast(tensor, 0)
-    return int(tensor)
-
-
-def told(value: int) -> int:
+def agreed(value: int) -> int:
     """Process 0's value, on every process, without a wait for what GPUs still compute.
 
     Every process must ask equally often, and process 0 must not end before the others asked. A value is forgotten a
@@ -235,7 +226,7 @@ def told(value: int) -> int:
     """
     if world_size() == 1:
         return value
-    ((store, calls),) = _told
+    ((store, calls),) = _agreed
     number = next(calls)
     if rank() != 0:
         return int(store.get(str(number)))

@@ -28,10 +28,14 @@ def in_fewer_kernels(network: nn.Module) -> None:
 
 def _of_pixels(attention: Attention) -> bool:
     """Whether it is a residual self-attention without further norms, as UNets without captions have over images."""
-    plain = attention.rescale_output_factor == 1 and type(attention.processor) is AttnProcessor2_0
-    plain = plain and not attention.is_cross_attention
     others = (attention.spatial_norm, attention.norm_q, attention.norm_k)
-    return plain and attention.residual_connection and others == (None,) * 3
+    return (
+        attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and type(attention.processor) is AttnProcessor2_0
+        and not attention.is_cross_attention
+        and others == (None,) * 3
+    )
 
 
 class ResidualBlock(ResnetBlock2D):
@@ -71,7 +75,7 @@ class PixelAttention(Attention):
         tokens = images.flatten(2).transpose(1, 2).contiguous()
         q, k, v = (self._heads(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = self.to_out[1](self.to_out[0](mixed.to(q.dtype)))
+        out = self.to_out[1](self.to_out[0](mixed))
         return hidden_states + out.transpose(1, 2).reshape(hidden_states.shape)  # the sum has the layout of the first
 
     def _heads(self, tokens: Tensor) -> Tensor:

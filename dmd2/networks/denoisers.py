@@ -24,7 +24,7 @@ from dmd2.networks.schedules import SIGMA_DATA, KarrasSchedule, Schedule, VPSche
 Precision = Literal["fp32", "tf32", "bf16", "bf16-all", "bf16-body"]
 Rescale = Literal["sample", "channels", "row"]
 AXES: dict[Rescale, tuple[int, ...]] = {"sample": (1, 2, 3), "channels": (1,), "row": (3,)}
-CAST_AT_ONCE = 64  # gradients
+CAST_AT_ONCE = 64  # gradients that `hand_over` casts by one call
 SAMPLING: dict[str, Precision] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16-all"}  # a denoiser that only samples
 
 

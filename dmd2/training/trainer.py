@@ -121,7 +121,7 @@ class Training:
                     progress.update(self.step, self.last_logged())
                 asked = len(received)  # a signal that comes while this state is saved is for the next one
                 if self.sharded:  # every process saves its part; process 0 decides whether a signal asks for it
-                    self.save(force=bool(distributed.told(asked)))
+                    self.save(force=bool(distributed.agreed(asked)))
                 elif self.leads:
                     self.save(force=bool(asked))
                 for _ in range(asked):
@@ -265,7 +265,7 @@ class Training:
         A training whose `train.steps` was lowered to a checkpoint is complete here, and its last snapshot is written.
         """
         newest = self.checkpoints.newest_good(self.cfg.train.steps) if self.leads else None
-        step = distributed.agreed(newest or 0, self.device)
+        step = distributed.agreed(newest or 0)
         if step:
             self.load(self.checkpoints.load(step, self.spans()))
             if self.leads:
