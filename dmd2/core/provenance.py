@@ -21,13 +21,16 @@ from dmd2.core.sources import source_listing
 
 # What a person may have put in place, with a manifest that records nothing: it is theirs and never remade.
 ADOPTED = ("real", "teacher", "classifier", "network", "reference")
+MOST_NAMED, LONGEST = 3, 40  # keys that differ, and characters of a value
+ABSENT = "the default"  # what settings without a key have there
 COMMENT = re.compile(r"<!-- made from (\{.*\}) -->")
 
 
 def made_from(config: Any, inputs: Iterable[Path | str], sources: Iterable[str | None] = ()) -> dict[str, Any]:
     """The record of an artefact.
 
-    ``config`` is the digest of its settings, ``inputs`` the content of each file that it is made from. ``origins`` are
+    ``config`` is the digest of its settings, which are in ``settings`` so that another version can be told by its keys,
+    and ``inputs`` the content of each file that it is made from. ``origins`` are
     those files and all that they were made from in turn, each with the digest of its settings (None for what a person
     brought) and its content: a file that is absent later (not pulled, or deleted by a job that was killed) is still
     known by them. An artefact without settings only joins its inputs: its origins are those of its inputs.
@@ -48,6 +51,7 @@ def made_from(config: Any, inputs: Iterable[Path | str], sources: Iterable[str |
         origins |= {path: [record.get("config"), content(path)] for path, record in records.items()}
     listed = {place: known for place in sources if place and (known := source_listing(place))}
     record = {"config": digest_of(config), "inputs": {path: content(path) for path in paths}, "origins": origins}
+    record |= {} if config is None else {"settings": config}
     return {**record, "sources": listed} if listed else record
 
 
@@ -153,7 +157,9 @@ class Artefact:
 
     def _contradicted(self, entry: Any, record: Any, configs: Mapping[str, str]) -> str | None:
         if record["config"] != digest_of(self.config):
-            return "was made with other settings"
+            keys = list(_differences(record["settings"], self.config)) if "settings" in record else []
+            more = [f"{len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else []
+            return "was made with other settings" + (f" ({', '.join(keys[:MOST_NAMED] + more)})" if keys else "")
         if missing := set(self.inputs) - record["inputs"].keys():
             return f"was made without {min(missing)}"
         if _altered(entry, record):
@@ -169,6 +175,20 @@ class Artefact:
         beside = [Path(path) for path in self.outputs[1:] if Path(path).exists()]
         foreign = [path for path in beside if sha256(path)[:12] != record["beside"].get(str(path))]
         return f"was not made together with {foreign[0]}" if foreign else None
+
+
+def _differences(then: Any, now: Any, *path: str) -> Iterator[str]:
+    """``KEY from THEN to NOW`` for each value that differs between the settings of two versions of an artefact."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):  # sections side by side
+        for pair in zip(then, now, strict=True):
+            yield from _differences(*pair, *path)
+    elif isinstance(then, dict) and isinstance(now, dict):
+        for key in then | now:
+            yield from _differences(then.get(key, ABSENT), now.get(key, ABSENT), *path, key)
+    elif then != now and path:
+        told = [value if isinstance(value, str) else json.dumps(value) for value in (then, now)]
+        old, new = (text if len(text) <= LONGEST else text[: LONGEST - 3] + "..." for text in told)
+        yield f"{'.'.join(path)} from {old} to {new}"
 
 
 def _of_another_training(entry: Any, path: Path) -> bool:

@@ -188,7 +188,7 @@ def date_of(revision: str) -> str:
 
 def made_from_comment(config: Any, inputs: list[Path], beside: list[Path]) -> Markup:
     """The record of what a page is made from and together with, as `dmd2.core.provenance` reads it back."""
-    record = {key: value for key, value in made_from(config, inputs).items() if key != "origins"}
+    record = {key: value for key, value in made_from(config, inputs).items() if key in ("config", "inputs")}
     made = {str(path): sha256(path)[:12] for path in beside}
     return Markup(f"<!-- made from {json.dumps({**record, 'beside': made})} -->")
 

@@ -28,11 +28,26 @@ def test_what_was_just_made_is_up_to_date(folder) -> None:
 
 
 def test_other_settings_another_input_and_a_new_input_are_named(folder) -> None:
-    assert out({"x": 2}).outdated() == "was made with other settings"
+    assert out({"x": 2}).outdated() == "was made with other settings (x from 1 to 2)"
     write_json(folder / "more.json", {})
     assert out(inputs=("in.json", "more.json")).outdated() == "was made without more.json"
     write_json(folder / "in.json", {"kind": "real", "files": [{"sha256": "b"}]})
     assert out().outdated() == "was made from another in.json"
+
+
+def test_settings_that_differ_are_named_by_their_keys_with_both_values(folder) -> None:
+    then, now = (
+        {"data": {"source": "a" * 50}, "w": 1, "x": [1, 2]},
+        {"data": {"source": "b"}, "w": 2, "y": None, "z": 0},
+    )
+    with recorded(folder / "out.json", [then, {"seed": 1}]):
+        write_json(folder / "out.json", {"kind": "run"})
+    assert (
+        Artefact(["out.json"], [then, {"seed": 2}], []).outdated() == "was made with other settings (seed from 1 to 2)"
+    )
+    told = f"data.source from {'a' * 37}... to b, w from 1 to 2, x from [1, 2] to the default, 2 more"
+    assert Artefact(["out.json"], [now, {"seed": 1}], []).outdated() == f"was made with other settings ({told})"
+    assert Artefact(["out.json"], [now], []).outdated() == "was made with other settings"
 
 
 def test_input_whose_files_are_the_same_is_the_same_whenever_it_was_made(folder) -> None:

@@ -68,7 +68,8 @@ def test_nothing_is_to_do_after_a_pull_and_a_changed_value_runs_exactly_its_jobs
     before = files_of(pulled)
     jobs, messages = pulled.plan("demo")
     assert jobs == {"demo": 1, "evaluate": 1, "page": 1, "index": 1, "table": 1, "train": 1}
-    assert "out of date: results/runs/digits/dmd/seed0/train.json was made with other settings" in messages
+    reason = "was made with other settings (regression.weight from 5.0 to 4.0)"
+    assert f"out of date: results/runs/digits/dmd/seed0/train.json {reason}" in messages
     assert files_of(pulled) == before
 
 
