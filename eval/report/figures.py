@@ -81,11 +81,11 @@ def key(name: str, style: LineStyle) -> Markup:
 
 
 def curve(row: RowRecord, axis: str, metric: str) -> dict[float, list[float]]:
-    """Finite values of a metric over seeds at every snapshot; `axis` is one of `AXES`."""
+    """Finite values of a metric over seeds at every snapshot for which `axis`, one of `AXES`, is known."""
     points: dict[float, list[float]] = {}
     for snapshots in row["curves"].values():
         for snapshot in snapshots:
-            if metric in snapshot and isfinite(snapshot[metric]):
+            if metric in snapshot and snapshot.get(axis) is not None and isfinite(snapshot[metric]):
                 points.setdefault(snapshot[axis], []).append(snapshot[metric])
     return dict(sorted(points.items()))
 
@@ -94,8 +94,8 @@ AXES = {"step": "critic updates", "student_updates": "student updates", "passes"
 
 
 def axes_of(table: TableRecord) -> dict[str, str]:
-    """What curves of a table are drawn over, with names: over network passes if those of every row are known."""
-    counted = all(row.get("passes") for row in rows_of(table, "student"))
+    """What curves of a table are drawn over, with names: over network passes if those of a row are known."""
+    counted = any(row.get("passes") for row in rows_of(table, "student"))
     return {axis: name for axis, name in AXES.items() if axis != "passes" or counted}
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dmd2.core.errors import UserError
+from dmd2.core.files import digest_of
 from dmd2.experiment.config import RunConfig
 from dmd2.experiment.metrics import BETTER, best_first
+from dmd2.experiment.protocols import of_record
 from dmd2.publish.table_text import (
     RowRecord,
     TableRecord,
@@ -28,6 +30,7 @@ from eval.report import figures
 from eval.report.differences import difference
 from eval.report.page import TEMPLATES, code, made_from_comment, read_table, setting
 
+MEASURED_BY = ("detector", "reference", "images")  # values of a protocol: distances by others are not compared
 HEADS = ["passes per update", "student updates", "passes in all", "training time", "Brightness SD", "seeds", "needs"]
 
 
@@ -48,31 +51,62 @@ def render(paths: Sequence[Path]) -> str:
 
 
 def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
-    """A table of all rows of each base, first metric and way to select a snapshot, best first.
+    """A table of all rows of each base that were measured alike, best first.
 
-    Of a row in several tables it is that of most seeds.
-    A base of which one row was trained has nothing to compare, and is left out.
+    Alike: by the same first metric of a snapshot selected in the same way, with equal `MEASURED_BY`; a detector that
+    was trained anew is another. Of a row in several tables it is that of most seeds. What has one trained row has
+    nothing to compare, and is left out.
     """
-    groups: dict[tuple[str, str, str], list[TableRecord]] = {}
+    groups: dict[tuple[str, ...], list[tuple[TableRecord, RowRecord]]] = {}
     for table in tables:
-        groups.setdefault((table["base"], table["metrics"][0], table["select"]), []).append(table)
-    for (base, metric, select), group in sorted(groups.items()):
+        for row in table["rows"]:
+            measured_by = (str(of_record(row)[key]) for key in MEASURED_BY)
+            key = (table["base"], table["metrics"][0], table["select"], *measured_by)
+            groups.setdefault(key, []).append((table, row))
+    for key, group in sorted(groups.items()):
+        base, metric, select, *_ = key
         rows: dict[str, RowRecord] = {}
-        for row in (row for table in group for row in table["rows"]):
+        for _, row in group:
             if len(row["values"][metric]) > len(rows.get(row["run"], {"values": {metric: {}}})["values"][metric]):
                 rows[row["run"]] = row
-        students = [row for row in rows.values() if row["kind"] == "student"]
+        students = [_whole(row, rows) for row in rows.values() if row["kind"] == "student"]
         if len(students) > 1:
             whole = next((row["run"] for row in students if not row["changed"]), None)
             yield {
-                "name": f"methods-{base}-{metric}-{select}",
+                "name": f"methods-{base}-{metric}-{select}-{digest_of(key)}",
                 "base": base,
                 "metrics": [metric],
-                "tables": [table["name"] for table in group],
-                "reference_row": whole or max(group, key=lambda table: len(table["rows"]))["reference_row"],
+                "measured_by": ", ".join(key[3:]),
+                "tables": list(dict.fromkeys(table["name"] for table, _ in group)),
+                "reference_row": whole or max(group, key=lambda found: len(found[0]["rows"]))[0]["reference_row"],
                 "rows": sorted(students, key=lambda row: _rank(row, metric))
                 + [row for row in rows.values() if row["kind"] == "teacher"],
             }
+
+
+def _whole(row: RowRecord, rows: Mapping[str, RowRecord]) -> RowRecord:
+    """A trained row with its updates and passes ``in_all``: those of the run from whose student it started come first.
+
+    Such a run that is not among `rows` adds nothing; `needs` names it.
+    """
+    passes = row.get("passes")
+    own = {"student_updates": row["student_updates"], "passes": passes and passes * row["student_updates"]}
+    origin = rows.get(row["config"]["train"].get("init_from") or "")
+    if origin is None:
+        return {**row, "in_all": own}
+    before = _whole(origin, rows)["in_all"]
+    return {
+        **row,
+        "in_all": {axis: _sum(value, before[axis]) for axis, value in own.items()},
+        "curves": {
+            seed: [point | {axis: _sum(point.get(axis), start) for axis, start in before.items()} for point in points]
+            for seed, points in row["curves"].items()
+        },
+    }
+
+
+def _sum(value: float | None, start: float | None) -> float | None:
+    return None if value is None or start is None else value + start
 
 
 def _rank(row: RowRecord, metric: str) -> float:
@@ -114,11 +148,11 @@ def facts(row: RowRecord) -> list[str]:
     steadiness = mean_sd(row["values"].get("brightness_std", {}).values())
     if row["kind"] == "teacher":
         return ["", updates(row), "", "", steadiness, "", ""]
-    passes = row.get("passes")
+    in_all = row["in_all"]
     return [
-        number(passes),
-        updates(row),
-        "–" if passes is None else f"{passes * row['student_updates']:,.0f}",
+        number(row.get("passes")),
+        str(in_all["student_updates"]),
+        "–" if in_all["passes"] is None else f"{in_all['passes']:,.0f}",
         training_time(row),
         steadiness,
         str(len(row["seconds"])),
@@ -138,5 +172,6 @@ def needs(config: Mapping[str, Any]) -> str:
         "real images": cfg.needs_real,
         "teacher pairs": cfg.needs_pairs,
         "guidance": cfg.guided,
+        f"the student of {cfg.train.init_from}": cfg.train.init_from is not None,
     }
     return ", ".join(name for name, needed in found.items() if needed) or "nothing"

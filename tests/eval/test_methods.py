@@ -10,7 +10,8 @@ import pytest
 
 from dmd2.core.files import read_json, write_json
 from dmd2.publish.table_text import difference_text
-from eval.report.methods import gap, merged, render
+from eval.report.figures import axes_of, curve
+from eval.report.methods import facts, gap, merged, render, view
 from tests.browser import fake_results
 
 ONE, THREE = Path("results/tables/demo.json"), Path("results/tables/digits-table3.json")
@@ -90,3 +91,44 @@ def test_a_base_of_one_row_is_left_out_and_no_base_is_a_sentence(tables, tmp_pat
 def test_rows_whose_snapshot_was_selected_otherwise_stand_apart(tables) -> None:
     last, best = merged([tables[1], tables[1] | {"select": "best"}])
     assert last["rows"] == best["rows"] and last["name"] != best["name"]  # the names are ids of one page
+
+
+def test_rows_measured_by_another_detector_stand_apart(tables) -> None:
+    """A classifier that was trained anew, for example: its distances are on another scale."""
+    other = [row | {"protocol": row["protocol"] | {"detector": "digits-classifier@other"}} for row in tables[1]["rows"]]
+    first, second = merged([tables[1], tables[0] | {"rows": other, "name": "other"}])
+    assert first["name"] != second["name"] and len(first["tables"]) == len(second["tables"]) == 1
+    assert {"digits-classifier@other" in table["measured_by"] for table in (first, second)} == {True, False}
+
+
+def test_a_training_counts_the_one_from_whose_student_it_started(tables) -> None:
+    """The stages of sd15, for example: the second has an eighth of the first one's updates."""
+    changed = {}
+    for row in tables[1]["rows"]:
+        train = row["config"].get("train")
+        start = {"dmd2": "ttur", "dmd": "unknown"}.get(row["run"])
+        changed[row["run"]] = row | (
+            {"config": row["config"] | {"train": train | {"init_from": start}}} if start else {}
+        )
+    (group,) = merged([tables[1] | {"rows": [*changed.values()]}])
+    rows = {row["run"]: row for row in group["rows"]}
+    cells = {row["run"]: facts(row) for row in group["rows"]}
+    own = {run: row["passes"] * row["student_updates"] for run, row in changed.items() if "passes" in row}
+    assert rows["dmd2"]["in_all"]["student_updates"] == 600
+    assert rows["dmd2"]["in_all"]["passes"] == pytest.approx(own["dmd2"] + own["ttur"])
+    assert rows["dmd2"]["curves"]["0"][-1]["passes"] == pytest.approx(own["dmd2"] + own["ttur"])
+    assert rows["dmd2"]["curves"]["0"][0]["student_updates"] > 300
+    assert rows["dmd"]["in_all"]["passes"] == pytest.approx(own["dmd"])
+    assert "the student of ttur" in cells["dmd2"][-1] and "the student of unknown" in cells["dmd"][-1]
+
+
+def test_released_weights_leave_the_passes_of_the_others_on_the_page(tables) -> None:
+    rows = [{k: v for k, v in row.items() if k != "passes" or row["run"] != "dmd"} for row in tables[1]["rows"]]
+    for row in (row for row in rows if row["run"] == "dmd"):
+        row["curves"] = {
+            s: [{k: v for k, v in p.items() if k != "passes"} for p in c] for s, c in row["curves"].items()
+        }
+    (group,) = merged([tables[1] | {"rows": rows}])
+    drawn = {row["run"]: bool(curve(row, "passes", "fd")) for row in group["rows"] if row["kind"] == "student"}
+    assert "passes" in axes_of(group) and drawn.pop("dmd") is False and all(drawn.values())
+    assert len(view(group)["curves"]) == 2
