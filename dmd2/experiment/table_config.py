@@ -1,9 +1,9 @@
 """Tables as they are written. A table has rows of its own, those of another table, or both."""
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dmd2.core.errors import UserError, did_you_mean
 from dmd2.experiment.section import Distinct, Section
@@ -67,6 +67,15 @@ class ClaimTest(Section):
     a: Annotated[str, Field(description="row, teacher-SAMPLER, or teacher: the sampler that was distilled")]
     b: Annotated[str, Field(description="the same, or `published best`: of other methods")]
     rule: Annotated[RuleName, Field(description="see the rules of claims")]
+    margin: Annotated[
+        float | None, Field(gt=0, description="of equivalent and no_gain, as a share of b; null: 0.05")
+    ] = None
+
+    @model_validator(mode="after")
+    def _with_a_margin(self) -> Self:
+        if self.margin is not None and self.rule not in ("equivalent", "no_gain"):
+            raise ValueError(f"margin is of the rules equivalent and no_gain, and rule is {self.rule}: leave it out")
+        return self
 
 
 class Claim(ClaimTest):

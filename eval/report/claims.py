@@ -37,7 +37,10 @@ def find(claim: Claim, m: Measurements, metric: str) -> Finding:
         KeyError: a run or metric was not measured.
     """
     metrics = {"distance": metric, "patch": f"patch_{metric}"}
-    parts = [RULES[test.rule](m, metrics.get(test.metric, test.metric), test.a, test.b) for test in claim.tests]
+    parts = [
+        RULES[test.rule](m, metrics.get(test.metric, test.metric), test.a, test.b, *filter(None, [test.margin]))
+        for test in claim.tests
+    ]
     if claim is CLAIMS["C5"]:
         return _trade(m, *parts)
     if claim is CLAIMS["C10"]:

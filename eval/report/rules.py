@@ -17,7 +17,7 @@ from dmd2.publish.table_text import TOO_FEW, mean_sd, number
 from eval.metrics.estimate import mean_interval
 
 Verdict = Literal["supported", "refuted", "undecided"]
-MARGIN = 0.05  # equivalence margin of C3, C10 and C16, as a share of the distance compared with
+MARGIN = 0.05  # of equivalence, as a share of the value compared with, where a claim gives none
 TEACHER = "teacher"  # the teacher's sampler at the guidance that the student is distilled with, if the table has one
 SINGLE = (TEACHER, "published ")  # how the names begin of what has one value, no training seeds
 
@@ -107,10 +107,10 @@ def _compared(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Find
     return Finding(verdict, evidence, rule)
 
 
-def equivalent(m: Measurements, metric: str, a: str, b: str) -> Finding:
-    """The claim "a equals b": the paired 90 % t-interval lies inside the margin (two one-sided tests at 5 %)."""
-    rule = f"90 % paired t-interval of the {metric} difference inside ±{MARGIN:.0%} of {b}, at least {MIN_SEEDS} seeds"
-    evidence, (low, high), margin = _interval(m, metric, a, b, MARGIN)
+def equivalent(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN) -> Finding:
+    """The claim "a equals b": the paired 90 % t-interval is inside ± a share of b (two one-sided tests at 5 %)."""
+    rule = f"90 % paired t-interval of the {metric} difference inside ±{share:.0%} of {b}, at least {MIN_SEEDS} seeds"
+    evidence, (low, high), margin = _interval(m, metric, a, b, share)
     inside, outside = -margin < low and high < margin, low > margin or high < -margin
     return Finding("supported" if inside else "refuted" if outside else "undecided", evidence, rule)
 
@@ -151,7 +151,7 @@ def _both(x: np.ndarray, y: np.ndarray, a: str, b: str) -> str:
     return ", ".join(f"{name} {mean_sd(values[:1] if name.startswith(SINGLE) else values)}" for name, values in runs)
 
 
-# As claims name them.
-RULES: dict[RuleName, Callable[[Measurements, str, str, str], Finding]] = {
+# As claims name them; those with a `margin` take it as `share`.
+RULES: dict[RuleName, Callable[..., Finding]] = {
     "below": below, "above": above, "faster": faster, "equivalent": equivalent, "no_gain": no_gain
 }  # fmt: skip

@@ -4,6 +4,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from dmd2.experiment.table_config import Claim, ClaimName, RuleName, Table
 from dmd2.publish.table_text import mean_sd
@@ -164,6 +165,17 @@ def test_each_part_of_a_claim_on_text_can_refute_it(claim, changes) -> None:
 )
 def test_no_gain_is_lost_only_beyond_the_margin(one_step, verdict) -> None:
     assert no_gain(of_table_4(**{"1step__fd": one_step}), "fd", "4step", "1step").verdict == verdict
+
+
+def test_a_claim_may_have_a_margin_of_its_own() -> None:
+    """The values differ by 1.6 %: inside of the margin by default, beyond that of F4."""
+    m, own = measured(full=[0.6, 0.601, 0.599], shared=[0.61, 0.611, 0.609]), {"id": "own", "claim": "", "metric": "fd"}
+    for rule, verdicts in {"equivalent": ["supported", "refuted"], "no_gain": ["supported", "refuted"]}.items():
+        claims = [Claim(**own, a="full", b="shared", rule=rule, margin=margin) for margin in (None, 0.01)]
+        assert [find(claim, m, "fd").verdict for claim in claims] == verdicts
+    assert [test.margin for test in CLAIMS["F4"].tests] == [None, None, 0.01]
+    with pytest.raises(ValidationError, match="margin is of the rules equivalent and no_gain, and rule is below"):
+        Claim(**own, a="a", b="b", rule="below", margin=0.1)
 
 
 def test_patch_distance_has_the_kind_of_the_tables_distance() -> None:
