@@ -57,7 +57,7 @@ class Generator(Section):
 
 # The one objective of distribution matching that reads the key.
 OF_OBJECTIVE = {"divergence": "dmd", "renoise": "decoupled", "matching": "decoupled", "augmentation": "decoupled"}
-OF_OBJECTIVE |= {"sid_alpha": "sid", "sid_weight": "sid"}
+OF_OBJECTIVE |= {"sid_alpha": "sid", "sid_weight": "sid", "alpha_factor": "dmd"}
 Moments = Annotated[tuple[float, Annotated[float, Field(gt=0)]] | None, Field(strict=False)]
 
 
@@ -66,14 +66,14 @@ class DistributionMatching(Section):
 
     index_range: noise levels, both ends included.
     logit_normal: mean and SD of the logit of the level on the grid, from 0, the least noise, to 1; null: uniform.
-    normaliser_eps: smallest value of the normaliser.
-    alpha_factor: whether the gradient is multiplied by alpha_t.
+    normaliser_eps: added to the normaliser, which thus is never 0.
+    alpha_factor: whether the gradient of ``dmd`` is multiplied by alpha_t.
     objective: ``dmd``; ``decoupled``, its two parts at levels of their own (arXiv 2511.22677); ``sid``, score identity
         distillation, whose gradient runs through teacher and critic (arXiv 2509.25127).
     matching, augmentation: weights of the two parts of ``decoupled``: distribution matching without guidance, and what
         guidance adds.
     renoise: levels of the two: ``shared`` by both, ``full`` and independent, not noisier than the student's own level
-        in both (``constrained``) or in the augmentation alone (``hybrid``).
+        in both (``constrained``) or in the augmentation alone (``hybrid``), and then drawn uniformly.
     sid_alpha: factor of the squared difference of teacher and critic in ``sid``.
     sid_weight: of ``sid``, of an image: alpha_t, or the inverse of the normaliser of ``dmd``.
     divergence: weights images by the head's estimate of how real they are (f-distill, arXiv 2502.15681); ``rkl`` is

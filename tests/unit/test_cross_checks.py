@@ -132,6 +132,9 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
                                      "eval.reference", "emoji keeps latents only"),
         "classifier of captions": ({"eval.detector": "emoji-classifier"}, "eval.detector", "has no labels"),
         "patch larger than the images": ({"eval.patch.geometry": "patch-64"}, "eval.patch.geometry", "no patch-64"),
+        "weights of no later step": (
+            {"gan.level_weight": True, "generator.input": "noise", "generator.steps": 1, "generator.time": 999.0},
+            "gan.level_weight", "it weights a first step by little or nothing"),
         "time beyond the schedule's": ({"generator.time": 1000.0}, "generator.time", "1000.0 is no step of an eps teacher"),
         "steps above the schedule's": (
             {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
@@ -142,7 +145,13 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "nothing to decouple": (
             {"dm.objective": "decoupled", "teacher.guidance": 1.0}, "dm.objective", "teacher.guidance is 1, none"),
         "weights of no later step": ({"gan.level_weight": True, "generator.input": "noise", "generator.steps": 1},
-                                     "gan.level_weight", "it weights a first step by 0"),
+                                     "gan.level_weight", "it weights a first step by little or nothing"),
+        "one level of two terms": (
+            {"dm.objective": "decoupled", "dm.renoise": "constrained", "gan.shares_noise": True,
+             "dm.index_range": [0, 999], "critic.index_range": [0, 999], "gan.noise_range": [0, 999]},
+            "dm.renoise", "judges all levels"),
+        "ratio of a hinge loss": ({"dm.divergence": "kl", "gan.loss": "hinge"}, "dm.divergence", "write logistic"),
+        "alpha of another objective": ({"dm.objective": "decoupled", "dm.alpha_factor": True}, "dm", "alpha_factor True is of objective dmd"),
         "no level within a step": ({"generator.isg": 1.0, "generator.isg_margin": 200}, "generator", "leaves no level within a step"),
         "moments of nothing": ({"dm.moments_kl": 1.0}, "dm", "moments_kl needs moments"),
         "width of the text": ({f"{NET}.joint_attention_dim": 768}, f"{NET}.joint_attention_dim", "text states of 384"),
@@ -230,6 +239,13 @@ def test_what_does_not_fit_in_a_row_is_blamed_on_the_row(folder) -> None:
 
 
 # What is written down here without torch is what torch's side has.
+@pytest.mark.parametrize("trained_by", [{"generator.isg": 0.5}, {"dm.moments_kl": 1.0, "dm.moments": [0.0, 1.0]}])
+def test_a_student_is_trained_by_any_of_its_terms(folder, trained_by: dict[str, Any]) -> None:
+    off = {"dm.weight": 0.0, "gan.lambda_g": 0.0, "gan.lambda_d": 0.0}
+    folder.base("alone", tiny.put(shipped("digits"), off | trained_by))
+    assert load_base("alone", folder.bases).dm.weight == 0
+
+
 def test_the_checks_import_no_torch() -> None:
     code = "import sys, dmd2.experiment.tables as a; a.load_experiment(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

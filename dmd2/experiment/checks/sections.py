@@ -7,6 +7,7 @@ package checks once, when the tables are read, what needs two sections or keys, 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from math import log2
+from operator import attrgetter
 from typing import Any
 
 from dmd2.core.errors import UserError
@@ -22,6 +23,8 @@ from dmd2.experiment.teacher_config import GUIDANCE_EMBED, Teacher
 # What is known of sources without reading them: channels, resolution, classes (None: as the config says).
 KNOWN_SETS = {"sklearn-digits": (1, 8, 10), "cifar10": (3, 32, 10), "idx": (1, None, None)}
 SOLVERS = {"edm": ("heun",), "eps": ("ddim", "ddpm", "pndm", "euler"), "flow": ("euler", "heun")}
+# Weights of the terms that train a student (`dmd2.method.objectives.terms`, which imports torch), off at 0.
+TRAIN_STUDENT = ("dm.weight", "gan.lambda_g", "regression.weight", "generator.isg", "dm.moments_kl")
 LEVELS, SIGMA_MIN, SIGMA_MAX, RHO = 1000, 0.002, 80.0, 7.0  # as dmd2.networks.schedules, which imports torch
 
 
@@ -145,9 +148,9 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
     form = cfg.teacher.parameterisation
     if (critic.weighting == "v" and form != "flow") or (critic.weighting == "edm" and form == "flow"):
         yield "critic.weighting", "teacher.parameterisation", f"{critic.weighting} is no weighting of {form} teachers"
-    if dm.weight == gan.lambda_g == regression.weight == 0:
-        told = "dm.weight, gan.lambda_g and regression.weight are all 0: nothing would train the student"
-        yield "dm.weight", "gan.lambda_g", "regression.weight", told
+    if not any(attrgetter(key)(cfg) for key in TRAIN_STUDENT):
+        told = f"{', '.join(TRAIN_STUDENT[:-1])} and {TRAIN_STUDENT[-1]} are all 0: nothing would train the student"
+        yield *TRAIN_STUDENT, told
     if cfg.needs_pairs and regression.pairs is None:
         told = f"{regression.weight}, but there are no regression.pairs: give count, sampler and shards in the base"
         yield "regression.weight", "regression.pairs", told
@@ -164,6 +167,9 @@ def _losses(cfg: RunConfig) -> Iterator[Problem]:
     if gan.on and gan.shares_noise and len(set(ranges)) > 1:
         told = "gan.noise_range {}, dm.index_range {}, critic.index_range {}".format(*map(json.dumps, ranges))
         yield "gan.shares_noise", f"gan.shares_noise needs one range of noise levels, not {told}"
+    if gan.on and gan.shares_noise and dm.renoise == "constrained":
+        told = "constrained, but the GAN, which shares the sample (gan.shares_noise), judges all levels: leave out one"
+        yield "dm.renoise", "gan.shares_noise", told
     yield from _successors(cfg)
     if cfg.needs_pairs and regression.distance == "lpips" and not data.latents and data.channels not in (1, 3):
         told = f"lpips compares images of 1 or 3 channels, data.channels is {data.channels}"
@@ -181,13 +187,17 @@ def _successors(cfg: RunConfig) -> Iterator[Problem]:
     if dm.divergence != "rkl" and gan.noise_range is None:
         told = f"{dm.divergence} asks the head about noised images, and with gan.noise_range null it learns clean ones"
         yield "dm.divergence", "gan.noise_range", told
+    if dm.divergence != "rkl" and gan.loss == "hinge":
+        told = f"{dm.divergence} takes the head's logit for that of a probability, which of a hinge loss it is not"
+        yield "dm.divergence", "gan.loss", f"{told}: write logistic"
     key, scale = ("teacher.guidance", teacher.guidance) if dm.guidance is None else ("dm.guidance", dm.guidance[1])
     if dm.objective == "decoupled" and scale == 1:
         yield "dm.objective", key, f"decoupled parts guidance from the rest, and {key} is 1, none"
     if dm.objective == "decoupled" and teacher.rescale is not None:
         yield "dm.objective", "teacher.rescale", "decoupled has no norm of the whole to rescale: leave out one"
-    if gan.on and gan.level_weight and teacher.parameterisation == "flow" and cfg.generator.steps == 1:
-        yield "gan.level_weight", "generator.steps", "it weights a first step by 0, and there is no other: leave it out"
+    if gan.on and gan.level_weight and teacher.parameterisation != "edm" and cfg.generator.steps == 1:
+        told = "it weights a first step by little or nothing, and there is no other: leave it out"
+        yield "gan.level_weight", "generator.steps", told
     if gan.level_weight and teacher.parameterisation == "edm":
         told = "alpha is 1 at all levels of an edm teacher: leave it out"
         yield "gan.level_weight", "teacher.parameterisation", told

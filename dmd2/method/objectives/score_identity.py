@@ -21,7 +21,7 @@ def score_identity(turn: Turn) -> Objective:
     if cfg.sid_weight == "alpha":
         weight = spread(turn.m.teacher.schedule.alpha_sigma(t, torch.float32)[0], x)
     else:
-        weight = 1 / (x - real).detach().abs().mean(dim=(1, 2, 3), keepdim=True)
+        weight = 1 / ((x - real).detach().abs().mean(dim=(1, 2, 3), keepdim=True) + cfg.normaliser_eps)
     return score_identity_loss(x, real, fake, weight, cfg.sid_alpha), {}
 
 
