@@ -168,6 +168,11 @@ class RunConfig(TrainConfig):
         """The JSON Schema of a base, which may also be like another one."""
         return for_editors(super().model_json_schema(*args, **options))
 
+    def measured(self, sampler: str | None = None) -> Self:
+        """What measuring the student, or the teacher by this sampler, reads: its other samplers are none of it."""
+        samplers = {} if sampler is None else {sampler: self.eval.teacher_samplers[sampler]}
+        return self.model_copy(update={"eval": self.eval.model_copy(update={"teacher_samplers": samplers})})
+
     def training(self) -> TrainConfig:
         """The part that training reads."""
         return TrainConfig.model_construct(**{name: getattr(self, name) for name in TrainConfig.model_fields})

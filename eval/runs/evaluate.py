@@ -25,6 +25,7 @@ from dmd2.experiment.config import RunConfig
 from dmd2.experiment.eval_config import Sampler
 from dmd2.experiment.metrics import UNSETTLED
 from dmd2.experiment.run_inputs import measured_with
+from dmd2.experiment.teacher_config import OF_FLOW
 from dmd2.networks.condition import Condition
 from dmd2.networks.denoisers import SAMPLING, Denoiser
 from dmd2.networks.lora import split
@@ -104,8 +105,8 @@ def teacher_of(cfg: RunConfig, spec: Sampler, device: torch.device) -> Generator
     def sample(seeds: list[int], cond: Condition | None) -> Tensor:
         return sample_teacher(network, cfg, spec, seeds, device, cond)
 
-    guided = cfg.teacher.settings(include={"rescale", "guidance_embed"})
-    identity = {"teacher": files, "sampler": spec.model_dump(mode="json"), **guided}
+    of_flow = cfg.teacher.settings(include=set(OF_FLOW))
+    identity = {"teacher": files, "sampler": spec.model_dump(mode="json"), **of_flow}
     return Generator(cfg, device, network, sample, lambda: iter([(0, identity)]))
 
 

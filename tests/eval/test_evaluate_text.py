@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -109,17 +108,30 @@ def test_a_guided_teacher_is_measured_on_decoded_images(place: Path) -> None:
     assert evaluated(out)["snapshots"] != first
 
 
+STOPS = """
+import os, signal
+from eval.detectors import features
+from eval.runs import __main__ as commands
+
+def write_and_stop(path, value, write=features.write_json):
+    write(path, value)
+    if path.name == "about.json":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+features.write_json = write_and_stop
+commands.app()
+"""
+
+
 def test_two_processes_do_not_evaluate_the_same_at_once(place: Path) -> None:
     """The one that came second leaves at once, and the features that the first is about to read stay."""
     out = Path("results/teachers/tiny/twice/metrics.json")
     samplers = {"twice": config().eval.teacher_samplers["ode"]}
     cfg = config().model_copy(update={"eval": config().eval.model_copy(update={"teacher_samplers": samplers})})
     words, path = ["twice", str(out), "--config", cfg.model_dump_json()], {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "eval.runs", "teacher", *words]
+    command = [sys.executable, "-c", STOPS, "teacher", *words]
     with subprocess.Popen(command, env=os.environ | path, stderr=subprocess.PIPE, text=True) as first:
-        while first.poll() is None and not list(out.parent.glob("features/*/about.json")):
-            time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         try:
             with pytest.raises(
                 SystemExit, match=r"another process makes metrics.json \(process \d+ on .*\); wait for it or stop it"
@@ -174,3 +186,16 @@ def test_an_image_depends_on_the_caption_of_its_seed(place: Path, monkeypatch: p
     )
     other = evaluate.teacher_of(cfg, cfg.eval.teacher_samplers["ode"], CPU)
     assert not torch.allclose(other([0, 1])[0], images[0]) and torch.allclose(other([0, 1])[1], images[1], atol=1e-5)
+
+
+def test_images_of_other_levels_are_those_of_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that were killed leave features, and the next ones take those of the same identity."""
+    write_json(tmp_path / "manifest.json", {"files": []})
+    monkeypatch.setattr(evaluate, "_teacher", lambda cfg, device: None)
+    monkeypatch.setattr(evaluate, "measured_with", lambda cfg: {"teacher": tmp_path / "manifest.json"})
+    cfg = tiny.config("flow-sd3")
+    spec, found = cfg.eval.teacher_samplers["ode"], []
+    for changes in ({}, {"shift": 3.0}, {"guidance_embed": 2.0}, {"rescale": "row"}):
+        other = cfg.model_copy(update={"teacher": cfg.teacher.model_copy(update=changes)})
+        found += [identity for _, identity in evaluate.teacher_of(other, spec, CPU).snapshots()]
+    assert len({json.dumps(identity, sort_keys=True) for identity in found}) == 4

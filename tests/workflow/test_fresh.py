@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from dmd2.core.files import write_json
@@ -90,6 +91,17 @@ def test_another_teacher_runs_what_was_made_from_the_old_one(pulled: Workspace) 
         "pairs_shard": 2, "train": 2, "evaluate": 2, "evaluate_teacher": 2, "table": 1,
     }  # fmt: skip
     assert "teacher" not in planned and "real_data" not in planned
+
+
+def test_another_sampler_of_the_teacher_measures_nothing_else_again(pulled: Workspace) -> None:
+    base = pulled.path / "workflow/base/digits.yaml"
+    values = yaml.safe_load(base.read_text())
+    values["eval"]["teacher_samplers"]["more"] = {"solver": "heun", "steps": 9}
+    base.write_text(yaml.safe_dump(values))
+    assert pulled.planned("demo") == {}
+    values["eval"]["teacher_samplers"]["ode"]["steps"] += 1
+    base.write_text(yaml.safe_dump(values))
+    assert pulled.planned("demo") == {"demo": 1, "evaluate_teacher": 1, "page": 1, "index": 1, "table": 1}
 
 
 def test_metrics_that_were_changed_by_hand_are_named(pulled: Workspace) -> None:

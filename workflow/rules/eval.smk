@@ -26,7 +26,7 @@ rule evaluate_part:
     params:
         python=PYTHON,
         device=device_of("evaluate"),
-        config=lambda w: as_json(RUNS[w.base, w.run]),
+        config=lambda w: as_json(RUNS[w.base, w.run].measured()),
     message:
         "features {wildcards.base}/{wildcards.run}/seed{wildcards.seed}, part {wildcards.part}"
     shell:
@@ -40,7 +40,7 @@ rule evaluate:
             "results/runs/{base}/{run}/seed{seed}/metrics.json",
             "results/runs/{base}/{run}/seed{seed}/grid.png",
             of=WANTED_RUNS,
-            settings=lambda w: RUNS[w.base, w.run].settings(),
+            settings=lambda w: RUNS[w.base, w.run].measured().settings(),
             inputs=lambda w: {
                 **eval_inputs(RUNS[w.base, w.run]),
                 "train": f"results/runs/{w.base}/{w.run}/seed{w.seed}/train.json",
@@ -65,7 +65,7 @@ rule evaluate:
     params:
         python=PYTHON,
         device=device_of("evaluate"),
-        config=lambda w: as_json(RUNS[w.base, w.run]),
+        config=lambda w: as_json(RUNS[w.base, w.run].measured()),
     message:
         "evaluate {wildcards.base}/{wildcards.run}/seed{wildcards.seed}"
     shell:
@@ -87,7 +87,7 @@ rule evaluate_teacher_part:
     params:
         python=PYTHON,
         device=device_of("evaluate"),
-        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
+        config=lambda w: as_json(EXPERIMENT.bases[w.base].measured(w.sampler)),
     message:
         "features of the teacher of {wildcards.base}, sampler {wildcards.sampler}, part {wildcards.part}"
     shell:
@@ -105,7 +105,7 @@ rule evaluate_teacher:
                 for base, cfg in EXPERIMENT.bases.items()
                 for sampler in cfg.eval.teacher_samplers
             ],
-            settings=lambda w: EXPERIMENT.bases[w.base].settings(),
+            settings=lambda w: EXPERIMENT.bases[w.base].measured(w.sampler).settings(),
             inputs=lambda w: eval_inputs(EXPERIMENT.bases[w.base]),
         ),
         unpack(lambda w: parts(EXPERIMENT.bases[w.base], f"results/teachers/{w.base}/{w.sampler}")),
@@ -127,7 +127,7 @@ rule evaluate_teacher:
     params:
         python=PYTHON,
         device=device_of("evaluate"),
-        config=lambda w: as_json(EXPERIMENT.bases[w.base]),
+        config=lambda w: as_json(EXPERIMENT.bases[w.base].measured(w.sampler)),
     message:
         "evaluate the teacher of {wildcards.base}, sampler {wildcards.sampler}"
     shell:
