@@ -22,8 +22,9 @@ def training_cost(run: RunId, record: dict[str, Any]) -> tuple[dict[str, Any], s
     if not (jobs := known["jobs"]):
         return wall_clock_cost(record), ""
     if cost := slurm_cost(jobs):
-        # Kept where Snakemake does not delete it.
-        write_json(run.folder / "job.json", {**known, "cost": {"jobs": jobs, "value": cost}})
+        # Kept where Snakemake does not delete it, unless another job was submitted while sacct was asked.
+        if submissions(run) == known:
+            write_json(run.folder / "job.json", {**known, "cost": {"jobs": jobs, "value": cost}})
         return cost, ""
     kept = known.get("cost") or {}
     before = kept["value"] if kept.get("jobs") == jobs else _published_cost(run, record)

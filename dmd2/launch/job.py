@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dmd2.core.errors import UserError, readable_errors
 from dmd2.core.interrupts import STOP, Actions, leave_to_another_job
 from dmd2.core.run import RunId
-from dmd2.core.slurm_queue import slurm
+from dmd2.core.slurm_queue import NoAnswer, slurm
 from dmd2.experiment.cluster import Hardware
 from dmd2.experiment.config import TrainConfig
 from dmd2.experiment.run_inputs import Inputs, goal_of
@@ -25,6 +25,8 @@ from dmd2.experiment.run_inputs import Inputs, goal_of
 if TYPE_CHECKING:
     from dmd2.training.trainer import Training
 
+FIRST_PORT, PORTS = 10_000, 7_000  # of the process group of a job, by its id
+REQUEUE_PATIENCE = 60.0  # seconds in which a controller that restarts is asked again
 LOCK_PATIENCE = 120.0  # seconds a restarted job waits for its dying predecessor (or for an NFS lease)
 
 
@@ -60,6 +62,8 @@ class TrainingJob:
         leads = os.environ["SLURM_PROCID"] == "0"
         signal.signal(signal.SIGUSR2, lambda *_: self.requeue() if leads else None)  # before there is anything to save
         signal.signal(signal.SIGTERM, lambda *_: None)
+        # Below the ports that the kernel gives to connections: one of submitit's choice may be in use by any of them.
+        os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS))
         TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         with readable_errors():
             if leads:
@@ -70,12 +74,17 @@ class TrainingJob:
         """Have Slurm start this job again under its id, and exit; return if Slurm refuses or does not answer."""
         job = os.environ["SLURM_JOB_ID"]
         print(f"Caught signal SIGUSR2: everything is saved, job {job} is requeued", file=sys.stderr, flush=True)
-        try:
-            (self.run.folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
-            slurm("scontrol", "requeue", job)
-        except (OSError, UserError) as error:
-            print(f"job {job} could not be requeued and goes on: {error}", file=sys.stderr, flush=True)
-        else:
+        until = time.monotonic() + REQUEUE_PATIENCE
+        while True:
+            try:
+                (self.run.folder / "jobs").mkdir(exist_ok=True)  # without its log's folder it could not start
+                slurm("scontrol", "requeue", job)
+            except (OSError, UserError) as error:
+                if isinstance(error, NoAnswer) and time.monotonic() < until:
+                    time.sleep(3)
+                    continue
+                print(f"job {job} could not be requeued and goes on: {error}", file=sys.stderr, flush=True)
+                return
             sys.exit(1)
 
     def train(self, actions: Actions = STOP) -> None:

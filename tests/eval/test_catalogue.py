@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from pandas.testing import assert_frame_equal
 from typer import Typer
 from typer.testing import CliRunner
@@ -192,7 +193,8 @@ def test_the_notebook_of_examples_runs_in_another_workspace(
     notebook = nbformat.read(root / "examples/catalogue.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     published = [output.output_type for cell in cells for output in cell.outputs]
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
+    kernel = AsyncKernelManager(transport="ipc", connection_file=str(place / "kernel.json"))  # no ports to be taken
+    nbclient.NotebookClient(notebook, kernel, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
     assert cells[0].outputs[0].text == "13 snapshots of 4 trainings\n1 samplers of teachers\n"
     assert [output.output_type for cell in cells for output in cell.outputs] == published
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 2

@@ -39,7 +39,7 @@ def test_the_weights_are_those_of_an_undisturbed_run(
     outcome = outcomes[fault.__name__].result()
     assert outcome.weights == calm
     assert len(outcome.jobs) == (2 if fault.__name__ in NEW_JOB else 1)
-    assert outcome.lost_steps <= STEPS["checkpoint_every"]
+    assert outcome.lost_steps <= 2 * STEPS["checkpoint_every"]  # the newest checkpoint may still be being written
 
 
 def test_a_signalled_job_loses_nothing(outcomes: dict[str, Future[Outcome]]) -> None:
@@ -65,7 +65,7 @@ def test_pairs_training_and_evaluation_run_as_slurm_jobs_up_to_the_report(
     code, output = ended(workspace.start(*SNAKEMAKE, *FAST, "demo"), 900)
     assert code == 0, output[-5000:]
     assert (workspace.path / "results/report/index.html").exists()
-    jobs = slurm.call("sacct", "-X", "-n", "-P", "-a", "-o", "JobName,Comment,State").splitlines()
+    jobs = slurm.call("sacct", "-X", "-n", "-P", "-a", "-S", "now-1days", "-o", "JobName,Comment,State").splitlines()
     for rule, count in {"pairs_shard": 2, "evaluate": 2}.items():
         found = [job for job in jobs if re.search(rf"\|rule_{rule}_", job)]
         assert len(found) == count and all(job.endswith("COMPLETED") for job in found), jobs

@@ -30,7 +30,7 @@ class Slurm:
     def script(self, *args: str) -> str:
         """Run cluster.sh; its error output is part of the failure."""
         result = subprocess.run(
-            ["bash", CLUSTER_SCRIPT, *args], env=self.env, capture_output=True, text=True, timeout=300
+            ["bash", CLUSTER_SCRIPT, *args], env=self.env, capture_output=True, text=True, timeout=1500
         )
         assert result.returncode == 0, f"cluster.sh {' '.join(args)}: {result.stderr[-3000:]}"
         return result.stdout

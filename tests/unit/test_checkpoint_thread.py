@@ -139,6 +139,8 @@ def test_iterations_go_on_while_a_checkpoint_is_written(inputs, monkeypatch):  #
 
     def step():
         iterate()
+        if training.step == 6:
+            training.writer.wait()  # for 4, which the thread was given two iterations ago
         seen.append((training.step, training.checkpoints.newest_step()))
         if training.step == 3:
             go.set()

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 import dmd2.launch.cost
-from dmd2.launch.cost import slurm_cost, wall_clock_cost
+from dmd2.core.files import read_json, write_json
+from dmd2.core.run import RunId
+from dmd2.launch.cost import slurm_cost, training_cost, wall_clock_cost
 
 RECORD = {"seconds": 1800.0, "processes": 4, "threads": 8, "device": "NVIDIA H100"}
 
@@ -63,6 +65,24 @@ def test_accounting_that_runs_behind_is_waited_for(fake, clock, before):
 def test_accounting_that_never_arrives_gives_none_after_a_while(fake, clock):
     assert slurm_cost(["7"]) is None
     assert dmd2.launch.cost.LAG < clock.now <= dmd2.launch.cost.LAG + 1
+
+
+def test_a_job_that_is_submitted_while_sacct_is_asked_is_not_forgotten(fake, clock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, before = RunId("digits", "dmd2", 0), {"name": "n", "config": "c", "jobs": ["7"]}
+    write_json(run.folder / "job.json", before)
+    fake.answer("sacct", "RUNNING|3590|cpu=2")
+
+    def then():
+        write_json(run.folder / "job.json", {**before, "jobs": ["7", "8"]})
+        fake.answer("sacct", "COMPLETED|3600|cpu=2")
+
+    clock.then = then
+    assert training_cost(run, RECORD)[0]["cpu_hours"] == 2.0
+    assert read_json(run.folder / "job.json")["jobs"] == ["7", "8"]
+    clock.then = lambda: None
+    training_cost(run, RECORD)
+    assert read_json(run.folder / "job.json")["cost"]["jobs"] == ["7", "8"]
 
 
 def test_the_wall_clock_counts_every_process_as_a_gpu():

@@ -17,6 +17,7 @@ import pytest
 
 import dmd2.core.interrupts
 import dmd2.core.slurm_queue
+import dmd2.launch.job
 import dmd2.launch.slurm
 import dmd2.launch.wait
 from dmd2.core.errors import UserError
@@ -70,6 +71,47 @@ def test_a_job_starts_whose_answer_was_lost_and_whose_folder_was_deleted(fake):
     assert (done.returncode, done.stderr) == (0, "digits/dmd2/seed0 is finished already\n")
 
 
+def test_a_job_asks_a_restarting_controller_again_to_requeue_it(fake, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job, now, sleeps = TrainingJob(RUN, CONFIG, training().cluster.hardware), [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+        sleeps.append(seconds)
+        if len(sleeps) == 2:
+            fake.answer("scontrol")
+
+    monkeypatch.setattr(dmd2.launch.job, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    RUN.folder.mkdir(parents=True)
+    fake.refuse("scontrol", FROZEN)
+    with pytest.raises(SystemExit) as left:
+        job.requeue()
+    assert left.value.code == 1 and fake.calls("scontrol") == ["scontrol requeue 7"] * 3
+    fake.refuse("scontrol", "Requested operation is presently disabled")
+    job.requeue()
+    assert "job 7 could not be requeued and goes on" in capsys.readouterr().err and len(sleeps) == 2
+    fake.refuse("scontrol", FROZEN)
+    job.requeue()
+    assert now[0] >= dmd2.launch.job.REQUEUE_PATIENCE
+
+
+def test_the_processes_of_a_job_meet_at_a_port_that_no_connection_can_have(monkeypatch):
+    from submitit.helpers import TorchDistributedEnvironment
+
+    task = {"SLURM_JOB_ID": "4000123", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1", "SUBMITIT_EXECUTOR": "slurm"}  # fmt: skip
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(TrainingJob, "train", lambda self, actions: None)
+    monkeypatch.setattr(TorchDistributedEnvironment, "__init__", lambda self: None)
+    monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **options: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    TrainingJob(RUN, CONFIG, training().cluster.hardware).in_slurm()
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert 10_000 <= int(os.environ["MASTER_PORT"]) == 10_000 + 4000123 % 7000 < lowest
+
+
 def test_a_waiting_launcher_keeps_the_folder_of_the_logs_without_which_slurm_starts_no_job(fake, monkeypatch):
     queued(fake)
     RUN.folder.mkdir(parents=True)
@@ -110,7 +152,7 @@ def test_a_launcher_killed_while_sbatch_is_slow_leaves_one_job_to_the_next(fake)
 
 
 def test_a_sbatch_that_hangs_is_given_up_and_its_job_found(fake, monkeypatch, capsys):
-    monkeypatch.setattr(dmd2.launch.slurm, "PATIENCE", 0.5)
+    monkeypatch.setattr(dmd2.launch.slurm, "PATIENCE", 3.0)
     slow_sbatch(fake)
     whenever_it_sleeps(monkeypatch, lambda: queued(fake, job="41"))
     assert training().submit_or_attach() == "41"

@@ -40,11 +40,15 @@ def spawn(run: RunId, cfg: TrainConfig) -> int:
         os._exit(status)
 
 
-def await_iteration(run: RunId, pid: int) -> None:
-    """Return once the child has completed an iteration, which makes it write progress.json."""
+def await_iteration(run: RunId, pid: int) -> bool:
+    """Return once the child has completed an iteration, which makes it write progress.json; False if none was left."""
     while not (run.folder / "progress.json").exists():
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), f"{run} ended before its first iteration"
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended and (run.folder / "finished.json").exists():
+            return False
+        assert not ended, f"{run} ended with {status} before its first iteration"
         time.sleep(0.005)
+    return True
 
 
 def train_calmly(run: RunId, cfg: TrainConfig) -> float:
@@ -59,7 +63,8 @@ def train_calmly(run: RunId, cfg: TrainConfig) -> float:
 def train_and_kill(run: RunId, cfg: TrainConfig, seconds: float) -> int | None:
     """Train, kill that many seconds after the first iteration; returns the log lines there are, None if it finished."""
     pid = spawn(run, cfg)
-    await_iteration(run, pid)
+    if not await_iteration(run, pid):
+        return None
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
