@@ -1,5 +1,6 @@
 """Exported students of flow-matching transformers: what diffusers' own pipelines make of the folder, as its card tells it."""
 
+import json
 import re
 import runpy
 from copy import deepcopy
@@ -15,6 +16,7 @@ from dmd2.core.run import RunId
 from dmd2.data.make_pipeline import make_pipeline
 from dmd2.data.pipelines import Pipeline
 from dmd2.experiment.config import Data, Teacher
+from dmd2.experiment.data_config import Text
 from dmd2.method.samplers import few_step
 from dmd2.networks.quantise import quantise
 from dmd2.networks.transformers.family import FAMILIES
@@ -24,10 +26,10 @@ from dmd2.training.sampling import student_sample
 from dmd2.training.snapshot import find_snapshot
 from dmd2.training.teachers import wrap
 from tests import tiny as tiny_run
-from tests import tiny_flow_pipelines
+from tests import tiny_flow_pipelines, tiny_pipelines
 from tests.exported import run_alone, student, trained, written
-from tests.tiny_flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts
-from tests.tiny_pipelines import LATENTS, WIDTH, WIDTH_2
+from tests.tiny_flow_pipelines import SHAPE, condition, kept_of, latents_of, pipeline_of, prompts, transformer_class
+from tests.tiny_pipelines import LATENTS
 from tests.tiny_transformers import tiny
 from tests.unit.test_lora import ALPHA, RANK, with_factors
 
@@ -82,7 +84,9 @@ def test_the_familys_own_pipeline_makes_our_latents_as_the_card_says(kind, steps
     cond, g = condition(1, (kept_of(kind) or (None,))[0]), torch.Generator().manual_seed(7)
     z = torch.randn(SHAPE, generator=g)
     card = (OUT / "README.md").read_text()
-    [(sigmas, scale)] = re.findall(r'"a photo of a cat", sigmas=(\[.*?\]), guidance_scale=([\d.]+)\)', card)
+    [(sigmas, scale)] = re.findall(
+        r'"a photo of a cat", height=side, width=side.*?, sigmas=(\[.*?\]), guidance_scale=([\d.]+)\)', card
+    )
     pipe = pipeline_of(kind, *loaded(kind))
     torch.manual_seed(SEED)
     options = {"generator": torch.default_generator} if kind == "SanaTransformer2DModel" else {}
@@ -157,12 +161,24 @@ def test_a_one_step_card_has_no_levels_to_mistake_and_flux_is_told_its_guidance(
     assert "Its guidance embedder is told 2.5" in card and "sigmas=[1.0], guidance_scale=2.5" in card
 
 
-def test_the_script_makes_images_of_prompts():
-    folder = tiny_flow_pipelines.pipeline("sd3", Path("data/pipelines/tiny"))
-    pipeline = Pipeline.load(make_pipeline(DATA, folder, torch.device("cpu")))
-    widths = {"joint_attention_dim": tiny_flow_pipelines.STATES, "pooled_projection_dim": WIDTH + WIDTH_2}
-    network = tiny("SD3Transformer2DModel", seed=1, **widths)
-    cfg = exported(network, 4)
+def released(family, tokens=None):
+    """A pipeline whose text encoders lie in bfloat16, as published ones do, and our reading of it."""
+    folder = tiny_flow_pipelines.pipeline(family, Path("data/pipelines/tiny"))
+    for encoder in folder.glob("text_encoder*"):
+        weights = load_file(encoder / "model.safetensors")
+        save_file({n: w.bfloat16() for n, w in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+        config = json.loads((encoder / "config.json").read_text())
+        (encoder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    text = {**TEXT, "pipeline": {"name": "tiny", "max_sequence_length": tokens}}
+    data = DATA.model_copy(update={"text": Text.model_validate(text)})
+    network = getattr(diffusers, transformer_class(family)).from_pretrained(folder / "transformer")
+    return folder, network, Pipeline.load(make_pipeline(data, folder, torch.device("cpu"))), text
+
+
+@pytest.mark.parametrize("tokens", [None, 9])
+def test_the_script_makes_images_of_prompts(tokens):
+    folder, network, pipeline, text = released("sd3", tokens)
+    cfg = exported(network, 4, data__text=text, data__resolution=LATENTS)
     plain = runpy.run_path(str(OUT / "sample.py"))
     [image] = plain["generate"](str(folder), [PROMPT], SEED)
     torch.manual_seed(SEED)
@@ -170,6 +186,34 @@ def test_the_script_makes_images_of_prompts():
     latents = ours(network, cfg, z, pipeline.encode_prompts([PROMPT]), noise)
     expected = quantise(pipeline.decode(latents), "round")[0].permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(image, dtype=np.int16) - expected).max() <= 1 < expected.std()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-all"])
+@pytest.mark.parametrize("family", tiny_flow_pipelines.FAMILIES)
+def test_the_script_samples_as_was_trained(family, precision):
+    """At the size, with the tokens and in the precision of the training, whatever the pipeline has for defaults."""
+    folder, network, pipeline, text = released(family, 24)
+    exported(network, 1, data__text=text, data__resolution=LATENTS, train__precision=precision)
+    plain, told = runpy.run_path(str(OUT / "sample.py")), []
+    kind, lowered = type(network), precision == "bf16-all"
+    forward = kind.forward
+
+    def heard(self, *args, **kwargs):
+        told.append(kwargs.get("encoder_hidden_states", kwargs.get("cap_feats", args[2] if len(args) > 2 else None)))
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", heard)
+        [image] = plain["generate"](str(folder), [PROMPT], SEED)
+    side = LATENTS * tiny_pipelines.FACTOR
+    assert image.size == (side, side) and np.asarray(image).std() > 1
+    states = told[0][0] if isinstance(told[0], list) else told[0]
+    assert states.dtype == (torch.bfloat16 if lowered else torch.float32)
+    expected = pipeline.encode_prompts([PROMPT])
+    kept = expected.text_mask.sum() if family == "z-image" else expected.text.shape[1]
+    assert states.shape[-2] == kept
+    card = (OUT / "README.md").read_text()
+    assert f"torch_dtype=torch.{'bfloat16' if lowered else 'float32'})" in card and "max_sequence_length=24" in card
 
 
 def test_a_script_of_classes_alone_makes_our_images_at_the_same_noise():
