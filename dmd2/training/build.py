@@ -23,7 +23,7 @@ from dmd2.training.sampling import to_images
 from dmd2.training.sharding import load_local, materialise, sharing, span, spans_of
 from dmd2.training.teachers import load_teacher, null_condition
 
-Placing = Callable[[str, nn.Module, torch.dtype | None], None]
+Placing = Callable[[str, nn.Module, torch.dtype], None]
 
 
 def build_models(
@@ -31,12 +31,13 @@ def build_models(
 ) -> Models:
     """Teacher from its manifest; student and critic as copies of it, or of another run's weights (``init_from``).
 
-    Networks stay mapped from the teacher's file until `place(name, network, dtype)` gives each memory of its own where
-    it is trained, by default on `device`. That comes before the optimisers, which keep references to the parameters.
+    Networks stay mapped from the teacher's file, in its dtype, until `place(name, network, dtype)` gives each memory of
+    its own where it is trained, by default on `device`. That comes before the optimisers, which keep references to the
+    parameters.
     """
     assert inputs.teacher is not None
     precision = cfg.train.precision
-    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, **cfg.teacher.flow)
+    teacher = load_teacher(inputs.teacher, cfg.teacher.parameterisation, precision, as_stored=True, **cfg.teacher.flow)
     null = null_condition(cfg.data, max(cfg.guidance.values()), teacher.network)
     tap_blocks(teacher, cfg)
     student, critic = (sharing(teacher).train().requires_grad_(True) for _ in range(2))
@@ -53,7 +54,7 @@ def build_models(
     networks: dict[str, nn.Module | None] = {"student": student, "teacher": teacher, "critic": critic, "head": head}
     for name, network in networks.items():
         if network is not None:
-            dtype = torch.bfloat16 if name == "teacher" and name in in_bfloat16(cfg) else None
+            dtype = torch.bfloat16 if name == "teacher" and name in in_bfloat16(cfg) else torch.float32
             if place is not None:
                 place(name, network, dtype)
             else:

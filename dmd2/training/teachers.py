@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors import safe_open
 
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json, verified
@@ -72,16 +73,34 @@ def unet_folder(manifest: Path) -> Path:
     return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
-def load_teacher(manifest: Path, parameterisation: str, precision: Any = "fp32", **flow: Any) -> Denoiser:
-    """The teacher a manifest lists, verified, frozen, in eval mode.
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The 16-bit dtype of all weights in a folder's files, or else float32, from their headers alone."""
+    kinds: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+
+
+def load_teacher(
+    manifest: Path, parameterisation: str, precision: Any = "fp32", as_stored: bool = False, **flow: Any
+) -> Denoiser:
+    """The teacher a manifest lists, verified, frozen, in eval mode, in float32.
+
+    With `as_stored` weights stay mapped from their file in the dtype that they have there, and take no host memory; who
+    asks for it must give them the dtype to train in.
 
     Raises:
         UserError: a file is missing or does not match its checksum, the network's class is unknown, or the weights are
             not those of its config.
     """
     folder, kind = unet_folder(manifest), read_json(manifest)["class"]
+    dtype = stored_dtype(folder) if as_stored else torch.float32
+    as_it_is = {} if dtype == torch.float32 else {"torch_dtype": dtype}  # a name that new versions of diffusers warn of
     try:
-        network, found = network_class(kind).from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        network, found = network_class(kind).from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **as_it_is
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: the weights do not fit config.json ({str(error).splitlines()[0]})") from None
     if missing := found["missing_keys"]:  # diffusers would draw them

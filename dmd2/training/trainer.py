@@ -80,11 +80,11 @@ class Training:
         self.recent: list[tuple[int, Logs]] = []  # since the last log line, kept as tensors to avoid a sync per step
         self.log: list[dict[str, float]] = []
 
-    def _place(self, name: str, network: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    def _place(self, name: str, network: torch.nn.Module, dtype: torch.dtype) -> None:
         """Put a new network where it is trained, the student's EMA beside it."""
         if name == "student" and self.cfg.optim.ema:
             self.ema = sharing(network).requires_grad_(False)
-            self._place("ema", self.ema)
+            self._place("ema", self.ema, dtype)
         if name in ("student", "critic") and self.hardware.checkpointing:
             recompute_activations(network.network)
         if self.sharded:

@@ -33,14 +33,16 @@ def anonymous_mib():
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def teacher_in(folder, kind, **changes):
-    tiny.KINDS[kind][1](**{**tiny.KINDS[kind][2], **changes}).save_pretrained(folder / "unet")
+def teacher_in(folder, kind, dtype=torch.float32, **changes):
+    tiny.KINDS[kind][1](**{**tiny.KINDS[kind][2], **changes}).to(dtype).save_pretrained(folder / "unet")
     return adopt_teacher(Teacher(name="t", parameterisation=tiny.KINDS[kind][0], guidance=1.0), folder)
 
 
 @in_linux
-def test_networks_take_no_host_memory_before_they_are_placed(tmp_path):
-    manifest, grown, sizes = teacher_in(tmp_path, "edm", **LARGE), [], []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_networks_take_no_host_memory_before_they_are_placed(tmp_path, dtype):
+    """Whatever their file holds: large ones are published in 16 bits."""
+    manifest, grown, sizes = teacher_in(tmp_path, "edm", dtype, **LARGE), [], []
     before = anonymous_mib()
 
     def place(name, network, *_):
@@ -48,8 +50,20 @@ def test_networks_take_no_host_memory_before_they_are_placed(tmp_path):
         sizes.append(sum(p.nbytes for p in network.parameters()) / MIB)
 
     build_models(tiny.config("edm"), 0, Inputs(manifest, None, None, None), torch.device("cpu"), place)
-    assert min(sizes[:3]) > 48
+    assert min(sizes[:3]) > 12 * dtype.itemsize
     assert max(grown) < 24  # three copies in memory are 190
+
+
+@pytest.mark.parametrize("kind", ["edm", "eps-sdxl", "flow-sd3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_16_bits_is_trained_in_float32(tmp_path, kind, dtype):
+    manifest, cfg = teacher_in(tmp_path, kind, dtype), tiny.config(kind, optim__ema=0.9)
+    m = build_models(cfg, 0, Inputs(manifest, None, None, None), torch.device("cpu"))
+    plain = load_teacher(manifest, tiny.KINDS[kind][0])
+    for denoiser in (m.teacher, m.student, m.critic):
+        state = denoiser.network.state_dict()
+        assert all(torch.equal(state[name].float(), value) for name, value in plain.network.state_dict().items())
+        assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
 
 
 @in_linux
