@@ -7,7 +7,7 @@ thus equals that of one process up to the order of the sum. Without a process gr
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -21,6 +21,7 @@ from dmd2.core.files import held, trust
 
 BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
+LEAVING = timedelta(minutes=1)  # for which process 0 waits for the others at the end
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
 _agreed: list[tuple[Any, Iterator[int]]] = []  # while there is a group: its store for `agreed`, and numbers of calls
 
@@ -63,9 +64,18 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     _agreed.append((dist.PrefixStore("agreed", store), count()))
     try:
         yield
+        _leave(store, me, size)
     finally:
         _agreed.clear()
         dist.destroy_process_group()
+
+
+def _leave(store: Any, me: int, size: int) -> None:
+    """Process 0 ends last, since the others may still ask the store that ends with it; not if one of them has died."""
+    store.set(f"left/{me}", "")
+    if me == 0:
+        with suppress(RuntimeError):
+            store.wait([f"left/{other}" for other in range(size)], LEAVING)
 
 
 def verify_first(store: Any, me: int, verify: Callable[[], None]) -> None:
@@ -221,8 +231,7 @@ def collected_lines(value: dict[str, Any]) -> list[dict[str, Any]]:
 def agreed(value: int) -> int:
     """Process 0's value, on every process, without a wait for what GPUs still compute.
 
-    Every process must ask equally often, and process 0 must not end before the others asked. A value is forgotten a
-    thousand calls later.
+    Every process must ask equally often. A value is forgotten a thousand calls later.
     """
     if world_size() == 1:
         return value

@@ -45,9 +45,10 @@ class Train(Section):
     steps: iterations, which the paper counts in updates of the critic.
     precision: fp32 is IEEE float32. tf32 takes TF32 products on a GPU, and so do the others outside their bfloat16
         autocast. bf16 is that of the paper's runs: passes of an eps network without a gradient stay float32
-        (`EpsDenoiser`). bf16-all takes bfloat16 there, too, which is faster; of others it is the same. bf16-body runs all passes in bfloat16 copies of the
-        weights, norms included, with float32 weights in the optimiser: the fastest, and the arithmetic of the paper's
-        ImageNet runs; a low-rank student and the head stay as in bf16-all.
+        (`EpsDenoiser`). bf16-all takes bfloat16 there, too, which is faster; of other networks it is the same.
+        bf16-body runs all passes in bfloat16 copies of the weights, norms included, with float32 weights in the
+        optimiser: the fastest, and the arithmetic of the paper's ImageNet runs; a low-rank student and the head stay as
+        in bf16-all.
     init_from: another run of the base, with whose weights the training starts.
     released: file with the student's weights as its authors published them; nothing is trained then, and `steps` is
         what they trained.

@@ -1,6 +1,9 @@
 """Two processes train what one would, up to rounding; each is the same and repeats bit for bit."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from dmd2.core.distributed import GradientSums
 from dmd2.core.errors import UserError
 from dmd2.core.files import read_json_lines
 from tests import tiny, two_processes
+from tests.conftest import ROOT
 from tests.fork_server import torchrun
 
 # Measured: weights differ by 1e-5 of the length of their update, log values by 1e-6 (2e-5 for a mean near 0).
@@ -106,6 +110,29 @@ def test_more_processes_than_rows_are_refused_in_every_process(workspace):
 def test_the_record_of_the_training_counts_both_processes(workspace):
     record = json.loads((workspace[0] / "results/runs/tiny/two/seed0/finished.json").read_text())
     assert record["processes"] == 2
+
+
+ASKS_LATE = """
+import time, torch
+from dmd2.core import distributed
+
+with distributed.process_group(torch.device("cpu")):
+    if distributed.rank() == 1:
+        time.sleep(1)
+    print(distributed.agreed(7 + distributed.rank()))
+"""
+
+
+def test_process_0_whose_store_the_others_ask_ends_last():
+    """As in a job of Slurm, where it has no agent of torchrun to hold the store."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(10_000 + os.getpid() % 7_000)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", ASKS_LATE], env={**os.environ, **group, "RANK": rank, "PYTHONPATH": str(ROOT)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [out for out, _ in ended] == ["7\n"] * 2, ended
 
 
 # One process at a time.
