@@ -49,11 +49,13 @@ def manifest(folder: Path, kind: str, config: object, inputs: list[Path]) -> Pat
     return out
 
 
-def metrics(folder: Path, cfg: RunConfig, inputs: list[Path]) -> None:
+def metrics(folder: Path, cfg: RunConfig, inputs: list[Path], **about: str) -> None:
     grid = random_file(folder / "grid.png")
     with recorded(folder / "metrics.json", cfg.settings(), inputs, beside=[grid]):
         files = listing([random_file(folder / "influence.safetensors")], folder)
-        write_json(folder / "metrics.json", {"kind": "metrics", "snapshots": [{"step": 1, "fd": 1.0}], "files": files})
+        write_json(
+            folder / "metrics.json", {"kind": "metrics", "snapshots": [{"step": 1, "fd": 1.0}], "files": files, **about}
+        )
 
 
 def make_run(run: RunId, cfg: RunConfig) -> None:
@@ -65,7 +67,7 @@ def make_run(run: RunId, cfg: RunConfig) -> None:
     write_text(run.folder / "log.jsonl", json.dumps({"step": SNAPSHOTS, "run": str(run)}) + "\n")
     write_json(run.folder / "finished.json", record)
     write_json(run.folder / "train.json", signed(record, goal.made))
-    metrics(run.folder, cfg, [*measured_with(cfg).values(), run.folder / "train.json"])
+    metrics(run.folder, cfg.measured(), [*measured_with(cfg).values(), run.folder / "train.json"], key=goal.key)
 
 
 def make_sweep(count: int) -> None:
@@ -83,7 +85,11 @@ def make_sweep(count: int) -> None:
     for seed in range(count):
         make_run(RunId("digits", "sweep", seed), cfg)
     for sampler in cfg.eval.teacher_samplers:
-        metrics(SAMPLERS / "digits" / sampler, experiment.bases["digits"], list(measured_with(cfg).values()))
+        metrics(
+            SAMPLERS / "digits" / sampler,
+            experiment.bases["digits"].measured(sampler),
+            list(measured_with(cfg).values()),
+        )
     out = Path("results/tables/sweep.json")
     beside = [out.with_suffix(f".{suffix}") for suffix in BESIDE]
     with recorded(out, experiment.shown("sweep"), experiment.measured("sweep"), beside):

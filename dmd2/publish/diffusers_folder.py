@@ -100,7 +100,6 @@ def sampling_of(snapshot: Snapshot, student: Denoiser) -> dict[str, Any]:
         "times": unshifted(steps) if flow else times if edm else [int(t) for t in times],
         "labels": "random" if how["labels"] == "random" else "cyclic",
         "rounding": how["rounding"],
-        # In bfloat16 FLUX rounds its times, too, so that a student trained so is sampled so.
         "dtype": "bfloat16" if flow and cfg.train.precision.startswith("bf16") else "float32",
         "tokens": text.pipeline.max_sequence_length if flow and stock and text is not None else None,
         "pipeline": (student.family.pipeline if isinstance(student, FlowDenoiser) else unets) if stock else None,

@@ -73,11 +73,13 @@ def unet_folder(manifest: Path) -> Path:
     return Path(os.path.normpath(manifest.parent / teacher["folder"]))
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The 16-bit dtype of all weights in a folder's files, or else float32, from their headers alone."""
+def stored_dtype(manifest: Path) -> torch.dtype:
+    """The 16-bit dtype of all weights that a manifest lists, or else float32, from the headers of the files alone."""
     kinds: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
+    for entry in read_json(manifest)["files"]:
+        if not entry["path"].endswith(".safetensors"):
+            continue
+        with safe_open(manifest.parent / entry["path"], "pt") as file:
             kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
 
@@ -87,15 +89,15 @@ def load_teacher(
 ) -> Denoiser:
     """The teacher a manifest lists, verified, frozen, in eval mode, in float32.
 
-    With `as_stored` weights stay mapped from their file in the dtype that they have there, and take no host memory; who
-    asks for it must give them the dtype to train in.
+    With `as_stored` parameters stay mapped from their file in the dtype that they have there, and take no host memory;
+    who asks for it must give them the dtype to train in.
 
     Raises:
         UserError: a file is missing or does not match its checksum, the network's class is unknown, or the weights are
             not those of its config.
     """
     folder, kind = unet_folder(manifest), read_json(manifest)["class"]
-    dtype = stored_dtype(folder) if as_stored else torch.float32
+    dtype = stored_dtype(manifest) if as_stored else torch.float32
     as_it_is = {} if dtype == torch.float32 else {"torch_dtype": dtype}  # a name that new versions of diffusers warn of
     try:
         network, found = network_class(kind).from_pretrained(
@@ -105,6 +107,9 @@ def load_teacher(
         raise UserError(f"{folder}: the weights do not fit config.json ({str(error).splitlines()[0]})") from None
     if missing := found["missing_keys"]:  # diffusers would draw them
         raise UserError(f"{folder}: the weights lack {len(missing)} tensors of config.json, such as {min(missing)}")
+    for buffer in network.buffers():  # a frequency, for example, of which sines are taken
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the paper trains without dropout, whatever its teacher was trained with

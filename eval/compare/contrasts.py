@@ -175,7 +175,9 @@ class MatchedRow:
             if after.get(what, content) != content
         ]
         unknown = [name for name, each in (("A", ours), ("B", theirs)) if not each.config]
-        config = {} if unknown else {key: (old, new) for key, old, new in differences(ours.config, theirs.config)}
+        changed = [] if unknown else differences(ours.config, theirs.config)
+        # Samplers of the teacher are no part of what a student is measured with, and older metrics list them.
+        config = {key: (old, new) for key, old, new in changed if not key.startswith("eval.teacher_samplers")}
         if unknown:
             texts.append(f"the config of {' and of '.join(unknown)} is not known: only a published table is left")
         if silent := self._protocols[1]:

@@ -58,7 +58,9 @@ def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
     nothing to compare, and is left out.
     """
     groups: dict[tuple[str, ...], list[tuple[TableRecord, RowRecord]]] = {}
+    trained: dict[str, dict[str, RowRecord]] = {}
     for table in tables:
+        trained.setdefault(table["base"], {}).update({r["run"]: r for r in table["rows"] if r["kind"] == "student"})
         for row in table["rows"]:
             measured_by = (str(of_record(row)[key]) for key in MEASURED_BY)
             key = (table["base"], table["metrics"][0], table["select"], *measured_by)
@@ -69,7 +71,7 @@ def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
         for _, row in group:
             if len(row["values"][metric]) > len(rows.get(row["run"], {"values": {metric: {}}})["values"][metric]):
                 rows[row["run"]] = row
-        students = [_whole(row, rows) for row in rows.values() if row["kind"] == "student"]
+        students = [_whole(row, trained[base]) for row in rows.values() if row["kind"] == "student"]
         if len(students) > 1:
             whole = next((row["run"] for row in students if not row["changed"]), None)
             yield {
@@ -87,14 +89,14 @@ def merged(tables: Sequence[TableRecord]) -> Iterator[TableRecord]:
 def _whole(row: RowRecord, rows: Mapping[str, RowRecord]) -> RowRecord:
     """A trained row with its updates and passes ``in_all``: those of the run from whose student it started come first.
 
-    Such a run that is not among `rows` adds nothing; `needs` names it.
+    Such a run that is not among `rows`, those of the base, adds nothing; `needs` names it.
     """
     passes = row.get("passes")
     own = {"student_updates": row["student_updates"], "passes": passes and passes * row["student_updates"]}
     origin = rows.get(row["config"]["train"].get("init_from") or "")
     if origin is None:
         return {**row, "in_all": own}
-    before = _whole(origin, rows)["in_all"]
+    before = _whole(origin, {run: other for run, other in rows.items() if run != row["run"]})["in_all"]
     return {
         **row,
         "in_all": {axis: _sum(value, before[axis]) for axis, value in own.items()},

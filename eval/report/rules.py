@@ -109,16 +109,17 @@ def _compared(x: np.ndarray, y: np.ndarray, metric: str, a: str, b: str) -> Find
 
 def equivalent(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN) -> Finding:
     """The claim "a equals b": the paired 90 % t-interval is inside ± a share of b (two one-sided tests at 5 %)."""
-    rule = f"90 % paired t-interval of the {metric} difference inside ±{share:.0%} of {b}, at least {MIN_SEEDS} seeds"
+    inside = f"inside ±{100 * share:.3g}% of {b}, at least {MIN_SEEDS} seeds"
+    rule = f"90 % paired t-interval of the {metric} difference {inside}"
     evidence, (low, high), margin = _interval(m, metric, a, b, share)
-    inside, outside = -margin < low and high < margin, low > margin or high < -margin
-    return Finding("supported" if inside else "refuted" if outside else "undecided", evidence, rule)
+    equal, other = -margin < low and high < margin, low > margin or high < -margin
+    return Finding("supported" if equal else "refuted" if other else "undecided", evidence, rule)
 
 
 def no_gain(m: Measurements, metric: str, a: str, b: str, share: float = MARGIN) -> Finding:
     """The claim "a is no better than b": not lower by more than a share of b (a one-sided test at 5 %)."""
     rule = (
-        f"90 % paired t-interval of the {metric} difference {a} minus {b} above -{share:.0%} of {b}, at least "
+        f"90 % paired t-interval of the {metric} difference {a} minus {b} above -{100 * share:.3g}% of {b}, at least "
         f"{MIN_SEEDS} seeds; refuted if all of it is below that"
     )
     evidence, (low, high), margin = _interval(m, metric, a, b, share)

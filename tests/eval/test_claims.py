@@ -173,6 +173,8 @@ def test_a_claim_may_have_a_margin_of_its_own() -> None:
     for rule, verdicts in {"equivalent": ["supported", "refuted"], "no_gain": ["supported", "refuted"]}.items():
         claims = [Claim(**own, a="full", b="shared", rule=rule, margin=margin) for margin in (None, 0.01)]
         assert [find(claim, m, "fd").verdict for claim in claims] == verdicts
+        narrow = find(Claim(**own, a="full", b="shared", rule=rule, margin=0.005), m, "fd")
+        assert "0.5% of shared" in narrow.rule
     assert [test.margin for test in CLAIMS["F4"].tests] == [None, None, 0.01]
     with pytest.raises(ValidationError, match="margin is of the rules equivalent and no_gain, and rule is below"):
         Claim(**own, a="a", b="b", rule="below", margin=0.1)

@@ -134,7 +134,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "patch larger than the images": ({"eval.patch.geometry": "patch-64"}, "eval.patch.geometry", "no patch-64"),
         "weights of no later step": (
             {"gan.level_weight": True, "generator.input": "noise", "generator.steps": 1, "generator.time": 999.0},
-            "gan.level_weight", "it weights a first step by little or nothing"),
+            "gan.level_weight", "makes all images at one level"),
         "time beyond the schedule's": ({"generator.time": 1000.0}, "generator.time", "1000.0 is no step of an eps teacher"),
         "steps above the schedule's": (
             {"eval.teacher_samplers.cfg1.steps": 2000}, "eval.teacher_samplers.cfg1", "ddim takes at most 999 steps"),
@@ -145,7 +145,7 @@ WRONG: dict[str, dict[str, tuple[dict[str, Any], str, str]]] = {
         "nothing to decouple": (
             {"dm.objective": "decoupled", "teacher.guidance": 1.0}, "dm.objective", "teacher.guidance is 1, none"),
         "weights of no later step": ({"gan.level_weight": True, "generator.input": "noise", "generator.steps": 1},
-                                     "gan.level_weight", "it weights a first step by little or nothing"),
+                                     "gan.level_weight", "makes all images at one level"),
         "one level of two terms": (
             {"dm.objective": "decoupled", "dm.renoise": "constrained", "gan.shares_noise": True,
              "dm.index_range": [0, 999], "critic.index_range": [0, 999], "gan.noise_range": [0, 999]},

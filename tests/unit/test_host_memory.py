@@ -11,15 +11,17 @@ from torch import nn
 from dmd2.core.rng import stream
 from dmd2.experiment.config import Teacher
 from dmd2.experiment.run_inputs import Inputs
+from dmd2.networks.condition import Condition
 from dmd2.networks.lora import add_lora
+from dmd2.networks.song_unet import SongUNet
 from dmd2.planning.iteration_shapes import META
 from dmd2.planning.ledger import Ledger
 from dmd2.training.build import build_models
 from dmd2.training.checkpoints.checkpoint import Checkpoints
 from dmd2.training.make_teacher import adopt_teacher
 from dmd2.training.optimiser import Optimiser
-from dmd2.training.sharding import load_local
-from dmd2.training.teachers import load_teacher
+from dmd2.training.sharding import load_local, materialise
+from dmd2.training.teachers import load_teacher, stored_dtype
 from tests import tiny
 
 MIB = 1 << 20
@@ -57,13 +59,30 @@ def test_networks_take_no_host_memory_before_they_are_placed(tmp_path, dtype):
 @pytest.mark.parametrize("kind", ["edm", "eps-sdxl", "flow-sd3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_teacher_in_16_bits_is_trained_in_float32(tmp_path, kind, dtype):
+    """Another file beside its own, such as one that git did not fetch, is not looked at."""
     manifest, cfg = teacher_in(tmp_path, kind, dtype), tiny.config(kind, optim__ema=0.9)
+    (tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )
+    assert stored_dtype(manifest) == dtype
     m = build_models(cfg, 0, Inputs(manifest, None, None, None), torch.device("cpu"))
     plain = load_teacher(manifest, tiny.KINDS[kind][0])
     for denoiser in (m.teacher, m.student, m.critic):
         state = denoiser.network.state_dict()
         assert all(torch.equal(state[name].float(), value) for name, value in plain.network.state_dict().items())
-        assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
+        assert {t.dtype for t in (*denoiser.parameters(), *denoiser.buffers())} <= {torch.float32}
+
+
+def test_frequencies_of_a_teacher_in_16_bits_are_those_of_its_evaluation(tmp_path):
+    """NCSN++ takes sines of a buffer, whose products must not be rounded."""
+    network = SongUNet(8, 1, 1, 8, (8,), 1, embedding_type="fourier", num_class_embeds=3)
+    network.to(torch.bfloat16).save_pretrained(tmp_path / "unet")
+    manifest = adopt_teacher(Teacher(name="t", parameterisation="edm", guidance=1.0), tmp_path)
+    one, other = load_teacher(manifest, "edm"), load_teacher(manifest, "edm", as_stored=True)
+    materialise(other, torch.device("cpu"), torch.float32)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
+    cond = Condition(labels=torch.tensor([0, 1]))
+    assert torch.equal(one(x, t, cond), other(x, t, cond))
 
 
 @in_linux

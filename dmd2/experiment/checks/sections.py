@@ -196,7 +196,7 @@ def _successors(cfg: RunConfig) -> Iterator[Problem]:
     if dm.objective == "decoupled" and teacher.rescale is not None:
         yield "dm.objective", "teacher.rescale", "decoupled has no norm of the whole to rescale: leave out one"
     if gan.on and gan.level_weight and teacher.parameterisation != "edm" and cfg.generator.steps == 1:
-        told = "it weights a first step by little or nothing, and there is no other: leave it out"
+        told = "a student of one step makes all images at one level: leave it out, and lower gan.lambda_g instead"
         yield "gan.level_weight", "generator.steps", told
     if gan.level_weight and teacher.parameterisation == "edm":
         told = "alpha is 1 at all levels of an edm teacher: leave it out"
