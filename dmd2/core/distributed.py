@@ -9,7 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from fcntl import LOCK_EX, LOCK_NB, flock
 from itertools import count
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ BUCKET = 1 << 24  # elements of gradients summed in one message
 TIMEOUT = timedelta(minutes=30)  # of a collective
 LEAVING = timedelta(minutes=1)  # for which process 0 waits for the others at the end
 PATIENCE = timedelta(days=1)  # of the processes that wait while process 0 verifies files
+_taken: list[tuple[int, Any]] = []  # the GPU of this process, with the open file whose lock says so
 _agreed: list[tuple[Any, Iterator[int]]] = []  # while there is a group: its store for `agreed`, and numbers of calls
 
 
@@ -65,9 +69,14 @@ def process_group(device: torch.device, verify: Callable[[], None] | None = None
     try:
         yield
         _leave(store, me, size)
+    except BaseException:
+        if backend == "nccl":  # the others may be in a sum, for which a destruction would wait, and swallow the error
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
         _agreed.clear()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _leave(store: Any, me: int, size: int) -> None:
@@ -247,6 +256,8 @@ def agreed(value: int) -> int:
 def local_device(kind: str, job: str) -> torch.device:
     """Device of this process for ``cpu``, ``cuda`` or ``auto``; each process of a node takes its own GPU.
 
+    So do jobs of one process that run side by side on this machine, without a scheduler to give them theirs.
+
     Raises:
         UserError: a GPU is asked for and there is none; it names the key of the cluster file, jobs.`job`.device.
     """
@@ -259,4 +270,27 @@ def local_device(kind: str, job: str) -> torch.device:
         )
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if kind == "cuda" and "SLURM_JOB_ID" not in os.environ and torch.cuda.device_count() > 1:
+        gpu = torch.device("cuda", _free_gpu(torch.cuda.device_count()))
+        torch.cuda.set_device(gpu)
+        return gpu
     return torch.device(kind)
+
+
+def _free_gpu(count: int) -> int:
+    """A GPU of this machine that no other job of this user has taken, kept until this process ends; else any."""
+    if not _taken:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) == count else [str(index) for index in range(count)]
+        for index, name in enumerate(names):
+            file = open(Path(gettempdir()) / f"dmd2-{os.getuid()}-gpu-{name}.lock", "a")  # noqa: SIM115 - kept
+            try:
+                flock(file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _taken.append((index, file))
+            break
+        else:
+            return os.getpid() % count
+    return _taken[0][0]

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,8 +99,9 @@ def warm(run: Run, out: Path, config: Config = None, cluster: ClusterName = "loc
     with readable_errors():
         run_id, machine = RunId.parse(run), load_cluster(cluster)
         cfg, hardware = run_config(run_id, config), machine.hardware
-        share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))
-        seconds = TrainingJob(run_id, cfg, replace(hardware, micro_batch=hardware.micro_batch or share)).warm()
+        share = -(-cfg.optim.batch // (machine.processes * machine.training.nodes))  # of process 0, in its passes
+        cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"batch": share})})
+        seconds = TrainingJob(run_id, cfg, hardware).warm()
         write_json(out, {"run": run, "compiled": hardware.compiled, "seconds": round(seconds, 1)})
 
 

@@ -142,7 +142,7 @@ class HeldDraws(Draws):
 
     def _held(self, draw: Callable[..., Tensor], *address: Any) -> Tensor:
         if address not in self.made:
-            self.made[address] = draw(*address[1:])
+            self.made[address] = draw(*address[1:]).clone()  # not a view, which would hold the draw of all processes
         return self.made[address]
 
     def refill(self, draws: Draws) -> None:

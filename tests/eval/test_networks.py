@@ -57,7 +57,7 @@ class FakeInception(nn.Module):
         self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
     ) -> torch.Tensor:
         height, width = img.shape[2], img.shape[3]
-        theta = torch.eye(2, 3)
+        theta = torch.eye(2, 3, device=img.device)
         theta[0, 2] += theta[0, 0] / width - theta[0, 0] / 299
         theta[1, 2] += theta[1, 1] / height - theta[1, 1] / 299
         grid = F.affine_grid(theta.unsqueeze(0).repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299], False)

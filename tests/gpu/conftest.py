@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmd2.core.precision import float32_products
 from tests.pretended import pretended_cuda
 
 KIND = os.environ.get("DMD2_TEST_DEVICE", "")
@@ -40,6 +41,13 @@ def _real() -> torch.device:
     if KIND == "cuda" and not torch.cuda.is_available():
         pytest.fail("DMD2_TEST_DEVICE is cuda, but PyTorch sees no GPU here")
     return torch.device(KIND, 0) if KIND == "cuda" else torch.device(KIND)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """Numbers are compared with those of the CPU; cuDNN would convolve in TF32 where nothing is said."""
+    with float32_products("fp32"):
+        yield
 
 
 @pytest.fixture

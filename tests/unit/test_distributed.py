@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dmd2.core import distributed
@@ -165,6 +167,60 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch):
         UserError, match="jobs.pairs.device is cuda, but this process sees no GPU: check jobs.pairs.gpu"
     ):
         distributed.local_device("cuda", "pairs")
+
+
+TAKES = """
+import os, sys, time, torch
+from dmd2.core import distributed
+
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
+torch.cuda.set_device = lambda device: print("current", device.index)
+assert distributed.local_device("auto", "train") == distributed.local_device("cuda", "train")
+print(distributed.local_device("auto", "train").index, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_jobs_side_by_side_take_gpus_of_their_own_until_they_end(tmp_path):
+    outside = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "SLURM_JOB_ID")}
+    env = {**outside, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3,5"}
+
+    def job():
+        process = subprocess.Popen([sys.executable, "-c", TAKES], env=env, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        lines = []
+        while not lines or lines[-1].startswith("current"):
+            lines.append(process.stdout.readline())
+        assert lines[0] == f"current {lines[-1]}"
+        return process, int(lines[-1])
+
+    (first, one), (second, other), (third, any_of_them) = job(), job(), job()
+    assert (one, other) == (0, 1) and any_of_them in (0, 1)
+    first.communicate()
+    fourth, again = job()
+    assert again == 0
+    for process in (second, third, fourth):
+        process.communicate()
+    assert sorted(path.name for path in tmp_path.glob("*.lock")) == [
+        f"dmd2-{os.getuid()}-gpu-{name}.lock" for name in (3, 5)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("cuda", "aborted"), ("cpu", "destroyed")])
+def test_an_error_of_one_process_waits_for_no_sum_of_the_others(monkeypatch, kind, ends):
+    """NCCL destroys a communicator once its kernels have ended, which wait for this process."""
+    told, store = [], SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda *_: store)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: told.append("joined"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: told == ["joined"])
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: told.append("aborted"))
+    with pytest.raises(UserError, match="the disk is full"), distributed.process_group(torch.device(kind)):
+        raise UserError("the disk is full")
+    assert told == ["joined", ends]
 
 
 def test_each_process_of_a_node_takes_its_own_gpu(monkeypatch):

@@ -1,6 +1,7 @@
 """Compiled passes and recorded iterations compute what plain ones do, and are compiled or recorded once."""
 
 import itertools
+import json
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,8 @@ from dmd2.core.rng import Draws
 from dmd2.core.run import RunId
 from dmd2.experiment.cluster import Execution, Hardware
 from dmd2.experiment.run_inputs import Inputs
+from dmd2.launch import command
+from dmd2.launch.job import TrainingJob
 from dmd2.method.step import train_step
 from dmd2.training import execution
 from dmd2.training.execution import ReplayedStep, blocks_of, compile_passes, executed, refuse
@@ -166,3 +169,15 @@ def test_combinations_of_a_cluster_file_that_do_not_fit_are_told(changes, told):
     with pytest.raises(ValidationError, match=told):
         Execution.model_validate(changes)
     assert Execution.model_validate({"checkpointing": True, "compiled": "blocks", "graphs": True}).graphs
+
+
+@pytest.mark.parametrize(("batch", "processes", "share"), [(280, 8, 35), (280, 1, 280), (2048, 8, 256)])
+def test_what_is_compiled_beforehand_is_what_a_process_runs(monkeypatch, tmp_path, batch, processes, share):
+    """Its share of a batch in its micro-batches, not the whole batch in them: 35 images are no 40."""
+    machine = SimpleNamespace(processes=processes, training=SimpleNamespace(nodes=1), hardware=Hardware(micro_batch=40))
+    seen = []
+    monkeypatch.setattr(command, "load_cluster", lambda name: machine)
+    monkeypatch.setattr(TrainingJob, "warm", lambda job: seen.append((job.cfg.optim.batch, job.hardware)) or 0.0)
+    config = json.dumps(tiny.config("edm", optim__batch=batch).training().model_dump(mode="json"))
+    command.warm("tiny/dmd2/seed0", tmp_path / "compiled.json", config)
+    assert seen == [(share, machine.hardware)]
