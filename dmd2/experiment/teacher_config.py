@@ -53,7 +53,9 @@ class Teacher(Section):
     ]
     network: dict[str, Any] | None = None
     train: Annotated[TeacherTraining | None, Field(description="how it is trained here")] = None
-    source: Annotated[str | None, Field(description="file that it is converted from")] = None
+    source: Annotated[
+        str | None, Field(description="file that it is converted from, or diffusers folder, used where it lies")
+    ] = None
     shift: Annotated[float, Field(gt=0)] = 1.0
     rescale: Literal["sample", "channels", "row"] | None = None
     guidance_embed: Annotated[float, Field(ge=0)] = GUIDANCE_EMBED

@@ -15,6 +15,7 @@ NOT_RUN = {
     "dmd2 restore": "tests/workflow/test_versions.py pulls from that remote",
     "dmd2 plan sdxl": "takes minutes; its options are parsed, tests/unit/test_plan.py plans SDXL",
     "dmd2 eval weights": "needs the internet",
+    "python exported/": "tests/unit/test_export*.py run the script of every kind of student",
 }
 
 
