@@ -29,11 +29,11 @@ COMMENT = re.compile(r"<!-- made from (\{.*\}) -->")
 def made_from(config: Any, inputs: Iterable[Path | str], sources: Iterable[str | None] = ()) -> dict[str, Any]:
     """The record of an artefact.
 
-    ``config`` is the digest of its settings, which are in ``settings`` so that another version can be told by its keys,
-    and ``inputs`` the content of each file that it is made from. ``origins`` are
-    those files and all that they were made from in turn, each with the digest of its settings (None for what a person
-    brought) and its content: a file that is absent later (not pulled, or deleted by a job that was killed) is still
-    known by them. An artefact without settings only joins its inputs: its origins are those of its inputs.
+    ``config`` is the digest of its settings, and ``settings`` are these, so that what differs later can be named by its
+    key. ``inputs`` is the content of each file that it is made from. ``origins`` are those files and all that they were
+    made from in turn, each with the digest of its settings (None for what a person brought) and its content: a file
+    that is absent later (not pulled, or deleted by a job that was killed) is still known by them. An artefact without
+    settings only joins its inputs: its origins are those of its inputs.
 
     Args:
         config: the settings, JSON values; None for a join.

@@ -98,10 +98,11 @@ def load_teacher(
     """
     folder, kind = unet_folder(manifest), read_json(manifest)["class"]
     dtype = stored_dtype(manifest) if as_stored else torch.float32
-    as_it_is = {} if dtype == torch.float32 else {"torch_dtype": dtype}  # a name that new versions of diffusers warn of
+    # Of the two names of this option, old versions of diffusers know one alone, and new ones warn of it.
+    options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         network, found = network_class(kind).from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **as_it_is
+            folder, use_safetensors=True, output_loading_info=True, **options
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: the weights do not fit config.json ({str(error).splitlines()[0]})") from None
